@@ -1,0 +1,139 @@
+"""What a checkpoint's `config.json` says about its model, as frozen dataclasses.
+
+Both layouts that Hugging Face folders use are read: the flat one of the published Qwen2.5-VL checkpoints and the
+nested one (`text_config`) that newer transformers versions write.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from vigos_jax.errors import InputError
+
+FAMILIES = ("qwen2_5_vl",)
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Dimensions of the vision tower. Sizes in pixels or patches as named."""
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+    intermediate_size: int
+    out_hidden_size: int
+    patch_size: int = 14  # pixels
+    temporal_patch_size: int = 2  # frames
+    spatial_merge_size: int = 2  # patches along a side of one visual token
+    window_size: int = 112  # pixels
+    full_attention_blocks: tuple[int, ...] = ()
+    in_channels: int = 3
+
+    @property
+    def patch_dim(self) -> int:
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def merge_unit(self) -> int:
+        """Patches behind one visual token."""
+        return self.spatial_merge_size**2
+
+    @property
+    def window_side(self) -> int:
+        """Visual tokens along a side of one attention window."""
+        return self.window_size // self.patch_size // self.spatial_merge_size
+
+    @property
+    def window_patches(self) -> int:
+        """Patches in one full attention window."""
+        return self.window_side**2 * self.merge_unit
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Dimensions of a vision-language model."""
+
+    family: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    intermediate_size: int
+    vocab_size: int
+    rope_theta: float
+    mrope_section: tuple[int, int, int]  # rotary frequencies for time, height, width
+    rms_eps: float
+    tie_embeddings: bool
+    image_token_id: int
+    vision: VisionConfig
+
+    @classmethod
+    def load(cls, folder: str | pathlib.Path) -> "ModelConfig":
+        """Reads `folder/config.json`.
+
+        Raises:
+          InputError: the file is missing, is no JSON object, or describes a model this program does not know.
+        """
+        path = pathlib.Path(folder) / "config.json"
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as e:
+            raise InputError(f"cannot read {path}: {e.strerror}; a model folder needs config.json") from e
+        except ValueError as e:
+            raise InputError(f"{path} is not valid JSON: {e}") from e
+        if not isinstance(raw, dict):
+            raise InputError(f"{path} must hold a JSON object, not {type(raw).__name__}")
+        return cls.from_hf(raw, where=str(path))
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any], *, where: str = "config.json") -> "ModelConfig":
+        """Converts the parsed `config.json` of a Hugging Face folder."""
+        family = raw.get("model_type")
+        if family not in FAMILIES:
+            raise InputError(f"{where}: model_type {family!r} is not supported; choices: {', '.join(FAMILIES)}")
+        text = {**raw, **(raw.get("text_config") or {})}
+        vision = raw.get("vision_config") or {}
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        try:
+            heads = int(text["num_attention_heads"])
+            config = cls(
+                family=family,
+                hidden_size=int(text["hidden_size"]),
+                num_layers=int(text["num_hidden_layers"]),
+                num_heads=heads,
+                num_kv_heads=int(text["num_key_value_heads"]),
+                head_size=int(text.get("head_dim") or text["hidden_size"] // heads),
+                intermediate_size=int(text["intermediate_size"]),
+                vocab_size=int(text["vocab_size"]),
+                rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or 1e6),
+                mrope_section=tuple(int(n) for n in rope["mrope_section"]),
+                rms_eps=float(text.get("rms_norm_eps", 1e-6)),
+                # transformers reads the top level; a nested copy may be stale.
+                tie_embeddings=bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+                image_token_id=int(raw["image_token_id"]),
+                vision=VisionConfig(
+                    depth=int(vision["depth"]),
+                    hidden_size=int(vision["hidden_size"]),
+                    num_heads=int(vision["num_heads"]),
+                    intermediate_size=int(vision["intermediate_size"]),
+                    out_hidden_size=int(vision["out_hidden_size"]),
+                    patch_size=int(vision.get("patch_size", 14)),
+                    temporal_patch_size=int(vision.get("temporal_patch_size", 2)),
+                    spatial_merge_size=int(vision.get("spatial_merge_size", 2)),
+                    window_size=int(vision.get("window_size", 112)),
+                    full_attention_blocks=tuple(int(i) for i in vision.get("fullatt_block_indexes", ())),
+                    in_channels=int(vision.get("in_channels", vision.get("in_chans", 3))),
+                ),
+            )
+        except (KeyError, TypeError, ValueError) as e:
+            raise InputError(f"{where}: missing or malformed field: {e!r}") from e
+        if 2 * sum(config.mrope_section) != config.head_size:
+            raise InputError(
+                f"{where}: mrope_section {config.mrope_section} must sum to half the head size {config.head_size}"
+            )
+        if text.get("use_sliding_window"):
+            raise InputError(f"{where}: use_sliding_window=true is not supported; choices: false")
+        return config

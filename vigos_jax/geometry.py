@@ -1,0 +1,100 @@
+"""Where things are: patches in attention windows, tokens on the M-RoPE grid. Host-side numpy, no parameters.
+
+Qwen2.5-VL's tower attends inside square windows in most blocks. Here every window gets the same number of slots
+(`VisionConfig.window_patches`), partly empty at an image's right and bottom edge, so that window attention is one
+batched product over `[windows, slots]` and needs no index list on the device.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from vigos_jax.architecture import VisionConfig
+
+Grid = tuple[int, int, int]  # (time, height, width) in patches
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionLayout:
+    """How the patches of one row's images lie in window slots. S slots, M visual tokens.
+
+    Attributes:
+      source: int32 [S], index into the row's concatenated patches, -1 for an empty slot.
+      image_ids: int32 [S], number of the slot's frame counted from 1 over all images, 0 for an empty slot.
+      hw: int32 [S, 2], patch row and column inside its image.
+      token_unit: int32 [M], for each visual token in reading order, the group of `merge_unit` slots it comes from.
+    """
+
+    source: np.ndarray
+    image_ids: np.ndarray
+    hw: np.ndarray
+    token_unit: np.ndarray
+
+
+def visual_token_count(grid: Grid, merge_size: int) -> int:
+    """Tokens the language model sees for an image of this patch grid."""
+    t, h, w = grid
+    return t * (h // merge_size) * (w // merge_size)
+
+
+def vision_layout(grids: Sequence[Grid], vision: VisionConfig) -> VisionLayout:
+    """Lays out the patches of a row's images, which arrive grouped by visual token in reading order."""
+    merge, side, unit = vision.spatial_merge_size, vision.window_side, vision.merge_unit
+    source, image_ids, hw, token_unit = [], [], [], []
+    first_patch, first_unit, frame = 0, 0, 0
+    for t, h, w in grids:
+        rows, cols = h // merge, w // merge  # visual tokens
+        windows_h, windows_w = -(-rows // side), -(-cols // side)
+        row, col = np.meshgrid(np.arange(rows), np.arange(cols), indexing="ij")
+        window = (row // side) * windows_w + col // side
+        slot_unit = window * side**2 + (row % side) * side + col % side  # [rows, cols]
+        patch_row = merge * row[..., None] + np.repeat(np.arange(merge), merge)  # [rows, cols, unit]
+        patch_col = merge * col[..., None] + np.tile(np.arange(merge), merge)
+        for _ in range(t):
+            frame += 1
+            slots = windows_h * windows_w * side**2 * unit
+            s, ids, pos = np.full(slots, -1), np.zeros(slots), np.zeros((slots, 2))
+            index = (slot_unit[..., None] * unit + np.arange(unit)).reshape(-1)
+            s[index] = first_patch + np.arange(rows * cols * unit)
+            ids[index] = frame
+            pos[index] = np.stack([patch_row.reshape(-1), patch_col.reshape(-1)], -1)
+            source.append(s)
+            image_ids.append(ids)
+            hw.append(pos)
+            token_unit.append(first_unit + slot_unit.reshape(-1))
+            first_patch += rows * cols * unit
+            first_unit += slots // unit
+    if not grids:
+        return VisionLayout(*(np.zeros(s, np.int32) for s in (0, 0, (0, 2), 0)))
+    return VisionLayout(*(np.concatenate(a).astype(np.int32) for a in (source, image_ids, hw, token_unit)))
+
+
+def mrope_positions(ids: Sequence[int], grids: Sequence[Grid], *, image_token_id: int, merge_size: int) -> np.ndarray:
+    """M-RoPE positions of a token sequence: text counts up by one, an image spans a (time, height, width) box.
+
+    Args:
+      ids: T token ids with image tokens expanded.
+      grids: the patch grids of the images, in order.
+
+    Returns:
+      int32 [3, T]; the next text token after the sequence stands at `result.max() + 1` (0 for an empty one).
+    """
+    ids = np.asarray(ids, np.int64)
+    out = np.zeros((3, len(ids)), np.int32)
+    next_position, i, images = 0, 0, iter(grids)
+    while i < len(ids):
+        if ids[i] != image_token_id:
+            stop = i
+            while stop < len(ids) and ids[stop] != image_token_id:
+                stop += 1
+            out[:, i:stop] = next_position + np.arange(stop - i)
+            next_position += stop - i
+            i = stop
+            continue
+        t, h, w = next(images)
+        box = np.indices((t, h // merge_size, w // merge_size)).reshape(3, -1)
+        out[:, i : i + box.shape[1]] = next_position + box
+        next_position += max(h, w) // merge_size
+        i += box.shape[1]
+    return out

@@ -1,0 +1,336 @@
+"""Hugging Face checkpoints in and out: one table of tensor names, read tensor by tensor, written sharded.
+
+A table row maps one of our leaves to the checkpoint's name. Leaves of scanned layers are stacked on a leading axis,
+so their name has a `{i}`. Kernels are stored transposed ([in, out] here, [out, in] there).
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from vigos_jax.architecture import ModelConfig
+from vigos_jax.errors import InputError
+from vigos_jax.models.layers import LoraSpec
+
+LANGUAGE_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+VISION_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One leaf of ours and its name in a checkpoint.
+
+    Attributes:
+      path: keys in our parameter tree.
+      name: tensor name in the file; `{i}` stands for the layer of a stacked leaf.
+      stacked: number of layers on the leading axis, 0 for a leaf of its own.
+      layout: "same", "transposed" (a kernel) or "conv" (a patch embedding, [out, C, T, h, w] in the file).
+    """
+
+    path: Path
+    name: str
+    stacked: int = 0
+    layout: str = "same"
+
+    def names(self) -> list[str]:
+        return [self.name.format(i=i) for i in range(self.stacked)] if self.stacked else [self.name]
+
+    def to_ours(self, x: np.ndarray) -> np.ndarray:
+        if self.layout == "same":
+            return x
+        return x.reshape(x.shape[0], -1).T
+
+    def to_file(self, x: np.ndarray, config: ModelConfig) -> np.ndarray:
+        if self.layout == "same":
+            return x
+        x = np.ascontiguousarray(x.T)
+        if self.layout == "conv":
+            v = config.vision
+            x = x.reshape(x.shape[0], v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
+        return x
+
+
+def tensor_table(config: ModelConfig) -> list[Tensor]:
+    """Every tensor of the published layout, in file order."""
+    rows: list[Tensor] = []
+
+    def projection(path: Path, name: str, stacked: int = 0, bias: bool = False) -> None:
+        rows.append(Tensor((*path, "kernel"), f"{name}.weight", stacked, "transposed"))
+        if bias:
+            rows.append(Tensor((*path, "bias"), f"{name}.bias", stacked))
+
+    depth, layers = config.vision.depth, config.num_layers
+    rows.append(Tensor(("visual", "patch_embed", "kernel"), "visual.patch_embed.proj.weight", layout="conv"))
+    for norm in ("norm1", "norm2"):
+        rows.append(Tensor(("visual", "blocks", norm, "scale"), f"visual.blocks.{{i}}.{norm}.weight", depth))
+    for name in ("qkv", "proj"):
+        projection(("visual", "blocks", "attn", name), f"visual.blocks.{{i}}.attn.{name}", depth, bias=True)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        projection(("visual", "blocks", "mlp", name), f"visual.blocks.{{i}}.mlp.{name}", depth, bias=True)
+    rows.append(Tensor(("visual", "merger_norm", "scale"), "visual.merger.ln_q.weight"))
+    projection(("visual", "merger_in"), "visual.merger.mlp.0", bias=True)
+    projection(("visual", "merger_out"), "visual.merger.mlp.2", bias=True)
+    rows.append(Tensor(("embedding",), "model.embed_tokens.weight"))
+    for ours, theirs in (("input_norm", "input_layernorm"), ("post_norm", "post_attention_layernorm")):
+        rows.append(Tensor(("layers", ours, "scale"), f"model.layers.{{i}}.{theirs}.weight", layers))
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        projection(("layers", name), f"model.layers.{{i}}.self_attn.{name}", layers, bias=name != "o_proj")
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        projection(("layers", "mlp", name), f"model.layers.{{i}}.mlp.{name}", layers)
+    rows.append(Tensor(("norm", "scale"), "model.norm.weight"))
+    if not config.tie_embeddings:
+        rows.append(Tensor(("lm_head",), "lm_head.weight", layout="transposed"))
+    return rows
+
+
+def adapter_table(config: ModelConfig, lora: LoraSpec) -> list[Tensor]:
+    """Every tensor of a PEFT adapter of this shape."""
+    rows: list[Tensor] = []
+    prefix = "base_model.model.model"
+    targets = [
+        (("layers", *(("mlp",) if n in VISION_PROJECTIONS else ()), n),
+         f"{prefix}.language_model.layers.{{i}}.{'mlp' if n in VISION_PROJECTIONS else 'self_attn'}.{n}",
+         config.num_layers)
+        for n in LANGUAGE_PROJECTIONS if n in lora.language
+    ] + [
+        (("visual", "blocks", "mlp", n), f"{prefix}.visual.blocks.{{i}}.mlp.{n}", config.vision.depth)
+        for n in VISION_PROJECTIONS if n in lora.vision
+    ]  # fmt: skip
+    for path, name, layers in targets:
+        rows.append(Tensor((*path, "a"), f"{name}.lora_A.weight", layers, "transposed"))
+        rows.append(Tensor((*path, "b"), f"{name}.lora_B.weight", layers, "transposed"))
+    return rows
+
+
+# -- reading ----------------------------------------------------------------------------------------------------
+
+_FILE_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
+# Other spellings of the same modules that released tools have written.
+_ALIASES = (
+    ("base_model.model.model.layers.", "base_model.model.model.language_model.layers."),
+    ("base_model.model.visual.", "base_model.model.model.visual."),
+    ("model.language_model.", "model."),
+    ("model.visual.", "visual."),
+)
+
+
+def _canonical(name: str) -> str:
+    for old, new in _ALIASES:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+class _Files:
+    """The tensors of one or more safetensors files, by canonical name. Use as a context manager."""
+
+    def __init__(self, paths: list[pathlib.Path]):
+        self._stack = contextlib.ExitStack()
+        self._where: dict[str, tuple[Any, str]] = {}
+        for path in paths:
+            try:
+                file = self._stack.enter_context(safetensors.safe_open(path, framework="numpy"))
+            except (OSError, safetensors.SafetensorError) as e:
+                raise InputError(f"cannot read {path}: {e}; it must be a complete safetensors file") from e
+            for name in file.keys():  # noqa: SIM118 - a safetensors handle, not a dict
+                self._where[_canonical(name)] = (file, name)
+
+    def __enter__(self) -> "_Files":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def names(self) -> set[str]:
+        return set(self._where)
+
+    def header(self, name: str) -> tuple[tuple[int, ...], str]:
+        file, original = self._where[name]
+        piece = file.get_slice(original)
+        return tuple(piece.get_shape()), piece.get_dtype()
+
+    def read(self, name: str) -> np.ndarray:
+        file, original = self._where[name]
+        return file.get_tensor(original)
+
+
+def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as e:
+            raise InputError(f"{index} is not a safetensors index: {e!r}") from e
+        missing = [n for n in names if not (folder / n).is_file()]
+        if missing:
+            raise InputError(f"{index} names shards that are not in the folder: {', '.join(missing)}")
+        return [folder / n for n in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    raise InputError(f"{folder} holds no weights; it needs model.safetensors or model.safetensors.index.json")
+
+
+def _check(files: _Files, table: list[Tensor], shapes: Mapping[Path, tuple[int, ...]], where: str, ignore=()) -> None:
+    """Compares all names, shapes and dtypes with the table and reports every mismatch at once."""
+    problems = []
+    expected = {name: row for row in table for name in row.names()}
+    present = files.names() - set(ignore)
+    problems += [f"missing {n}" for n in sorted(expected.keys() - present)]
+    problems += [f"unexpected {n}" for n in sorted(present - expected.keys())]
+    for name in sorted(expected.keys() & present):
+        row = expected[name]
+        shape, dtype = files.header(name)
+        if dtype not in _FILE_DTYPES:
+            problems.append(f"{name} has dtype {dtype}, not one of {', '.join(_FILE_DTYPES)}")
+        flat = (shape[0], int(np.prod(shape[1:]))) if row.layout == "conv" else shape
+        ours = tuple(reversed(flat)) if row.layout != "same" else flat
+        want = shapes[row.path][1:] if row.stacked else shapes[row.path]
+        if ours != want:
+            wanted = tuple(reversed(want)) if row.layout != "same" else want
+            problems.append(f"{name} has shape {list(flat)}, expected {list(wanted)}")
+    if problems:
+        shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise InputError(f"{where} does not fit the model: {len(problems)} problem(s): {shown}")
+
+
+def _read_tree(files: _Files, table: list[Tensor], abstract: Any, *, dtype: Any, shardings: Any) -> Any:
+    """Reads leaf by leaf; only one stacked leaf is in host memory at a time."""
+    shardings_by_path = dict(_leaves(shardings)) if shardings is not None else {}
+    out: dict[str, Any] = {}
+    shapes = {path: leaf.shape for path, leaf in _leaves(abstract)}
+    for row in table:
+        buffer = np.empty(shapes[row.path], np.dtype(dtype))
+        for i, name in enumerate(row.names()):
+            buffer[i if row.stacked else ...] = row.to_ours(files.read(name))
+        node = out
+        for key in row.path[:-1]:
+            node = node.setdefault(key, {})
+        node[row.path[-1]] = jax.device_put(buffer, shardings_by_path.get(row.path))
+    return out
+
+
+def _leaves(tree: Any) -> Iterator[tuple[Path, Any]]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        yield tuple(k.key for k in path), leaf
+
+
+def load_params(folder: pathlib.Path, config: ModelConfig, abstract: Any, *, dtype: Any, shardings: Any = None) -> Any:
+    """Reads the base parameters of a Hugging Face folder.
+
+    Args:
+      folder: holds model.safetensors, or shards and their index; float32, bfloat16 or float16.
+      abstract: the `params` tree of shapes from `abstract_variables`.
+      dtype: of the returned leaves.
+      shardings: a tree of Shardings like `abstract`, or None for the default device.
+
+    Raises:
+      InputError: lists every missing, extra and wrong-shaped tensor.
+    """
+    table = tensor_table(config)
+    shapes = {path: leaf.shape for path, leaf in _leaves(abstract)}
+    # A tied checkpoint may still carry a copy of its embedding as lm_head.
+    ignore = ("lm_head.weight",) if config.tie_embeddings else ()
+    with _Files(_weight_files(folder)) as files:
+        _check(files, table, shapes, str(folder), ignore)
+        return _read_tree(files, table, abstract, dtype=dtype, shardings=shardings)
+
+
+def adapter_spec(folder: pathlib.Path, *, dropout: float) -> LoraSpec:
+    """What a PEFT adapter folder says of itself: rank, scale and adapted modules.
+
+    Args:
+      dropout: used while training on; the file's own dropout is what it was trained with.
+
+    Raises:
+      InputError: not a plain LoRA, or its tensors name modules this program does not adapt.
+    """
+    path = folder / "adapter_config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        rank, alpha = int(raw["r"]), float(raw["lora_alpha"])
+    except OSError as e:
+        raise InputError(f"cannot read {path}: {e.strerror}; a PEFT adapter folder needs it") from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{path} is not a PEFT LoRA config: {e!r}") from e
+    if raw.get("peft_type") != "LORA":
+        raise InputError(f"{path}: peft_type {raw.get('peft_type')!r} is not supported; choices: LORA")
+    for field in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "fan_in_fan_out"):
+        if raw.get(field):
+            raise InputError(f"{path}: {field}={raw[field]!r} is not supported; it must be empty or false")
+    if raw.get("bias", "none") != "none":
+        raise InputError(f"{path}: bias={raw['bias']!r} is not supported; choices: none")
+    language, vision = set(), set()
+    with _Files([folder / "adapter_model.safetensors"]) as files:
+        for name in files.names():
+            module = name.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight").rsplit(".", 1)[-1]
+            if ".language_model.layers." in name and module in LANGUAGE_PROJECTIONS:
+                language.add(module)
+            elif ".visual.blocks." in name and ".mlp." in name and module in VISION_PROJECTIONS:
+                vision.add(module)
+            else:
+                raise InputError(f"{folder}: adapter tensor {name} is on a module that cannot carry one here")
+    scale = alpha / rank**0.5 if raw.get("use_rslora") else alpha / rank
+    return LoraSpec(rank, scale, dropout, frozenset(language), frozenset(vision))
+
+
+def load_adapter(folder: pathlib.Path, config: ModelConfig, lora: LoraSpec, abstract: Any, *, shardings: Any = None):
+    """Reads a PEFT adapter as a float32 `lora` collection of the shapes in `abstract`."""
+    table = adapter_table(config, lora)
+    shapes = {path: leaf.shape for path, leaf in _leaves(abstract)}
+    with _Files([folder / "adapter_model.safetensors"]) as files:
+        _check(files, table, shapes, str(folder))
+        return _read_tree(files, table, abstract, dtype=np.float32, shardings=shardings)
+
+
+# -- writing ----------------------------------------------------------------------------------------------------
+
+
+def file_tensors(tree: Any, table: list[Tensor], config: ModelConfig, *, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (file name, array) for every tensor of the table, one leaf on the host at a time."""
+    by_path = dict(_leaves(tree))
+    for row in table:
+        leaf = by_path[row.path]
+        for i, name in enumerate(row.names()):
+            x = np.asarray(jax.device_get(leaf[i] if row.stacked else leaf))
+            yield name, np.ascontiguousarray(row.to_file(x, config).astype(np.dtype(dtype)))
+
+
+def save_sharded(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]], *, max_shard_bytes: int) -> None:
+    """Writes model.safetensors, or numbered shards and their index when the tensors exceed one shard."""
+    shards: list[list[str]] = []
+    pending: dict[str, np.ndarray] = {}
+    total = size = 0
+
+    def flush() -> None:
+        safetensors.numpy.save_file(pending, folder / f"shard-{len(shards)}.tmp", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, x in tensors:
+        if pending and size + x.nbytes > max_shard_bytes:
+            flush()
+            size = 0
+        pending[name] = x
+        size += x.nbytes
+        total += x.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "shard-0.tmp").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{i}.tmp").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
