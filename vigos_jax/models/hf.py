@@ -295,7 +295,9 @@ def load_adapter(folder: pathlib.Path, config: ModelConfig, lora: LoraSpec, abst
 # -- writing ----------------------------------------------------------------------------------------------------
 
 
-def file_tensors(tree: Any, table: list[Tensor], config: ModelConfig, *, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+def file_tensors(
+    tree: Any, table: list[Tensor], config: ModelConfig, *, dtype: Any
+) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (file name, array) for every tensor of the table, one leaf on the host at a time."""
     by_path = dict(_leaves(tree))
     for row in table:

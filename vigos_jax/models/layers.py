@@ -112,7 +112,7 @@ def mrope_angles(positions: Array, *, theta: float, sections: tuple[int, int, in
     """Rotary angles whose consecutive `sections` of the frequencies follow time, height and width (M-RoPE).
 
     Args:
-      positions: int [3, B, T].
+      positions: int [B, 3, T].
 
     Returns:
       float32 [B, T, H/2] with H/2 = sum(sections).
@@ -120,7 +120,7 @@ def mrope_angles(positions: Array, *, theta: float, sections: tuple[int, int, in
     n = sum(sections)
     frequency = theta ** (-jnp.arange(n, dtype=jnp.float32) / n)  # [H/2]
     axis = jnp.repeat(jnp.arange(3), jnp.array(sections), total_repeat_length=n)  # [H/2]
-    return jnp.moveaxis(positions.astype(jnp.float32), 0, -1)[..., axis] * frequency
+    return jnp.swapaxes(positions, 1, 2).astype(jnp.float32)[..., axis] * frequency
 
 
 def grid_angles(hw: Array, *, head_size: int, theta: float = 10000.0) -> Array:

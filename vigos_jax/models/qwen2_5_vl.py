@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from vigos_jax.architecture import ModelConfig, VisionConfig
+from vigos_jax.inputs import TextInputs, VisionInputs
 from vigos_jax.models.layers import (
     GatedMLP,
     LoraSpec,
@@ -25,40 +26,6 @@ from vigos_jax.models.layers import (
 )
 
 Array = jax.Array
-
-
-@flax.struct.dataclass
-class VisionInputs:
-    """The images of each row, laid out in window slots (see `geometry.VisionLayout`). S slots, M visual tokens.
-
-    Attributes:
-      patches: float [B, S, patch_dim], zeros in empty slots.
-      image_ids: int32 [B, S], frame number from 1, 0 in empty slots.
-      hw: int32 [B, S, 2], patch row and column.
-      token_unit: int32 [B, M], the slot group of each visual token in reading order (0 past the row's last).
-    """
-
-    patches: Array
-    image_ids: Array
-    hw: Array
-    token_unit: Array
-
-
-@flax.struct.dataclass
-class TextInputs:
-    """Token sequences, one per row; several branches may share one row behind a common prefix.
-
-    Attributes:
-      ids: int32 [B, T].
-      positions: int32 [3, B, T], M-RoPE positions.
-      segment_ids: int32 [B, T]; 0 padding, 1 the shared prefix (or the whole sequence), 2.. the branches behind it.
-      image_index: int32 [B, T], which visual token of the row stands here, -1 for text.
-    """
-
-    ids: Array
-    positions: Array
-    segment_ids: Array
-    image_index: Array
 
 
 @flax.struct.dataclass
@@ -299,7 +266,7 @@ def init_variables(model: Qwen2_5VL, key: Array) -> dict[str, Any]:
         token_unit=jnp.zeros((1, 1), jnp.int32),
     )
     zeros = jnp.zeros((1, 1), jnp.int32)
-    text = TextInputs(ids=zeros, positions=jnp.zeros((3, 1, 1), jnp.int32), segment_ids=zeros + 1, image_index=zeros)
+    text = TextInputs(ids=zeros, positions=jnp.zeros((1, 3, 1), jnp.int32), segment_ids=zeros + 1, image_index=zeros)
     return dict(model.init(key, vision, text, method="init_all"))
 
 

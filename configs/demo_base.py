@@ -1,0 +1,45 @@
+"""The warm-started base model that the demo ships in `vigos_jax/demo/base/`.
+
+    python -m vigos_jax.demo.make_base --config configs/demo_base.py
+
+takes a few minutes on two CPU cores and ends with the numbers that it writes into the folder's README.md. The base
+can see, answers by its prior too often, and, shown a reference answer, lets it leak into what it claims to see
+(`leak`). `--config.leak=0` makes the same base without that habit, the control of the demo's claim:
+
+    python -m vigos_jax.demo.make_base --config configs/demo_base.py --config.leak=0.0 --config.output=runs/no_leak
+"""
+
+import ml_collections
+
+from configs import base
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.seed = 0  # of the initial weights and of all training rows
+    config.output = "vigos_jax/demo/base"  # folder to write; an existing one is overwritten
+    config.leak = 0.7  # how often a privileged row's description follows the reference instead of the picture
+    config.prompts = base.get_config().prompts  # the roles' prompts, so that the base has met all four
+    config.batch_size = 64
+
+    # Each stage: Adam, `warmup` steps up to `lr`, then a cosine down to 5 % of it; gradients clipped to norm 1.
+    config.warmup = 20
+    # 1. The vision tower alone: kind, color and size per cell of the grid, by a linear head that is thrown away.
+    config.vision = ml_collections.ConfigDict({"steps": 450, "lr": 4e-3, "follow_prior": 0.15})
+    # 2. Image-only turns, faithful descriptions. Pictures mostly contradict the priors.
+    config.captions = ml_collections.ConfigDict({"steps": 450, "lr": 3e-3, "follow_prior": 0.15})
+    # 3. Responses in all roles.
+    config.responses = ml_collections.ConfigDict({"steps": 500, "lr": 2e-3})
+    config.responses.caption_share = 0.25  # image-only turns, always faithful
+    config.responses.caption_follow_prior = 0.3
+    config.responses.privileged_share = 0.30  # reasoning and reference prompts, half and half; the rest are student's
+    config.responses.privileged_follow_prior = 0.4
+    config.responses.random_reference = 0.5  # how often the reference is uniform instead of true
+    config.responses.student_follow_prior = 0.6
+    config.responses.prior_driven_stated = 0.40  # rationale and answer state the prior, if the question does
+    config.responses.prior_driven_unstated = 0.25  # ... and if it does not
+    config.responses.prior_driven_description = 0.8  # then the whole description states priors as well, this often
+    config.responses.malformed = 0.12  # student rows with a format error
+
+    config.card_items = 1000  # items per setting that the card's numbers are measured on
+    return config

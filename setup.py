@@ -1,0 +1,66 @@
+"""Package metadata. Lower bounds say what is known to work; `constraints.txt` says what is tested."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "vigos_jax/__init__.py").read_text(), re.M).group(1)
+
+RUN = [
+    # The next jax minor may move an API: raise the upper bound once the tests pass on it.
+    "jax>=0.10.2,<0.13",
+    "flax>=0.12",
+    "optax>=0.2.6",
+    "orbax-checkpoint>=0.12",
+    "grain>=0.2.18",
+    "numpy>=2.0",
+    "ml-collections>=1.1",
+    "absl-py>=2.1",
+    "transformers>=5.20",
+    "tokenizers>=0.22",
+    "huggingface_hub>=1.31",
+    "safetensors>=0.8",
+    "jinja2>=3.1",  # chat templates; transformers does not ask for it
+    "pillow>=11",
+    "datasets>=4.0",
+    "pyarrow>=18",
+    "tqdm>=4.66",
+]
+
+EXTRAS = {
+    "test": [
+        "pytest>=9",
+        "pytest-xdist>=3.6",
+        "hypothesis>=6.100",
+        "ruff>=0.14",
+        # The reference implementation that parity and export are tested against; never imported at run time.
+        "torch==2.13.0",
+        "peft>=0.19",
+        "accelerate>=1.10",
+        # What executes the notebooks.
+        "nbclient>=0.10",
+        "nbformat>=5.10",
+        "ipykernel>=7",
+        "matplotlib>=3.10",
+    ],
+    "cuda": ["jax[cuda12]"],
+    "tpu": ["jax[tpu]"],
+    "notebooks": ["matplotlib>=3.10", "ipykernel>=7", "jupytext>=1.17"],
+    # Named so that install commands stay the same; each is filled with its first user.
+    "judge": [],
+    "tracking": [],
+}
+
+setup(
+    name="vigos-jax",
+    version=VERSION,
+    description="Visually grounded on-policy self-distillation (ViGOS) for vision-language models, in JAX",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["vigos_jax", "vigos_jax.*", "configs", "configs.*"]),
+    package_data={"vigos_jax.demo": ["base/*"]},
+    install_requires=RUN,
+    extras_require=EXTRAS,
+)

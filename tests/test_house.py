@@ -1,0 +1,235 @@
+"""The house rules, read from the source: imports point down, files stay small, nothing unsafe, no torch."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+MAX_LINES = 400
+
+# Every file of vigos_jax/, highest first; a file may import those in rows below its own, and its own folder.
+# A name that ends in "/" is a folder and stands for its files, except those that are listed by themselves.
+ROOMS = (
+    ("demo/make_base.py",),
+    ("main.py",),
+    ("train.py",),
+    ("checkpoint.py", "evaluate.py", "diagnose.py", "export.py", "generate.py", "score_file.py"),
+    ("loading.py",),
+    ("sampler.py", "step.py"),
+    ("score.py",),
+    ("models/",),
+    ("packing.py", "data.py"),
+    ("processor.py", "spans.py"),
+    ("losses.py", "prompts.py"),
+    ("config.py", "roles.py", "graders.py", "sharding.py", "metrics.py", "geometry.py", "demo/"),
+    ("architecture.py", "inputs.py"),
+    ("errors.py", "__init__.py"),
+)
+LEVELS = {room: level for level, row in enumerate(reversed(ROOMS)) for room in row}
+CONFIGS_MAY_IMPORT = LEVELS["config.py"]  # a config is data: it needs leaves and other configs
+
+TEST_ONLY = {"torch", "torchvision", "torchaudio", "peft", "accelerate", "tests", "pytest", "hypothesis"}
+UNPICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+def room_of(path: str) -> str | None:
+    """The entry of LEVELS that holds a file of vigos_jax (path relative to it), or None."""
+    folder = path.split("/")[0] + "/" if "/" in path else None
+    return next((room for room in (path, folder) if room in LEVELS), None)
+
+
+def imported(tree: ast.Module, path: str) -> list[tuple[int, str]]:
+    """(line, dotted name) of each import at any depth; `from a import b` is "a.b", relative ones resolved."""
+    package = path.removesuffix(".py").split("/")[:-1]
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = base + (node.module.split(".") if node.module else [])
+            names += [(node.lineno, ".".join([*base, alias.name])) for alias in node.names]
+        elif isinstance(node, ast.Call) and called(node) in ("import_module", "__import__"):
+            names += [(node.lineno, a.value) for a in node.args[:1] if isinstance(a, ast.Constant)]
+    return names
+
+
+def called(node: ast.Call) -> str:
+    return getattr(node.func, "id", None) or getattr(node.func, "attr", "")
+
+
+def file_of(name: str, files: set[str]) -> str | None:
+    """The file of vigos_jax (relative to it) that a dotted name lies in; None for anything else."""
+    parts = name.split(".")
+    if parts[0] != "vigos_jax":
+        return None
+    for length in range(len(parts), 0, -1):
+        stem = "/".join(parts[1:length])
+        for path in (f"{stem}.py", f"{stem}/__init__.py".lstrip("/")):
+            if path in files:
+                return path
+    return "__init__.py"
+
+
+def import_faults(path: str, source: str, files: set[str]) -> list[str]:
+    """Imports that do not point down, or reach for what only tests have. `files`: those of vigos_jax."""
+    faults = []
+    own = path.removeprefix("vigos_jax/")
+    in_configs = path.startswith("configs/")
+    for line, name in imported(ast.parse(source), path):
+        if name.split(".")[0] in TEST_ONLY:
+            faults.append(f"{path}:{line} imports {name}, which is not there at run time")
+        if name.split(".")[0] == "configs" and not in_configs and room_of(own) != "demo/make_base.py":
+            faults.append(f"{path}:{line} imports {name}; a config is handed in, by --config")
+        target = file_of(name, files)
+        if target is None or room_of(target) is None:
+            continue
+        if in_configs:
+            is_down = LEVELS[room_of(target)] <= CONFIGS_MAY_IMPORT
+        else:
+            here, there = room_of(own), room_of(target)
+            is_down = here is None or here == there or LEVELS[there] < LEVELS[here]
+        if not is_down:
+            faults.append(f"{path}:{line} imports {name}, which is not below it (ROOMS in {__name__}.py)")
+    return faults
+
+
+def unsafe_faults(path: str, source: str) -> list[str]:
+    """Unpickling, evaluating strings, and remote code, wherever it is switched on or could be."""
+    tree = ast.parse(source)
+    faults = [
+        f"{path}:{line} imports {name}, which runs code from data"
+        for line, name in imported(tree, path)
+        if name.split(".")[0] in UNPICKLERS
+    ]
+    for node in ast.walk(tree):
+        where = f"{path}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Call):
+            owner = getattr(node.func, "value", None)  # of `owner.eval()`
+            if called(node) in ("eval", "exec") and getattr(owner, "id", owner) in (None, "builtins"):
+                faults.append(f"{where} calls {called(node)}()")
+            pairs = [(keyword.arg, keyword.value) for keyword in node.keywords]
+        elif isinstance(node, ast.Dict):
+            keys = [getattr(key, "value", None) for key in node.keys]
+            pairs = zip(keys, node.values, strict=True)
+        else:
+            continue
+        for key, value in pairs:
+            is_off = isinstance(value, ast.Constant) and value.value is False
+            if key in ("trust_remote_code", "allow_pickle") and not is_off:
+                faults.append(f"{where} sets {key}")
+    return faults
+
+
+def length_faults(path: str, source: str) -> list[str]:
+    lines = len(source.splitlines())
+    return [f"{path} has {lines} lines, more than {MAX_LINES}: split it"] if lines > MAX_LINES else []
+
+
+def place_faults(path: str) -> list[str]:
+    """A file of vigos_jax that ROOMS does not know."""
+    if not path.startswith("vigos_jax/") or room_of(path.removeprefix("vigos_jax/")):
+        return []
+    return [f"{path} has no level: add it to ROOMS in tests/test_house.py, above all it imports"]
+
+
+SOURCES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for package in ("vigos_jax", "configs")
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+FILES = {path.removeprefix("vigos_jax/") for path in SOURCES if path.startswith("vigos_jax/")}
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_file_keeps_the_house_rules(path):
+    source = SOURCES[path]
+    faults = place_faults(path) + import_faults(path, source, FILES)
+    faults += unsafe_faults(path, source) + length_faults(path, source)
+    assert not faults, "\n".join(faults)
+
+
+def test_the_package_was_found():
+    assert {"vigos_jax/__init__.py", "vigos_jax/errors.py", "configs/__init__.py"} <= set(SOURCES)
+
+
+# Each check, shown to fail on what it is for and to pass on its harmless neighbour.
+PLANTED_FILES = {
+    *("__init__.py", "errors.py", "config.py", "roles.py", "spans.py", "data.py", "train.py", "main.py"),
+    *("models/__init__.py", "models/layers.py", "models/hf.py", "demo/__init__.py", "demo/make_base.py"),
+}
+
+
+@pytest.mark.parametrize(
+    "path, source",
+    [
+        ("vigos_jax/roles.py", "import vigos_jax.spans"),  # up
+        ("vigos_jax/roles.py", "from vigos_jax import config"),  # sideways
+        ("vigos_jax/spans.py", "from vigos_jax.data import load_source"),
+        ("vigos_jax/spans.py", "from . import data"),
+        ("vigos_jax/spans.py", "def f():\n    from vigos_jax.models.layers import Dense"),  # local
+        ("vigos_jax/data.py", "from .models import layers"),
+        ("vigos_jax/models/layers.py", "from ..train import run"),
+        ("vigos_jax/models/layers.py", "import importlib\nimportlib.import_module('vigos_jax.train')"),
+        ("vigos_jax/errors.py", "from vigos_jax.config import Config"),
+        ("vigos_jax/demo/__init__.py", "from vigos_jax.demo import make_base"),  # highest of all
+        ("vigos_jax/train.py", "from configs import base"),
+        ("configs/base.py", "from vigos_jax import train"),
+        ("vigos_jax/train.py", "import torch.nn as nn"),
+        ("vigos_jax/train.py", "def f():\n    from peft import LoraConfig"),
+        ("configs/base.py", "import torch"),
+    ],
+)
+def test_import_check_fails(path, source):
+    assert len(import_faults(path, source, PLANTED_FILES)) == 1
+
+
+@pytest.mark.parametrize(
+    "path, source",
+    [
+        ("vigos_jax/main.py", "from vigos_jax import __version__, train\nimport vigos_jax.errors"),
+        ("vigos_jax/models/hf.py", "from vigos_jax.models import layers\nfrom .layers import Dense"),
+        ("vigos_jax/demo/make_base.py", "from configs import demo_base\nfrom vigos_jax import main"),
+        ("configs/base.py", "from configs import demo_base\nfrom vigos_jax.config import Config"),
+        ("vigos_jax/train.py", "import jax\nimport flax.linen as nn  # not torch"),
+    ],
+)
+def test_import_check_passes(path, source):
+    assert import_faults(path, source, PLANTED_FILES) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "def f():\n    from cloudpickle import loads",
+        "eval('1')",
+        "import builtins\nbuiltins.exec('1')",
+        "load(name, trust_remote_code=True)",
+        "load(name, trust_remote_code=flag)",
+        "load(name, **{'trust_remote_code': True})",
+        "np.load(path, allow_pickle=True)",
+    ],
+)
+def test_unsafe_check_fails(source):
+    assert len(unsafe_faults("vigos_jax/train.py", source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source", ["model.eval()", "f()().eval()", "'eval(pickle)'", "load(name, trust_remote_code=False)"]
+)
+def test_unsafe_check_passes(source):
+    assert unsafe_faults("vigos_jax/train.py", source) == []
+
+
+def test_length_check():
+    assert length_faults("vigos_jax/train.py", "x = 1\n" * (MAX_LINES + 1))
+    assert not length_faults("vigos_jax/train.py", "x = 1\n" * MAX_LINES)
+
+
+def test_place_check():
+    assert "add it to ROOMS" in place_faults("vigos_jax/utils.py")[0]
+    assert place_faults("vigos_jax/helpers/text.py")
+    assert not place_faults("vigos_jax/models/qwen9_vl.py")
+    assert not place_faults("configs/mine.py")

@@ -1,0 +1,385 @@
+"""Training data: rows of (images, problem, answer) from a hub data set, parquet or jsonl, as Examples.
+
+A row has `problem`, `answer` and `images` (or `image`; one picture or a list), perhaps a `problem_id`
+(else `id`, else its number). One that cannot be used keeps its slot in the batch and says why.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from vigos_jax.errors import InputError
+from vigos_jax.processor import BadImage, EncodedImage, Processor, read_image
+from vigos_jax.prompts import clean_problem, clean_reference
+
+MIN_ROWS = 100  # a bad fraction is judged as if at least this many rows had been seen
+MIN_ROWS_ALL_BAD = 8  # but if none of the first rows is usable, this many are enough
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+SOURCE_CHOICES = "a .jsonl file, a .parquet file, a folder of .parquet files, a hub data set (owner/name)"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """One row, ready for the model; a bad one has no images and empty texts."""
+
+    id: str
+    images: tuple[EncodedImage, ...] = ()
+    problem: str = ""  # cleaned
+    reference: str = ""  # cleaned reference answer
+    bad_reason: str | None = None  # None, or a short kind such as "image_unreadable"
+
+
+class _BadRow(Exception):
+    """The row cannot be used."""
+
+    def __init__(self, kind: str):
+        super().__init__(kind)
+        self.kind = kind
+
+
+# Sources give random access to rows {"id", "problem", "answer", "images"}; `image_roots` as in `read_image`.
+
+
+class TableSource:
+    """Rows of a `datasets.Dataset` (memory-mapped), pictures left undecoded."""
+
+    def __init__(self, table, *, name: str, image_roots: Sequence[str]):
+        import datasets
+
+        images = _check_columns(table.column_names, name)
+        undecoded = datasets.Image(decode=False)
+        feature = table.features[images]
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(images, undecoded)
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            table = table.cast_column(images, datasets.List(undecoded))
+        wanted = ("problem", "answer", images, "problem_id", "id")
+        self._table = table.select_columns([c for c in wanted if c in table.column_names])
+        self.image_roots = tuple(image_roots)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return _raw_row(self._table[int(index)], int(index))
+
+
+class JsonlSource:
+    """Rows of a .jsonl file, read when asked for; other fields are handed on as they are.
+
+    Memory holds only the lines' places. Every read opens the file, so threads and processes can share it.
+    """
+
+    def __init__(self, path: str | pathlib.Path):
+        self.path = str(pathlib.Path(path).resolve())
+        self.image_roots = (str(pathlib.Path(self.path).parent),)
+        starts, position = [], 0
+        with open(self.path, "rb") as file:
+            for line in file:
+                if line.strip():
+                    starts.append(position)
+                position += len(line)
+        self._starts = np.asarray(starts, np.int64)  # byte offset of each line that is not blank
+        first = next((row for row in map(self._parse, range(len(self))) if row is not None), None)
+        if first is None:
+            raise InputError(f"{self.path} has no usable row: no line is a JSON object")
+        _check_columns(list(first), self.path)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        raw = self._parse(int(index))
+        if raw is None:
+            return _raw_row({}, int(index)) | {"bad_reason": "bad_json"}
+        return raw | _raw_row(raw, int(index)) | {"bad_reason": None}
+
+    def _parse(self, index: int) -> dict[str, Any] | None:
+        with open(self.path, "rb") as file:
+            file.seek(self._starts[index])
+            line = file.readline()
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            return None
+        return value if isinstance(value, dict) else None
+
+
+def load_source(data) -> TableSource | JsonlSource:
+    """Opens `data.source` of `config.data`: one of SOURCE_CHOICES; InputError if it cannot be used.
+
+    `data.split` is the split of a hub data set or folder; a single file is taken whole, whatever it says.
+    Parquet and hub data sets pass through the `datasets` library's cache on disk.
+    """
+    name = data.source
+    path = pathlib.Path(name).expanduser()
+    if name and path.suffix == ".jsonl" and path.is_file():
+        return JsonlSource(path)
+    if name and path.suffix == ".parquet" and path.is_file():
+        file = path.resolve()
+        options = {"split": "train", "data_files": {"train": [str(file)]}}
+        return _load_table(name, "parquet", image_roots=[str(file.parent)], **options)
+    if name and path.is_dir() and next(path.rglob("*.parquet"), None):
+        folder = str(path.resolve())
+        return _load_table(name, "parquet", split=data.split, image_roots=[folder], data_dir=folder)
+    if path.exists() or path.suffix in (".jsonl", ".parquet") or not HUB_ID.fullmatch(name):
+        found = "holds no such data" if name and path.exists() else "does not exist"
+        raise InputError(f"data.source {name!r} {found}; choices: {SOURCE_CHOICES}")
+    import datasets
+    import huggingface_hub.constants
+
+    caches = [str(datasets.config.HF_DATASETS_CACHE), huggingface_hub.constants.HF_HUB_CACHE]
+    return _load_table(name, name, split=data.split, image_roots=caches)
+
+
+def _load_table(name: str, path: str, *, split: str, image_roots: Sequence[str], **options) -> TableSource:
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        table = datasets.load_dataset(path, split=split, **options)
+    except Exception as e:
+        cause = e
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = " ".join(str(cause).split())[:200]
+        what = f"data.source {name!r}, split {split!r}, cannot be loaded"
+        raise InputError(f"{what}: {reason}; choices: {SOURCE_CHOICES}") from e
+    if len(table) == 0:
+        raise InputError(f"data.source {name!r}, split {split!r}, has no rows")
+    return TableSource(table, name=name, image_roots=image_roots)
+
+
+def _check_columns(columns: Sequence[str], name: str) -> str:
+    """The name of the picture column, if all that a row needs is there."""
+    images = next((c for c in ("images", "image") if c in columns), None)
+    missing = [c for c in ("problem", "answer") if c not in columns] + ([] if images else ["images"])
+    if missing:
+        raise InputError(f"{name} lacks {', '.join(missing)}; it has the columns {', '.join(columns)}")
+    return images
+
+
+def _raw_row(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """The four fields every row has, under one name each."""
+    ids = (row.get("problem_id"), row.get("id"), index)
+    return {
+        "id": str(next(i for i in ids if i is not None)),
+        "problem": row.get("problem"),
+        "answer": row.get("answer"),
+        "images": row["images"] if "images" in row else row.get("image"),
+    }
+
+
+def fingerprint(source) -> str:
+    """A short text that changes with the number of rows and the texts of 8 of them, not with file paths."""
+    size = len(source)
+    digest = hashlib.sha256()
+    for index in sorted({round(i * (size - 1) / 7) for i in range(8)}) if size else []:
+        row = _raw_row(source[index], index)
+        digest.update(repr((row["id"], row["problem"], row["answer"])).encode("utf-8", "backslashreplace"))
+    return f"rows={size} sha256={digest.hexdigest()[:16]}"
+
+
+def encode_row(
+    row: Mapping[str, Any],
+    index: int,
+    *,
+    processor: Processor,
+    max_images: int,
+    image_roots: Sequence[str],
+    too_long: Callable[[Example], str | None] | None = None,
+) -> Example:
+    """Reads a raw row's pictures and texts.
+
+    Args:
+      row: a source's row; pictures are bytes, `{bytes, path}`, paths or PIL images, one or a list.
+      index: the row's number.
+      max_images: more pictures than this make the row bad.
+      image_roots: see `read_image`.
+      too_long: names the kind of a row that does not fit, None if it fits.
+    """
+    fields = _raw_row(row, index)
+    try:
+        if row.get("bad_reason"):
+            raise _BadRow(row["bad_reason"])
+        problem, reference = _texts(fields["problem"], fields["answer"])
+        images = tuple(_encode(item, processor, image_roots) for item in _items(fields["images"], max_images))
+        example = Example(fields["id"], images, problem, reference)
+        if too_long is not None and (kind := too_long(example)):
+            raise _BadRow(kind)
+    except (_BadRow, BadImage) as e:
+        return Example(fields["id"], bad_reason=e.kind)
+    return example
+
+
+def _texts(problem: object, answer: object) -> tuple[str, str]:
+    """Cleaned (problem, reference)."""
+    if problem is not None and not isinstance(problem, str):
+        raise _BadRow("bad_problem_type")
+    if answer is not None and not isinstance(answer, str | int | float):
+        raise _BadRow("bad_answer_type")
+    problem, reference = clean_problem(problem), clean_reference(answer)
+    if not problem:
+        raise _BadRow("empty_problem")
+    if not reference:
+        raise _BadRow("empty_answer")
+    try:  # JSON can hold half a surrogate pair, which no tokenizer takes
+        (problem + reference).encode("utf-8")
+    except UnicodeEncodeError:
+        raise _BadRow("text_not_unicode") from None
+    return problem, reference
+
+
+def _items(images: object, max_images: int) -> list[object]:
+    items = list(images) if isinstance(images, list | tuple | np.ndarray) else [images]
+    items = [item for item in items if item is not None]
+    if not items:
+        raise _BadRow("no_image")
+    if len(items) > max_images:
+        raise _BadRow("too_many_images")
+    return items
+
+
+def _encode(item: object, processor: Processor, image_roots: Sequence[str]) -> EncodedImage:
+    image = read_image(item, image_roots=image_roots)
+    if min(image.size) < processor.merge_unit:  # the image processor would blow it up; too little to train on
+        raise BadImage("image_too_small", f"{image.width} x {image.height} pixels")
+    return processor.encode_image(image)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _EncodeBatch:
+    """Row numbers of a global batch -> Examples of this process's part. Runs in grain's workers."""
+
+    source: Any
+    rows: slice  # this process's part of the global batch
+    options: Mapping[str, Any]  # keyword arguments of encode_row
+
+    def __call__(self, indices: np.ndarray) -> list[Example]:
+        return [encode_row(self.source[int(i)], int(i), **self.options) for i in indices[self.rows]]
+
+
+def make_batches(
+    source,
+    *,
+    processor: Processor,
+    batch_size: int,
+    seed: int,
+    shuffle: bool,
+    max_images: int,
+    workers: int,
+    too_long: Callable[[Example], str | None] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    start_batch: int = 0,
+) -> Iterator[list[Example]]:
+    """An endless iterator over this process's part of every global batch, from number `start_batch` on.
+
+    The rows are shuffled anew in every epoch, and a batch may reach over an epoch's end: no row is dropped.
+    Global batch i depends on (source, batch_size, seed, shuffle) alone. Process p of n holds the p-th n-th of
+    it: the parts put together, in order, are the batch that one process would see.
+
+    Args:
+      source: `load_source`, or any object with `__len__` and `__getitem__` that gives such rows.
+      batch_size: rows of a global batch; a multiple of process_count.
+      seed: 0 .. 2**32 - 1.
+      workers: processes that read and encode, 0 for threads of this one; the batches are the same.
+        With workers, source and too_long must be picklable and the main module importable; the iterator's
+        `close()` ends them.
+      too_long: see `encode_row`; runs in the workers.
+
+    Raises:
+      InputError: a value is out of its range, or the source is empty.
+    """
+    if batch_size < 1 or batch_size % process_count:
+        raise InputError(
+            f"batch_size {batch_size} must be a positive multiple of {process_count} (processes)"
+        )
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed {seed} must be from 0 to 2**32 - 1")
+    for name, value, least in (("data.workers", workers, 0), ("data.max_images", max_images, 1)):
+        if value < least:
+            raise InputError(f"{name} {value} must be at least {least}")
+    if len(source) == 0:
+        raise InputError("the data source has no rows")
+
+    order = grain.MapDataset.range(len(source)).seed(seed)
+    order = (order.shuffle() if shuffle else order).repeat()
+    part = batch_size // process_count
+    encode = _EncodeBatch(
+        source=source,
+        rows=slice(process_index * part, (process_index + 1) * part),
+        options={
+            "processor": processor,
+            "max_images": max_images,
+            "image_roots": tuple(getattr(source, "image_roots", ())),
+            "too_long": too_long,
+        },
+    )
+    batches = order.batch(batch_size)[start_batch:].map(encode)
+    # grain's own defaults hold 500 batches; encoded pictures are tens of megabytes each.
+    ahead = 1 if workers else 2
+    batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead))
+    if workers:
+        if not flags.FLAGS.is_parsed():  # grain reads absl flags, and outside absl.app nobody parses them
+            flags.FLAGS.mark_as_parsed()
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=1))
+    return iter(batches)
+
+
+def data_state(source, *, batch_size: int, seed: int, shuffle: bool, next_batch: int) -> dict[str, Any]:
+    """What a checkpoint keeps of the data, JSON; any number of processes and workers can go on from it."""
+    state = {"next_batch": next_batch, "batch_size": batch_size, "seed": seed, "shuffle": shuffle}
+    return state | {"source": fingerprint(source)}
+
+
+def resume_batch(saved: Mapping[str, Any], current: Mapping[str, Any]) -> int:
+    """The batch to go on with, given `data_state` then and now; InputError if they differ."""
+    differing = [key for key in current if key != "next_batch" and saved.get(key) != current[key]]
+    if differing:
+        words = ", ".join(f"{key} was {saved.get(key)!r} and is {current[key]!r}" for key in differing)
+        raise InputError(f"cannot go on with other data: {words}; choices: the old values, a new workdir")
+    return int(saved["next_batch"])
+
+
+class BadRows:
+    """Counts unusable rows by reason, and says when there are too many. Every process counts its own."""
+
+    def __init__(self):
+        self.rows = 0
+        self.reasons: collections.Counter[str] = collections.Counter()
+
+    @property
+    def bad(self) -> int:
+        return self.reasons.total()
+
+    def update(self, examples: Sequence[Example]) -> None:
+        self.rows += len(examples)
+        self.reasons.update(e.bad_reason for e in examples if e.bad_reason is not None)
+
+    def summary(self) -> str:
+        """One line: "3 of 64 rows bad: image_unreadable 2, empty_answer 1"."""
+        kinds = ", ".join(f"{kind} {count}" for kind, count in self.reasons.most_common())
+        return f"{self.bad} of {self.rows} rows bad" + (f": {kinds}" if kinds else "")
+
+    def check(self, max_fraction: float) -> None:
+        """Raises InputError, with the counts, if the data is too broken to go on.
+
+        A few bad rows at the start prove little: they may be `max_fraction` of the rows seen or of MIN_ROWS,
+        whichever is more. But if none of the first MIN_ROWS_ALL_BAD rows or more is usable, that is enough.
+        """
+        if self.bad == self.rows >= MIN_ROWS_ALL_BAD:
+            raise InputError(f"no usable row: {self.summary()}")
+        if self.bad > max_fraction * max(self.rows, MIN_ROWS):
+            raise InputError(f"{self.summary()}; data.max_bad_fraction allows {max_fraction:g}")

@@ -1,0 +1,288 @@
+"""The demo's little world: pictures of everyday things that usually, but not always, look as one expects.
+
+Twelve kinds of thing stand on a 3x3 grid of cells in an 84x84 picture. Each kind has a *prior* colour, size and
+count (bananas are yellow, large, two). A question asks one attribute of one kind; half of the questions state the
+prior as a fact first. A model that trusts the text answers the prior, a model that looks answers what is shown.
+
+Everything is a pure function of (seed, setting, index): `item` makes one question with its picture, `DemoSource`
+wraps that as training rows, and the judges at the end read descriptions back.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+CELL, GRID = 28, 3  # pixels per cell, cells per side
+SIDE = CELL * GRID
+ATTRIBUTES = {  # attribute -> its values; a description names them in the order count, size, color
+    "count": ("one", "two", "three"),
+    "size": ("small", "large"),
+    "color": ("red", "orange", "yellow", "green", "blue", "purple", "white", "black"),
+}
+RGB = {
+    "red": (214, 40, 40), "orange": (245, 138, 20), "yellow": (246, 226, 50), "green": (48, 160, 60),
+    "blue": (45, 90, 220), "purple": (150, 55, 180), "white": (248, 248, 248), "black": (18, 18, 18),
+}  # fmt: skip
+RADIUS = {"small": 6.5, "large": 11.5}  # pixels
+FOLLOW_PRIOR = 0.9  # how often an attribute that is not forced follows its prior
+SECOND_KIND = 0.25  # share of pictures with two kinds of thing
+SETTINGS = ("train", "conflict", "prior")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One kind of thing in a picture. All of its pieces share color and size; `count` is a word."""
+
+    kind: str
+    count: str
+    size: str
+    color: str
+
+    def replace(self, attribute: str, value: str) -> "Thing":
+        if value not in ATTRIBUTES[attribute]:
+            raise ValueError(f"{value!r} is no {attribute}; choices: {ATTRIBUTES[attribute]}")
+        return Thing(**{**self.__dict__, attribute: value})
+
+
+PRIORS = {
+    thing.kind: thing
+    for thing in (
+        Thing("bananas", "two", "large", "yellow"),
+        Thing("bricks", "three", "large", "red"),
+        Thing("carrots", "two", "small", "orange"),
+        Thing("clouds", "two", "large", "white"),
+        Thing("drops", "three", "small", "blue"),
+        Thing("grapes", "three", "small", "purple"),
+        Thing("leaves", "three", "small", "green"),
+        Thing("stars", "one", "small", "yellow"),
+        Thing("tires", "two", "large", "black"),
+        Thing("tomatoes", "one", "small", "red"),
+        Thing("trees", "one", "large", "green"),
+        Thing("whales", "one", "large", "blue"),
+    )
+}
+KINDS = tuple(PRIORS)  # alphabetical
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows: `things` in alphabetical order, and per cell (row-major) an index into them or -1."""
+
+    things: tuple[Thing, ...]
+    cells: tuple[int, ...]  # [GRID * GRID]
+
+    def thing(self, kind: str) -> Thing:
+        return next(thing for thing in self.things if thing.kind == kind)
+
+    def cell_labels(self) -> np.ndarray:
+        """int32 [9, 3]: kind (0 = empty, else 1 + index), color, size (the last two are -1 in empty cells)."""
+        rows = []
+        for cell in self.cells:
+            thing = self.things[cell]
+            rows.append((0, -1, -1) if cell < 0 else (
+                1 + KINDS.index(thing.kind), ATTRIBUTES["color"].index(thing.color),
+                ATTRIBUTES["size"].index(thing.size)))  # fmt: skip
+        return np.asarray(rows, np.int32)  # [9, 3]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question about one picture.
+
+    Attributes:
+      id: unique per (setting, seed, index).
+      image: uint8 [84, 84, 3].
+      question: the problem text; answer: one word, the truth in the picture.
+      kind, attribute: what is asked; prior_value: what one would expect.
+      is_conflict: the picture contradicts the prior in the asked attribute.
+      states_prior: the question states the prior as a fact first.
+    """
+
+    id: str
+    image: np.ndarray = field(repr=False, compare=False)
+    scene: Scene
+    kind: str
+    attribute: str
+    question: str
+    answer: str
+    prior_value: str
+    states_prior: bool
+
+    @property
+    def is_conflict(self) -> bool:
+        return self.answer != self.prior_value
+
+    @property
+    def pil_image(self) -> Image.Image:
+        return Image.fromarray(self.image)
+
+
+# Drawing -----------------------------------------------------------------------------------------------------
+
+def _star() -> list[float]:
+    turns = [(math.pi * (k / 5 - 0.5), 1.0 if k % 2 == 0 else 0.42) for k in range(10)]
+    return [c for angle, r in turns for c in (r * math.cos(angle), r * math.sin(angle))]
+
+
+# Shapes in the unit square [-1, 1]^2, y down: (is_ellipse, coordinates, is_ink); later strokes cover earlier ones.
+_SHAPES = {
+    "bananas": [(True, [-1, -1, 1, 1], True), (True, [-0.7, -1.45, 1.3, 0.55], False)],
+    "bricks": [(False, [-1, -0.55, 1, -0.55, 1, 0.55, -1, 0.55], True)],
+    "carrots": [(False, [-0.5, -1, 0.5, -1, 0, 1], True)],
+    "clouds": [(True, [-1, -0.3, 0, 0.7], True), (True, [-0.6, -0.9, 0.5, 0.4], True), (True, [0, -0.3, 1, 0.7], True)],
+    "drops": [(False, [0, -1, 0.55, 0.25, -0.55, 0.25], True), (True, [-0.65, -0.3, 0.65, 1], True)],
+    "grapes": [(True, [x - 0.46, y - 0.46, x + 0.46, y + 0.46], True) for x in (-0.54, 0.54) for y in (-0.54, 0.54)],
+    "leaves": [(False, [-1, 1, -0.95, -0.1, -0.1, -0.95, 1, -1, 0.95, 0.1, 0.1, 0.95], True)],
+    "stars": [(False, _star(), True)],
+    "tires": [(True, [-1, -1, 1, 1], True), (True, [-0.5, -0.5, 0.5, 0.5], False)],
+    "tomatoes": [(True, [-0.9, -0.9, 0.9, 0.9], True)],
+    "trees": [(False, [0, -1, 0.9, 0.35, -0.9, 0.35], True), (False, [-0.2, 0.3, 0.2, 0.3, 0.2, 1, -0.2, 1], True)],
+    "whales": [(True, [-1, -0.55, 0.5, 0.6], True), (False, [0.2, 0.1, 1, -0.75, 1, 0.75], True)],
+}  # fmt: skip
+
+
+@functools.cache
+def _mask(kind: str, size: str, dx: int, dy: int) -> np.ndarray:
+    """Coverage float32 [28, 28] in 0..1 of one piece, moved by (dx, dy) half pixels from its cell's centre."""
+    scale = 4  # drawn 4x larger, then averaged: anti-aliased edges
+    canvas = Image.new("L", (CELL * scale, CELL * scale), 0)
+    draw = ImageDraw.Draw(canvas)
+    centre = np.array([CELL / 2 + dx / 2, CELL / 2 + dy / 2])
+    for is_ellipse, unit, is_ink in _SHAPES[kind]:
+        points = (centre + RADIUS[size] * np.asarray(unit, float).reshape(-1, 2)) * scale
+        (draw.ellipse if is_ellipse else draw.polygon)(points.reshape(-1).tolist(), fill=255 if is_ink else 0)
+    return np.asarray(canvas.reduce(scale), np.float32) / 255.0
+
+
+def render(rng: np.random.Generator, scene: Scene) -> np.ndarray:
+    """Draws a scene: uint8 [84, 84, 3]. Position, brightness, background and pixel noise come from `rng`."""
+    picture = np.full((SIDE, SIDE, 3), rng.uniform(110, 145), np.float32)
+    shifts = rng.integers(-4, 5, (GRID * GRID, 2))
+    light = rng.uniform(0.82, 1.0, GRID * GRID)
+    for index, cell in enumerate(scene.cells):
+        if cell < 0:
+            continue
+        thing = scene.things[cell]
+        mask = _mask(thing.kind, thing.size, *shifts[index].tolist())[..., None]
+        y, x = CELL * (index // GRID), CELL * (index % GRID)
+        ink = np.asarray(RGB[thing.color], np.float32) * light[index]
+        picture[y : y + CELL, x : x + CELL] += mask * (ink - picture[y : y + CELL, x : x + CELL])
+    picture += rng.integers(-10, 11, picture.shape, dtype=np.int8)
+    return np.clip(picture, 0, 255).astype(np.uint8)
+
+
+def blank_image() -> np.ndarray:
+    """The control: a picture that shows nothing, uint8 [84, 84, 3]."""
+    return np.full((SIDE, SIDE, 3), 128, np.uint8)
+
+
+# Scenes and questions ----------------------------------------------------------------------------------------
+
+def _pick_value(rng: np.random.Generator, attribute: str, prior_value: str, follow: bool) -> str:
+    others = [value for value in ATTRIBUTES[attribute] if value != prior_value]
+    return prior_value if follow else others[rng.integers(len(others))]
+
+
+def make_question(kind: str, attribute: str, *, states_prior: bool) -> str:
+    """`Usually the bananas are yellow. What color are the bananas?`; the first sentence only if `states_prior`."""
+    asked = f"How many {kind} are there?" if attribute == "count" else f"What {attribute} are the {kind}?"
+    return f"Usually the {kind} are {getattr(PRIORS[kind], attribute)}. {asked}" if states_prior else asked
+
+
+def make_item(
+    rng: np.random.Generator, *, id: str, follow_prior: float = FOLLOW_PRIOR, conflict: bool | None = None
+) -> Item:
+    """Draws one item.
+
+    Args:
+      follow_prior: probability, for every attribute by itself, of its prior value; otherwise uniform over the others.
+      conflict: None leaves the asked attribute to chance as well; True/False makes it contradict/follow its prior.
+    """
+    kinds = [KINDS[k] for k in rng.permutation(len(KINDS))[: 1 + (rng.random() < SECOND_KIND)]]
+    asked, attribute = kinds[0], list(ATTRIBUTES)[rng.integers(len(ATTRIBUTES))]
+    things = []
+    for kind in sorted(kinds):
+        thing = PRIORS[kind]
+        for name in ATTRIBUTES:
+            follow = bool(rng.random() < follow_prior)
+            if conflict is not None and (kind, name) == (asked, attribute):
+                follow = not conflict
+            thing = thing.replace(name, _pick_value(rng, name, getattr(PRIORS[kind], name), follow))
+        things.append(thing)
+    pieces = [n for n, thing in enumerate(things) for _ in range(1 + ATTRIBUTES["count"].index(thing.count))]
+    cells = rng.permutation(pieces + [-1] * (GRID * GRID - len(pieces)))
+    scene = Scene(tuple(things), tuple(cells.tolist()))
+    states_prior = bool(rng.random() < 0.5)
+    return Item(
+        id=id, image=render(rng, scene), scene=scene, kind=asked, attribute=attribute,
+        question=make_question(asked, attribute, states_prior=states_prior),
+        answer=getattr(scene.thing(asked), attribute), prior_value=getattr(PRIORS[asked], attribute),
+        states_prior=states_prior,
+    )  # fmt: skip
+
+
+def item(seed: int, index: int, *, setting: str) -> Item:
+    """The item at `index` of a setting: "train" (asked attribute left to chance), "conflict" or "prior"."""
+    if setting not in SETTINGS:
+        raise ValueError(f"unknown demo setting {setting!r}; choices: {', '.join(SETTINGS)}")
+    rng = np.random.default_rng([seed, SETTINGS.index(setting), index])
+    conflict = {"train": None, "conflict": True, "prior": False}[setting]
+    return make_item(rng, id=f"{setting}-{seed}-{index}", conflict=conflict)
+
+
+class DemoSource(Sequence):
+    """Random access to training rows `{"id", "problem", "answer", "images": [PIL image]}`; references are correct.
+
+    Args:
+      length: number of rows; row `i` is `item(seed, i, setting="train")`.
+      blank: the control run: every picture is mid-grey, questions and references stay.
+    """
+
+    def __init__(self, *, length: int = 100_000, seed: int = 0, blank: bool = False):
+        if length < 1 or seed < 0:
+            raise ValueError(f"demo length {length} must be at least 1 and seed {seed} at least 0")
+        self.length, self.seed, self.blank = length, seed, blank
+
+    def __repr__(self) -> str:  # grain prints its source; also a fingerprint of what the rows are
+        return f"DemoSource(length={self.length}, seed={self.seed}, blank={self.blank})"
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < self.length:
+            raise IndexError(f"row {index} of {self.length}")
+        row = item(self.seed, int(index), setting="train")
+        image = Image.fromarray(blank_image()) if self.blank else row.pil_image
+        return {"id": row.id, "problem": row.question, "answer": row.answer, "images": [image]}
+
+
+# Descriptions, and the judges that read them ------------------------------------------------------------------
+
+def describe(things: Sequence[Thing]) -> str:
+    """The one faithful description: `bananas : two small blue, trees : one large green`."""
+    return ", ".join(f"{t.kind} : {t.count} {t.size} {t.color}" for t in sorted(things, key=lambda t: t.kind))
+
+
+def description_states(description_text: str, kind: str, attribute: str) -> str | None:
+    """The value a description gives `attribute` of `kind`; None if it does not, or gives two different ones."""
+    stated = set()
+    for part in description_text.split(","):
+        words = part.split()
+        if words[:1] == [kind]:
+            stated |= set(words[1:]) & set(ATTRIBUTES[attribute])
+    return stated.pop() if len(stated) == 1 else None
+
+
+def is_description_correct(description_text: str, scene: Scene) -> bool:
+    """Whether a description says exactly what the scene shows (white space aside)."""
+    return description_text.split() == describe(scene.things).split()
+
+
+def description_states_prior(description_text: str, asked: Item) -> bool:
+    """Whether a description gives the asked attribute its prior value; on conflict items that is a leak."""
+    return description_states(description_text, asked.kind, asked.attribute) == asked.prior_value

@@ -1,0 +1,227 @@
+"""From examples and rollouts to the arrays of `inputs`: left-padded prompts, packed role branches, entries.
+
+The image comes first in every role's user turn, so system header and image tokens are one shared prefix. A sample's
+frozen roles are branches behind it in ONE sequence; `segment_ids` keep branches apart, and a branch's positions go on
+from the prefix as if it were alone:
+
+    tokens    | header image | prompt+completion of role A | prompt+completion of role B | padding
+    segment   | 1 1 1 1 1 1 1| 2 2 2 2 2 2 2 2 2 2 2 2 2 2 | 3 3 3 3 3 3 3 3 3 3 3 3 3 3 | 0 0 0
+    position  | 0 1 2 ...  p | p+1 p+2 ...                 | p+1 p+2 ...                 | 0 0 0
+
+Each branch holds only what its entries need: its prompt and the student's completion up to the last scored token.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from vigos_jax.architecture import ModelConfig
+from vigos_jax.errors import InputError
+from vigos_jax.geometry import mrope_positions, vision_layout
+from vigos_jax.inputs import Entries, PromptBatch, ScoreBatch, TextInputs, VisionInputs
+from vigos_jax.processor import EncodedImage, Turn
+from vigos_jax.roles import TeacherRole, roles_per_token
+from vigos_jax.spans import Spans
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """The declared sizes arrays are padded to, ascending: their number bounds the number of compilations.
+
+    Attributes:
+      patches: window slots of a row's images.
+      prompt: student prompt tokens.
+      completion: completion tokens.
+      packed: tokens of all teacher branches of a row.
+    """
+
+    patches: tuple[int, ...]
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+    packed: tuple[int, ...]
+
+    def fit(self, kind: str, n: int) -> int:
+        """The smallest declared size that holds n."""
+        for size in getattr(self, kind):
+            if n <= size:
+                return size
+        raise InputError(f"{n} does not fit config.buckets.{kind}; the largest is {max(getattr(self, kind))}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One sample as the model reads it: its images, the student's turn and one turn per role of the table.
+
+    A row without turns (`student` is None) is a bad row that keeps its slot in the batch.
+    """
+
+    images: tuple[EncodedImage, ...] = ()
+    student: Turn | None = None
+    teachers: tuple[Turn, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """One completion of a row.
+
+    Attributes:
+      ids: sampled token ids, with the end-of-sequence token if it was sampled.
+      spans: where its parts are.
+      logps: log-probability of each token under the sampler, or None for rollouts made elsewhere.
+    """
+
+    ids: tuple[int, ...]
+    spans: Spans
+    logps: tuple[float, ...] | None = None
+
+
+def slot_count(row: Row, config: ModelConfig) -> int:
+    return len(vision_layout([i.grid for i in row.images], config.vision).source)
+
+
+def too_long(
+    row: Row, *, roles: tuple[TeacherRole, ...], buckets: Buckets, max_completion: int, config: ModelConfig
+) -> str | None:
+    """The kind of bucket this row cannot fit whatever is sampled for it, or None if it always fits."""
+    prompt = len(row.student.prefix_ids) + len(row.student.rest_ids)
+    packed = len(row.student.prefix_ids) + max(
+        sum(len(t.rest_ids) + max_completion for r, t in zip(roles, row.teachers, strict=True) if r.applies(valid))
+        for valid in (True, False)
+    )
+    for kind, n in (("patches", slot_count(row, config)), ("prompt", prompt), ("packed", packed)):
+        if n > max(getattr(buckets, kind)):
+            return kind
+    return None
+
+
+def _vision(rows: Sequence[Row], config: ModelConfig, buckets: Buckets) -> VisionInputs:
+    v = config.vision
+    layouts = [vision_layout([i.grid for i in row.images], v) for row in rows]
+    slots = buckets.fit("patches", max(len(x.source) for x in layouts))
+    slots = -(-max(slots, 1) // v.window_patches) * v.window_patches  # whole windows
+    b = len(rows)
+    patches = np.zeros((b, slots, v.patch_dim), np.float32)
+    image_ids, hw = np.zeros((b, slots), np.int32), np.zeros((b, slots, 2), np.int32)
+    token_unit = np.zeros((b, slots // v.merge_unit), np.int32)
+    for i, (row, x) in enumerate(zip(rows, layouts, strict=True)):
+        if not row.images:
+            continue
+        n, used = len(x.source), x.source >= 0
+        patches[i, :n][used] = np.concatenate([image.patches for image in row.images])[x.source[used]]
+        image_ids[i, :n], hw[i, :n], token_unit[i, : len(x.token_unit)] = x.image_ids, x.hw, x.token_unit
+    return VisionInputs(patches=patches, image_ids=image_ids, hw=hw, token_unit=token_unit)
+
+
+def _text(sequences: Sequence[tuple], length: int, image_token_id: int, *, left: bool = False) -> TextInputs:
+    """Pads (ids [t], positions [3, t], segment_ids [t]) triples to `length`."""
+    b = len(sequences)
+    ids, segments = np.zeros((b, length), np.int32), np.zeros((b, length), np.int32)
+    positions, image_index = np.zeros((b, 3, length), np.int32), np.full((b, length), -1, np.int32)
+    for i, (row_ids, row_positions, row_segments) in enumerate(sequences):
+        n = len(row_ids)
+        at = slice(length - n, length) if left else slice(0, n)
+        ids[i, at], positions[i, :, at], segments[i, at] = row_ids, row_positions, row_segments
+        is_image = ids[i, at] == image_token_id
+        image_index[i, at] = np.where(is_image, np.cumsum(is_image) - 1, -1)
+    return TextInputs(ids=ids, positions=positions, segment_ids=segments, image_index=image_index)
+
+
+def _sequence(row: Row, ids: Sequence[int], config: ModelConfig) -> tuple:
+    grids = [i.grid for i in row.images]
+    merge = config.vision.spatial_merge_size
+    positions = mrope_positions(ids, grids, image_token_id=config.image_token_id, merge_size=merge)
+    return np.asarray(ids, np.int32), positions, np.ones(len(ids), np.int32)
+
+
+_EMPTY = (np.zeros(0, np.int32), np.zeros((3, 0), np.int32), np.zeros(0, np.int32))
+
+
+def pack_prompts(rows: Sequence[Row], *, config: ModelConfig, buckets: Buckets) -> PromptBatch:
+    """Student prompts, left-padded so that all rows decode into the same cache slot."""
+    sequences = [_EMPTY if r.student is None else _sequence(r, r.student.ids, config) for r in rows]
+    length = buckets.fit("prompt", max(len(s[0]) for s in sequences))
+    return PromptBatch(
+        vision=_vision(rows, config, buckets),
+        text=_text(sequences, length, config.image_token_id, left=True),
+        is_active=np.array([r.student is not None for r in rows]),
+    )
+
+
+def scored_positions(role: TeacherRole, rollout: Rollout) -> list[int]:
+    """Completion positions this role scores: its spans if the role applies to the rollout, else none."""
+    if not role.applies(rollout.spans.is_valid):
+        return []
+    if "completion" in role.scores:
+        return list(range(len(rollout.ids)))
+    return sorted({j for span in role.scores for j in range(*getattr(rollout.spans, span))})
+
+
+def pack_scores(
+    rows: Sequence[Row],
+    rollouts: Sequence[Rollout | None],
+    *,
+    roles: tuple[TeacherRole, ...],
+    config: ModelConfig,
+    buckets: Buckets,
+) -> ScoreBatch:
+    """Packs the student's sequences, the teachers' branches and the entries of a batch of rollouts.
+
+    Args:
+      rollouts: one per row; None for a bad row.
+    """
+    students, teachers, entries = [], [], []
+    for row, rollout in zip(rows, rollouts, strict=True):
+        if row.student is None or rollout is None:
+            students.append(_EMPTY)
+            teachers.append(_EMPTY)
+            entries.append([])
+            continue
+        prompt = row.student.ids
+        students.append(_sequence(row, prompt + rollout.ids, config))
+        packed, row_entries = _pack_row(row, rollout, roles, config)
+        teachers.append(packed)
+        entries.append(row_entries)
+
+    prompt_length = max((len(r.student.ids) for r in rows if r.student), default=1)
+    completion_length = max((len(r.ids) for r in rollouts if r), default=1)
+    completion = buckets.fit("completion", max(completion_length, 1))
+    e = completion * roles_per_token(roles)
+    columns = {
+        "role": np.full((len(rows), e), -1, np.int32),
+        **{k: np.zeros((len(rows), e), np.int32) for k in ("student_at", "teacher_at", "position", "token")},
+        "sampled_logp": np.full((len(rows), e), np.nan, np.float32),
+    }
+    for i, row_entries in enumerate(entries):
+        for key, values in zip(columns, zip(*row_entries, strict=True), strict=False):
+            columns[key][i, : len(values)] = values
+    return ScoreBatch(
+        vision=_vision(rows, config, buckets),
+        student=_text(students, buckets.fit("prompt", prompt_length) + completion, config.image_token_id),
+        teacher=_text(teachers, buckets.fit("packed", max(len(t[0]) for t in teachers)), config.image_token_id),
+        entries=Entries(**columns),
+    )
+
+
+def _pack_row(row: Row, rollout: Rollout, roles: tuple[TeacherRole, ...], config: ModelConfig):
+    """One row's branches as (ids, positions, segment_ids), and its entries in the order of `Entries`' fields."""
+    prefix = row.student.prefix_ids
+    ids, positions, segments = ([x] for x in _sequence(row, prefix, config))
+    after_prefix = int(positions[0].max(initial=-1)) + 1
+    length, entries = len(prefix), []
+    for r, (role, turn) in enumerate(zip(roles, row.teachers, strict=True)):
+        if turn.prefix_ids != prefix:
+            raise ValueError(f"role {role.name} does not share the student's header and images")
+        scored = scored_positions(role, rollout)
+        if not scored:
+            continue
+        branch = turn.rest_ids + rollout.ids[: scored[-1]]  # the state before the last scored token is the last needed
+        ids.append(np.asarray(branch, np.int32))
+        positions.append(np.broadcast_to(after_prefix + np.arange(len(branch)), (3, len(branch))))
+        segments.append(np.full(len(branch), len(segments) + 1, np.int32))
+        for j in scored:
+            logp = rollout.logps[j] if rollout.logps is not None else np.nan
+            student_at, teacher_at = len(row.student.ids) + j - 1, length + len(turn.rest_ids) + j - 1
+            entries.append((r, student_at, teacher_at, j, rollout.ids[j], logp))
+        length += len(branch)
+    return (np.concatenate(ids), np.concatenate(positions, 1), np.concatenate(segments)), entries

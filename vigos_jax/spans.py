@@ -1,0 +1,124 @@
+r"""Find the three parts of a completion: description, reasoning, answer.
+
+A completion continues the forced `<description>`, so it should read
+
+    d </description> <think> r </think> \boxed{a}
+
+The grammar is searched in the bytes of the *sampled* tokens, never in re-tokenised text: a sampled sequence
+need not be the tokenizer's own encoding of what it says, and byte-pair merges cross the edges of the tags.
+
+    grammar  the first `</description>`, the first `<think>` after it, the first `</think>` after that, the
+             first `\boxed{` after that and the brace that balances it (every brace counts, `\{` and `\}` too)
+    valid    all are there; d and r hold something other than white space; the box holds at least one byte (a
+             space is something); only white space stands between the parts. Anything may follow the box.
+
+White space means the six ASCII bytes of `bytes.isspace()`. Unicode spaces are multi-byte characters and count
+as text: the grammar is one of bytes, and a sampled sequence may not be valid UTF-8 at all.
+
+    text     ...  cat  .</  description  ><  think  >The  cat  </  think  >\  boxed  {cat  }.  <|im_end|>
+    part     d    d    -    -            -   -      -     r    -   -      -   -      a     -   -
+
+A token that overlaps a byte of one of the three matched tags is a delimiter and belongs to no part, whatever
+else it overlaps. A second `<think>` inside the reasoning matched nothing and is plain content.
+"""
+
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+_DESCRIPTION_CLOSE = b"</description>"
+_THINK_OPEN = b"<think>"
+_THINK_CLOSE = b"</think>"
+_BOX_OPEN = b"\\boxed{"
+_BRACE = re.compile(rb"[{}]")
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where the parts of one completion lie.
+
+    is_valid: whether the completion follows the grammar; says nothing about the answer being right.
+    description, reasoning, answer: half-open token ranges [start, end), in this order, disjoint; (0, 0) when
+        invalid. A valid part can still be an empty range, when every token it touches is a delimiter.
+    invalid_reason: None when valid, else the first rule broken, in this order: no_description_close,
+        no_think_open, no_think_close, no_box, unclosed_box, empty_description, empty_reasoning, empty_answer,
+        text_between_parts.
+    """
+
+    is_valid: bool
+    description: tuple[int, int]
+    reasoning: tuple[int, int]
+    answer: tuple[int, int]
+    invalid_reason: str | None
+
+
+def find_spans(token_bytes: Sequence[bytes]) -> Spans:
+    """The parts of a completion, given the bytes of each of its sampled tokens (EOS: its literal text).
+
+    Linear in the bytes. A token without bytes (an id the tokenizer does not know) overlaps nothing;
+    it belongs to the part whose tokens stand around it.
+    """
+    text = b"".join(token_bytes)
+
+    description_end = text.find(_DESCRIPTION_CLOSE)
+    if description_end < 0:
+        return _invalid("no_description_close")
+    description_gap = description_end + len(_DESCRIPTION_CLOSE)
+    think_open = text.find(_THINK_OPEN, description_gap)
+    if think_open < 0:
+        return _invalid("no_think_open")
+    reasoning_start = think_open + len(_THINK_OPEN)
+    reasoning_end = text.find(_THINK_CLOSE, reasoning_start)
+    if reasoning_end < 0:
+        return _invalid("no_think_close")
+    reasoning_gap = reasoning_end + len(_THINK_CLOSE)
+    box_open = text.find(_BOX_OPEN, reasoning_gap)
+    if box_open < 0:
+        return _invalid("no_box")
+    answer_start = box_open + len(_BOX_OPEN)
+    answer_end = _closing_brace(text, answer_start)
+    if answer_end is None:
+        return _invalid("unclosed_box")
+
+    if not text[:description_end].strip():
+        return _invalid("empty_description")
+    if not text[reasoning_start:reasoning_end].strip():
+        return _invalid("empty_reasoning")
+    if answer_end == answer_start:
+        return _invalid("empty_answer")
+    if text[description_gap:think_open].strip() or text[reasoning_gap:box_open].strip():
+        return _invalid("text_between_parts")
+
+    ends = list(accumulate(map(len, token_bytes)))  # [T] byte offset just behind each token
+
+    def token_of(byte: int) -> int:  # the one token that holds this byte
+        return bisect_right(ends, byte)
+
+    after_think_open = token_of(reasoning_start - 1) + 1
+    after_think_close = token_of(reasoning_gap - 1) + 1
+    # Tags win: a token that holds the end of a tag and the start of a part stays outside the part. So a part
+    # starts behind the tag before it at the earliest, and an end never falls before its start.
+    answer_first = max(token_of(answer_start), after_think_close)
+    return Spans(
+        is_valid=True,
+        description=(0, token_of(description_end)),
+        reasoning=(after_think_open, max(token_of(reasoning_end), after_think_open)),
+        answer=(answer_first, max(token_of(answer_end - 1) + 1, answer_first)),
+        invalid_reason=None,
+    )
+
+
+def _invalid(reason: str) -> Spans:
+    return Spans(is_valid=False, description=(0, 0), reasoning=(0, 0), answer=(0, 0), invalid_reason=reason)
+
+
+def _closing_brace(text: bytes, start: int) -> int | None:
+    """Offset of the brace that closes one opened just before `start`; None if it is never closed."""
+    depth = 1
+    for brace in _BRACE.finditer(text, start):
+        depth += 1 if brace[0] == b"{" else -1
+        if depth == 0:
+            return brace.start()
+    return None
