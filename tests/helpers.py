@@ -24,11 +24,14 @@ ADDED_TOKENS = {
 }
 # How Qwen2 tokenizers cut text before they merge.
 SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
-{%- if loop.first and message.role != 'system' -%}{{ '<|im_start|>system\\nBe useful.<|im_end|>\\n' }}{%- endif -%}
+{%- if loop.first and message.role != 'system' -%}
+{{ '<|im_start|>system\\nBe useful.<|im_end|>\\n' }}
+{%- endif -%}
 {{ '<|im_start|>' + message.role + '\\n' }}
 {%- if message.content is string -%}{{ message.content }}{%- else -%}
 {%- for part in message.content -%}
@@ -40,7 +43,7 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
 """
 CORPUS = [
-    "<description> three red squares and a blue circle </description> <think> the box is red </think> \\boxed{red}",
+    "<description> three red squares, a blue circle </description> <think> it is red </think> \\boxed{red}",
     "What colour is the circle? How many squares are there? Answer the question about the picture.",
     "system user assistant You are given a question and a reference answer. 1 2 3 4 5 yes no A B C D",
 ]
@@ -56,7 +59,7 @@ def make_processor_folder(
     vision: dict[str, Any] | None = None,
     chat_template: str = CHAT_TEMPLATE,
 ) -> pathlib.Path:
-    """Writes a tiny Qwen2.5-VL model folder without weights: config, tokenizer, image and generation settings.
+    """Writes a tiny Qwen2.5-VL folder without weights: config, tokenizer, image and generation settings.
 
     Args:
       path: the folder; made if it is not there.
@@ -77,7 +80,7 @@ def make_processor_folder(
     tokenizer.train_from_iterator(CORPUS, trainer)
     for content, special in ADDED_TOKENS.items():
         token = tokenizers.AddedToken(content, special=special, normalized=False)
-        tokenizer.add_special_tokens([token]) if special else tokenizer.add_tokens([token])
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([token])
     tokenizer.save(str(path / "tokenizer.json"))
     ids = {content: tokenizer.token_to_id(content) for content in ADDED_TOKENS}
 
@@ -139,7 +142,8 @@ def make_processor_folder(
         "vision_start_token_id": ids["<|vision_start|>"],
         "vision_end_token_id": ids["<|vision_end|>"],
     }
-    _write(path / "config.json", **(config | (text or {}) | {"vision_config": vision_config | (vision or {})}))
+    config |= (text or {}) | {"vision_config": vision_config | (vision or {})}
+    _write(path / "config.json", **config)
     return path
 
 

@@ -12,7 +12,7 @@ Each branch holds only what its entries need: its prompt and the student's compl
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -20,7 +20,8 @@ from vigos_jax.architecture import ModelConfig
 from vigos_jax.errors import InputError
 from vigos_jax.geometry import mrope_positions, vision_layout
 from vigos_jax.inputs import Entries, PromptBatch, ScoreBatch, TextInputs, VisionInputs
-from vigos_jax.processor import EncodedImage, Turn
+from vigos_jax.processor import EncodedImage, Processor, Turn
+from vigos_jax.prompts import fill
 from vigos_jax.roles import TeacherRole, roles_per_token
 from vigos_jax.spans import Spans
 
@@ -74,6 +75,34 @@ class Rollout:
     ids: tuple[int, ...]
     spans: Spans
     logps: tuple[float, ...] | None = None
+
+
+def make_row(
+    images: tuple[EncodedImage, ...],
+    *,
+    problem: str,
+    reference: str,
+    student: Mapping[str, str],
+    roles: tuple[TeacherRole, ...],
+    processor: Processor,
+) -> Row:
+    """Writes out the prompts of a sample.
+
+    Args:
+      reference: the answer that a role's template may show; the student's cannot ask for it.
+      student: `user` and `assistant_prefill`, as in `config.prompts.student`.
+    """
+    grids = [image.grid for image in images]
+
+    def turn(user: str, prefill: str, shown: str | None) -> Turn:
+        text = fill(user, problem=problem, reference=shown)
+        return processor.encode_turn(user_text=text, grids=grids, assistant_prefill=prefill)
+
+    return Row(
+        images=images,
+        student=turn(student["user"], student["assistant_prefill"], None),
+        teachers=tuple(turn(r.user, r.assistant_prefill, reference) for r in roles),
+    )
 
 
 def slot_count(row: Row, config: ModelConfig) -> int:

@@ -4,10 +4,10 @@ import numbers
 import re
 
 from vigos_jax.errors import InputError
+from vigos_jax.graders import last_boxed
 
 _FIELD = re.compile(r"\{(problem|reference)\}")
 _ANSWER_LABEL = re.compile(r"answer\s*[:：]", re.IGNORECASE)
-_BRACE = re.compile(r"[{}]")
 
 
 def fields(template: str) -> frozenset[str]:
@@ -52,7 +52,7 @@ def clean_reference(answer: object) -> str:
         text = (code if newline else language).strip()
     if text[:8].lower() == "<answer>" and text[-9:].lower() == "</answer>":
         text = text[8:-9].strip()
-    boxed = _last_boxed(text)
+    boxed = last_boxed(text)
     text = text if boxed is None else boxed
     if match := _ANSWER_LABEL.match(text):
         text = text[match.end() :].strip()
@@ -70,17 +70,6 @@ def _number_text(value: numbers.Real) -> str:
     if value != value or value in (float("inf"), float("-inf")):
         return ""
     return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
-
-
-def _last_boxed(text: str) -> str | None:
-    # Its twin in graders.py reads what a model wrote; leaves do not import each other.
-    for piece in reversed(text.split("\\boxed{")[1:]):
-        depth = 1
-        for brace in _BRACE.finditer(piece):
-            depth += 1 if brace[0] == "{" else -1
-            if depth == 0:
-                return piece[: brace.start()].strip()
-    return None
 
 
 def _shorten(text: str, limit: int = 60) -> str:

@@ -225,24 +225,25 @@ class Sampler:
         self._prefill = jax.jit(functools.partial(_prefill, model, sampling))
         self._decode = jax.jit(functools.partial(_decode, model, sampling, tuple(eos_ids)), donate_argnums=(1,))
 
-    def start(self, variables: Variables, prompts: PromptBatch, keys: Array) -> DecodeState:
-        """Runs the prompts. keys: one random key per row."""
-        return self._prefill(self._ready(variables), prompts, keys)
-
-    def advance(self, variables: Variables, state: DecodeState, until: int) -> DecodeState:
-        """Decodes until every row has `until` tokens or has stopped; may be called again to go on."""
-        return self._decode(self._ready(variables), state, jnp.int32(until))
-
-    def __call__(self, variables: Variables, prompts: PromptBatch, keys: Array) -> Completions:
-        """Samples a completion for every row."""
-        variables = {**variables, "params": self._ready(variables)["params"]}
-        state = self.advance(variables, self.start(variables, prompts, keys), self.sampling.max_tokens)
-        return completions(state)
-
-    def _ready(self, variables: Variables) -> Variables:
+    def ready(self, variables: Variables) -> Variables:
+        """The variables as decoding reads them; do it once where several batches are sampled."""
         if all(x.dtype == self._dtype for x in jax.tree.leaves(variables["params"])):
             return variables
         return {**variables, "params": self._cast(variables["params"])}
+
+    def start(self, variables: Variables, prompts: PromptBatch, keys: Array) -> DecodeState:
+        """Runs the prompts. variables: from `ready`; keys: one random key per row."""
+        return self._prefill(variables, prompts, keys)
+
+    def advance(self, variables: Variables, state: DecodeState, until: int) -> DecodeState:
+        """Decodes until every row has `until` tokens or has stopped; may be called again to go on."""
+        return self._decode(variables, state, jnp.int32(until))
+
+    def __call__(self, variables: Variables, prompts: PromptBatch, keys: Array) -> Completions:
+        """Samples a completion for every row."""
+        variables = self.ready(variables)
+        state = self.advance(variables, self.start(variables, prompts, keys), self.sampling.max_tokens)
+        return completions(state)
 
 
 def completions(state: DecodeState) -> Completions:

@@ -1,0 +1,146 @@
+r"""ViGOS on the embedded demo: every field of a run, with its default. Other configs start from this one.
+
+    python -m vigos_jax.main --config configs/base.py
+
+Trains the shipped 0.5 M-parameter model for 60 steps on two CPU cores, a few minutes in all, and prints a table:
+Score (accuracy on pictures that contradict what one expects) rises, the share of descriptions that state what one
+expects instead of what is shown falls. README.md has the measured numbers.
+
+For a run of your own, write a file that imports this one and changes what differs:
+
+    from configs import base
+
+    def get_config():
+        config = base.get_config()
+        config.model.path = "Qwen/Qwen2.5-VL-3B-Instruct"
+        config.data.source = "LMMs-Lab-Turtle/Vision-SR1-47K"
+        return config
+"""
+
+import ml_collections
+from ml_collections import ConfigDict
+
+FORMAT = (
+    "Describe what the image shows inside <description> </description>, reason inside <think> </think>, "
+    "then give the final answer in \\boxed{}."
+)
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ConfigDict()
+    config.seed = 0  # of everything random: data order, rollouts, adapter initialisation, dropout
+    config.steps = 60  # optimizer steps of the whole run
+    config.batch_size = 32  # rows of a global batch, over all devices and micro-batches
+    config.accumulation = 1  # micro-batches a step's gradient is summed over
+    config.checkpoint_every = 20  # optimizer steps between checkpoints; the last step is always saved
+    config.keep_checkpoints = 2  # newest ones kept
+    config.log_every = 10  # steps between progress lines where there is no terminal
+
+    config.model = ConfigDict()
+    config.model.path = "demo"  # Hugging Face folder or hub id; "demo" is the model shipped with the package
+    config.model.adapter = ""  # PEFT LoRA folder to start the student from; "" for none
+    config.model.dtype = "float32"  # of the frozen base and of computation: float32 | bfloat16
+    config.model.remat = False  # recompute layers in the backward pass: slower, much less memory
+
+    config.lora = ConfigDict()
+    config.lora.rank = 0  # of new adapters; 0 trains all parameters instead
+    config.lora.alpha = 128.0  # adapters are scaled by alpha / rank
+    config.lora.dropout = 0.05  # of an adapter's input, while training
+    config.lora.scope = "language"  # language: q,k,v,o,gate,up,down of the decoder | official: vision MLPs too
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # ways to split the batch alone; -1 takes the devices the other axes leave
+    config.mesh.fsdp = 1  # ways to split batch and parameters
+    config.mesh.tensor = 1  # ways to split heads and hidden widths
+
+    config.data = ConfigDict()
+    config.data.source = "demo"  # demo | a .jsonl | a .parquet | a folder of .parquet | a hub data set (owner/name)
+    config.data.split = "train"  # of a hub data set or folder
+    config.data.shuffle = True  # anew in every epoch
+    config.data.workers = 0  # processes that read and encode; 0 for threads of the main one. Same batches.
+    config.data.max_images = 1  # rows with more are bad rows
+    config.data.max_bad_fraction = 0.05  # unusable rows (skipped and counted) above which the run stops
+    config.data.blank_images = False  # demo only: grey pictures, a control that must learn nothing
+
+    # Prompts. `user` is exactly the text after the image in the user turn; {problem} and {reference} are filled in,
+    # every other brace is literal. `assistant_prefill` starts the assistant's turn. What a role's template does not
+    # name, that role never sees: the perception teacher gets the image alone.
+    config.prompts = ConfigDict()
+    config.prompts.student = ConfigDict({"user": "{problem}\n" + FORMAT, "assistant_prefill": "<description>"})
+    config.prompts.perception = ConfigDict({"user": "", "assistant_prefill": "<description>"})
+    config.prompts.reasoning = ConfigDict(
+        {
+            "user": "{problem}\nReference answer: {reference}\nReason from the image to this answer.",
+            "assistant_prefill": "<description>",
+        }
+    )
+    config.prompts.reference = ConfigDict(
+        {"user": "{problem}\nReference answer: {reference}\n" + FORMAT, "assistant_prefill": "<description>"}
+    )
+
+    # Teacher roles (Section 4 of the paper). A role scores its spans of the student's own rollout:
+    #   scores      any of description, reasoning, answer, completion (every token)
+    #   when        valid | invalid | always: which rollouts, by format
+    #   divergence  forward_kl is KL(teacher || student), reverse_kl is KL(student || teacher)
+    #   weight      lambda; 0 leaves the role out
+    #   clip        largest value one token contributes; 0 for no clip
+    config.roles = ConfigDict()
+    config.roles.perception = role(("description",), "valid", "forward_kl", weight=1.0)
+    config.roles.reasoning = role(("reasoning", "answer"), "valid", "forward_kl", weight=1.0)
+    config.roles.reference = role(("completion",), "invalid", "reverse_kl", weight=2.0)
+
+    config.sampling = ConfigDict()  # of the rollouts
+    config.sampling.max_tokens = 64  # longest completion
+    config.sampling.temperature = 1.1  # 0 is greedy
+    config.sampling.top_k = 20  # 0 keeps all tokens
+    config.sampling.top_p = 0.95  # 1 keeps all tokens
+    config.sampling.min_p = 0.0  # 0 keeps all tokens
+    config.sampling.repetition_penalty = 1.0  # over prompt and completion; 1 is off
+    config.sampling.presence_penalty = 0.0  # over the completion; 0 is off
+
+    config.optimizer = ConfigDict()  # AdamW
+    config.optimizer.learning_rate = 3e-4
+    config.optimizer.schedule = "constant"  # constant | linear (to 0 at the last step)
+    config.optimizer.warmup_steps = 5
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.max_grad_norm = 1.0
+
+    config.loss = ConfigDict()
+    config.loss.chunk = 32  # entries per row whose logits exist at a time: less memory, more passes
+
+    # Sizes that arrays are padded to. Fewer sizes mean fewer compilations, more sizes less padding.
+    config.buckets = ConfigDict()
+    config.buckets.patches = (64, 256, 1024, 2048, 4096, 8192, 16384)  # image patches of a row, in window slots
+    config.buckets.prompt = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # student prompt tokens
+    config.buckets.completion = (64, 128, 256, 512, 1024, 2048, 4096)  # completion tokens
+    config.buckets.packed = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)  # all teacher branches of a row
+
+    config.evaluate = ConfigDict()  # before and after a run on the demo
+    config.evaluate.items = 1000  # questions of each kind (conflict, prior); 0 for no evaluation
+    config.evaluate.batch_size = 250
+    config.evaluate.seed = 42
+
+    config.score = ConfigDict()  # --mode score
+    config.score.rollouts = ""  # .jsonl of rollouts, see README.md
+    config.score.output = ""  # folder for scores.jsonl and summary.json
+    config.score.batch_size = 8  # rows scored at a time
+
+    config.generate = ConfigDict()  # --mode generate
+    config.generate.image = ""  # picture file
+    config.generate.question = ""
+
+    config.export = ConfigDict()  # --mode export, and the end of a run
+    config.export.output = ""  # folder; "" is WORKDIR/export at the end of a run
+    config.export.kind = "merged"  # merged: full checkpoint | adapter: PEFT LoRA
+    config.export.dtype = "float32"  # float32 | bfloat16
+    config.export.max_shard_gb = 5.0
+    config.export.after_training = True
+    return config
+
+
+def role(scores: tuple[str, ...], when: str, divergence: str, *, weight: float, clip: float = 0.05) -> ConfigDict:
+    """One row of a role table."""
+    return ConfigDict({"scores": scores, "when": when, "divergence": divergence, "weight": weight, "clip": clip})

@@ -1,0 +1,121 @@
+"""The objective the slow way: one sample, one role, one whole sequence at a time, all logits, float64.
+
+Nothing is packed, chunked or shared between roles. Of the package only the model is used, with the containers it
+takes its arguments in.
+"""
+
+import functools
+import itertools
+
+import jax
+import numpy as np
+
+from vigos_jax.inputs import TextInputs, VisionInputs
+
+LENGTH = 72  # all sequences are padded to it on the right: one compiled program
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model, variables, vision, text):
+    hidden, _ = model.apply(variables, text, model.apply(variables, vision, method="encode_images"))
+    return model.apply(variables, hidden, method="logits")[0]
+
+
+def logits(model, variables, images, ids):
+    """[T, V] logits of one sequence; the pictures take the first image tokens."""
+    c = model.config
+    padded = np.zeros((1, LENGTH), np.int32)
+    padded[0, : len(ids)] = ids
+    positions = np.zeros((1, 3, LENGTH), np.int32)
+    positions[0, :, : len(ids)] = positions_of(ids, images, c)
+    image_index = np.full((1, LENGTH), -1, np.int32)
+    count = sum(len(i.patches) for i in images) // c.vision.merge_unit
+    image_index[0, np.flatnonzero(np.array(ids) == c.image_token_id)[:count]] = np.arange(count)
+    segments = (np.arange(LENGTH) < len(ids)).astype(np.int32)[None]
+    text = TextInputs(ids=padded, positions=positions, segment_ids=segments, image_index=image_index)
+    return _logits(model, variables, vision_inputs(images, c.vision), text)[: len(ids)]
+
+
+def positions_of(ids, images, config):
+    """[3, T] M-RoPE positions."""
+    out, following, rest = [], 0, list(images)
+    ids = list(ids)
+    while len(out) < len(ids):
+        if ids[len(out)] == config.image_token_id and rest:
+            _, h, w = (n // config.vision.spatial_merge_size for n in rest.pop(0).grid)
+            out += [(following, following + y, following + x) for y in range(h) for x in range(w)]
+            following += max(h, w)
+        else:
+            out.append((following,) * 3)
+            following += 1
+    return np.array(out, np.int32).reshape(-1, 3).T
+
+
+def vision_inputs(images, vision, slots=64):
+    """The pictures of one sample, window by window."""
+    merge, side = vision.spatial_merge_size, vision.window_side
+    patches, ids = np.zeros((1, slots, vision.patch_dim), np.float32), np.zeros((1, slots), np.int32)
+    hw, token_unit = np.zeros((1, slots, 2), np.int32), np.zeros((1, slots // merge**2), np.int32)
+    slot, tokens = 0, 0
+    for number, image in enumerate(images, start=1):
+        rows, columns = image.grid[1] // merge, image.grid[2] // merge
+        for top, left in itertools.product(range(0, rows, side), range(0, columns, side)):
+            for y, x in itertools.product(range(top, top + side), range(left, left + side)):
+                if y < rows and x < columns:
+                    token_unit[0, tokens + y * columns + x] = slot // merge**2
+                for dy, dx in itertools.product(range(merge), range(merge)):
+                    if y < rows and x < columns:
+                        patches[0, slot] = image.patches[((y * columns + x) * merge + dy) * merge + dx]
+                        ids[0, slot], hw[0, slot] = number, (y * merge + dy, x * merge + dx)
+                    slot += 1
+        tokens += rows * columns
+    return VisionInputs(patches=patches, image_ids=ids, hw=hw, token_unit=token_unit)
+
+
+def log_softmax(x, xp=np):
+    x = np.asarray(x, np.float64) if xp is np else x
+    x = x - xp.max(x, -1, keepdims=True)
+    return x - xp.log(xp.sum(xp.exp(x), -1, keepdims=True))
+
+
+def objective(model, base, trained, samples, roles, xp=np):
+    """The weighted sum of the roles' means over (row, rollout) pairs.
+
+    Args:
+      xp: numpy for float64, jax.numpy to differentiate with respect to `trained`.
+
+    Returns:
+      (loss, {role name: {"loss", "tokens", "clipped"}},
+       {(sample, role name): (positions, kl, student_logp, teacher_logp)}).
+    """
+    student, teacher = {"params": base} | trained, {"params": base}
+    entries = {}
+    for i, (row, rollout) in enumerate(samples):
+        if row.student is None or rollout is None:
+            continue
+        n = len(rollout.ids)
+        prompt = row.student.prefix_ids + row.student.rest_ids
+        p = log_softmax(logits(model, student, row.images, prompt + rollout.ids), xp)[len(prompt) - 1 :]
+        for role, turn in zip(roles, row.teachers, strict=True):
+            if role.when != ("valid" if rollout.spans.is_valid else "invalid") and role.when != "always":
+                continue
+            spans = [(0, n) if s == "completion" else getattr(rollout.spans, s) for s in role.scores]
+            at = np.array([j for j in range(n) if any(start <= j < end for start, end in spans)], int)
+            if not len(at):
+                continue
+            prompt = turn.prefix_ids + turn.rest_ids
+            q = log_softmax(logits(model, teacher, row.images, prompt + rollout.ids), xp)[len(prompt) - 1 :]
+            a, b = (q, p) if role.divergence == "forward_kl" else (p, q)
+            kl = xp.sum(xp.exp(a) * (a - b), -1)[at]
+            token = np.array(rollout.ids)[at]
+            entries[i, role.name] = (at, kl, p[at, token], q[at, token])
+
+    loss, parts = 0.0, {}
+    for role in roles:
+        kl = [x[1] for (_, name), x in entries.items() if name == role.name]
+        tokens = sum(len(x) for x in kl)
+        clip = role.clip or np.inf
+        mean = sum(xp.sum(xp.where(x > clip, clip, x)) for x in kl) / max(tokens, 1)
+        parts[role.name] = {"loss": mean, "tokens": tokens, "clipped": sum(xp.sum(x > clip) for x in kl)}
+        loss = loss + role.weight * mean
+    return loss, parts, entries

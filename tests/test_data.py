@@ -1,0 +1,446 @@
+"""Rows from every kind of source, bad rows that keep their slot, batches that depend on the seed alone."""
+
+import copy
+import io
+import itertools
+import json
+import time
+
+import datasets
+import ml_collections
+import numpy as np
+import pytest
+from helpers import make_processor_folder
+from PIL import Image
+
+from vigos_jax import data as data_lib
+from vigos_jax.data import BadRows, Example, encode_row, fingerprint, load_source, make_batches
+from vigos_jax.errors import InputError
+from vigos_jax.processor import Processor
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    return Processor.load(make_processor_folder(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def picture(shade=0, size=(30, 40)):
+    return Image.new("RGB", size, (shade, 2 * shade, 255 - shade))
+
+
+def picture_bytes(shade=0, size=(30, 40)):
+    file = io.BytesIO()
+    picture(shade, size).save(file, "PNG")
+    return file.getvalue()
+
+
+def config(source, **fields):
+    values = {"source": str(source), "split": "train", "shuffle": True, "workers": 0}
+    return ml_collections.ConfigDict(values | {"max_images": 1, "max_bad_fraction": 0.1} | fields)
+
+
+def rows(n):
+    return [
+        {"problem": f"<image>Question {i}?", "answer": str(i), "images": [picture_bytes(i)]} for i in range(n)
+    ]
+
+
+def write_parquet(path, rows, feature="list"):
+    """`images` as Image features (one or a list), or as plain structs of bytes and path."""
+    struct = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    image = {
+        "one": datasets.Image(),
+        "list": datasets.List(datasets.Image()),
+        "struct": struct,
+        "structs": datasets.List(struct),
+        "path": datasets.Value("string"),
+    }[feature]
+    first = next(iter(rows))
+    features = {
+        name: image
+        if name in ("images", "image")
+        else datasets.Value("int64" if type(value) is int else "string")
+        for name, value in first.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = {name: [row[name] for row in rows] for name in first}
+    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(path)
+    return path
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def encode(row, processor, **options):
+    return encode_row(row, 7, **({"processor": processor, "max_images": 1, "image_roots": ()} | options))
+
+
+# --- sources ---
+
+
+@pytest.mark.parametrize("column", ["images", "image"])
+@pytest.mark.parametrize("feature", ["one", "list", "struct", "structs"])
+def test_parquet(tmp_path, processor, feature, column):
+    one = {"bytes": picture_bytes(3), "path": None}
+    image = one if feature in ("one", "struct") else [one]
+    table = [
+        {"problem_id": 11 + i, "id": f"other{i}", "problem": f"Q{i}", "answer": i, column: image}
+        for i in range(3)
+    ]
+    source = load_source(config(write_parquet(tmp_path / "a.parquet", table, feature)))
+    assert len(source) == 3
+    row = source[1]
+    assert (row["id"], row["problem"], row["answer"]) == ("12", "Q1", 1)
+    example = encode(source[0], processor)
+    assert (example.id, example.bad_reason, example.reference) == (
+        "11",
+        None,
+        "0",
+    )  # the integer 0 is an answer
+    expected = processor.encode_image(picture(3))
+    np.testing.assert_array_equal(example.images[0].patches, expected.patches)
+    assert example.images[0].grid == expected.grid
+
+
+def test_parquet_with_paths(tmp_path, processor):
+    (tmp_path / "pictures").mkdir()
+    picture(5).save(tmp_path / "pictures" / "a.png")
+    table = [{"problem": "Q", "answer": "a", "images": path} for path in ("pictures/a.png", "../a.png")]
+    source = load_source(config(write_parquet(tmp_path / "a.parquet", table, "path")))
+    reasons = [
+        encode(row, processor, image_roots=source.image_roots).bad_reason for row in (source[0], source[1])
+    ]
+    assert reasons == [None, "image_outside_folder"]
+
+
+def test_folder_of_parquet(tmp_path):
+    for split, n in (("train-00000-of-00002", 2), ("train-00001-of-00002", 3), ("test-00000-of-00001", 1)):
+        write_parquet(tmp_path / "set" / "data" / f"{split}.parquet", rows(n))
+    (tmp_path / "set" / "README.md").write_text("# A data set\n")
+    picture().save(tmp_path / "set" / "cover.png")
+    assert len(load_source(config(tmp_path / "set"))) == 5
+    assert len(load_source(config(tmp_path / "set", split="test"))) == 1
+    with pytest.raises(InputError, match="(?s)'val'.*train.*test"):
+        load_source(config(tmp_path / "set", split="val"))
+
+
+def test_jsonl(tmp_path, processor):
+    (tmp_path / "a").mkdir()
+    picture(1).save(tmp_path / "a" / "1.png")
+    picture(2).save(tmp_path / "outside.png")
+    good = {"problem": "  Café <image>?", "answer": "Answer: B", "images": ["1.png"], "extra": {"x": 1}}
+    lines = [
+        good | {"id": "x"},
+        "\n",
+        good | {"image": "1.png", "images": "1.png"},
+        "{broken\n",
+        "[1]\n",
+        good | {"images": ["../outside.png"]},
+        json.dumps(good | {"id": "last"}),  # no line end
+    ]
+    source = load_source(config(write_jsonl(tmp_path / "a" / "data.jsonl", lines)))
+    assert len(source) == 6 and source[0]["extra"] == {"x": 1}
+    examples = [encode(source[i], processor, image_roots=source.image_roots) for i in range(6)]
+    assert [e.id for e in examples] == ["x", "1", "2", "3", "4", "last"]
+    assert [e.bad_reason for e in examples] == [
+        None,
+        None,
+        "bad_json",
+        "bad_json",
+        "image_outside_folder",
+        None,
+    ]
+    assert (examples[0].problem, examples[0].reference) == ("Café?", "B")
+    np.testing.assert_array_equal(examples[0].images[0].patches, processor.encode_image(picture(1)).patches)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("", "does not exist"),
+        ("missing.jsonl", "does not exist"),
+        ("/missing/folder", "does not exist"),
+        ("a b", "does not exist"),
+        ("no-one/no-such-set", "cannot be loaded"),  # tests have no network
+        ("empty", "holds no such data"),
+        ("text.txt", "holds no such data"),
+        ("broken.parquet", "cannot be loaded"),
+        ("empty.jsonl", "no usable row"),
+        ("lists.jsonl", "no usable row"),
+        ("lacking.jsonl", "lacks answer, images; it has the columns problem, pictures"),
+        ("lacking.parquet", "lacks problem, images; it has the columns question, answer"),
+    ],
+)
+def test_bad_source(tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for file in ("text.txt", "broken.parquet", "empty.jsonl"):
+        (tmp_path / file).write_text("" if file.startswith("empty") else "hello")
+    write_jsonl(tmp_path / "lists.jsonl", ["[]\n", "3\n"])
+    write_jsonl(tmp_path / "lacking.jsonl", [{"problem": "x", "pictures": []}])
+    write_parquet(tmp_path / "lacking.parquet", [{"question": "x", "answer": "y"}])
+    with pytest.raises(InputError, match=message) as e:
+        load_source(config(name))
+    assert "\n" not in str(e.value) and (name in str(e.value))
+
+
+# --- bad rows ---
+
+GOOD = {"id": "r", "problem": "Q?", "answer": "a", "images": [picture_bytes()]}
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({}, None),
+        ({"answer": 0}, None),
+        ({"answer": 0.5}, None),
+        ({"images": picture()}, None),
+        ({"images": {"bytes": picture_bytes(), "path": "gone.png"}}, None),
+        ({"problem": ""}, "empty_problem"),
+        ({"problem": " <image>\n"}, "empty_problem"),
+        ({"problem": None}, "empty_problem"),
+        ({"problem": ["Q?"]}, "bad_problem_type"),
+        ({"answer": ""}, "empty_answer"),
+        ({"answer": None}, "empty_answer"),
+        ({"answer": float("nan")}, "empty_answer"),
+        ({"answer": ["a"]}, "bad_answer_type"),
+        ({"answer": "\ud800"}, "text_not_unicode"),
+        ({"images": None}, "no_image"),
+        ({"images": []}, "no_image"),
+        ({"images": [None]}, "no_image"),
+        ({"images": [picture_bytes()] * 2}, "too_many_images"),
+        ({"images": [b"no picture"]}, "image_unreadable"),
+        ({"images": [3]}, "bad_image_type"),
+        ({"images": [{"bytes": None, "path": None}]}, "image_missing"),
+        ({"images": ["a.png"]}, "image_outside_folder"),
+        ({"images": [picture_bytes(size=(27, 500))]}, "image_too_small"),
+        ({"images": [picture_bytes(size=(28, 5601))]}, "image_too_narrow"),
+    ],
+)
+def test_bad_row(processor, change, reason):
+    example = encode(GOOD | change, processor)
+    assert (example.id, example.bad_reason) == ("r", reason)
+    if reason is None:
+        assert len(example.images) == 1 and example.problem == "Q?" and example.reference
+    else:
+        assert (example.images, example.problem, example.reference) == ((), "", "")
+
+
+def test_row_number_is_the_last_resort(processor):
+    assert encode(GOOD | {"id": None}, processor).id == "7"
+    assert encode(GOOD | {"id": 0}, processor).id == "0"
+    assert encode(GOOD | {"problem_id": 5}, processor).id == "5"
+
+
+def test_several_images(processor):
+    images = [picture_bytes(1), picture(2, size=(60, 30))]
+    example = encode(GOOD | {"images": images}, processor, max_images=2)
+    for encoded, image in zip(example.images, (picture(1), images[1]), strict=True):
+        np.testing.assert_array_equal(encoded.patches, processor.encode_image(image).patches)
+
+
+def test_too_long(processor):
+    def too_long(example):
+        assert example.problem == "Q?" and len(example.images) == 1
+        return "prompt_too_long" if example.reference == "a" else None
+
+    assert encode(GOOD, processor, too_long=too_long).bad_reason == "prompt_too_long"
+    assert encode(GOOD | {"answer": "b"}, processor, too_long=too_long).bad_reason is None
+
+
+# --- batches ---
+
+
+def batches(source, processor, n, *, batch_size=4, **options):
+    defaults = {"seed": 5, "shuffle": True, "max_images": 1, "workers": 0}
+    iterator = make_batches(source, processor=processor, batch_size=batch_size, **(defaults | options))
+    try:
+        return list(itertools.islice(iterator, n))
+    finally:
+        iterator.close()
+
+
+def ids(batches):
+    return [[example.id for example in batch] for batch in batches]
+
+
+def flat(batches):
+    return list(itertools.chain.from_iterable(ids(batches)))
+
+
+def small_rows(n):
+    return [row | {"id": f"row{i}"} for i, row in enumerate(rows(n))]
+
+
+def test_epochs(processor):
+    order = flat(batches(small_rows(10), processor, 15))  # 60 rows, six epochs
+    epochs = [order[i : i + 10] for i in range(0, 60, 10)]
+    for epoch in epochs:  # nothing is dropped where a batch reaches over the end
+        assert sorted(epoch) == sorted(f"row{i}" for i in range(10))
+    assert len(set(map(tuple, epochs))) == 6
+    assert order == flat(batches(small_rows(10), processor, 15))
+    assert order != flat(batches(small_rows(10), processor, 15, seed=6))
+    unshuffled = flat(batches(small_rows(10), processor, 5, shuffle=False))
+    assert unshuffled == [f"row{i % 10}" for i in range(20)]
+
+
+def test_source_smaller_than_a_batch(processor):
+    assert [sorted(b) for b in ids(batches(small_rows(1), processor, 2))] == [["row0"] * 4] * 2
+    assert sorted(flat(batches(small_rows(3), processor, 3))) == sorted(["row0", "row1", "row2"] * 4)
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_processes_share_the_batch(processor, process_count):
+    source = small_rows(10)
+    whole = ids(batches(source, processor, 6))
+    parts = [
+        ids(batches(source, processor, 6, process_index=p, process_count=process_count))
+        for p in range(process_count)
+    ]
+    assert [sum(pieces, []) for pieces in zip(*parts, strict=True)] == whole
+
+
+def test_resume(processor):
+    source = small_rows(10)
+    whole = ids(batches(source, processor, 9))
+    assert ids(batches(source, processor, 4, start_batch=5)) == whole[5:]
+    assert ids(batches(source, processor, 1, start_batch=10**12))  # as far as one likes
+
+
+def drop_row4(example):
+    return "prompt_too_long" if example.id == "row4" else None
+
+
+def test_worker_processes_change_nothing(tmp_path, processor):
+    table = [row | {"id": f"row{i}"} for i, row in enumerate(rows(9))]
+    table[2]["images"] = [b"broken"]
+    source = load_source(config(write_parquet(tmp_path / "a.parquet", table)))
+    options = {"too_long": drop_row4, "start_batch": 1}
+    alone = batches(source, processor, 5, workers=0, **options)
+    helped = batches(source, processor, 5, workers=2, **options)
+    assert [len(batch) for batch in helped] == [4] * 5
+    reasons = {e.id: e.bad_reason for batch in helped for e in batch}
+    assert len(reasons) == 9
+    assert {i: r for i, r in reasons.items() if r} == {"row2": "image_unreadable", "row4": "prompt_too_long"}
+    for a, b in zip(itertools.chain(*alone), itertools.chain(*helped), strict=True):
+        assert (a.id, a.problem, a.reference, a.bad_reason) == (b.id, b.problem, b.reference, b.bad_reason)
+        assert [image.grid for image in a.images] == [image.grid for image in b.images]
+        for image_a, image_b in zip(a.images, b.images, strict=True):
+            np.testing.assert_array_equal(image_a.patches, image_b.patches)
+
+
+def test_jsonl_source_can_be_pickled(tmp_path):
+    source = load_source(config(write_jsonl(tmp_path / "a.jsonl", [{**GOOD, "images": "p"}] * 3)))
+    twin = copy.deepcopy(source)
+    assert twin[2] == source[2] and twin.image_roots == source.image_roots
+
+
+class SlowSource(list):
+    """Counts how far it was read."""
+
+    reads = 0
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return super().__getitem__(index)
+
+
+def test_little_is_read_ahead(processor):
+    source = SlowSource(small_rows(10))
+    iterator = make_batches(
+        source, processor=processor, batch_size=2, seed=0, shuffle=True, max_images=1, workers=0
+    )
+    next(iterator)
+    time.sleep(0.3)
+    assert source.reads <= 2 * 4  # two batches ahead of the one given out
+    iterator.close()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": 3, "process_count": 2}, "batch_size 3"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"seed": -1}, "seed -1"),
+        ({"seed": 2**32}, "seed 4294967296"),
+        ({"workers": -1}, "data.workers -1"),
+        ({"max_images": 0}, "data.max_images 0"),
+    ],
+)
+def test_batch_options(processor, options, message):
+    with pytest.raises(InputError, match=message):
+        batches(small_rows(2), processor, 1, **options)
+    with pytest.raises(InputError, match="no rows"):
+        batches([], processor, 1)
+
+
+# --- state ---
+
+
+def test_fingerprint(tmp_path):
+    source = load_source(config(write_jsonl(tmp_path / "a.jsonl", [{**GOOD, "images": "p"}] * 20)))
+    moved = load_source(config(write_jsonl(tmp_path / "b" / "b.jsonl", [{**GOOD, "images": "p"}] * 20)))
+    assert fingerprint(source) == fingerprint(moved) and fingerprint(source).startswith("rows=20 ")
+    assert fingerprint(small_rows(20)) != fingerprint(small_rows(21))
+    changed = small_rows(20)
+    changed[19]["answer"] = "other"
+    assert fingerprint(small_rows(20)) != fingerprint(changed)
+
+
+def test_resume_batch():
+    def state(n=20, **changes):
+        values = {"batch_size": 4, "seed": 1, "shuffle": True, "next_batch": 0} | changes
+        return data_lib.data_state(small_rows(n), **values)
+
+    saved = json.loads(json.dumps(state(next_batch=6)))
+    assert data_lib.resume_batch(saved, state()) == 6
+    for changed in (state(batch_size=8), state(seed=2), state(shuffle=False), state(n=21)):
+        with pytest.raises(InputError, match="was .* and is"):
+            data_lib.resume_batch(saved, changed)
+
+
+def examples(bad, good):
+    return [Example("x", bad_reason="no_image")] * bad + [Example("y")] * good
+
+
+def test_bad_rows_are_counted():
+    counts = BadRows()
+    counts.update(examples(1, 7))
+    counts.update([Example("z", bad_reason="empty_answer"), *examples(1, 0)])
+    assert counts.summary() == "3 of 10 rows bad: no_image 2, empty_answer 1"
+    assert (counts.rows, counts.bad) == (10, 3)
+    assert BadRows().summary() == "0 of 0 rows bad"
+    BadRows().check(0.0)
+
+
+@pytest.mark.parametrize(
+    "bad, good, fraction, stops",
+    [
+        (1, 3, 0.1, False),  # 1 of 100 at the least
+        (10, 3, 0.1, False),
+        (11, 3, 0.1, True),
+        (99, 901, 0.1, False),
+        (101, 899, 0.1, True),
+        (1, 500, 0.0, True),
+        (7, 0, 1.0, False),
+        (8, 0, 1.0, True),  # none at all to learn from
+        (8, 1, 1.0, False),
+    ],
+)
+def test_too_many_bad_rows(bad, good, fraction, stops):
+    counts = BadRows()
+    counts.update(examples(bad, good))
+    if stops:
+        with pytest.raises(InputError, match=f"{bad} of {bad + good} rows bad: no_image {bad}"):
+            counts.check(fraction)
+    else:
+        counts.check(fraction)

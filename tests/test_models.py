@@ -1,0 +1,584 @@
+"""Qwen2.5-VL against transformers (torch, float32), number by number; and the geometry it stands on.
+
+The parity check has to see what public ports have got wrong, so the same check is run on broken inputs and must fail:
+`test_parity_notices_*`.
+"""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch_models as tm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vigos_jax import geometry
+from vigos_jax.architecture import ModelConfig
+from vigos_jax.inputs import PromptBatch, TextInputs
+from vigos_jax.models import hf
+from vigos_jax.models.layers import LoraSpec
+from vigos_jax.models.qwen2_5_vl import (
+    Qwen2_5VL,
+    abstract_variables,
+    empty_cache,
+    init_variables,
+    segment_mask,
+)
+from vigos_jax.models.variables import shares_vision, student_variables, teacher_variables
+from vigos_jax.packing import Buckets, Row, pack_prompts
+from vigos_jax.sampler import Sampler, Sampling, row_keys
+
+HEADS = ("tied", "untied")
+NOTICEABLE = 1000 * tm.TOLERANCE  # a broken feature must show at least this much
+# One batch holds every kind of prompt; the shorter ones are left-padded by the packing.
+SAMPLES = {
+    "no image": tm.make_sample([12], seed=1),
+    "one image": tm.make_sample([4, tm.WIDE, 7], seed=2),
+    "two images": tm.make_sample([3, tm.TALL, tm.SMALL, 5], seed=3),
+    "text between images": tm.make_sample([tm.SMALL, 6, tm.TALL, 2], seed=4),
+}
+LENGTH = 80  # tokens the batch is padded to
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pair:
+    """A torch model and ours with the same weights. `run` is (variables, vision, text) -> (visual tokens, logits)."""
+
+    torch: torch.nn.Module
+    config: ModelConfig
+    model: Qwen2_5VL
+    base: dict
+    run: object
+
+
+def make_run(model: Qwen2_5VL):
+    @jax.jit
+    def run(variables, vision, text):
+        images = model.apply(variables, vision, method="encode_images")
+        hidden, _ = model.apply(variables, text, images)
+        return images, model.apply(variables, hidden, method="logits")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> dict[str, Pair]:
+    out = {}
+    for head in HEADS:
+        reference = tm.cached_model(tied=head == "tied")
+        folder = tm.save(reference, tmp_path_factory.mktemp(head))
+        config = ModelConfig.load(folder)
+        model = Qwen2_5VL(config)
+        base = hf.load_params(folder, config, abstract_variables(model)["params"], dtype=np.float32)
+        out[head] = Pair(reference, config, model, base, make_run(model))
+    return out
+
+
+def pack(samples, *, length: int = LENGTH) -> PromptBatch:
+    buckets = Buckets(patches=(64, 448), prompt=(length,), completion=(1,), packed=(1,))
+    config = ModelConfig.from_hf(tm.tiny_config(tied=True).to_dict())
+    return pack_prompts([Row(s.images, s.turn) for s in samples], config=config, buckets=buckets)
+
+
+@pytest.fixture(scope="module")
+def batch() -> PromptBatch:
+    return pack(SAMPLES.values())
+
+
+@pytest.fixture(scope="module")
+def ours(pairs, batch):
+    """(visual tokens [B, M, D], logits [B, T, V]) of the whole batch, by head."""
+    return {h: jax.device_get(p.run({"params": p.base}, batch.vision, batch.text)) for h, p in pairs.items()}
+
+
+@functools.cache
+def theirs(head: str) -> dict[str, tuple[np.ndarray | None, np.ndarray]]:
+    """(visual tokens, logits) by sample, each run alone and without padding."""
+    model = tm.cached_model(tied=head == "tied")
+    return {
+        name: (tm.torch_images(model, s) if s.images else None, tm.torch_logits(model, [s])[0])
+        for name, s in SAMPLES.items()
+    }
+
+
+def worst_logit(logits, head: str, *, names=SAMPLES) -> float:
+    """The parity check: largest difference from torch at any position of the named samples."""
+    rows = list(SAMPLES)
+    return max(
+        tm.max_difference(logits[rows.index(n), LENGTH - len(SAMPLES[n].ids) :], theirs(head)[n][1]) for n in names
+    )
+
+
+def worst_feature(images) -> float:
+    rows = list(SAMPLES)
+    features = {n: f for n, (f, _) in theirs("tied").items() if f is not None}
+    return max(tm.max_difference(images[rows.index(n), : len(f)], f) for n, f in features.items())
+
+
+# -- parity -----------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_is_sensitive():
+    """Flat logits would agree with anything."""
+    for head in HEADS:
+        for features, logits in theirs(head).values():
+            assert logits.std() >= 1
+            assert features is None or features.std() >= 0.5
+
+
+@pytest.mark.parametrize("name", [n for n, s in SAMPLES.items() if s.images])
+def test_vision_parity(ours, name):
+    features = theirs("tied")[name][0]
+    row = list(SAMPLES).index(name)
+    assert tm.max_difference(ours["tied"][0][row, : len(features)], features) <= tm.TOLERANCE
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("name", SAMPLES)
+def test_logits_parity(ours, name, head):
+    """Left-padded in our batch, alone in torch: neither the padding nor the neighbours may matter."""
+    assert worst_logit(ours[head][1], head, names=[name]) <= tm.TOLERANCE
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_logits_parity_with_torchs_own_left_padding(pairs, ours, head):
+    expected = tm.torch_logits(pairs[head].torch, list(SAMPLES.values()))
+    logits = ours[head][1][:, LENGTH - expected.shape[1] :]
+    for i, sample in enumerate(SAMPLES.values()):
+        n = len(sample.ids)
+        assert tm.max_difference(logits[i, -n:], expected[i, -n:]) <= tm.TOLERANCE
+
+
+def test_padding_gives_finite_numbers(ours):
+    """A NaN in a padded slot would come back through a mask of zeros."""
+    for images, logits in ours.values():
+        assert np.isfinite(images).all() and np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_cached_decode_parity(pairs, batch, head):
+    """All but the last five tokens in one prefill, then one at a time into the cache."""
+    pair, steps = pairs[head], 5
+    variables, text = {"params": pair.base}, batch.text
+    rows = text.ids.shape[0]
+    visible = text.segment_ids > 0
+
+    @jax.jit
+    def extend(cache, images, part, start):
+        t = part.ids.shape[1]
+        causal = start + jnp.arange(t)[:, None] >= jnp.arange(LENGTH)
+        hidden, cache = pair.model.apply(variables, part, images, mask=visible[:, None] & causal, cache=cache)
+        return pair.model.apply(variables, hidden, method="logits"), cache
+
+    images = pair.model.apply(variables, batch.vision, method="encode_images")
+    cache = empty_cache(pair.config, batch=rows, length=LENGTH, dtype=jnp.float32)
+    first = LENGTH - steps
+    logits, cache = extend(cache, images, jax.tree.map(lambda x: x[..., :first], text), 0)
+    logits = [logits]
+    for i in range(first, LENGTH):
+        assert int(cache.write_at) == i
+        out, cache = extend(cache, images, jax.tree.map(lambda x, i=i: x[..., i : i + 1], text), i)
+        logits.append(out)
+    assert worst_logit(jnp.concatenate(logits, 1), head) <= tm.TOLERANCE
+
+
+@functools.cache
+def greedy(head: str, name: str, new_tokens: int, eos: int) -> tuple[int, ...]:
+    inputs = SAMPLES[name].torch_inputs()
+    out = tm.cached_model(tied=head == "tied").generate(
+        **inputs, do_sample=False, max_new_tokens=new_tokens, eos_token_id=eos, pad_token_id=0
+    )
+    return tuple(out[0, inputs["input_ids"].shape[1] :].tolist())
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_greedy_tokens_are_those_of_transformers(pairs, batch, head):
+    """One batch with and without images; one row ends early, at a token chosen to come up there."""
+    pair, new_tokens, unused = pairs[head], 16, tm.VOCAB - 1
+    eos = greedy(head, "one image", new_tokens, unused)[7]
+    expected = tuple(greedy(head, name, new_tokens, eos) for name in SAMPLES)
+    assert len({len(ids) for ids in expected}) > 1 and new_tokens in map(len, expected)
+    sampler = Sampler(pair.model, Sampling(max_tokens=new_tokens, temperature=0.0), eos_ids=[eos])
+    out = sampler({"params": pair.base}, batch, row_keys(0, 0, len(SAMPLES)))
+    assert out.ids == expected
+
+
+# -- the check can fail -----------------------------------------------------------------------------------------
+
+
+def test_parity_notices_flattened_positions(pairs, batch):
+    """Positions that count up by one along all three axes: right for text, wrong behind an image."""
+    pair = pairs["tied"]
+    running = jnp.maximum(jnp.cumsum(batch.text.segment_ids > 0, -1) - 1, 0)
+    flat = batch.text.replace(positions=jnp.repeat(running[:, None], 3, 1))
+    _, logits = pair.run({"params": pair.base}, batch.vision, flat)
+    assert worst_logit(logits, "tied", names=["no image"]) <= tm.TOLERANCE
+    for name in theirs("tied").keys() - {"no image"}:
+        assert worst_logit(logits, "tied", names=[name]) > NOTICEABLE
+
+
+def test_parity_notices_swapped_position_axes(pairs, batch):
+    """Height and width exchanged, which a square image of one visual token would hide."""
+    pair = pairs["tied"]
+    swapped = batch.text.replace(positions=batch.text.positions[:, jnp.array([0, 2, 1])])
+    _, logits = pair.run({"params": pair.base}, batch.vision, swapped)
+    assert worst_logit(logits, "tied", names=["one image"]) > NOTICEABLE
+
+
+@pytest.mark.parametrize("change", [{"full_attention_blocks": (0, 1, 2, 3)}, {"full_attention_blocks": ()}])
+def test_parity_notices_wrong_windows(pairs, batch, change):
+    """All blocks full: windows dropped. None full: what the full-attention blocks are for dropped."""
+    pair = pairs["tied"]
+    config = dataclasses.replace(pair.config, vision=dataclasses.replace(pair.config.vision, **change))
+    run = make_run(Qwen2_5VL(config))
+    images, logits = run({"params": pair.base}, batch.vision, batch.text)
+    assert worst_feature(images) > NOTICEABLE
+    assert worst_logit(logits, "tied") > NOTICEABLE
+    assert worst_logit(logits, "tied", names=["no image"]) <= tm.TOLERANCE
+
+
+def test_parity_notices_mixed_up_patch_positions(pairs, batch):
+    pair = pairs["tied"]
+    images, logits = pair.run({"params": pair.base}, batch.vision.replace(hw=batch.vision.hw * 0), batch.text)
+    assert worst_feature(images) > NOTICEABLE and worst_logit(logits, "tied") > NOTICEABLE
+
+
+def test_parity_notices_images_that_attend_to_each_other(pairs, batch):
+    pair = pairs["tied"]
+    one_frame = batch.vision.replace(image_ids=jnp.minimum(batch.vision.image_ids, 1))
+    images, _ = pair.run({"params": pair.base}, one_frame, batch.text)
+    assert worst_feature(images) > NOTICEABLE
+
+
+def test_parity_notices_features_that_are_not_inserted(pairs, batch):
+    pair = pairs["tied"]
+    text = batch.text.replace(image_index=jnp.full_like(batch.text.image_index, -1))
+    _, logits = pair.run({"params": pair.base}, batch.vision, text)
+    for name in theirs("tied").keys() - {"no image"}:
+        assert worst_logit(logits, "tied", names=[name]) > NOTICEABLE
+
+
+def test_parity_notices_swapped_images(pairs, batch):
+    """Every feature inserted, but in another order."""
+    pair = pairs["tied"]
+    index = batch.text.image_index
+    reverse = jnp.where(index >= 0, jnp.max(index, -1, keepdims=True) - index, -1)
+    _, logits = pair.run({"params": pair.base}, batch.vision, batch.text.replace(image_index=reverse))
+    assert worst_logit(logits, "tied", names=["two images"]) > NOTICEABLE
+
+
+# -- the adapter ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapted:
+    torch: torch.nn.Module
+    model: Qwen2_5VL
+    lora: dict
+    logits: dict[str, np.ndarray]  # torch's, by sample
+    run: object
+
+
+@pytest.fixture(scope="module")
+def adapted(pairs, tmp_path_factory) -> Adapted:
+    """The untied model with an adapter on every decoder projection and on the vision MLPs."""
+    pair = pairs["untied"]
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    reference = tm.with_adapter(pair.torch, r=4, lora_alpha=8, target_modules=targets)
+    folder = tm.save(reference, tmp_path_factory.mktemp("adapter"))
+    spec = hf.adapter_spec(pathlib.Path(folder), dropout=0.5)
+    model = Qwen2_5VL(pair.config, lora=spec)
+    lora = hf.load_adapter(folder, pair.config, spec, abstract_variables(model)["lora"])
+    logits = {name: tm.torch_logits(reference, [s])[0] for name, s in SAMPLES.items()}
+    return Adapted(reference, model, lora, logits, make_run(model))
+
+
+def worst_adapted(logits, adapted: Adapted) -> float:
+    return max(
+        tm.max_difference(row[LENGTH - len(expected) :], expected)
+        for row, expected in zip(logits, adapted.logits.values(), strict=True)
+    )
+
+
+def test_student_and_teacher_are_told_apart(pairs, batch, adapted):
+    """One model, two sets of variables: with the adapter it is peft's model, without it the base, and no other."""
+    base = pairs["untied"].base
+    _, student = adapted.run(student_variables(base, {"lora": adapted.lora}), batch.vision, batch.text)
+    _, teacher = adapted.run(teacher_variables(base), batch.vision, batch.text)
+    assert worst_adapted(student, adapted) <= tm.TOLERANCE
+    assert worst_logit(teacher, "untied") <= tm.TOLERANCE
+    # The checks above cannot both be met by one output: forgetting the adapter, or keeping it, is noticed.
+    assert worst_adapted(teacher, adapted) > NOTICEABLE
+    assert worst_logit(student, "untied") > NOTICEABLE
+
+
+def test_parity_notices_a_missing_vision_adapter(pairs, batch, adapted):
+    only_language = {"layers": adapted.lora["layers"]}
+    variables = student_variables(pairs["untied"].base, {"lora": only_language})
+    _, logits = adapted.run(variables, batch.vision, batch.text)
+    assert worst_adapted(logits, adapted) > NOTICEABLE
+
+
+def test_an_adapter_whose_b_is_zero_changes_nothing(pairs, batch, adapted):
+    base = pairs["untied"].base
+    fresh = init_variables(adapted.model, jax.random.key(0))["lora"]
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(fresh)}
+    assert leaves and all(bool((leaf == 0).all()) == path.endswith("['b']") for path, leaf in leaves.items())
+    assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, adapted.lora)
+    _, start = adapted.run(student_variables(base, {"lora": fresh}), batch.vision, batch.text)
+    _, teacher = adapted.run(teacher_variables(base), batch.vision, batch.text)
+    np.testing.assert_array_equal(start, teacher)
+
+
+def test_dropout_acts_on_the_adapter_and_only_while_training(pairs, batch, adapted):
+    base, small = pairs["untied"].base, pack([SAMPLES["no image"]], length=12)
+    no_images = jnp.zeros((1, 0, adapted.model.config.hidden_size))
+
+    @functools.partial(jax.jit, static_argnames="deterministic")
+    def hidden(variables, key, deterministic):
+        rngs = {"dropout": key}
+        return adapted.model.apply(variables, small.text, no_images, deterministic=deterministic, rngs=rngs)[0]
+
+    one, two = jax.random.key(1), jax.random.key(2)
+    student, teacher = student_variables(base, {"lora": adapted.lora}), teacher_variables(base)
+    exact = hidden(student, one, True)
+    np.testing.assert_array_equal(exact, hidden(student, two, True))
+    dropped = hidden(student, one, False)
+    np.testing.assert_array_equal(dropped, hidden(student, one, False))
+    assert tm.max_difference(dropped, exact) > 0.01
+    assert tm.max_difference(dropped, hidden(student, two, False)) > 0.01
+    np.testing.assert_array_equal(hidden(teacher, one, False), hidden(teacher, one, True))
+
+
+def test_dropout_differs_between_layers_and_keeps_the_mean():
+    """In one linear layer: the mean over many masks is the exact output, as nothing is rescaled twice."""
+    from vigos_jax.models.layers import Projection
+
+    spec = LoraSpec(rank=2, scale=3.0, dropout=0.25)
+    layer, x = Projection(5, lora=spec), jax.random.normal(jax.random.key(0), (1, 7))
+    variables = layer.init(jax.random.key(1), x)
+    b = jax.random.normal(jax.random.key(2), (2, 5))
+    variables = {"params": variables["params"], "lora": {"a": variables["lora"]["a"], "b": b}}
+    keys = jax.random.split(jax.random.key(3), 20_000)
+    outs = jax.vmap(lambda key: layer.apply(variables, x, False, rngs={"dropout": key})[0])(keys)
+    exact = x @ (variables["params"]["kernel"] + 3.0 * variables["lora"]["a"] @ b)
+    assert outs.std(0).min() > 0.01
+    np.testing.assert_allclose(outs.mean(0), exact[0], atol=5 * float(outs.std(0).max()) / len(keys) ** 0.5)
+
+
+def test_the_tower_is_shared_only_when_it_is_the_same(pairs, batch, adapted):
+    base, lora = pairs["untied"].base, adapted.lora
+    only_language = {"lora": {"layers": lora["layers"]}}
+    assert shares_vision(only_language)
+    assert not shares_vision({"lora": lora})
+    assert not shares_vision({"params": base})
+    vision = pack([SAMPLES["two images"]], length=LENGTH).vision
+    encode = jax.jit(functools.partial(adapted.model.apply, method="encode_images"))
+    teacher = encode(teacher_variables(base), vision)
+    np.testing.assert_array_equal(encode(student_variables(base, only_language), vision), teacher)
+    assert tm.max_difference(encode(student_variables(base, {"lora": lora}), vision), teacher) > NOTICEABLE
+
+
+def test_full_fine_tuning_overlays_the_base(pairs):
+    base = pairs["tied"].base
+    trained = {"params": jax.tree.map(lambda x: x + 1, base)}
+    assert student_variables(base, trained)["params"] is trained["params"]
+    assert teacher_variables(base) == {"params": base}
+
+
+def test_recomputing_layers_changes_no_gradient(pairs, adapted):
+    """remat is about memory alone; tower and decoder, adapters in both."""
+    sample, base = pack([SAMPLES["text between images"]], length=LENGTH), pairs["untied"].base
+
+    def gradient(remat):
+        model = adapted.model.clone(remat=remat)
+
+        def loss(lora):
+            variables = student_variables(base, {"lora": lora})
+            images = model.apply(variables, sample.vision, method="encode_images")
+            hidden, _ = model.apply(variables, sample.text, images)
+            return jnp.sum(jnp.sin(hidden[0, -10:]))
+
+        return jax.jit(jax.grad(loss))(adapted.lora)
+
+    kept, recomputed = jax.tree.leaves(gradient(False)), jax.tree.leaves(gradient(True))
+    for a, b in zip(kept, recomputed, strict=True):
+        assert jnp.abs(a).max() > 1e-3
+        assert tm.max_difference(a, b) <= 1e-4 * max(1.0, float(jnp.abs(a).max()))
+
+
+# -- packing ----------------------------------------------------------------------------------------------------
+
+
+def test_segment_mask_is_as_drawn():
+    drawing = """
+        1 . . . .
+        1 1 . . .
+        1 1 1 . .
+        1 1 1 1 .
+        1 1 . . 1
+    """
+    expected = np.array([[c == "1" for c in line.split()] for line in drawing.split("\n") if line.strip()])
+    mask = np.asarray(segment_mask(jnp.array([[1, 1, 2, 2, 3]])))
+    np.testing.assert_array_equal(mask[0], expected)
+    padded = np.asarray(segment_mask(jnp.array([[0, 0, 1, 1, 2, 2, 3, 0]])))[0]
+    np.testing.assert_array_equal(padded[2:7, 2:7], expected)
+    assert not padded[:, [0, 1, 7]].any()  # nobody sees padding
+    assert not padded[:2].any()
+
+
+def test_a_packed_row_equals_its_branches_alone(pairs):
+    """Prefix with an image and two branches in one sequence: the same logits as prefix + branch, each by itself."""
+    pair, rng = pairs["tied"], np.random.default_rng(5)
+    prefix = tm.make_sample([3, tm.TALL], seed=6)
+    branches = [tm.text_ids(9, rng), tm.text_ids(6, rng)]
+    grids = list(prefix.grids)
+    positions, segments, ids = [], [1] * len(prefix.ids), list(prefix.ids)
+    for i, branch in enumerate(branches):
+        alone = geometry.mrope_positions(prefix.ids + branch, grids, image_token_id=tm.IMAGE, merge_size=2)
+        positions.append(alone[:, len(prefix.ids) :])
+        segments += [i + 2] * len(branch)
+        ids += branch
+    positions.insert(0, alone[:, : len(prefix.ids)])
+    ids = np.array(ids)
+    packed = TextInputs(
+        ids=ids[None],
+        positions=np.concatenate(positions, 1)[None],
+        segment_ids=np.array(segments)[None],
+        image_index=np.where(ids == tm.IMAGE, np.cumsum(ids == tm.IMAGE) - 1, -1)[None],
+    )
+    # The padding of `alone` also checks that one compiled length is enough for both branches.
+    vision = pack([prefix], length=len(prefix.ids)).vision
+    _, together = pair.run({"params": pair.base}, vision, packed)
+    start = len(prefix.ids)
+    for branch in branches:
+        sample = tm.Sample(prefix.ids + branch, prefix.images)
+        expected = tm.torch_logits(pair.torch, [sample])[0]
+        batch = pack([sample], length=len(ids))
+        _, alone = pair.run({"params": pair.base}, vision, batch.text)
+        alone = alone[0, -len(sample.ids) :]
+        assert tm.max_difference(alone, expected) <= tm.TOLERANCE
+        mine = together[0, start : start + len(branch)]
+        assert tm.max_difference(mine, alone[len(prefix.ids) :]) <= 1e-5
+        start += len(branch)
+
+
+def test_a_packed_row_without_its_mask_is_noticed(pairs):
+    pair = pairs["tied"]
+    first, second = (tm.make_sample([n], seed=s) for n, s in ((6, 7), (6, 8)))
+    both = pack([tm.Sample(first.ids + second.ids)], length=12)
+    own = both.text.replace(
+        segment_ids=jnp.array([[2] * 6 + [3] * 6]), positions=jnp.tile(jnp.arange(6), 2)[None, None].repeat(3, 1)
+    )
+    expected = tm.torch_logits(pair.torch, [second])[0]
+    vision = both.vision
+    _, apart = pair.run({"params": pair.base}, vision, own)
+    _, mixed = pair.run({"params": pair.base}, vision, own.replace(segment_ids=jnp.ones((1, 12), jnp.int32)))
+    assert tm.max_difference(apart[0, 6:], expected) <= tm.TOLERANCE
+    assert tm.max_difference(mixed[0, 6:], expected) > NOTICEABLE
+
+
+# -- geometry ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [5],
+        [tm.WIDE],
+        [3, tm.WIDE, 4],
+        [3, tm.TALL, tm.WIDE, 2],
+        [tm.SMALL, 1, tm.SMALL, 1, tm.TALL],
+        [2, (1, 2, 2), 3],
+        [2, (3, 4, 8), 3, (2, 8, 4)],  # frames
+    ],
+)
+def test_mrope_positions_are_those_of_transformers(parts):
+    sample = tm.make_sample(parts, seed=0)
+    ids = torch.tensor([sample.ids])
+    expected, delta = tm.cached_model(tied=True).model.get_rope_index(
+        ids, mm_token_type_ids=(ids == tm.IMAGE).int(), image_grid_thw=torch.tensor(sample.grids)
+    )
+    positions = geometry.mrope_positions(sample.ids, sample.grids, image_token_id=tm.IMAGE, merge_size=2)
+    np.testing.assert_array_equal(positions, expected[:, 0])
+    assert positions.dtype == np.int32
+    assert positions.max() + 1 == len(sample.ids) + int(delta[0, 0])  # where decoding goes on
+
+
+def test_mrope_positions_of_nothing():
+    assert geometry.mrope_positions([], [], image_token_id=tm.IMAGE, merge_size=2).shape == (3, 0)
+
+
+side = st.integers(1, 11).map(lambda n: 2 * n)
+grids_strategy = st.lists(st.tuples(st.integers(1, 2), side, side), max_size=3)
+
+
+@given(grids_strategy)
+@settings(max_examples=30)
+def test_vision_layout(grids):
+    """Every patch has one slot, every window holds patches of one window of one frame, tokens are in reading order."""
+    vision = ModelConfig.from_hf(tm.tiny_config(tied=True).to_dict()).vision
+    layout = geometry.vision_layout(grids, vision)
+    # Frame, row and column of every patch, from the order in which the image processor writes them.
+    frame, where = [], []
+    for image, (t, h, w) in enumerate(grids):
+        order = np.arange(h * w).reshape(h // 2, 2, w // 2, 2).transpose(0, 2, 1, 3).reshape(-1)
+        for i in range(t):
+            frame += [(image, i)] * (h * w)
+            where += [divmod(int(n), w) for n in order]
+    used = layout.source >= 0
+    assert all(a.dtype == np.int32 for a in dataclasses.astuple(layout))
+    assert sorted(layout.source[used]) == list(range(len(frame)))
+    assert len(layout.source) % vision.window_patches == 0
+    assert ((layout.image_ids > 0) == used).all()
+    np.testing.assert_array_equal(layout.hw[used], np.array(where).reshape(-1, 2)[layout.source[used]])
+    numbers = {f: n + 1 for n, f in enumerate(dict.fromkeys(frame))}
+    assert [numbers[frame[s]] for s in layout.source[used]] == layout.image_ids[used].tolist()
+
+    squares = {}  # which 8 x 8 square of which frame each window holds
+    for n, window in enumerate(layout.source.reshape(-1, vision.window_patches)):
+        held = {(frame[s], where[s][0] // 8, where[s][1] // 8) for s in window[window >= 0]}
+        assert len(held) == 1
+        squares[n] = held.pop()
+    assert len(set(squares.values())) == len(squares)
+
+    tokens = sum(geometry.visual_token_count(g, 2) for g in grids)
+    assert layout.token_unit.shape == (tokens,)
+    units = layout.source.reshape(-1, 4)[layout.token_unit] if tokens else np.zeros((0, 4))
+    np.testing.assert_array_equal(units, np.arange(4 * tokens).reshape(-1, 4))
+
+
+# -- parameters -------------------------------------------------------------------------------------------------
+
+
+def test_abstract_variables_are_those_that_exist(pairs, adapted):
+    for pair in pairs.values():
+        abstract = abstract_variables(pair.model)
+        assert set(abstract) == {"params"}
+        assert jax.tree.map(jnp.shape, pair.base) == jax.tree.map(lambda x: x.shape, abstract["params"])
+        assert ("lm_head" in abstract["params"]) != pair.config.tie_embeddings
+    assert set(abstract_variables(adapted.model)) == {"params", "lora"}
+
+
+def test_bfloat16_stays_near_float32(pairs, batch, ours):
+    """The computation dtype reaches every layer, and logits come back in float32."""
+    pair = pairs["tied"]
+    model = pair.model.clone(dtype=jnp.bfloat16)
+    variables = {"params": jax.tree.map(lambda x: x.astype(jnp.bfloat16), pair.base)}
+    hidden, _ = jax.eval_shape(
+        lambda v, t: model.apply(variables, t, model.apply(variables, v, method="encode_images")),
+        batch.vision,
+        batch.text,
+    )
+    assert hidden.dtype == jnp.bfloat16
+    images, logits = make_run(model)(variables, batch.vision, batch.text)
+    assert images.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
+    for i, sample in enumerate(SAMPLES.values()):
+        n = len(sample.ids)
+        difference = np.abs(np.asarray(logits[i, -n:]) - ours["tied"][1][i, -n:])
+        assert difference.mean() < 0.1

@@ -1,0 +1,182 @@
+"""Tiny random Qwen2.5-VL models of transformers (torch): what our models are compared with. For tests only.
+
+Weights are drawn large enough that every part matters: logits have a standard deviation of one or more, and a
+dropped feature moves them by far more than `TOLERANCE`.
+"""
+
+import copy
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+import peft
+import torch
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from vigos_jax.processor import EncodedImage, Turn
+
+torch.set_num_threads(1)  # the tensors are too small to share
+
+TOLERANCE = 1e-4  # of a float32 logit or visual feature
+VOCAB, VISION_START, VISION_END, IMAGE, VIDEO = 120, 115, 116, 117, 118
+FIRST_TEXT, LAST_TEXT = 2, 110  # ids of text tokens
+WIDE, TALL, SMALL = (1, 12, 20), (1, 10, 6), (1, 4, 4)  # patches; all but the last cross window borders
+
+
+def tiny_config(*, tied: bool) -> Qwen2_5_VLConfig:
+    """3 decoder layers; 4 vision blocks with windows of 8 x 8 patches, full attention in blocks 1 and 3."""
+    return Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 96,
+            "vocab_size": VOCAB,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+            "rms_norm_eps": 1e-6,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+        },
+        vision_config={
+            "depth": 4,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "intermediate_size": 48,
+            "out_hidden_size": 64,
+            "window_size": 112,
+            "fullatt_block_indexes": [1, 3],
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        tie_word_embeddings=tied,
+        attn_implementation="eager",
+    )
+
+
+def tiny_model(*, tied: bool, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
+    """A float32 model with random weights, in evaluation mode."""
+    model = Qwen2_5_VLForConditionalGeneration(tiny_config(tied=tied)).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        if name.endswith(("norm.weight", "ln_q.weight", "norm1.weight", "norm2.weight", "layernorm.weight")):
+            # Signed in the last norm, so that a tied head does not just repeat the token it reads.
+            p.copy_(0.3 * noise if name.endswith("language_model.norm.weight") else 1 + 0.3 * noise)
+        elif name.endswith(".bias"):
+            p.copy_(0.3 * noise)
+        elif "embed_tokens" in name:
+            p.copy_(noise)
+        elif "lm_head" in name:
+            p.copy_(0.8 * noise)
+        else:
+            p.copy_(1.4 * noise / p[0].numel() ** 0.5)
+    return model
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sample:
+    """A prompt with its images, expanded as the processor does it."""
+
+    ids: tuple[int, ...]
+    images: tuple[EncodedImage, ...] = ()
+
+    @property
+    def turn(self) -> Turn:
+        return Turn(prefix_ids=self.ids[:1], rest_ids=self.ids[1:])
+
+    @property
+    def grids(self) -> tuple[tuple[int, int, int], ...]:
+        return tuple(image.grid for image in self.images)
+
+    def torch_inputs(self) -> dict[str, torch.Tensor]:
+        """The arguments of a forward pass of this prompt alone."""
+        return torch_batch([self])
+
+
+def text_ids(n: int, rng: np.random.Generator) -> tuple[int, ...]:
+    return tuple(int(i) for i in rng.integers(FIRST_TEXT, LAST_TEXT, n))
+
+
+def make_sample(parts: Sequence[int | tuple[int, int, int]], seed: int) -> Sample:
+    """A sample of runs of text (a number of tokens) and images (a grid), in the order given."""
+    rng = np.random.default_rng(seed)
+    ids, images = (), []
+    for part in parts:
+        if isinstance(part, int):
+            ids += text_ids(part, rng)
+            continue
+        patches = rng.normal(size=(int(np.prod(part)), 3 * 2 * 14 * 14)).astype(np.float32)
+        images.append(EncodedImage(patches, part))
+        ids += (VISION_START, *[IMAGE] * (len(patches) // 4), VISION_END)
+    return Sample(ids, tuple(images))
+
+
+def torch_batch(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    """The arguments of a forward pass or of `generate`, left-padded."""
+    length = max(len(s.ids) for s in samples)
+    ids = torch.tensor([[0] * (length - len(s.ids)) + list(s.ids) for s in samples])
+    mask = torch.tensor([[0] * (length - len(s.ids)) + [1] * len(s.ids) for s in samples])
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    images = [image for s in samples for image in s.images]
+    if images:
+        inputs |= {
+            "pixel_values": torch.tensor(np.concatenate([image.patches for image in images])),
+            "image_grid_thw": torch.tensor([image.grid for image in images]),
+            "mm_token_type_ids": (ids == IMAGE).int(),
+        }
+    return inputs
+
+
+@torch.no_grad()
+def torch_logits(model: torch.nn.Module, samples: Sequence[Sample]) -> np.ndarray:
+    """Float32 [B, T, V] of a left-padded batch."""
+    return model(**torch_batch(samples)).logits.float().numpy()
+
+
+@torch.no_grad()
+def torch_images(model: Qwen2_5_VLForConditionalGeneration, sample: Sample) -> np.ndarray:
+    """Visual tokens of one sample's images, [M, D]."""
+    inputs = sample.torch_inputs()
+    features = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
+    return torch.cat(list(features)).float().numpy()
+
+
+@torch.no_grad()
+def with_adapter(model: Qwen2_5_VLForConditionalGeneration, *, seed: int = 0, **config) -> peft.PeftModel:
+    """A copy of the model with a LoRA adapter of peft whose A and B are both random. `config`: of `LoraConfig`."""
+    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in adapted.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator) / p.shape[1] ** 0.5)
+    return adapted
+
+
+@functools.cache
+def cached_model(*, tied: bool) -> Qwen2_5_VLForConditionalGeneration:
+    """A model that tests share and must not change."""
+    return tiny_model(tied=tied)
+
+
+def save(model: torch.nn.Module, folder: pathlib.Path, **kwargs) -> pathlib.Path:
+    """`save_pretrained` without its progress bar. Returns the folder."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model.save_pretrained(folder, **kwargs)
+    return folder
+
+
+def max_difference(a, b) -> float:
+    """Largest absolute difference of two arrays of one shape; infinite if any of it is not finite."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert a.shape == b.shape and a.size, (a.shape, b.shape)
+    difference = np.max(np.abs(a - b))
+    return float(difference) if np.isfinite(difference) else float("inf")

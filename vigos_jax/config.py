@@ -1,0 +1,113 @@
+"""Checks of a config before anything is loaded, and its JSON form in a workdir. The fields are in configs/base.py."""
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from vigos_jax.errors import InputError
+
+# (field, smallest, largest or None). What other rooms check for themselves (roles, sampling, mesh) is not here.
+_RANGES = (
+    ("seed", 0, 2**31 - 1),
+    ("steps", 1, None),
+    ("batch_size", 1, None),
+    ("accumulation", 1, None),
+    ("checkpoint_every", 1, None),
+    ("keep_checkpoints", 1, None),
+    ("log_every", 1, None),
+    ("lora.rank", 0, None),
+    ("lora.alpha", 0, None),
+    ("lora.dropout", 0, 0.999),
+    ("data.workers", 0, None),
+    ("data.max_images", 1, None),
+    ("data.max_bad_fraction", 0, 1),
+    ("optimizer.learning_rate", 0, None),
+    ("optimizer.warmup_steps", 0, None),
+    ("optimizer.b1", 0, 0.999999),
+    ("optimizer.b2", 0, 0.999999),
+    ("optimizer.eps", 0, None),
+    ("optimizer.weight_decay", 0, None),
+    ("optimizer.max_grad_norm", 1e-12, None),
+    ("loss.chunk", 1, None),
+    ("evaluate.items", 0, None),
+    ("evaluate.batch_size", 1, None),
+    ("evaluate.seed", 0, 2**31 - 1),
+    ("score.batch_size", 1, None),
+    ("export.max_shard_gb", 1e-9, None),
+)
+_CHOICES = {
+    "model.dtype": ("float32", "bfloat16"),
+    "lora.scope": ("language", "official"),
+    "optimizer.schedule": ("constant", "linear"),
+    "export.kind": ("merged", "adapter"),
+    "export.dtype": ("float32", "bfloat16"),
+}
+_MODE_SECTIONS = ("score", "generate", "export")  # say what to do with a run, not what the run is
+
+
+def get(config: Mapping[str, Any], field: str) -> Any:
+    """The value of a dotted field."""
+    for part in field.split("."):
+        config = config[part]
+    return config
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Raises InputError for the first field that is missing, out of range or not among its choices."""
+    try:
+        for field, low, high in _RANGES:
+            value = get(config, field)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise InputError(f"config.{field}={value!r} must be a finite number")
+            if value < low or (high is not None and value > high):
+                bound = f"at least {low}" if high is None else f"from {low} to {high}"
+                raise InputError(f"config.{field}={value!r} must be {bound}")
+        for field, choices in _CHOICES.items():
+            if get(config, field) not in choices:
+                raise InputError(f"config.{field}={get(config, field)!r} is unknown; choices: {', '.join(choices)}")
+        for kind, sizes in config.buckets.items():
+            if not sizes or list(sizes) != sorted(set(sizes)) or not all(isinstance(s, int) and s > 0 for s in sizes):
+                raise InputError(f"config.buckets.{kind}={sizes!r} must be ascending positive integers")
+        if config.sampling.max_tokens > max(config.buckets.completion):
+            raise InputError(
+                f"config.sampling.max_tokens={config.sampling.max_tokens} must be at most the largest "
+                f"config.buckets.completion, {max(config.buckets.completion)}"
+            )
+        if "student" not in config.prompts or "{reference}" in config.prompts.student.user:
+            raise InputError("config.prompts.student must exist, and must not show {reference} to the student")
+    except (KeyError, AttributeError) as e:
+        raise InputError(f"the config lacks a field that configs/base.py has: {e}".replace("\n", " ")) from e
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    return json.dumps(config.to_dict(), indent=2, default=list)
+
+
+def read_json(path: pathlib.Path) -> ml_collections.ConfigDict:
+    """The config a run wrote into its workdir."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return ml_collections.ConfigDict(raw)
+    except OSError as e:
+        raise InputError(f"cannot read {path}: {e.strerror}; a run's workdir holds its config.json") from e
+    except (ValueError, TypeError) as e:
+        raise InputError(f"{path} is not a run's config: {e}") from e
+
+
+def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:
+    """What makes two configs different runs, as "field: old -> new" lines."""
+    a, b = (dict(_flatten(json.loads(to_json(c)))) for c in (old, new))
+    fields = [f for f in sorted(a.keys() | b.keys()) if f.split(".")[0] not in _MODE_SECTIONS]
+    return [f"{f}: {a.get(f)!r} -> {b.get(f)!r}" for f in fields if a.get(f) != b.get(f)]
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = ""):
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -1,0 +1,137 @@
+"""The demo's evaluation: does the model look, or does it answer what one expects?"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from vigos_jax.demo import world
+from vigos_jax.graders import is_correct, last_boxed
+from vigos_jax.loading import Loaded
+from vigos_jax.metrics import bar
+from vigos_jax.models.variables import Variables
+from vigos_jax.packing import Row, make_row, pack_prompts
+from vigos_jax.sampler import Sampler, Sampling, row_keys
+from vigos_jax.spans import Spans, find_spans
+
+# What `summarise` gives, in the order of the printed table.
+COLUMNS = {
+    "score": "Score: accuracy on conflict pictures",
+    "prior": "Prior: accuracy on pictures that agree",
+    "valid": "valid format",
+    "accuracy_given_valid": "accuracy given valid (conflict)",
+    "description_accuracy": "descriptions all correct (conflict)",
+    "leak": "leak: descriptions stating the prior (conflict)",
+    "boxed_in_invalid": "invalid, yet with a box",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """One question with one sampled completion (text after the prefill)."""
+
+    item: world.Item
+    text: str
+    description: str
+    spans: Spans
+
+    @property
+    def is_correct(self) -> bool:
+        return is_correct(last_boxed(self.text), self.item.answer)
+
+
+def answer_items(
+    loaded: Loaded, variables: Variables, items: list[world.Item], config, *, sampling: Sampling, title: str
+) -> list[Answered]:
+    """Samples one completion per item with the student's prompt."""
+    ways = loaded.mesh.shape["data"] * loaded.mesh.shape["fsdp"]
+    size = -(-config.evaluate.batch_size // ways) * ways
+    sampler = Sampler(loaded.model, sampling, eos_ids=loaded.processor.eos_ids)
+    variables = sampler.ready(variables)
+    out = []
+    for first in bar(range(0, len(items), size), title=title):
+        part = items[first : first + size]
+        rows = [_row(loaded, item, config) for item in part] + [Row()] * (size - len(part))
+        prompts = loaded.put_batch(pack_prompts(rows, config=loaded.config, buckets=loaded.buckets))
+        keys = row_keys(config.evaluate.seed, first, size)
+        sampled = sampler(variables, prompts, keys)
+        for item, ids in zip(part, sampled.ids[: len(part)], strict=True):
+            spans = find_spans(loaded.processor.token_bytes(ids))
+            text = loaded.processor.decode([i for i in ids if i not in loaded.processor.eos_ids])
+            out.append(Answered(item, text, loaded.processor.decode(ids[slice(*spans.description)]), spans))
+    return out
+
+
+def _row(loaded: Loaded, item: world.Item, config) -> Row:
+    return make_row(
+        (loaded.processor.encode_image(item.pil_image),),
+        problem=item.question,
+        reference="",
+        student=config.prompts.student,
+        roles=(),
+        processor=loaded.processor,
+    )
+
+
+def summarise(conflict: list[Answered], prior: list[Answered]) -> dict[str, float]:
+    """Rates in 0..1 as named in COLUMNS. An answer is the last closed box; none is wrong."""
+    valid = [a for a in conflict if a.spans.is_valid]
+    invalid = [a for a in conflict + prior if not a.spans.is_valid]
+
+    def rate(of: list[bool]) -> float:
+        return float(np.mean(of)) if of else 0.0
+
+    return {
+        "score": rate([a.is_correct for a in conflict]),
+        "prior": rate([a.is_correct for a in prior]),
+        "valid": rate([a.spans.is_valid for a in conflict + prior]),
+        "accuracy_given_valid": rate([a.is_correct for a in valid]),
+        "description_accuracy": rate([world.is_description_correct(a.description, a.item.scene) for a in valid]),
+        "leak": rate([world.description_states_prior(a.description, a.item) for a in valid]),
+        "boxed_in_invalid": rate([last_boxed(a.text) is not None for a in invalid]),
+    }
+
+
+def evaluate_demo(
+    loaded: Loaded, variables: Variables, config, *, sampling: Sampling, title: str
+) -> tuple[dict[str, Any], list[Answered]]:
+    """Evaluates on held-out items, unfiltered at temperature 1 and with the run's own sampling.
+
+    Returns:
+      (`summarise` of the unfiltered samples, with the other under "training_sampling"; conflict answers, unfiltered).
+    """
+    n, seed = config.evaluate.items, config.evaluate.seed
+    # Training data is setting "train" of its own seed: the settings' items are disjoint streams.
+    conflict, prior = ([world.item(seed, i, setting=s) for i in range(n)] for s in ("conflict", "prior"))
+    unfiltered = Sampling(max_tokens=sampling.max_tokens, temperature=1.0)
+    answers = {}
+    for name, how in (("unfiltered", unfiltered), ("training_sampling", sampling)):
+        both = answer_items(loaded, variables, conflict + prior, config, sampling=how, title=f"{title}, {name}")
+        answers[name] = (both[:n], both[n:])
+    result: dict[str, Any] = summarise(*answers["unfiltered"])
+    result |= {"items": n, "training_sampling": summarise(*answers["training_sampling"])}
+    return result, answers["unfiltered"][0]
+
+
+def table_text(results: dict[str, dict[str, Any]]) -> str:
+    """The table base vs trained, a line per rate."""
+    base, trained = results["base"], results["trained"]
+    head = f"{'':50}{'T = 1.0, unfiltered':>24}{'training-time sampling':>26}"
+    lines = [head, f"{'':50}{'base':>12}{'trained':>12}{'base':>14}{'trained':>12}"]
+    for key, title in COLUMNS.items():
+        filtered = [r["training_sampling"][key] for r in (base, trained)]
+        lines.append(f"{title:50}{base[key]:12.3f}{trained[key]:12.3f}{filtered[0]:14.3f}{filtered[1]:12.3f}")
+    lines.append(f"({base['items']} questions of each kind, one sample each)")
+    return "\n".join(lines)
+
+
+def samples_text(base: list[Answered], trained: list[Answered], *, count: int = 3) -> str:
+    """The same questions answered by base and trained: first those that the two answer differently."""
+    pairs = sorted(zip(base, trained, strict=True), key=lambda p: p[0].is_correct == p[1].is_correct)
+    lines = []
+    for old, new in pairs[:count]:
+        lines.append(f"Q  {old.item.question}   (shown: {old.item.answer}, expected: {old.item.prior_value})")
+        for name, answered in (("base", old), ("trained", new)):
+            mark = "right" if answered.is_correct else "wrong"
+            lines.append(f"   {name:8}{mark:7}{' '.join(answered.text.split())}")
+    return "\n".join(lines)

@@ -1,0 +1,54 @@
+"""`--mode generate`: one picture, one question, the answer as it is written."""
+
+import pathlib
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+
+from vigos_jax.errors import InputError
+from vigos_jax.loading import Loaded, sampling_of
+from vigos_jax.models.variables import Variables
+from vigos_jax.packing import make_row, pack_prompts
+from vigos_jax.processor import BadImage, read_image
+from vigos_jax.prompts import clean_problem
+from vigos_jax.sampler import Sampler, completions, row_keys
+
+_TOKENS_PER_PIECE = 8
+
+
+def stream(loaded: Loaded, trained: Variables, config) -> Iterator[str]:
+    """Yields the answer's text in pieces.
+
+    Raises:
+      InputError: no question, or a picture that cannot be read.
+    """
+    if not config.generate.image or not config.generate.question.strip():
+        raise InputError("--mode generate needs --config.generate.image=FILE and --config.generate.question='...'")
+    try:
+        image = read_image(str(pathlib.Path(config.generate.image).expanduser().absolute()), image_roots=("/",))
+        encoded = loaded.processor.encode_image(image)
+    except BadImage as e:
+        raise InputError(f"config.generate.image={config.generate.image!r}: {e}") from e
+    problem = clean_problem(config.generate.question)
+    row = make_row(
+        (encoded,), problem=problem, reference="", student=config.prompts.student, roles=(), processor=loaded.processor
+    )
+    # One row cannot be split, so every data slot of the mesh gets a copy of it.
+    copies = loaded.mesh.shape["data"] * loaded.mesh.shape["fsdp"]
+    prompts = loaded.put_batch(pack_prompts([row] * copies, config=loaded.config, buckets=loaded.buckets))
+    sampler = Sampler(loaded.model, sampling_of(config), eos_ids=loaded.processor.eos_ids)
+    student = sampler.ready(loaded.student(trained))
+    state = sampler.start(student, prompts, row_keys(config.seed, 0, copies))
+    yield config.prompts.student.assistant_prefill
+    said = ""
+    while True:
+        state = sampler.advance(student, state, int(state.step) + _TOKENS_PER_PIECE)
+        ids = [i for i in completions(state).ids[0] if i not in loaded.processor.eos_ids]
+        text = loaded.processor.decode(ids)
+        is_over = bool(jnp.all(state.is_done)) or int(state.step) >= sampler.sampling.max_tokens
+        # A character may be split between pieces; hold it back until it is whole.
+        ready = text if is_over else text.rstrip("\ufffd")
+        yield ready[len(said) :]
+        said = ready
+        if is_over:
+            return

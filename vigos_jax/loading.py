@@ -1,0 +1,150 @@
+"""From a config to everything a mode needs: mesh, model, processor, frozen base and trained weights."""
+
+import dataclasses
+import functools
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vigos_jax.architecture import ModelConfig
+from vigos_jax.errors import InputError
+from vigos_jax.models import hf
+from vigos_jax.models.layers import LoraSpec
+from vigos_jax.models.qwen2_5_vl import Qwen2_5VL, abstract_variables, init_variables
+from vigos_jax.models.variables import Variables, cast_floats, student_variables
+from vigos_jax.packing import Buckets
+from vigos_jax.processor import Processor
+from vigos_jax.roles import TeacherRole, role_table
+from vigos_jax.sampler import Sampling
+from vigos_jax.sharding import batch_sharding, make_mesh, tree_shardings
+
+DEMO_FOLDER = pathlib.Path(__file__).parent / "demo" / "base"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model ready to run.
+
+    Attributes:
+      folder: the base model's local folder.
+      base: the frozen parameters, in the config's dtype.
+      trained: `{"lora": ...}` or `{"params": ...}` in float32, or `{}`: the base is its own student.
+    """
+
+    folder: pathlib.Path
+    config: ModelConfig
+    model: Qwen2_5VL
+    processor: Processor
+    roles: tuple[TeacherRole, ...]
+    buckets: Buckets
+    mesh: Mesh
+    base: Any
+    trained: Variables
+
+    def student(self, trained: Variables | None = None) -> Variables:
+        return student_variables(self.base, self.trained if trained is None else trained)
+
+    def put_batch(self, batch: Any) -> Any:
+        """Host arrays to the mesh, rows over its data axes."""
+        return put_batch(batch, self.mesh)
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """Places this process's rows of a batch; all processes' rows together are the global batch."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def resolve_model(path: str) -> pathlib.Path:
+    """A local folder for a folder, a hub id or "demo".
+
+    Raises:
+      InputError: there is no such folder, and the hub has no such model or cannot be reached.
+    """
+    if path == "demo":
+        return DEMO_FOLDER
+    folder = pathlib.Path(path).expanduser()
+    if path and folder.is_dir():
+        return folder
+    if folder.is_absolute() or not HUB_ID.fullmatch(path):
+        raise InputError(f"config.model.path={path!r} is no folder; choices: a model folder, owner/name on the hub, demo")
+    import huggingface_hub
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+        return pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=patterns))
+    except Exception as e:
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(
+            f"config.model.path={path!r} is no folder and cannot be fetched from the hub: {reason}; "
+            "choices: a model folder, owner/name on the hub, demo"
+        ) from e
+
+
+def lora_spec(config) -> LoraSpec | None:
+    """The adapters of a run: an adapter folder's own word, else `config.lora`; None for full fine-tuning."""
+    if config.model.adapter:
+        folder = pathlib.Path(config.model.adapter).expanduser()
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise InputError(f"config.model.adapter={config.model.adapter!r} must be a folder with adapter_model.safetensors")
+        return hf.adapter_spec(folder, dropout=config.lora.dropout)
+    if not config.lora.rank:
+        return None
+    vision = hf.VISION_PROJECTIONS if config.lora.scope == "official" else ()
+    return LoraSpec(
+        rank=config.lora.rank,
+        scale=config.lora.alpha / config.lora.rank,
+        dropout=config.lora.dropout,
+        language=frozenset(hf.LANGUAGE_PROJECTIONS),
+        vision=frozenset(vision),
+    )
+
+
+def sampling_of(config) -> Sampling:
+    """`config.sampling` as the sampler takes it."""
+    return Sampling(**dict(config.sampling.items()))
+
+
+def load(config, *, for_training: bool) -> Loaded:
+    """Checks the config's parts against each other and loads the model onto the mesh.
+
+    Args:
+      for_training: make the trained weights float32 leaves of their own: a new adapter, a loaded one, or, without
+        any, a full copy. Otherwise only a loaded adapter is trained weights, and `{}` means the base itself.
+    """
+    roles = role_table(config.roles, config.prompts)
+    buckets = Buckets(**{kind: tuple(sizes) for kind, sizes in config.buckets.items()})
+    sampling_of(config)
+    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+    folder = resolve_model(config.model.path)
+    model_config = ModelConfig.load(folder)
+    processor = Processor.load(folder)
+    dtype = jnp.dtype(config.model.dtype)
+    if dtype == jnp.float32:
+        # Accelerators multiply float32 in fewer bits unless told otherwise; whoever asks for float32 wants it.
+        jax.config.update("jax_default_matmul_precision", "float32")
+    spec = lora_spec(config)
+    model = Qwen2_5VL(model_config, lora=spec, dtype=dtype, remat=config.model.remat)
+    abstract = abstract_variables(model)
+    shardings = tree_shardings(abstract, mesh)
+    base = hf.load_params(folder, model_config, abstract["params"], dtype=dtype, shardings=shardings["params"])
+
+    if config.model.adapter:
+        adapter = pathlib.Path(config.model.adapter).expanduser()
+        lora = hf.load_adapter(adapter, model_config, spec, abstract["lora"], shardings=shardings["lora"])
+        trained = {"lora": lora}
+    elif not for_training:
+        trained = {}
+    elif spec is not None:
+        init = jax.jit(lambda key: init_variables(model, key)["lora"], out_shardings=shardings["lora"])
+        trained = {"lora": init(jax.random.fold_in(jax.random.key(config.seed), 1))}
+    else:
+        copy = functools.partial(cast_floats, dtype=jnp.float32)
+        trained = {"params": jax.jit(copy, out_shardings=shardings["params"])(base)}
+    return Loaded(folder, model_config, model, processor, roles, buckets, mesh, base, trained)

@@ -1,0 +1,140 @@
+"""The command line: reads flags, checks the config, and runs a mode. Nothing else happens here."""
+
+import json
+import os
+import pathlib
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+# A user's config file may import ours, also when this runs from a checkout that is not installed.
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
+# transformers warns about a missing torch; nothing here needs it.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from vigos_jax.config import read_json, validate  # noqa: E402
+from vigos_jax.errors import InputError  # noqa: E402
+
+MODES = ("train", "generate", "score", "export")
+HELP = """\
+usage: python -m vigos_jax.main --config FILE [--mode MODE] [--workdir DIR] [--config.FIELD=VALUE ...]
+
+modes
+  train     (default) post-train a model; goes on where an earlier run in the same workdir stopped
+  generate  answer one question about one picture: --config.generate.image=FILE --config.generate.question=TEXT
+  score     score rollouts made by any engine: --config.score.rollouts=FILE.jsonl --config.score.output=DIR
+  export    write a Hugging Face folder: --config.export.output=DIR --config.export.kind=merged|adapter
+
+--workdir is where a training run keeps its files (default runs/NAME for configs/NAME.py). The other modes read the
+trained student and the config from it if it is given; without it they use config.model.path and config.model.adapter.
+Every field is listed with its meaning in configs/base.py.
+
+examples
+  python -m vigos_jax.main --config configs/base.py
+  python -m vigos_jax.main --config configs/base.py --config.steps=10 --workdir /tmp/short
+  python -m vigos_jax.main --config configs/base.py --mode generate --workdir runs/base \\
+      --config.generate.image=picture.png --config.generate.question='what color are the bananas ?'
+  python -m vigos_jax.main --config configs/base.py --mode export --workdir runs/base --config.export.output=/tmp/hf
+
+exit codes: 0 done, 1 done but some rows were bad, 2 bad config or input
+"""
+
+
+def _parse(argv: list[str]):
+    """Returns (config, mode, workdir or None); InputError for anything that is off."""
+    values = flags.FlagValues()
+    flags.DEFINE_enum("mode", "train", MODES, "what to do", flag_values=values)
+    flags.DEFINE_string("workdir", None, "folder of a run", flag_values=values)
+    config_flags.DEFINE_config_file("config", None, "config file", lock_config=True, flag_values=values)
+    try:
+        rest = values(argv)[1:]
+        config = values.config
+    except Exception as e:  # a config file is code and may raise anything
+        reason = " ".join(str(e).split())
+        raise InputError(f"bad command line or config: {type(e).__name__}: {reason}; see --help") from e
+    if rest:
+        raise InputError(f"unexpected argument {rest[0]!r}; see --help")
+    if config is None:
+        raise InputError("--config FILE is missing; try --config configs/base.py, or --help")
+    workdir = values.workdir
+    if workdir is None and values.mode == "train":
+        name = next(a.split("=", 1)[-1] for a in reversed(_config_arguments(argv)))
+        workdir = f"runs/{pathlib.Path(name.split(':')[0]).stem}"
+    return config, values.mode, pathlib.Path(workdir).expanduser() if workdir else None
+
+
+def _config_arguments(argv: list[str]) -> list[str]:
+    joined = [a for a in argv if a.startswith(("--config=", "-config="))]
+    return joined + [b for a, b in zip(argv[:-1], argv[1:], strict=True) if a in ("--config", "-config")]
+
+
+def _config_of_run(config, workdir: pathlib.Path | None):
+    """With a run's workdir, the run's own config counts, but for the section that says what to do with it."""
+    if workdir is None:
+        return config
+    saved = read_json(workdir / "config.json")
+    for section in ("generate", "score", "export"):
+        saved[section] = config[section]
+    return saved
+
+
+def _run(config, mode: str, workdir: pathlib.Path | None) -> int:
+    if mode == "train":
+        from vigos_jax.train import train
+
+        train(config, workdir)
+        return 0
+
+    from vigos_jax.checkpoint import Checkpoints
+    from vigos_jax.loading import load
+
+    loaded = load(config, for_training=workdir is not None)
+    trained = loaded.trained
+    if workdir is not None:
+        with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
+            _, trained = checkpoints.restore_trained(trained)
+    if mode == "generate":
+        from vigos_jax.generate import stream
+
+        for piece in stream(loaded, trained, config):
+            print(piece, end="", flush=True)
+        print()
+    elif mode == "score":
+        from vigos_jax.score_file import score_rollouts
+
+        summary, bad_lines = score_rollouts(loaded, trained, config)
+        print(json.dumps(summary, indent=2))
+        for line in bad_lines:
+            print(line, file=sys.stderr)
+        return 1 if bad_lines else 0
+    elif mode == "export":
+        from vigos_jax.export import export
+
+        e = config.export
+        if not e.output:
+            raise InputError("--mode export needs --config.export.output=DIR")
+        output = pathlib.Path(e.output).expanduser()
+        print(export(loaded, trained, output, kind=e.kind, dtype=e.dtype, max_shard_gb=e.max_shard_gb))
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line `argv` (program name first) and returns the exit code."""
+    if any(a in ("--help", "-h", "-help", "--helpfull") for a in argv[1:]):
+        print(HELP, end="")
+        return 0
+    try:
+        config, mode, workdir = _parse(argv)
+        if mode != "train":
+            config = _config_of_run(config, workdir)
+        validate(config)
+        return _run(config, mode, workdir)
+    except InputError as e:
+        print(f"vigos_jax: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

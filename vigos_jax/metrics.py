@@ -1,0 +1,85 @@
+"""What a run says while it runs: one JSON row per step in metrics.jsonl, and progress for the person watching."""
+
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+
+class MetricsFile:
+    """Appends rows to `metrics.jsonl`, each step exactly once.
+
+    Args:
+      next_step: the first step that will be written; rows of this and later steps, left by a run that was killed
+        after its last checkpoint, are dropped, and so is a torn last line.
+    """
+
+    def __init__(self, path: pathlib.Path, *, next_step: int):
+        rows = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    break
+                if row["step"] < next_step:
+                    rows.append(line + "\n")
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(rows), encoding="utf-8")
+            os.replace(temporary, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Writes one row at once; it must have `step`."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON under a temporary name and renames it: the final name never holds half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def say(text: str) -> None:
+    """A line for the person watching; keeps a progress bar intact."""
+    tqdm.write(text, file=sys.stderr)
+
+
+class Progress:
+    """A progress bar on a terminal, else a plain line every `every` steps."""
+
+    def __init__(self, *, total: int, start: int, title: str, every: int):
+        self._bar = tqdm(total=total, initial=start, desc=title, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self._title, self._total, self._every = title, total, every
+        self._started, self._first = time.monotonic(), start
+
+    def note(self, text: str) -> None:
+        """What is going on right now, on the bar only."""
+        self._bar.set_postfix_str(text)
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        """Step `step` (counted from 1) is done."""
+        text = " ".join(f"{name} {value:.3g}" for name, value in values.items())
+        self._bar.update()
+        self._bar.set_postfix_str(text)
+        if self._bar.disable and (step % self._every == 0 or step == self._total):
+            rate = (time.monotonic() - self._started) / max(1, step - self._first)
+            print(f"{self._title} {step}/{self._total}  {text}  {rate:.2f} s/step", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def bar(items: Iterable[Any], *, title: str) -> Iterator[Any]:
+    """Iterates with a bar on a terminal, silently elsewhere."""
+    return tqdm(items, desc=title, disable=not sys.stderr.isatty(), leave=False, dynamic_ncols=True)

@@ -1,0 +1,261 @@
+"""The training loop, top to bottom: batch, rollout, parse, pack, step, log, save."""
+
+import dataclasses
+import functools
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vigos_jax import evaluate
+from vigos_jax.checkpoint import Checkpoints
+from vigos_jax.config import differences, read_json, to_json
+from vigos_jax.data import BadRows, Example, data_state, load_source, make_batches, resume_batch
+from vigos_jax.demo.world import DemoSource
+from vigos_jax.errors import InputError
+from vigos_jax.export import export
+from vigos_jax.graders import is_correct, last_boxed
+from vigos_jax.loading import Loaded, load, sampling_of
+from vigos_jax.metrics import MetricsFile, Progress, say, write_json
+from vigos_jax.packing import Rollout, Row, make_row, pack_prompts, pack_scores, too_long
+from vigos_jax.processor import Processor
+from vigos_jax.roles import TeacherRole
+from vigos_jax.sampler import Completions, Sampler, row_keys
+from vigos_jax.sharding import check_batch, replicated, tree_shardings
+from vigos_jax.spans import find_spans
+from vigos_jax.step import TrainState, make_optimizer, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reads:
+    """Turns an example into a row; picklable, so that data workers can tell which rows do not fit."""
+
+    processor: Processor
+    roles: tuple[TeacherRole, ...]
+    student: dict[str, str]
+    fits: Any
+
+    def row(self, example: Example) -> Row:
+        if example.bad_reason is not None:
+            return Row()
+        return make_row(
+            example.images,
+            problem=example.problem,
+            reference=example.reference,
+            student=self.student,
+            roles=self.roles,
+            processor=self.processor,
+        )
+
+    def too_long(self, example: Example) -> str | None:
+        kind = self.fits(self.row(example))
+        return kind and f"{kind}_too_long"
+
+
+def _open_workdir(config, workdir: pathlib.Path) -> None:
+    """Writes config.json, or checks that the run found there is the same one."""
+    path = workdir / "config.json"
+    if path.exists():
+        changed = differences(read_json(path), config)
+        if changed:
+            raise InputError(f"{workdir} holds another run ({'; '.join(changed)}); choose another --workdir")
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(to_json(config) + "\n", encoding="utf-8")
+        temporary.rename(path)
+    except OSError as e:
+        raise InputError(f"cannot write to --workdir {workdir}: {e.strerror}; choose a writable folder") from e
+
+
+def _source(config) -> Any:
+    if config.data.source == "demo":
+        return DemoSource(seed=config.seed, blank=config.data.blank_images)
+    return load_source(config.data)
+
+
+def _initial_state(loaded: Loaded, tx: Any) -> TrainState:
+    shardings = tree_shardings(jax.eval_shape(tx.init, loaded.trained), loaded.mesh)
+    return TrainState(
+        step=jax.device_put(jnp.int32(0), replicated(loaded.mesh)),
+        trained=loaded.trained,
+        opt_state=jax.jit(tx.init, out_shardings=shardings)(loaded.trained),
+    )
+
+
+def _parse(loaded: Loaded, rows: list[Row], sampled: Completions) -> list[Rollout | None]:
+    return [
+        Rollout(ids, find_spans(loaded.processor.token_bytes(ids)), logps) if row.student else None
+        for row, ids, logps in zip(rows, sampled.ids, sampled.logps, strict=True)
+    ]
+
+
+def _rollout_metrics(loaded: Loaded, examples: list[Example], rollouts: list[Rollout | None]) -> dict[str, float]:
+    """How the rollouts look: format, answers, lengths."""
+    pairs = [(e, r) for e, r in zip(examples, rollouts, strict=True) if r is not None]
+    if not pairs:
+        return {}
+    eos = set(loaded.processor.eos_ids)
+    answers = [last_boxed(loaded.processor.decode(r.ids)) for _, r in pairs]
+    return {
+        "valid_rate": float(np.mean([r.spans.is_valid for _, r in pairs])),
+        "accuracy": float(np.mean([is_correct(a, e.reference) for a, (e, _) in zip(answers, pairs, strict=True)])),
+        "completion_tokens": float(np.mean([len(r.ids) for _, r in pairs])),
+        "truncated_rate": float(np.mean([not r.ids or r.ids[-1] not in eos for _, r in pairs])),
+    }
+
+
+def train(config, workdir: pathlib.Path) -> None:
+    """Runs `config.steps` optimizer steps in `workdir`, going on from its newest checkpoint if there is one.
+
+    Writes config.json, metrics.jsonl, checkpoints/, at the end export/ and, on the demo, results.json.
+    """
+    _open_workdir(config, workdir)
+    loaded = load(config, for_training=True)
+    check_batch(loaded.mesh, batch_size=config.batch_size, accumulation=config.accumulation)
+    sampling = sampling_of(config)
+    has_results = config.data.source == "demo" and config.evaluate.items > 0
+    options = {k: v for k, v in config.optimizer.items()}
+    tx, learning_rate = make_optimizer(steps=config.steps, **options)
+    source = _source(config)
+    reads = _Reads(
+        loaded.processor,
+        loaded.roles,
+        dict(config.prompts.student.items()),
+        functools.partial(
+            too_long,
+            roles=loaded.roles,
+            buckets=loaded.buckets,
+            max_completion=sampling.max_tokens,
+            config=loaded.config,
+        ),
+    )
+    place = functools.partial(
+        data_state, source, batch_size=config.batch_size, seed=config.seed, shuffle=config.data.shuffle
+    )
+
+    with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
+        state = _initial_state(loaded, tx)
+        first = checkpoints.latest_step() or 0
+        if first:
+            state, saved = checkpoints.restore(first, state)
+            resume_batch(saved, place(next_batch=first))
+            say(f"going on from step {first} of {config.steps} in {workdir}")
+        if first < config.steps:
+            state = _steps(config, workdir, loaded, tx, learning_rate, source, reads, place, checkpoints, state)
+    if has_results and not (workdir / "results.json").exists():
+        _evaluate(config, workdir, loaded, state.trained)
+    output = pathlib.Path(config.export.output).expanduser() if config.export.output else workdir / "export"
+    if config.export.after_training and jax.process_index() == 0 and not output.exists():
+        export(
+            loaded,
+            state.trained,
+            output,
+            kind=config.export.kind,
+            dtype=config.export.dtype,
+            max_shard_gb=config.export.max_shard_gb,
+        )
+    _show(workdir, output)
+
+
+def _steps(config, workdir, loaded, tx, learning_rate, source, reads, place, checkpoints, state) -> TrainState:
+    """The loop itself, from the state's step to the last."""
+    first = int(state.step)
+    has_adapter_dropout = "lora" in state.trained and loaded.model.lora.dropout > 0
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    train_step = jax.jit(
+        make_train_step(
+            loaded.model,
+            tx,
+            roles=loaded.roles,
+            chunk=config.loss.chunk,
+            accumulation=config.accumulation,
+            use_dropout=has_adapter_dropout,
+        ),
+        donate_argnums=0,
+        out_shardings=(shardings, replicated(loaded.mesh)),
+    )
+    sampler = Sampler(loaded.model, sampling_of(config), eos_ids=loaded.processor.eos_ids)
+    batches = make_batches(
+        source,
+        processor=loaded.processor,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        max_images=config.data.max_images,
+        workers=config.data.workers,
+        too_long=reads.too_long,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        start_batch=first,
+    )
+    metrics_file = MetricsFile(workdir / "metrics.jsonl", next_step=first + 1)
+    bad_rows = BadRows()
+    progress = Progress(total=config.steps, start=first, title="train", every=config.log_every)
+    progress.note("compiling the first step")
+    dropout_key = jax.random.fold_in(jax.random.key(config.seed), 2)
+
+    for step in range(first, config.steps):
+        times = [time.monotonic()]
+        examples = next(batches)
+        bad_rows.update(examples)
+        bad_rows.check(config.data.max_bad_fraction)
+        rows = [reads.row(e) for e in examples]
+        prompts = loaded.put_batch(pack_prompts(rows, config=loaded.config, buckets=loaded.buckets))
+        times.append(time.monotonic())
+
+        keys = row_keys(config.seed, step, config.batch_size)
+        sampled = sampler(loaded.student(state.trained), prompts, keys)
+        times.append(time.monotonic())
+
+        rollouts = _parse(loaded, rows, sampled)
+        batch = pack_scores(rows, rollouts, roles=loaded.roles, config=loaded.config, buckets=loaded.buckets)
+        times.append(time.monotonic())
+
+        state, values = train_step(
+            state, loaded.base, loaded.put_batch(batch), jax.random.fold_in(dropout_key, step)
+        )
+        values = {k: float(v) for k, v in jax.device_get(values).items()}
+        times.append(time.monotonic())
+
+        row = {"step": step + 1, "learning_rate": float(learning_rate(step))} | values
+        row |= _rollout_metrics(loaded, examples, rollouts)
+        row |= {"bad_rows": bad_rows.bad}
+        phases = ("data", "rollout", "pack", "update")
+        row |= {f"seconds/{p}": b - a for p, a, b in zip(phases, times[:-1], times[1:], strict=True)}
+        if jax.process_index() == 0:
+            metrics_file.write(row)
+        shown = {"loss": row["loss"]} | {r.name: row[f"{r.name}/loss"] for r in loaded.roles}
+        progress.update(step + 1, shown | {"valid": row.get("valid_rate", 0.0), "accuracy": row.get("accuracy", 0.0)})
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+            checkpoints.save(state, place(next_batch=step + 1))
+    progress.close()
+    metrics_file.close()
+    if hasattr(batches, "close"):
+        batches.close()
+    if bad_rows.bad:
+        say(bad_rows.summary())
+    return state
+
+
+def _evaluate(config, workdir: pathlib.Path, loaded: Loaded, trained: Any) -> None:
+    sampling = sampling_of(config)
+    base, before = evaluate.evaluate_demo(loaded, loaded.student({}), config, sampling=sampling, title="base")
+    after, now = evaluate.evaluate_demo(loaded, loaded.student(trained), config, sampling=sampling, title="trained")
+    write_json(workdir / "results.json", {"base": base, "trained": after})
+    print(evaluate.samples_text(before, now))
+    print()
+    print(evaluate.table_text({"base": base, "trained": after}))
+    print()
+
+
+def _show(workdir: pathlib.Path, output: pathlib.Path) -> None:
+    print(f"the run is complete: {workdir}")
+    parts = ("config.json", "metrics.jsonl", "results.json", "checkpoints")
+    for path in [*(workdir / p for p in parts), output]:
+        if path.exists():
+            print(f"  {path}")
