@@ -119,7 +119,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.buckets.packed = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)  # all teacher branches of a row
 
     config.evaluate = ConfigDict()  # before and after a run on the demo
-    config.evaluate.items = 1000  # questions of each kind (conflict, prior); 0 for no evaluation
+    config.evaluate.questions = 1000  # questions of each kind (conflict, prior); 0 for no evaluation
     config.evaluate.batch_size = 250
     config.evaluate.seed = 42
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from vigos_jax.demo import assets, responses, world
 
-TEMPLATES = ("{problem}\nDescribe the image inside <description> </description>.", "Reference answer: {reference}")
+TEMPLATES = ("{problem}\nDescribe the image inside <description> </description>.", "Reference: {reference}")
 
 
 def _items(setting, n=300, seed=3):
@@ -26,14 +26,16 @@ def assets_folder(tmp_path_factory):
 def test_items_depend_on_seed_setting_and_index_only():
     a, b = world.item(1, 2, setting="train"), world.item(1, 2, setting="train")
     assert a == b and np.array_equal(a.image, b.image)
-    others = [world.item(1, 3, setting="train"), world.item(2, 2, setting="train"), world.item(1, 2, setting="prior")]
+    others = [world.item(*at, setting=name) for at, name in (((1, 3), "train"), ((2, 2), "train"), ((1, 2), "prior"))]
     assert all(not np.array_equal(a.image, other.image) and a.id != other.id for other in others)
     assert a.image.shape == (84, 84, 3) and a.image.dtype == np.uint8
     with pytest.raises(ValueError, match="choices: train, conflict, prior"):
         world.item(0, 0, setting="test")
 
 
-@pytest.mark.parametrize(("setting", "low", "high"), [("train", 0.04, 0.17), ("conflict", 1, 1), ("prior", 0, 0)])
+@pytest.mark.parametrize(
+    ("setting", "low", "high"), [("train", 0.04, 0.17), ("conflict", 1, 1), ("prior", 0, 0)]
+)
 def test_settings_control_the_asked_attribute(setting, low, high):
     items = _items(setting)
     assert low <= np.mean([it.is_conflict for it in items]) <= high
@@ -70,7 +72,8 @@ def test_cell_labels_name_what_is_drawn():
         else:
             thing = it.scene.things[cell]
             assert world.KINDS[kind - 1] == thing.kind
-            assert world.ATTRIBUTES["color"][color] == thing.color and world.ATTRIBUTES["size"][size] == thing.size
+            assert world.ATTRIBUTES["color"][color] == thing.color
+            assert world.ATTRIBUTES["size"][size] == thing.size
 
 
 def test_source_is_random_access_and_blank_pictures_show_nothing():
@@ -96,7 +99,7 @@ def test_judges_read_descriptions():
     assert world.description_states("bananas : blue red", "bananas", "color") is None
     assert world.description_states("", "bananas", "color") is None
     assert world.is_description_correct(f"  {text} ", scene)
-    for wrong in ("", "bananas : two small blue", text.replace("blue", "red"), text + ", trees : one large green"):
+    for wrong in ("", text.split(",")[0], text.replace("blue", "red"), text + ", trees : one large green"):
         assert not world.is_description_correct(wrong, scene)
 
 
@@ -112,13 +115,13 @@ def test_responses_state_what_they_are_made_to_state():
         assert states(responses.prior_driven(it, in_description=False)) == (it.answer, it.prior_value)
         prior_text = responses.prior_driven(it, in_description=True).description
         assert world.description_states_prior(prior_text, it)
-        wrong = next(v for v in world.ATTRIBUTES[it.attribute] if v not in (it.answer, it.prior_value, None) or
-                     v == it.prior_value)
+        wrong = next(v for v in world.ATTRIBUTES[it.attribute] if v != it.answer)
         assert states(responses.text_driven(it, wrong)) == (wrong, wrong)
         leaky = responses.privileged_response(rng, it, reference=wrong, leak=1.0)
         assert states(leaky) == (wrong, wrong)
         honest = responses.privileged_response(rng, it, reference=wrong, leak=0.0)
-        assert world.is_description_correct(honest.description, it.scene) and honest.answer in (wrong, it.answer)
+        assert world.is_description_correct(honest.description, it.scene)
+        assert honest.answer in (wrong, it.answer)
 
 
 def test_rates_are_the_callers():
@@ -129,8 +132,8 @@ def test_rates_are_the_callers():
     for states_prior, rate in ((True, 0.4), (False, 0.2)):
         group = [r.answer == it.prior_value for it, r in drawn if it.states_prior == states_prior]
         assert abs(np.mean(group) - rate) < 0.1
-    driven = [world.description_states_prior(r.description, it) for it, r in drawn if r.answer == it.prior_value]
-    assert abs(np.mean(driven) - 0.5) < 0.15
+    leaks = [world.description_states_prior(r.description, it) for it, r in drawn if r.answer == it.prior_value]
+    assert abs(np.mean(leaks) - 0.5) < 0.15
     true = np.mean([responses.draw_reference(rng, it, random_rate=0.0) == it.answer for it in items])
     mixed = np.mean([responses.draw_reference(rng, it, random_rate=1.0) == it.answer for it in items])
     assert true == 1 and 0.2 < mixed < 0.45
@@ -153,13 +156,13 @@ def test_malformed_responses_break_the_grammar():
 
 def test_words_are_single_tokens_and_tags_are_several(assets_folder):
     tokenizer = Tokenizer.from_file(str(assets_folder / "tokenizer.json"))
-    words = [*world.KINDS, *(v for values in world.ATTRIBUTES.values() for v in values), "Reference", "Describe"]
+    words = [*world.KINDS, *(v for values in world.ATTRIBUTES.values() for v in values), "Reference"]
     for word in words:
         bare = word[0].isupper()
         assert len(tokenizer.encode(word if bare else f" {word}").ids) == 1, word
     for it in _items("train", 40):
-        for token in tokenizer.encode(responses.completion(responses.faithful(it)).replace("</", "")).tokens:
-            assert len(token) > 1 or token in ",>}", token
+        for token in tokenizer.encode(responses.completion(responses.faithful(it)).split(" </")[0]).tokens:
+            assert token == "," or token[0] == "Ġ" and len(token) > 1, token
     for tag in ("<description>", " </description>", " <think>", " </think>", " \\boxed{"):
         assert len(tokenizer.encode(tag).ids) >= 2, tag
     assert "{red" in tokenizer.encode(" \\boxed{red}").tokens
@@ -182,7 +185,8 @@ def test_transformers_reads_the_folder_alike(assets_folder):
     text = " bananas : two small blue </description> <think> 日本 don't </think> \\boxed{red}"
     assert fast.encode(text) == raw.encode(text).ids
     content = [{"type": "image"}, {"type": "text", "text": "Hi"}]
-    chat = fast.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    messages = [{"role": "user", "content": content}]
+    chat = fast.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert chat == (
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Hi<|im_end|>\n<|im_start|>assistant\n"
     )

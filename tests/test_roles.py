@@ -30,7 +30,14 @@ def test_table():
     assert table == (
         TeacherRole("perception", "", "<description>", ("description",), "valid", "forward_kl", 1.0, 0.05),
         TeacherRole(
-            "reasoning", "{problem} {reference}", "<description>", ("reasoning", "answer"), "valid", "forward_kl", 1.0, 0.05
+            name="reasoning",
+            user="{problem} {reference}",
+            assistant_prefill="<description>",
+            scores=("reasoning", "answer"),
+            when="valid",
+            divergence="forward_kl",
+            weight=1.0,
+            clip=0.05,
         ),
         TeacherRole("reference", "{reference}", "", ("completion",), "invalid", "reverse_kl", 2.0, 0.05),
     )
@@ -84,7 +91,9 @@ def test_a_table_needs_a_role():
         role_table({"perception": entry(["description"], "valid", weight=0)}, PROMPTS)
 
 
-@pytest.mark.parametrize("when, expected", [("valid", (True, False)), ("invalid", (False, True)), ("always", (True, True))])
+@pytest.mark.parametrize(
+    "when, expected", [("valid", (True, False)), ("invalid", (False, True)), ("always", (True, True))]
+)
 def test_applies(when, expected):
     role = role_table({"perception": entry(["description"], when)}, PROMPTS)[0]
     assert (role.applies(True), role.applies(False)) == expected

@@ -4,13 +4,13 @@ Weights are drawn so that logits differ by several units: with the usual initial
 uniform, and comparisons of its outputs would pass whatever they compare.
 """
 
-import dataclasses
 import functools
 import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from vigos_jax.architecture import ModelConfig, VisionConfig
 from vigos_jax.models.layers import LoraSpec
@@ -20,9 +20,13 @@ from vigos_jax.processor import EncodedImage, Turn
 from vigos_jax.roles import TeacherRole
 from vigos_jax.score import score_batch
 from vigos_jax.spans import Spans
+from vigos_jax.step import TrainState, make_train_step
 
 WORDS = 120  # ids below are text; above stand the control tokens
 IMAGE, VISION_START, VISION_END, TURN = 120, 121, 122, 123
+
+# Tiny programs spend their time in the compiler: this halves it.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 # Every size that a mesh axis may split is a multiple of 8.
 CONFIG = ModelConfig(
@@ -155,8 +159,25 @@ def pack(mix, *, roles=ROLES, buckets: Buckets = BUCKETS, config: ModelConfig = 
 @functools.cache
 def scorer(roles=ROLES, chunk: int = 5, model: Qwen2_5VL = MODEL):
     """Compiled `score_batch`: (base, trained, batch) -> EntryScores."""
-    return jax.jit(functools.partial(score_batch, model, roles=roles, chunk=chunk))
+    return jit(functools.partial(score_batch, model, roles=roles, chunk=chunk))
 
 
-def with_clip(clip: float, roles=ROLES):
-    return tuple(dataclasses.replace(r, clip=clip) for r in roles)
+# An optimizer that changes nothing and keeps the last gradient as its state.
+KEEP_GRADIENT = optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda gradient, state, params: (jax.tree.map(jnp.zeros_like, gradient), gradient),
+)
+
+
+@functools.cache
+def gradient_step(accumulation: int = 1):
+    """Compiled train step that moves nothing: (base, trained, batch) -> (gradient, metrics)."""
+    step = make_train_step(MODEL, KEEP_GRADIENT, roles=ROLES, chunk=5, accumulation=accumulation, use_dropout=False)
+
+    @jit
+    def run(base, trained, batch):
+        state = TrainState(jnp.zeros((), jnp.int32), trained, KEEP_GRADIENT.init(trained))
+        state, metrics = step(state, base, batch, jax.random.key(0))
+        return state.opt_state, metrics
+
+    return run

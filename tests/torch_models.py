@@ -76,7 +76,7 @@ def tiny_model(*, tied: bool, seed: int = 0) -> Qwen2_5_VLForConditionalGenerati
         elif "lm_head" in name:
             p.copy_(0.8 * noise)
         else:
-            p.copy_(1.4 * noise / p[0].numel() ** 0.5)
+            p.copy_(noise / p[0].numel() ** 0.5)
     return model
 
 

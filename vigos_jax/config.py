@@ -33,7 +33,7 @@ _RANGES = (
     ("optimizer.weight_decay", 0, None),
     ("optimizer.max_grad_norm", 1e-12, None),
     ("loss.chunk", 1, None),
-    ("evaluate.items", 0, None),
+    ("evaluate.questions", 0, None),
     ("evaluate.batch_size", 1, None),
     ("evaluate.seed", 0, 2**31 - 1),
     ("score.batch_size", 1, None),

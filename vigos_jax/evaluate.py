@@ -1,6 +1,7 @@
 """The demo's evaluation: does the model look, or does it answer what one expects?"""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -40,37 +41,38 @@ class Answered:
         return is_correct(last_boxed(self.text), self.item.answer)
 
 
+def _rows(loaded: Loaded, items: list[world.Item], config) -> list[Row]:
+    return [
+        make_row(
+            (loaded.processor.encode_image(item.pil_image),),
+            problem=item.question,
+            reference="",
+            student=config.prompts.student,
+            roles=(),
+            processor=loaded.processor,
+        )
+        for item in items
+    ]
+
+
 def answer_items(
-    loaded: Loaded, variables: Variables, items: list[world.Item], config, *, sampling: Sampling, title: str
+    loaded: Loaded, sampler: Sampler, variables: Variables, items: list[world.Item], rows: list[Row], config, *, title: str
 ) -> list[Answered]:
-    """Samples one completion per item with the student's prompt."""
+    """Samples one completion per item; `rows` are the items as the student reads them."""
     ways = loaded.mesh.shape["data"] * loaded.mesh.shape["fsdp"]
     size = -(-config.evaluate.batch_size // ways) * ways
-    sampler = Sampler(loaded.model, sampling, eos_ids=loaded.processor.eos_ids)
     variables = sampler.ready(variables)
     out = []
     for first in bar(range(0, len(items), size), title=title):
-        part = items[first : first + size]
-        rows = [_row(loaded, item, config) for item in part] + [Row()] * (size - len(part))
-        prompts = loaded.put_batch(pack_prompts(rows, config=loaded.config, buckets=loaded.buckets))
-        keys = row_keys(config.evaluate.seed, first, size)
-        sampled = sampler(variables, prompts, keys)
-        for item, ids in zip(part, sampled.ids[: len(part)], strict=True):
+        part = rows[first : first + size]
+        part = part + [Row()] * (size - len(part))
+        prompts = loaded.put_batch(pack_prompts(part, config=loaded.config, buckets=loaded.buckets))
+        sampled = sampler(variables, prompts, row_keys(config.evaluate.seed, first, size))
+        for item, ids in zip(items[first : first + size], sampled.ids, strict=False):
             spans = find_spans(loaded.processor.token_bytes(ids))
             text = loaded.processor.decode([i for i in ids if i not in loaded.processor.eos_ids])
             out.append(Answered(item, text, loaded.processor.decode(ids[slice(*spans.description)]), spans))
     return out
-
-
-def _row(loaded: Loaded, item: world.Item, config) -> Row:
-    return make_row(
-        (loaded.processor.encode_image(item.pil_image),),
-        problem=item.question,
-        reference="",
-        student=config.prompts.student,
-        roles=(),
-        processor=loaded.processor,
-    )
 
 
 def summarise(conflict: list[Answered], prior: list[Answered]) -> dict[str, float]:
@@ -93,24 +95,36 @@ def summarise(conflict: list[Answered], prior: list[Answered]) -> dict[str, floa
 
 
 def evaluate_demo(
-    loaded: Loaded, variables: Variables, config, *, sampling: Sampling, title: str
-) -> tuple[dict[str, Any], list[Answered]]:
-    """Evaluates on held-out items, unfiltered at temperature 1 and with the run's own sampling.
+    loaded: Loaded, students: Mapping[str, Variables], config, *, sampling: Sampling
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[Answered]]]:
+    """Evaluates each student on the same held-out items, unfiltered at temperature 1 and with the run's own sampling.
 
     Returns:
-      (`summarise` of the unfiltered samples, with the other under "training_sampling"; conflict answers, unfiltered).
+      Per student: `summarise` of the unfiltered samples, with the other one under "training_sampling"; and the
+      unfiltered answers to the conflict items.
     """
-    n, seed = config.evaluate.items, config.evaluate.seed
-    # Training data is setting "train" of its own seed: the settings' items are disjoint streams.
-    conflict, prior = ([world.item(seed, i, setting=s) for i in range(n)] for s in ("conflict", "prior"))
-    unfiltered = Sampling(max_tokens=sampling.max_tokens, temperature=1.0)
-    answers = {}
-    for name, how in (("unfiltered", unfiltered), ("training_sampling", sampling)):
-        both = answer_items(loaded, variables, conflict + prior, config, sampling=how, title=f"{title}, {name}")
-        answers[name] = (both[:n], both[n:])
-    result: dict[str, Any] = summarise(*answers["unfiltered"])
-    result |= {"items": n, "training_sampling": summarise(*answers["training_sampling"])}
-    return result, answers["unfiltered"][0]
+    n, seed = config.evaluate.questions, config.evaluate.seed
+    # Training data is the setting "train": the settings' items are disjoint streams.
+    items = [world.item(seed, i, setting=setting) for setting in ("conflict", "prior") for i in range(n)]
+    rows = _rows(loaded, items, config)
+    ways = {
+        "unfiltered": Sampling(max_tokens=sampling.max_tokens, temperature=1.0),
+        "training_sampling": sampling,
+    }
+    summaries: dict[str, dict[str, Any]] = {name: {"questions": n} for name in students}
+    conflict: dict[str, list[Answered]] = {}
+    for way, how in ways.items():
+        sampler = Sampler(loaded.model, how, eos_ids=loaded.processor.eos_ids)  # compiled once for all students
+        for name, variables in students.items():
+            title = f"evaluate {name}, {way.replace('_', ' ')}"
+            answers = answer_items(loaded, sampler, variables, items, rows, config, title=title)
+            rates = summarise(answers[:n], answers[n:])
+            if way == "unfiltered":
+                summaries[name] |= rates
+                conflict[name] = answers[:n]
+            else:
+                summaries[name][way] = rates
+    return summaries, conflict
 
 
 def table_text(results: dict[str, dict[str, Any]]) -> str:
@@ -121,7 +135,7 @@ def table_text(results: dict[str, dict[str, Any]]) -> str:
     for key, title in COLUMNS.items():
         filtered = [r["training_sampling"][key] for r in (base, trained)]
         lines.append(f"{title:50}{base[key]:12.3f}{trained[key]:12.3f}{filtered[0]:14.3f}{filtered[1]:12.3f}")
-    lines.append(f"({base['items']} questions of each kind, one sample each)")
+    lines.append(f"({base['questions']} questions of each kind, one sample each)")
     return "\n".join(lines)
 
 

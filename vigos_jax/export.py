@@ -35,7 +35,7 @@ def export(
       InputError: an adapter is asked for where none was trained, or the folder exists and is not empty.
     """
     if kind == "adapter" and "lora" not in trained:
-        raise InputError("config.export.kind=adapter needs trained adapters, and all parameters were trained; choices: merged")
+        raise InputError("config.export.kind=adapter needs an adapter, and this student has none; choices: merged")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"config.export.output={str(output)!r} exists and is not an empty folder; choose another")
     temporary = output.with_name(output.name + ".tmp")
@@ -99,7 +99,7 @@ def _write_adapter(loaded: Loaded, lora: Any, folder: pathlib.Path) -> None:
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(loaded.folder),
+        "base_model_name_or_path": loaded.name,
         "r": spec.rank,
         "lora_alpha": spec.scale * spec.rank,
         "lora_dropout": spec.dropout,

@@ -32,11 +32,13 @@ class Loaded:
     """A model ready to run.
 
     Attributes:
+      name: what to call the base model elsewhere: the config's hub id or folder.
       folder: the base model's local folder.
       base: the frozen parameters, in the config's dtype.
       trained: `{"lora": ...}` or `{"params": ...}` in float32, or `{}`: the base is its own student.
     """
 
+    name: str
     folder: pathlib.Path
     config: ModelConfig
     model: Qwen2_5VL
@@ -73,7 +75,7 @@ def resolve_model(path: str) -> pathlib.Path:
     if path and folder.is_dir():
         return folder
     if folder.is_absolute() or not HUB_ID.fullmatch(path):
-        raise InputError(f"config.model.path={path!r} is no folder; choices: a model folder, owner/name on the hub, demo")
+        raise InputError(f"config.model.path={path!r} is no folder; choices: a folder, owner/name on the hub, demo")
     import huggingface_hub
 
     try:
@@ -92,7 +94,7 @@ def lora_spec(config) -> LoraSpec | None:
     if config.model.adapter:
         folder = pathlib.Path(config.model.adapter).expanduser()
         if not (folder / "adapter_model.safetensors").is_file():
-            raise InputError(f"config.model.adapter={config.model.adapter!r} must be a folder with adapter_model.safetensors")
+            raise InputError(f"config.model.adapter={str(folder)!r} must be a folder with adapter_model.safetensors")
         return hf.adapter_spec(folder, dropout=config.lora.dropout)
     if not config.lora.rank:
         return None
@@ -147,4 +149,5 @@ def load(config, *, for_training: bool) -> Loaded:
     else:
         copy = functools.partial(cast_floats, dtype=jnp.float32)
         trained = {"params": jax.jit(copy, out_shardings=shardings["params"])(base)}
-    return Loaded(folder, model_config, model, processor, roles, buckets, mesh, base, trained)
+    name = str(folder) if config.model.path == "demo" else config.model.path
+    return Loaded(name, folder, model_config, model, processor, roles, buckets, mesh, base, trained)

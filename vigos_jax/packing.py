@@ -142,28 +142,41 @@ def _vision(rows: Sequence[Row], config: ModelConfig, buckets: Buckets) -> Visio
     return VisionInputs(patches=patches, image_ids=image_ids, hw=hw, token_unit=token_unit)
 
 
-def _text(sequences: Sequence[tuple], length: int, image_token_id: int, *, left: bool = False) -> TextInputs:
-    """Pads (ids [t], positions [3, t], segment_ids [t]) triples to `length`."""
+def _text(sequences: Sequence[tuple], length: int, *, left: bool = False) -> TextInputs:
+    """Pads tuples of (ids [t], positions [3, t], segment_ids [t], image_index [t]) to `length`."""
     b = len(sequences)
     ids, segments = np.zeros((b, length), np.int32), np.zeros((b, length), np.int32)
     positions, image_index = np.zeros((b, 3, length), np.int32), np.full((b, length), -1, np.int32)
-    for i, (row_ids, row_positions, row_segments) in enumerate(sequences):
+    for i, (row_ids, row_positions, row_segments, row_index) in enumerate(sequences):
         n = len(row_ids)
         at = slice(length - n, length) if left else slice(0, n)
         ids[i, at], positions[i, :, at], segments[i, at] = row_ids, row_positions, row_segments
-        is_image = ids[i, at] == image_token_id
-        image_index[i, at] = np.where(is_image, np.cumsum(is_image) - 1, -1)
+        image_index[i, at] = row_index
     return TextInputs(ids=ids, positions=positions, segment_ids=segments, image_index=image_index)
 
 
-def _sequence(row: Row, ids: Sequence[int], config: ModelConfig) -> tuple:
+def _sequence(row: Row, prompt: Sequence[int], config: ModelConfig, completion: Sequence[int] = ()) -> tuple:
+    """(ids, positions, segment_ids, image_index) of a prompt and its completion.
+
+    Only the prompt's image tokens stand for pictures: one that was sampled is a token like any other.
+    """
     grids = [i.grid for i in row.images]
     merge = config.vision.spatial_merge_size
-    positions = mrope_positions(ids, grids, image_token_id=config.image_token_id, merge_size=merge)
-    return np.asarray(ids, np.int32), positions, np.ones(len(ids), np.int32)
+    positions = mrope_positions(prompt, grids, image_token_id=config.image_token_id, merge_size=merge)
+    is_image = np.asarray(prompt, np.int32) == config.image_token_id
+    image_index = np.where(is_image, np.cumsum(is_image) - 1, -1)
+    after, n = _after(positions), len(completion)
+    ids = np.asarray((*prompt, *completion), np.int32)
+    positions = np.concatenate([positions, np.broadcast_to(after + np.arange(n), (3, n))], 1)
+    return ids, positions, np.ones(len(ids), np.int32), np.concatenate([image_index, np.full(n, -1)])
 
 
-_EMPTY = (np.zeros(0, np.int32), np.zeros((3, 0), np.int32), np.zeros(0, np.int32))
+def _after(positions: np.ndarray) -> int:
+    """Where text goes on behind a sequence with these positions."""
+    return int(positions.max(initial=-1)) + 1
+
+
+_EMPTY = (np.zeros(0, np.int32), np.zeros((3, 0), np.int32), np.zeros(0, np.int32), np.zeros(0, np.int32))
 
 
 def pack_prompts(rows: Sequence[Row], *, config: ModelConfig, buckets: Buckets) -> PromptBatch:
@@ -172,7 +185,7 @@ def pack_prompts(rows: Sequence[Row], *, config: ModelConfig, buckets: Buckets) 
     length = buckets.fit("prompt", max(len(s[0]) for s in sequences))
     return PromptBatch(
         vision=_vision(rows, config, buckets),
-        text=_text(sequences, length, config.image_token_id, left=True),
+        text=_text(sequences, length, left=True),
         is_active=np.array([r.student is not None for r in rows]),
     )
 
@@ -207,7 +220,7 @@ def pack_scores(
             entries.append([])
             continue
         prompt = row.student.ids
-        students.append(_sequence(row, prompt + rollout.ids, config))
+        students.append(_sequence(row, prompt, config, rollout.ids))
         packed, row_entries = _pack_row(row, rollout, roles, config)
         teachers.append(packed)
         entries.append(row_entries)
@@ -226,17 +239,17 @@ def pack_scores(
             columns[key][i, : len(values)] = values
     return ScoreBatch(
         vision=_vision(rows, config, buckets),
-        student=_text(students, buckets.fit("prompt", prompt_length) + completion, config.image_token_id),
-        teacher=_text(teachers, buckets.fit("packed", max(len(t[0]) for t in teachers)), config.image_token_id),
+        student=_text(students, buckets.fit("prompt", prompt_length) + completion),
+        teacher=_text(teachers, buckets.fit("packed", max(len(t[0]) for t in teachers))),
         entries=Entries(**columns),
     )
 
 
 def _pack_row(row: Row, rollout: Rollout, roles: tuple[TeacherRole, ...], config: ModelConfig):
-    """One row's branches as (ids, positions, segment_ids), and its entries in the order of `Entries`' fields."""
+    """One row's branches as the tuple that `_text` pads, and its entries in the order of `Entries`' fields."""
     prefix = row.student.prefix_ids
-    ids, positions, segments = ([x] for x in _sequence(row, prefix, config))
-    after_prefix = int(positions[0].max(initial=-1)) + 1
+    ids, positions, segments, image_index = ([x] for x in _sequence(row, prefix, config))
+    after_prefix = _after(positions[0])
     length, entries = len(prefix), []
     for r, (role, turn) in enumerate(zip(roles, row.teachers, strict=True)):
         if turn.prefix_ids != prefix:
@@ -248,9 +261,11 @@ def _pack_row(row: Row, rollout: Rollout, roles: tuple[TeacherRole, ...], config
         ids.append(np.asarray(branch, np.int32))
         positions.append(np.broadcast_to(after_prefix + np.arange(len(branch)), (3, len(branch))))
         segments.append(np.full(len(branch), len(segments) + 1, np.int32))
+        image_index.append(np.full(len(branch), -1))
         for j in scored:
             logp = rollout.logps[j] if rollout.logps is not None else np.nan
             student_at, teacher_at = len(row.student.ids) + j - 1, length + len(turn.rest_ids) + j - 1
             entries.append((r, student_at, teacher_at, j, rollout.ids[j], logp))
         length += len(branch)
-    return (np.concatenate(ids), np.concatenate(positions, 1), np.concatenate(segments)), entries
+    packed = np.concatenate(ids), np.concatenate(positions, 1), np.concatenate(segments), np.concatenate(image_index)
+    return packed, entries

@@ -118,7 +118,7 @@ def train(config, workdir: pathlib.Path) -> None:
     loaded = load(config, for_training=True)
     check_batch(loaded.mesh, batch_size=config.batch_size, accumulation=config.accumulation)
     sampling = sampling_of(config)
-    has_results = config.data.source == "demo" and config.evaluate.items > 0
+    has_results = config.data.source == "demo" and config.evaluate.questions > 0
     options = {k: v for k, v in config.optimizer.items()}
     tx, learning_rate = make_optimizer(steps=config.steps, **options)
     source = _source(config)
@@ -243,13 +243,12 @@ def _steps(config, workdir, loaded, tx, learning_rate, source, reads, place, che
 
 
 def _evaluate(config, workdir: pathlib.Path, loaded: Loaded, trained: Any) -> None:
-    sampling = sampling_of(config)
-    base, before = evaluate.evaluate_demo(loaded, loaded.student({}), config, sampling=sampling, title="base")
-    after, now = evaluate.evaluate_demo(loaded, loaded.student(trained), config, sampling=sampling, title="trained")
-    write_json(workdir / "results.json", {"base": base, "trained": after})
-    print(evaluate.samples_text(before, now))
+    students = {"base": loaded.student({}), "trained": loaded.student(trained)}
+    results, answers = evaluate.evaluate_demo(loaded, students, config, sampling=sampling_of(config))
+    write_json(workdir / "results.json", results)
+    print(evaluate.samples_text(answers["base"], answers["trained"]))
     print()
-    print(evaluate.table_text({"base": base, "trained": after}))
+    print(evaluate.table_text(results))
     print()
 
 

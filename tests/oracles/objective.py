@@ -15,7 +15,7 @@ from vigos_jax.inputs import TextInputs, VisionInputs
 LENGTH = 72  # all sequences are padded to it on the right: one compiled program
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 def _logits(model, variables, vision, text):
     hidden, _ = model.apply(variables, text, model.apply(variables, vision, method="encode_images"))
     return model.apply(variables, hidden, method="logits")[0]
@@ -72,17 +72,14 @@ def vision_inputs(images, vision, slots=64):
     return VisionInputs(patches=patches, image_ids=ids, hw=hw, token_unit=token_unit)
 
 
-def log_softmax(x, xp=np):
-    x = np.asarray(x, np.float64) if xp is np else x
-    x = x - xp.max(x, -1, keepdims=True)
-    return x - xp.log(xp.sum(xp.exp(x), -1, keepdims=True))
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    x = x - np.max(x, -1, keepdims=True)
+    return x - np.log(np.sum(np.exp(x), -1, keepdims=True))
 
 
-def objective(model, base, trained, samples, roles, xp=np):
+def objective(model, base, trained, samples, roles):
     """The weighted sum of the roles' means over (row, rollout) pairs.
-
-    Args:
-      xp: numpy for float64, jax.numpy to differentiate with respect to `trained`.
 
     Returns:
       (loss, {role name: {"loss", "tokens", "clipped"}},
@@ -95,7 +92,7 @@ def objective(model, base, trained, samples, roles, xp=np):
             continue
         n = len(rollout.ids)
         prompt = row.student.prefix_ids + row.student.rest_ids
-        p = log_softmax(logits(model, student, row.images, prompt + rollout.ids), xp)[len(prompt) - 1 :]
+        p = log_softmax(logits(model, student, row.images, prompt + rollout.ids))[len(prompt) - 1 :]
         for role, turn in zip(roles, row.teachers, strict=True):
             if role.when != ("valid" if rollout.spans.is_valid else "invalid") and role.when != "always":
                 continue
@@ -104,9 +101,9 @@ def objective(model, base, trained, samples, roles, xp=np):
             if not len(at):
                 continue
             prompt = turn.prefix_ids + turn.rest_ids
-            q = log_softmax(logits(model, teacher, row.images, prompt + rollout.ids), xp)[len(prompt) - 1 :]
+            q = log_softmax(logits(model, teacher, row.images, prompt + rollout.ids))[len(prompt) - 1 :]
             a, b = (q, p) if role.divergence == "forward_kl" else (p, q)
-            kl = xp.sum(xp.exp(a) * (a - b), -1)[at]
+            kl = np.sum(np.exp(a) * (a - b), -1)[at]
             token = np.array(rollout.ids)[at]
             entries[i, role.name] = (at, kl, p[at, token], q[at, token])
 
@@ -115,7 +112,7 @@ def objective(model, base, trained, samples, roles, xp=np):
         kl = [x[1] for (_, name), x in entries.items() if name == role.name]
         tokens = sum(len(x) for x in kl)
         clip = role.clip or np.inf
-        mean = sum(xp.sum(xp.where(x > clip, clip, x)) for x in kl) / max(tokens, 1)
-        parts[role.name] = {"loss": mean, "tokens": tokens, "clipped": sum(xp.sum(x > clip) for x in kl)}
+        mean = sum(np.sum(np.minimum(x, clip)) for x in kl) / max(tokens, 1)
+        parts[role.name] = {"loss": mean, "tokens": tokens, "clipped": sum(np.sum(x > clip) for x in kl)}
         loss = loss + role.weight * mean
     return loss, parts, entries

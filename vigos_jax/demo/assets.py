@@ -1,9 +1,9 @@
-"""Builds the demo model's folder without its weights, in Hugging Face layout: tokenizer, chat template, configs.
+"""Builds the demo model's folder without its weights, in Hugging Face layout: tokenizer, template, configs.
 
-The tokenizer is a real byte-level BPE over the demo's own words: every word of the prompts and of the world, with or
-without its leading space as it occurs, is one token; the tags `<description>`, `</think>`, `\\boxed{` ... are several
-(`{red` is one, so the parser meets a token that covers a delimiter and an answer); any other text falls back to
-smaller pieces and in the end to the 256 bytes.
+The tokenizer is a real byte-level BPE over the demo's own words: every word of the prompts and of the world, with
+or without its leading space as it occurs, is one token; the tags `<description>`, `</think>`, `\\boxed{` ... are
+several (`{red` is one, so the parser meets a token that covers a delimiter and an answer); any other text falls
+back to smaller pieces and in the end to the 256 bytes.
 """
 
 import itertools
@@ -16,8 +16,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from vigos_jax.demo import world
 from vigos_jax.demo.responses import caption, completion, faithful, text_driven
 
-SPLIT = (  # words take one leading space or sign, digits stand alone, line ends stick to the signs before them
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = (  # words take one leading space or sign, digits stand alone, line ends stick to the signs before
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 CONTROL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
@@ -42,8 +43,8 @@ def world_texts() -> Iterable[str]:
         for value in world.ATTRIBUTES[attribute]:
             things = (world.PRIORS[kind].replace(attribute, value),)
             row = world.Item(
-                id="", image=world.blank_image(), scene=world.Scene(things, ()), kind=kind, attribute=attribute,
-                question="", answer=value, prior_value="", states_prior=False,
+                id="", image=world.blank_image(), scene=world.Scene(things, ()), kind=kind,
+                attribute=attribute, question="", answer=value, prior_value="", states_prior=False,
             )  # fmt: skip
             yield caption(row)
             yield completion(faithful(row))
@@ -171,7 +172,7 @@ def preprocessor_config() -> dict:
 
 
 def write_assets(folder: pathlib.Path, *, templates: Sequence[str]) -> None:
-    """Writes tokenizer.json, tokenizer_config.json, config.json, preprocessor_config.json, generation_config.json."""
+    """Writes tokenizer.json and the four configs: config, tokenizer, preprocessor, generation."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(templates)
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -7,7 +7,6 @@ Hugging Face checkpoint like any other.
 
 import functools
 import pathlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,12 +18,12 @@ import numpy as np
 import optax
 from absl import app
 from ml_collections import config_flags
-from tqdm import tqdm
 
 from vigos_jax import geometry, prompts
 from vigos_jax.architecture import ModelConfig
 from vigos_jax.demo import assets, responses, world
 from vigos_jax.inputs import TextInputs, VisionInputs
+from vigos_jax.metrics import Progress
 from vigos_jax.models import hf
 from vigos_jax.models.qwen2_5_vl import Qwen2_5VL, init_variables
 from vigos_jax.processor import Processor, Turn
@@ -33,7 +32,7 @@ Array = jax.Array
 GRID = (1, world.SIDE // 14, world.SIDE // 14)  # patches of one demo picture
 COMPLETION_LENGTH = 32  # tokens, EOS included; the longest response has 30
 CAPTION_LENGTH = 40  # tokens of an image-only turn with its caption
-RESPONSE_LENGTH = 112  # tokens of any other turn with its response
+RESPONSE_LENGTH = 104  # tokens of any other turn with its response
 
 
 @flax.struct.dataclass
@@ -54,7 +53,7 @@ class Rows:
     mask: Array
 
 
-# Rows --------------------------------------------------------------------------------------------------------
+# Rows ---------------------------------------------------------------------------------------------
 
 
 class RowMaker:
@@ -112,7 +111,7 @@ class RowMaker:
         return Rows(np.stack([item.image for item, _, _ in drawn]), ids, prompt_length, targets, mask)
 
 
-# Model -------------------------------------------------------------------------------------------------------
+# Model --------------------------------------------------------------------------------------------
 
 
 def patches(images: Array) -> Array:
@@ -162,7 +161,7 @@ def initial_params(model: Qwen2_5VL, seed: int) -> Any:
     return {**params, "embedding": params["embedding"] * 5.0}  # 0.1: logits of order one
 
 
-# Losses ------------------------------------------------------------------------------------------------------
+# Losses -------------------------------------------------------------------------------------------
 
 
 def vision_loss(trained: Any, images: Array, labels: Array, *, model: Qwen2_5VL) -> Array:
@@ -192,7 +191,7 @@ def text_loss(params: Any, groups: tuple[Rows, ...], *, model: Qwen2_5VL) -> Arr
     return total / count
 
 
-# Training ----------------------------------------------------------------------------------------------------
+# Training -----------------------------------------------------------------------------------------
 
 
 def fit(
@@ -208,12 +207,14 @@ def fit(
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    state, value = tx.init(params), jnp.nan
-    for i in (bar := tqdm(range(steps), desc=name, disable=None)):
-        params, state, value = step(params, state, next(batches))  # runs while the next batch is drawn
-        if i % 25 == 24:
-            bar.set_postfix(loss=f"{float(value):.3f}")
-    print(f"{name}: loss {float(value):.3f} after {steps} steps", file=sys.stderr)
+    state = tx.init(params)
+    progress = Progress(total=steps, start=0, title=name, every=50)
+    batch = next(batches)
+    for i in range(1, steps + 1):
+        params, state, value = step(params, state, batch)
+        batch = next(batches)  # drawn while the step runs
+        progress.update(i, {"loss": float(value)})
+    progress.close()
     return params
 
 

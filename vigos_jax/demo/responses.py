@@ -1,7 +1,7 @@
-"""Responses for the demo's warm start: faithful, driven by the prior, driven by the text, and badly formatted.
+"""Responses for the demo's warm start: faithful, driven by the prior, driven by the text, badly formatted.
 
-A response is (description, rationale, answer). `completion` writes it out as the text that follows the assistant
-prefill `<description>`. All choices come from a numpy Generator, all rates from the caller.
+A response is (description, rationale, answer). `completion` writes it out as the text that follows the
+assistant prefill `<description>`. All choices come from a numpy Generator, all rates from the caller.
 """
 
 from dataclasses import dataclass, replace
@@ -69,7 +69,7 @@ def draw_reference(rng: np.random.Generator, item: Item, *, random_rate: float) 
 
 
 def privileged_response(rng: np.random.Generator, item: Item, *, reference: str, leak: float) -> Response:
-    """A privileged row: text-driven with rate `leak`; else faithful, answering picture or reference half and half."""
+    """A privileged row: text-driven with rate `leak`; else faithful, the answer from picture or reference."""
     if rng.random() < leak:
         return text_driven(item, reference)
     value = item.answer if rng.random() < 0.5 else reference

@@ -1,11 +1,12 @@
 """The demo's little world: pictures of everyday things that usually, but not always, look as one expects.
 
-Twelve kinds of thing stand on a 3x3 grid of cells in an 84x84 picture. Each kind has a *prior* colour, size and
-count (bananas are yellow, large, two). A question asks one attribute of one kind; half of the questions state the
-prior as a fact first. A model that trusts the text answers the prior, a model that looks answers what is shown.
+Twelve kinds of thing stand on a 3x3 grid of cells in an 84x84 picture. Each kind has a *prior* color, size
+and count (bananas are yellow, large, two). A question asks one attribute of one kind; half of the questions state
+the prior as a fact first. A model that trusts the text answers the prior, a model that looks answers what is
+shown.
 
-Everything is a pure function of (seed, setting, index): `item` makes one question with its picture, `DemoSource`
-wraps that as training rows, and the judges at the end read descriptions back.
+Everything is a pure function of (seed, setting, index): `item` makes one question with its picture,
+`DemoSource` wraps that as training rows, and the judges at the end read descriptions back.
 """
 
 import functools
@@ -70,16 +71,21 @@ KINDS = tuple(PRIORS)  # alphabetical
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: `things` in alphabetical order, and per cell (row-major) an index into them or -1."""
+    """What a picture shows.
+
+    Attributes:
+      things: in alphabetical order of their kinds.
+      cells: [9], row-major: which of the things stands in each cell, -1 for none.
+    """
 
     things: tuple[Thing, ...]
-    cells: tuple[int, ...]  # [GRID * GRID]
+    cells: tuple[int, ...]
 
     def thing(self, kind: str) -> Thing:
         return next(thing for thing in self.things if thing.kind == kind)
 
     def cell_labels(self) -> np.ndarray:
-        """int32 [9, 3]: kind (0 = empty, else 1 + index), color, size (the last two are -1 in empty cells)."""
+        """int32 [9, 3]: kind (0 is empty, else 1 + index), color, size (both -1 in empty cells)."""
         rows = []
         for cell in self.cells:
             thing = self.things[cell]
@@ -121,39 +127,45 @@ class Item:
         return Image.fromarray(self.image)
 
 
-# Drawing -----------------------------------------------------------------------------------------------------
+# Drawing ------------------------------------------------------------------------------------------
 
 def _star() -> list[float]:
     turns = [(math.pi * (k / 5 - 0.5), 1.0 if k % 2 == 0 else 0.42) for k in range(10)]
     return [c for angle, r in turns for c in (r * math.cos(angle), r * math.sin(angle))]
 
 
-# Shapes in the unit square [-1, 1]^2, y down: (is_ellipse, coordinates, is_ink); later strokes cover earlier ones.
+# Shapes in the unit square [-1, 1]^2, y down: strokes of (is_ellipse, coordinates, is_ink), later ones on top.
 _SHAPES = {
     "bananas": [(True, [-1, -1, 1, 1], True), (True, [-0.7, -1.45, 1.3, 0.55], False)],
     "bricks": [(False, [-1, -0.55, 1, -0.55, 1, 0.55, -1, 0.55], True)],
     "carrots": [(False, [-0.5, -1, 0.5, -1, 0, 1], True)],
-    "clouds": [(True, [-1, -0.3, 0, 0.7], True), (True, [-0.6, -0.9, 0.5, 0.4], True), (True, [0, -0.3, 1, 0.7], True)],
+    "clouds": [
+        (True, [-1, -0.3, 0, 0.7], True), (True, [-0.6, -0.9, 0.5, 0.4], True), (True, [0, -0.3, 1, 0.7], True),
+    ],
     "drops": [(False, [0, -1, 0.55, 0.25, -0.55, 0.25], True), (True, [-0.65, -0.3, 0.65, 1], True)],
-    "grapes": [(True, [x - 0.46, y - 0.46, x + 0.46, y + 0.46], True) for x in (-0.54, 0.54) for y in (-0.54, 0.54)],
+    "grapes": [
+        (True, [x - 0.46, y - 0.46, x + 0.46, y + 0.46], True) for x in (-0.54, 0.54) for y in (-0.54, 0.54)
+    ],
     "leaves": [(False, [-1, 1, -0.95, -0.1, -0.1, -0.95, 1, -1, 0.95, 0.1, 0.1, 0.95], True)],
     "stars": [(False, _star(), True)],
     "tires": [(True, [-1, -1, 1, 1], True), (True, [-0.5, -0.5, 0.5, 0.5], False)],
     "tomatoes": [(True, [-0.9, -0.9, 0.9, 0.9], True)],
-    "trees": [(False, [0, -1, 0.9, 0.35, -0.9, 0.35], True), (False, [-0.2, 0.3, 0.2, 0.3, 0.2, 1, -0.2, 1], True)],
+    "trees": [
+        (False, [0, -1, 0.9, 0.35, -0.9, 0.35], True), (False, [-0.2, 0.3, 0.2, 0.3, 0.2, 1, -0.2, 1], True),
+    ],
     "whales": [(True, [-1, -0.55, 0.5, 0.6], True), (False, [0.2, 0.1, 1, -0.75, 1, 0.75], True)],
 }  # fmt: skip
 
 
 @functools.cache
 def _mask(kind: str, size: str, dx: int, dy: int) -> np.ndarray:
-    """Coverage float32 [28, 28] in 0..1 of one piece, moved by (dx, dy) half pixels from its cell's centre."""
+    """Coverage float32 [28, 28] in 0..1 of one piece, (dx, dy) half pixels off its cell's center."""
     scale = 4  # drawn 4x larger, then averaged: anti-aliased edges
     canvas = Image.new("L", (CELL * scale, CELL * scale), 0)
     draw = ImageDraw.Draw(canvas)
-    centre = np.array([CELL / 2 + dx / 2, CELL / 2 + dy / 2])
+    center = np.array([CELL / 2 + dx / 2, CELL / 2 + dy / 2])
     for is_ellipse, unit, is_ink in _SHAPES[kind]:
-        points = (centre + RADIUS[size] * np.asarray(unit, float).reshape(-1, 2)) * scale
+        points = (center + RADIUS[size] * np.asarray(unit, float).reshape(-1, 2)) * scale
         (draw.ellipse if is_ellipse else draw.polygon)(points.reshape(-1).tolist(), fill=255 if is_ink else 0)
     return np.asarray(canvas.reduce(scale), np.float32) / 255.0
 
@@ -180,7 +192,7 @@ def blank_image() -> np.ndarray:
     return np.full((SIDE, SIDE, 3), 128, np.uint8)
 
 
-# Scenes and questions ----------------------------------------------------------------------------------------
+# Scenes and questions -----------------------------------------------------------------------------
 
 def _pick_value(rng: np.random.Generator, attribute: str, prior_value: str, follow: bool) -> str:
     others = [value for value in ATTRIBUTES[attribute] if value != prior_value]
@@ -188,7 +200,7 @@ def _pick_value(rng: np.random.Generator, attribute: str, prior_value: str, foll
 
 
 def make_question(kind: str, attribute: str, *, states_prior: bool) -> str:
-    """`Usually the bananas are yellow. What color are the bananas?`; the first sentence only if `states_prior`."""
+    """`Usually the bananas are yellow. What color are the bananas?`, the first part only if `states_prior`."""
     asked = f"How many {kind} are there?" if attribute == "count" else f"What {attribute} are the {kind}?"
     return f"Usually the {kind} are {getattr(PRIORS[kind], attribute)}. {asked}" if states_prior else asked
 
@@ -199,8 +211,9 @@ def make_item(
     """Draws one item.
 
     Args:
-      follow_prior: probability, for every attribute by itself, of its prior value; otherwise uniform over the others.
-      conflict: None leaves the asked attribute to chance as well; True/False makes it contradict/follow its prior.
+      follow_prior: probability of the prior value, for every attribute by itself; else uniform over the others.
+      conflict: None leaves the asked attribute to chance as well; True makes it contradict its prior, False
+        makes it follow it.
     """
     kinds = [KINDS[k] for k in rng.permutation(len(KINDS))[: 1 + (rng.random() < SECOND_KIND)]]
     asked, attribute = kinds[0], list(ATTRIBUTES)[rng.integers(len(ATTRIBUTES))]
@@ -235,7 +248,7 @@ def item(seed: int, index: int, *, setting: str) -> Item:
 
 
 class DemoSource(Sequence):
-    """Random access to training rows `{"id", "problem", "answer", "images": [PIL image]}`; references are correct.
+    """Random access to training rows `{"id", "problem", "answer", "images": [PIL image]}`, all answers true.
 
     Args:
       length: number of rows; row `i` is `item(seed, i, setting="train")`.
@@ -261,7 +274,7 @@ class DemoSource(Sequence):
         return {"id": row.id, "problem": row.question, "answer": row.answer, "images": [image]}
 
 
-# Descriptions, and the judges that read them ------------------------------------------------------------------
+# Descriptions, and the judges that read them ------------------------------------------------------
 
 def describe(things: Sequence[Thing]) -> str:
     """The one faithful description: `bananas : two small blue, trees : one large green`."""
@@ -269,7 +282,7 @@ def describe(things: Sequence[Thing]) -> str:
 
 
 def description_states(description_text: str, kind: str, attribute: str) -> str | None:
-    """The value a description gives `attribute` of `kind`; None if it does not, or gives two different ones."""
+    """The value a description gives `attribute` of `kind`; None if it gives none, or two different ones."""
     stated = set()
     for part in description_text.split(","):
         words = part.split()
