@@ -20,17 +20,16 @@ def get_config() -> ml_collections.ConfigDict:
     config.output = "vigos_jax/demo/base"  # folder to write; an existing one is overwritten
     config.leak = 0.7  # how often a privileged row's description follows the reference instead of the picture
     config.prompts = base.get_config().prompts  # the roles' prompts, so that the base has met all four
-    config.batch_size = 64
 
     # Each stage: Adam, `warmup` steps up to `lr`, then a cosine down to 5 % of it; gradients clipped to norm 1.
     config.warmup = 20
     # 1. The vision tower alone: kind, color and size per cell of the grid, by a linear head that is thrown away.
-    config.vision = ml_collections.ConfigDict({"steps": 450, "lr": 4e-3, "follow_prior": 0.15})
+    config.vision = ml_collections.ConfigDict({"steps": 450, "batch_size": 64, "lr": 4e-3, "follow_prior": 0.15})
     # 2. Image-only turns, faithful descriptions. Pictures mostly contradict the priors.
-    config.captions = ml_collections.ConfigDict({"steps": 450, "lr": 3e-3, "follow_prior": 0.15})
+    config.captions = ml_collections.ConfigDict({"steps": 450, "batch_size": 64, "lr": 3e-3, "follow_prior": 0.15})
     # 3. Responses in all roles.
-    config.responses = ml_collections.ConfigDict({"steps": 500, "lr": 2e-3})
-    config.responses.caption_share = 0.25  # image-only turns, always faithful
+    config.responses = ml_collections.ConfigDict({"steps": 600, "batch_size": 48, "lr": 2e-3})
+    config.responses.caption_share = 0.30  # image-only turns, always faithful
     config.responses.caption_follow_prior = 0.3
     config.responses.privileged_share = 0.30  # reasoning and reference prompts, half and half; the rest are student's
     config.responses.privileged_follow_prior = 0.4
@@ -41,5 +40,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.responses.prior_driven_description = 0.8  # then the whole description states priors as well, this often
     config.responses.malformed = 0.12  # student rows with a format error
 
-    config.card_items = 1000  # items per setting that the card's numbers are measured on
+    config.card_items = 1000  # questions of each kind that the card's numbers are measured on
+    config.card_seed = 7  # of those questions and of the sampling
     return config

@@ -1,31 +1,37 @@
 """What a run needs, tiny and from nothing: a model folder, a data set, rollouts, and a config file of a user's own.
 
-Everything lies outside the repository, as a user's own things do.
+Everything lies outside the repository, as a user's own things do. What takes long is made once a session; tests
+write into folders of their own, never into these.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import pathlib
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint
 import safetensors.numpy
 import tiny
 from helpers import make_processor_folder
+from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from vigos_jax import main
+from vigos_jax import main, train
 from vigos_jax.architecture import ModelConfig
+from vigos_jax.loading import Loaded
 from vigos_jax.models import hf
 from vigos_jax.models.layers import LoraSpec
 from vigos_jax.models.qwen2_5_vl import Qwen2_5VL
 from vigos_jax.processor import Processor
 
-# The mesh splits rows, parameters and heads, so every mode runs on sharded arrays: 2 x 2 x 2 of the 8 test devices.
-# The reference role has no clip: a random model differs from itself by more than any sensible one, everywhere.
+# The mesh splits rows, parameters and heads: every mode runs on sharded arrays, on the 8 devices of the tests.
+# Clips are off, or a random model, which differs from itself everywhere, would have no gradient.
 CONFIG = '''\
 """A user's own config."""
 
@@ -36,6 +42,7 @@ def get_config():
     config = base.get_config()
     config.model.path = {model!r}
     config.data.source = {data!r}
+    config.data.max_bad_fraction = 0.1
     config.steps, config.batch_size, config.checkpoint_every, config.keep_checkpoints = 4, 4, 1, 10
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 2, 2, 2
     config.lora.rank, config.lora.alpha, config.lora.dropout = 4, 8.0, 0.1
@@ -43,54 +50,112 @@ def get_config():
     config.prompts.student.user = "{{problem}}"
     config.prompts.reasoning.user = "{{problem}} {{reference}}"
     config.prompts.reference.user = "{{reference}} {{problem}}"
-    config.roles.reference.clip = 0.0
+    config.roles.perception.clip = config.roles.reasoning.clip = config.roles.reference.clip = 0.0
     config.sampling.max_tokens = 12
-    config.buckets.patches, config.buckets.prompt = (64,), (96,)
+    config.buckets.patches, config.buckets.prompt = (64,), (64,)
     config.buckets.completion, config.buckets.packed = (16, 64), (128, 384)
     config.loss.chunk = 16
+    config.score.batch_size = 4
     config.export.after_training = False
     return config
 '''
-ADAPTER_RANK, ADAPTER_ALPHA = 2, 6.0  # unlike the config's: the folder's own word counts
-ALL_PROJECTIONS = LoraSpec(
-    rank=ADAPTER_RANK,
-    scale=ADAPTER_ALPHA / ADAPTER_RANK,
-    language=frozenset(hf.LANGUAGE_PROJECTIONS),
-    vision=frozenset(hf.VISION_PROJECTIONS),
-)
-SPEC = dataclasses.replace(ALL_PROJECTIONS, vision=frozenset())
+STEPS = 4
+BAD = {2: "image_missing", 7: "empty_answer"}  # rows of the data that cannot be used
+SPEC = LoraSpec(rank=2, scale=3.0, language=frozenset(hf.LANGUAGE_PROJECTIONS))  # unlike the config's
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """Paths of a tiny world. Tests write into folders of their own, never here."""
+    """Paths, and a command line that names the config file among them."""
 
     folder: pathlib.Path
-    model: pathlib.Path  # float32, untied, with random weights whose logits differ by several units
-    adapter: pathlib.Path  # PEFT LoRA of rank ADAPTER_RANK, A and B random
-    data: pathlib.Path  # .jsonl of 10 good rows
-    config: pathlib.Path  # the config file
+    model: pathlib.Path  # float32, untied, several shards; random weights, logits differ by several units
+    adapter: pathlib.Path  # PEFT LoRA of SPEC, A and B random
+    data: pathlib.Path  # .jsonl of 10 rows, those of BAD among them
+    config: pathlib.Path
 
     def run(self, *args: str) -> int:
         """Runs the command line in this process; returns the exit code."""
         return main.main(["vigos_jax", f"--config={self.config}", *args])
 
 
-@functools.cache
+def once(function: Callable) -> Callable:
+    """Calls `function(tmp_path_factory, *args)` once a session for each args."""
+    made = {}
+
+    @functools.wraps(function)
+    def get(tmp_path_factory, *args: str):
+        if args not in made:
+            made[args] = function(tmp_path_factory, *args)
+        return made[args]
+
+    return get
+
+
+@once
 def make_world(tmp_path_factory) -> World:
-    """The world of this test session."""
     folder = tmp_path_factory.mktemp("world")
     write_pictures(folder / "pictures", 10)
     rows = [
-        {"id": f"row{i}", "images": [f"pictures/{i}.png"], "problem": f"What colour is {i}?", "answer": "red blue"[i:]}
+        {"id": f"row{i}", "images": [f"pictures/{i}.png"], "problem": f"What colour is {i}?", "answer": str(i)}
         for i in range(10)
     ]
-    data = write_rows(folder / "data.jsonl", [row | {"answer": str(i)} for i, row in enumerate(rows)])
+    rows[2]["images"], rows[7]["answer"] = ["pictures/none.png"], ""
+    data = write_rows(folder / "data.jsonl", rows)
     model = write_model(folder / "model")
-    adapter = write_adapter(folder / "adapter", model)
+    adapter = write_adapter(folder / "adapter", model, SPEC)
     config = folder / "mine.py"
     config.write_text(CONFIG.format(model=str(model), data=str(data)))
     return World(folder, model, adapter, data, config)
+
+
+@contextlib.contextmanager
+def compile_once(tmp_path_factory) -> Iterator[None]:
+    """Spares the compiler: little optimisation, and what several runs have in common is compiled by the first."""
+    options = {
+        "jax_compilation_cache_dir": str(_cache_folder(tmp_path_factory)),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    with mock.patch.object(jax, "jit", tiny.jit):
+        _configure(options)
+        yield
+        _configure(before)
+
+
+def _configure(options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@once
+def _cache_folder(tmp_path_factory) -> pathlib.Path:
+    # Handed on if it is set in the environment, for those who run one test again and again.
+    return jax.config.jax_compilation_cache_dir or tmp_path_factory.mktemp("compiled")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedRun:
+    workdir: pathlib.Path
+    loaded: Loaded  # what it trained on
+
+
+@once
+def finished_run(tmp_path_factory, *args: str) -> FinishedRun:
+    """A run of the world's config with `args`, never disturbed. Call it under `compile_once`."""
+    world, workdir = make_world(tmp_path_factory), tmp_path_factory.mktemp("run") / "workdir"
+    with mock.patch.object(train, "load", side_effect=train.load) as load, capture(load) as loaded:
+        assert world.run(f"--workdir={workdir}", *args) == 0
+    return FinishedRun(workdir, loaded[0])
+
+
+@contextlib.contextmanager
+def capture(function: mock.Mock) -> Iterator[list[Any]]:
+    """What a mock with a side effect returns, call by call."""
+    results, real = [], function.side_effect
+    function.side_effect = lambda *args, **kwargs: results.append(real(*args, **kwargs)) or results[-1]
+    yield results
 
 
 def write_pictures(folder: pathlib.Path, n: int) -> None:
@@ -101,7 +166,7 @@ def write_pictures(folder: pathlib.Path, n: int) -> None:
         Image.fromarray(pixels).save(folder / f"{i}.png")
 
 
-def write_rows(path: pathlib.Path, rows: list[dict[str, Any]]) -> pathlib.Path:
+def write_rows(path: pathlib.Path, rows: list[Any]) -> pathlib.Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -111,32 +176,39 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def write_model(folder: pathlib.Path) -> pathlib.Path:
-    """A Hugging Face folder with processor and float32 weights."""
+    """A Hugging Face folder with processor and float32 weights in several shards."""
     make_processor_folder(folder, text={"tie_word_embeddings": False, "torch_dtype": "bfloat16"})
     config = ModelConfig.load(folder)
     params = tiny.random_variables(Qwen2_5VL(config))["params"]
     tensors = hf.file_tensors(params, hf.tensor_table(config), config, dtype=np.float32)
-    hf.save_sharded(folder, tensors, max_shard_bytes=2**30)
+    hf.save_sharded(folder, tensors, max_shard_bytes=2**17)
+    assert (folder / "model.safetensors.index.json").is_file()
     return folder
 
 
-def write_adapter(folder: pathlib.Path, model: pathlib.Path, spec: LoraSpec = SPEC) -> pathlib.Path:
+def write_adapter(folder: pathlib.Path, model: pathlib.Path, spec: LoraSpec) -> pathlib.Path:
     """A PEFT LoRA folder whose B is not zero."""
     folder.mkdir()
     config = ModelConfig.load(model)
     lora = tiny.random_variables(Qwen2_5VL(config, lora=spec))["lora"]
     tensors = dict(hf.file_tensors(lora, hf.adapter_table(config, spec), config, dtype=np.float32))
     safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
-    alpha = spec.scale * spec.rank
-    names = sorted(spec.language | spec.vision)
-    values = {"peft_type": "LORA", "r": spec.rank, "lora_alpha": alpha, "lora_dropout": 0.2, "target_modules": names}
-    (folder / "adapter_config.json").write_text(json.dumps(values | {"bias": "none"}))
+    values = {"peft_type": "LORA", "r": spec.rank, "lora_alpha": spec.scale * spec.rank, "lora_dropout": 0.2}
+    values |= {"target_modules": sorted(spec.language | spec.vision), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
     return folder
 
 
 @functools.cache
 def processor(folder: pathlib.Path) -> Processor:
     return Processor.load(folder)
+
+
+def saved_state(workdir: pathlib.Path, step: int) -> dict[str, Any]:
+    """The arrays of a checkpoint as they are in its files."""
+    folder = workdir.absolute() / "checkpoints" / str(step)
+    with orbax.checkpoint.StandardCheckpointer() as reader:
+        return {item: reader.restore(folder / item) for item in ("trained", "opt_state")}
 
 
 def bytes_of(folder: pathlib.Path) -> dict[str, bytes]:

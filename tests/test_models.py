@@ -21,7 +21,6 @@ from vigos_jax import geometry
 from vigos_jax.architecture import ModelConfig
 from vigos_jax.inputs import PromptBatch
 from vigos_jax.models import hf
-from vigos_jax.models.layers import LoraSpec, Projection
 from vigos_jax.models.qwen2_5_vl import (
     Qwen2_5VL,
     abstract_variables,
@@ -115,6 +114,7 @@ def worst_logit(logits, head: str, *, names=SAMPLES) -> float:
 
 
 def worst_feature(images) -> float:
+    """The same of the tied model's visual tokens."""
     rows = list(SAMPLES)
     features = {n: f for n, (f, _) in theirs("tied").items() if f is not None}
     return max(tm.max_difference(images[rows.index(n), : len(f)], f) for n, f in features.items())
@@ -131,11 +131,12 @@ def test_the_reference_is_sensitive():
             assert features is None or features.std() >= 0.5
 
 
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", [n for n, s in SAMPLES.items() if s.images])
-def test_vision_parity(ours, name):
-    features = theirs("tied")[name][0]
+def test_vision_parity(ours, name, head):
+    features = theirs(head)[name][0]
     row = list(SAMPLES).index(name)
-    assert tm.max_difference(ours["tied"][0][row, : len(features)], features) <= tm.TOLERANCE
+    assert tm.max_difference(ours[head][0][row, : len(features)], features) <= tm.TOLERANCE
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -184,7 +185,7 @@ def test_cached_decode_parity(pairs, batch, ours, head):
         assert int(cache.write_at) == i
         out, cache = extend(cache, jax.tree.map(lambda x, i=i: x[..., i : i + 1], text), i)
         logits.append(out)
-    assert worst_logit(jnp.concatenate(logits, 1), head) <= tm.TOLERANCE
+    assert worst_logit(np.concatenate(logits, 1), head) <= tm.TOLERANCE
 
 
 @functools.cache
@@ -214,8 +215,8 @@ def test_greedy_tokens_are_those_of_transformers(pairs, batch, head):
 def test_parity_notices_flattened_positions(pairs, batch):
     """Positions that count up by one along all three axes: right for text, wrong behind an image."""
     pair = pairs["tied"]
-    running = jnp.maximum(jnp.cumsum(batch.text.segment_ids > 0, -1) - 1, 0)
-    flat = batch.text.replace(positions=jnp.repeat(running[:, None], 3, 1))
+    running = np.maximum(np.cumsum(batch.text.segment_ids > 0, -1, dtype=np.int32) - 1, 0)
+    flat = batch.text.replace(positions=np.repeat(running[:, None], 3, 1))
     _, logits = pair.run({"params": pair.base}, batch.vision, flat)
     assert worst_logit(logits, "tied", names=["no image"]) <= tm.TOLERANCE
     for name in theirs("tied").keys() - {"no image"}:
@@ -225,7 +226,7 @@ def test_parity_notices_flattened_positions(pairs, batch):
 def test_parity_notices_swapped_position_axes(pairs, batch):
     """Height and width exchanged, which a square image of one visual token would hide."""
     pair = pairs["tied"]
-    swapped = batch.text.replace(positions=batch.text.positions[:, jnp.array([0, 2, 1])])
+    swapped = batch.text.replace(positions=batch.text.positions[:, [0, 2, 1]])
     _, logits = pair.run({"params": pair.base}, batch.vision, swapped)
     assert worst_logit(logits, "tied", names=["one image"]) > NOTICEABLE
 
@@ -248,14 +249,14 @@ def test_parity_notices_mixed_up_patch_positions(pairs, batch):
 
 def test_parity_notices_images_that_attend_to_each_other(pairs, batch):
     pair = pairs["tied"]
-    one_frame = batch.vision.replace(image_ids=jnp.minimum(batch.vision.image_ids, 1))
+    one_frame = batch.vision.replace(image_ids=np.minimum(batch.vision.image_ids, 1))
     images, _ = pair.run({"params": pair.base}, one_frame, batch.text)
     assert worst_feature(images) > NOTICEABLE
 
 
 def test_parity_notices_features_that_are_not_inserted(pairs, batch):
     pair = pairs["tied"]
-    text = batch.text.replace(image_index=jnp.full_like(batch.text.image_index, -1))
+    text = batch.text.replace(image_index=np.full_like(batch.text.image_index, -1))
     _, logits = pair.run({"params": pair.base}, batch.vision, text)
     for name in theirs("tied").keys() - {"no image"}:
         assert worst_logit(logits, "tied", names=[name]) > NOTICEABLE
@@ -265,7 +266,7 @@ def test_parity_notices_swapped_images(pairs, batch):
     """Every feature inserted, but in another order."""
     pair = pairs["tied"]
     index = batch.text.image_index
-    reverse = jnp.where(index >= 0, jnp.max(index, -1, keepdims=True) - index, -1)
+    reverse = np.where(index >= 0, index.max(-1, keepdims=True) - index, -1)
     _, logits = pair.run({"params": pair.base}, batch.vision, batch.text.replace(image_index=reverse))
     assert worst_logit(logits, "tied", names=["two images"]) > NOTICEABLE
 
@@ -311,7 +312,7 @@ def teacher(pairs, batch, adapted):
 
 def without_b(lora, part: str):
     """The adapter with B set to zero under `part`, which switches it off there."""
-    switch = lambda path, x: x * (path[-1].key != "b")  # noqa: E731
+    switch = lambda path, x: np.asarray(x) * np.float32(path[-1].key != "b")  # noqa: E731
     return {**lora, part: jax.tree_util.tree_map_with_path(switch, lora[part])}
 
 
@@ -338,7 +339,7 @@ def test_parity_notices_half_an_adapter(pairs, batch, adapted, teacher, part):
 def test_a_fresh_adapter_changes_nothing(pairs, batch, adapted, teacher):
     fresh = jax.jit(lambda key: init_variables(adapted.model, key)["lora"])(jax.random.key(0))
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(fresh)}
-    assert leaves and all(bool((leaf == 0).all()) == path.endswith("['b']") for path, leaf in leaves.items())
+    assert leaves and all((not np.any(leaf)) == path.endswith("['b']") for path, leaf in leaves.items())
     assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, adapted.lora)
     start = adapted.run(student_variables(pairs["untied"].base, {"lora": fresh}), batch.vision, batch.text)
     assert tm.max_difference(start[1], teacher[1]) <= 1e-6  # B is 0; the two programs may round in another order
@@ -364,19 +365,6 @@ def test_dropout_acts_on_the_adapter_and_only_while_training(pairs, adapted):
     assert tm.max_difference(logits(teacher, one, False), theirs("untied")["no image"][1]) <= tm.TOLERANCE
 
 
-def test_dropout_keeps_the_mean():
-    """Of one adapted layer: over many masks the mean is the exact output, so what is kept is rescaled, and once."""
-    layer, scale = Projection(5, lora=LoraSpec(rank=2, scale=3.0, dropout=0.25)), 3.0
-    x, kernel, a, b = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(1, 7), (7, 5), (7, 2), (2, 5)]))
-    variables = {"params": {"kernel": kernel}, "lora": {"a": a, "b": b}}
-    keys = jax.random.split(jax.random.key(4), 4000)
-    outs = jax.jit(jax.vmap(lambda key: layer.apply(variables, x, False, rngs={"dropout": key})[0]))(keys)
-    exact = (x @ (kernel + scale * a @ b))[0]
-    spread = float(outs.std(0).max())
-    assert spread > 0.1
-    np.testing.assert_allclose(outs.mean(0), exact, atol=5 * spread / len(keys) ** 0.5)
-
-
 def test_the_tower_is_shared_only_without_an_adapter_of_its_own(pairs, adapted):
     assert shares_vision({"lora": {"layers": adapted.lora["layers"]}})
     assert not shares_vision({"lora": adapted.lora})
@@ -385,7 +373,7 @@ def test_the_tower_is_shared_only_without_an_adapter_of_its_own(pairs, adapted):
 
 def test_full_fine_tuning_overlays_the_base(pairs):
     base = pairs["tied"].base
-    trained = {"params": jax.tree.map(lambda x: x + 1, base)}
+    trained = {"params": jax.tree.map(np.zeros_like, base)}
     assert student_variables(base, trained)["params"] is trained["params"]
     assert teacher_variables(base) == {"params": base}
 
@@ -539,7 +527,7 @@ def test_abstract_variables_are_those_that_exist(pairs, adapted):
 def test_bfloat16_stays_near_float32(pairs):
     """The computation dtype reaches tower and decoder, and logits come back in float32."""
     pair, sample = pairs["tied"], pack([SAMPLES["text between images"]])
-    variables = {"params": jax.tree.map(lambda x: x.astype(jnp.bfloat16), pair.base)}
+    variables = {"params": jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), pair.base)}
     images, logits = make_run(pair.model.clone(dtype=jnp.bfloat16))(variables, sample.vision, sample.text)
     assert images.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
     expected = theirs("tied")["text between images"][1]

@@ -110,7 +110,7 @@ def test_accumulation_changes_nothing(accumulation):
     want, want_metrics = gradient_step()(base, {"lora": lora}, batch)
     got, metrics = gradient_step(accumulation)(base, {"lora": lora}, batch)
     for name in want_metrics:
-        assert metrics[name] == pytest.approx(want_metrics[name], rel=1e-5, abs=1e-5), name
+        assert metrics[name] == pytest.approx(float(want_metrics[name]), rel=1e-5, abs=1e-5), name
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     assert norm(want) > 0.1

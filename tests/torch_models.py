@@ -8,12 +8,14 @@ import copy
 import dataclasses
 import functools
 import pathlib
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
 import peft
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.utils import logging
 
 from vigos_jax.processor import EncodedImage, Turn
 
@@ -26,24 +28,28 @@ WIDE, TALL, SMALL = (1, 12, 20), (1, 10, 6), (1, 4, 4)  # patches; all but the l
 
 
 def tiny_config(*, tied: bool) -> Qwen2_5_VLConfig:
-    """3 decoder layers; 4 vision blocks with windows of 8 x 8 patches, full attention in blocks 1 and 3."""
+    """Windows of 8 x 8 patches, full attention in vision blocks 1 and 3.
+
+    The tied model has 3 decoder layers and 4 vision blocks, the untied one 5 and 6: short and long stacks may be
+    compiled in different ways.
+    """
     return Qwen2_5_VLConfig(
         text_config={
             "hidden_size": 64,
-            "num_hidden_layers": 3,
+            "num_hidden_layers": 3 if tied else 5,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "intermediate_size": 96,
             "vocab_size": VOCAB,
             "max_position_embeddings": 4096,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
-            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e3, "mrope_section": [2, 3, 3]},
+            "rms_norm_eps": 1e-3,  # unlike the tower's
             "bos_token_id": 0,
             "eos_token_id": 1,
             "pad_token_id": 0,
         },
         vision_config={
-            "depth": 4,
+            "depth": 4 if tied else 6,
             "hidden_size": 32,
             "num_heads": 2,
             "intermediate_size": 48,
@@ -151,7 +157,9 @@ def torch_images(model: Qwen2_5_VLForConditionalGeneration, sample: Sample) -> n
 @torch.no_grad()
 def with_adapter(model: Qwen2_5_VLForConditionalGeneration, *, seed: int = 0, **config) -> peft.PeftModel:
     """A copy of the model with a LoRA adapter of peft whose A and B are both random. `config`: of `LoraConfig`."""
-    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers, not ours
+        adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config)).eval()
     generator = torch.Generator().manual_seed(seed)
     for name, p in adapted.named_parameters():
         if ".lora_A." in name or ".lora_B." in name:
@@ -167,8 +175,6 @@ def cached_model(*, tied: bool) -> Qwen2_5_VLForConditionalGeneration:
 
 def save(model: torch.nn.Module, folder: pathlib.Path, **kwargs) -> pathlib.Path:
     """`save_pretrained` without its progress bar. Returns the folder."""
-    from transformers.utils import logging
-
     logging.disable_progress_bar()
     model.save_pretrained(folder, **kwargs)
     return folder

@@ -134,6 +134,12 @@ class ModelConfig:
             raise InputError(
                 f"{where}: mrope_section {config.mrope_section} must sum to half the head size {config.head_size}"
             )
+        for field, value, choices in (
+            ("hidden_act", text.get("hidden_act", "silu"), ("silu",)),
+            ("rope type", rope.get("rope_type", rope.get("type", "default")), ("default", "mrope")),
+        ):
+            if value not in choices:
+                raise InputError(f"{where}: {field} {value!r} is not supported; choices: {', '.join(choices)}")
         if text.get("use_sliding_window"):
             raise InputError(f"{where}: use_sliding_window=true is not supported; choices: false")
         return config

@@ -46,6 +46,11 @@ _CHOICES = {
     "export.kind": ("merged", "adapter"),
     "export.dtype": ("float32", "bfloat16"),
 }
+# Sections whose entries a user names, and what every entry must have.
+_TABLES = {
+    "prompts": ("user", "assistant_prefill"),
+    "roles": ("scores", "when", "divergence", "weight", "clip"),
+}
 _MODE_SECTIONS = ("score", "generate", "export")  # say what to do with a run, not what the run is
 
 
@@ -77,6 +82,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 f"config.sampling.max_tokens={config.sampling.max_tokens} must be at most the largest "
                 f"config.buckets.completion, {max(config.buckets.completion)}"
             )
+        for section, fields in _TABLES.items():
+            for name, entry in config[section].items():
+                missing = [f for f in fields if f not in entry]
+                unknown = [f for f in entry if f not in fields]
+                if missing or unknown:
+                    what = f"lacks {', '.join(missing)}" if missing else f"has an unknown field {unknown[0]!r}"
+                    raise InputError(f"config.{section}.{name} {what}; its fields are {', '.join(fields)}")
         if "student" not in config.prompts or "{reference}" in config.prompts.student.user:
             raise InputError("config.prompts.student must exist, and must not show {reference} to the student")
     except (KeyError, AttributeError) as e:
@@ -91,6 +103,8 @@ def read_json(path: pathlib.Path) -> ml_collections.ConfigDict:
     """The config a run wrote into its workdir."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError(f"it holds a {type(raw).__name__}")
         return ml_collections.ConfigDict(raw)
     except OSError as e:
         raise InputError(f"cannot read {path}: {e.strerror}; a run's workdir holds its config.json") from e

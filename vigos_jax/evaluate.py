@@ -56,7 +56,14 @@ def _rows(loaded: Loaded, items: list[world.Item], config) -> list[Row]:
 
 
 def answer_items(
-    loaded: Loaded, sampler: Sampler, variables: Variables, items: list[world.Item], rows: list[Row], config, *, title: str
+    loaded: Loaded,
+    sampler: Sampler,
+    variables: Variables,
+    items: list[world.Item],
+    rows: list[Row],
+    config,
+    *,
+    title: str,
 ) -> list[Answered]:
     """Samples one completion per item; `rows` are the items as the student reads them."""
     ways = loaded.mesh.shape["data"] * loaded.mesh.shape["fsdp"]

@@ -41,7 +41,10 @@ def export(
     temporary = output.with_name(output.name + ".tmp")
     if temporary.exists():
         shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as e:
+        raise InputError(f"cannot write config.export.output={str(output)!r}: {e.strerror}; choose another") from e
     if kind == "adapter":
         _write_adapter(loaded, trained["lora"], temporary)
     else:

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import sys
 
 from absl import flags
@@ -17,6 +18,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from vigos_jax.config import read_json, validate  # noqa: E402
 from vigos_jax.errors import InputError  # noqa: E402
 
+# Flags put the traceback of a config file's error into their own message.
+_TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(\s.*\n)*")
 MODES = ("train", "generate", "score", "export")
 HELP = """\
 usage: python -m vigos_jax.main --config FILE [--mode MODE] [--workdir DIR] [--config.FIELD=VALUE ...]
@@ -48,34 +51,65 @@ def _parse(argv: list[str]):
     flags.DEFINE_enum("mode", "train", MODES, "what to do", flag_values=values)
     flags.DEFINE_string("workdir", None, "folder of a run", flag_values=values)
     config_flags.DEFINE_config_file("config", None, "config file", lock_config=True, flag_values=values)
+    file, rest = _take_config(argv[1:])
+    if file is None:
+        raise InputError("--config FILE is missing; try --config configs/base.py, or --help")
+    path = pathlib.Path(file.split(":")[0])
+    if not path.is_file():
+        raise InputError(f"--config {file}: there is no such file; try --config configs/base.py")
     try:
-        rest = values(argv)[1:]
+        # The file goes first: its fields can only be overridden once it is read, in whatever order they were given.
+        values([argv[0], f"--config={file}"])
+        _check_fields(values.config, rest)
+        unexpected = values([argv[0], f"--config={file}", *rest])[1:]
         config = values.config
+    except InputError:
+        raise
     except Exception as e:  # a config file is code and may raise anything
         reason = " ".join(str(e).split())
         raise InputError(f"bad command line or config: {type(e).__name__}: {reason}; see --help") from e
-    if rest:
-        raise InputError(f"unexpected argument {rest[0]!r}; see --help")
-    if config is None:
-        raise InputError("--config FILE is missing; try --config configs/base.py, or --help")
+    if unexpected:
+        raise InputError(f"unexpected argument {unexpected[0]!r}; see --help")
     workdir = values.workdir
-    if workdir is None and values.mode == "train":
-        name = next(a.split("=", 1)[-1] for a in reversed(_config_arguments(argv)))
-        workdir = f"runs/{pathlib.Path(name.split(':')[0]).stem}"
+    if not workdir and values.mode == "train":
+        workdir = f"runs/{path.stem}"
     return config, values.mode, pathlib.Path(workdir).expanduser() if workdir else None
 
 
-def _config_arguments(argv: list[str]) -> list[str]:
-    joined = [a for a in argv if a.startswith(("--config=", "-config="))]
-    return joined + [b for a, b in zip(argv[:-1], argv[1:], strict=True) if a in ("--config", "-config")]
+def _take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The last --config FILE or --config=FILE, and all other arguments."""
+    file, rest, i = None, [], 0
+    while i < len(arguments):
+        if arguments[i] in ("--config", "-config") and i + 1 < len(arguments):
+            file, i = arguments[i + 1], i + 2
+        elif arguments[i].startswith(("--config=", "-config=")):
+            file, i = arguments[i].split("=", 1)[1], i + 1
+        else:
+            rest.append(arguments[i])
+            i += 1
+    return file, rest
+
+
+def _check_fields(config, arguments: list[str]) -> None:
+    """Raises InputError for an override of a field that the config does not have, with the fields it has there."""
+    for argument in arguments:
+        if not argument.startswith(("--config.", "-config.")):
+            continue
+        node, parts = config, argument.split("=", 1)[0].split(".")[1:]
+        for i, part in enumerate(parts):
+            fields = list(node.keys()) if hasattr(node, "keys") else []
+            if part not in fields:
+                where = ".".join(["config", *parts[:i]])
+                raise InputError(f"{argument}: {where} has no field {part!r}; choices: {', '.join(fields) or 'none'}")
+            node = node[part]
 
 
 def _config_of_run(config, workdir: pathlib.Path | None):
-    """With a run's workdir, the run's own config counts, but for the section that says what to do with it."""
+    """With a run's workdir, the run's own config counts, but for what is done with the run, and on which devices."""
     if workdir is None:
         return config
     saved = read_json(workdir / "config.json")
-    for section in ("generate", "score", "export"):
+    for section in ("generate", "score", "export", "mesh"):
         saved[section] = config[section]
     return saved
 

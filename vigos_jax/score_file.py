@@ -120,7 +120,10 @@ def score_rollouts(loaded: Loaded, trained: Variables, config) -> tuple[dict[str
         role = jax.numpy.maximum(batch.entries.role, 0)
         return scores, role_stats(scores, batch.entries, roles=roles), clip_kl(scores.kl, role, roles)
 
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"cannot write to config.score.output={str(output)!r}: {e.strerror}; choose a folder") from e
     temporary = output / "scores.jsonl.tmp"
     totals = RoleStats(*(np.zeros(len(roles)) for _ in range(3)))
     bad, valid, rows, bad_lines = Counter(), 0, 0, []

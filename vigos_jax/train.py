@@ -55,13 +55,18 @@ class _Reads:
         return kind and f"{kind}_too_long"
 
 
+def _check_workdir(config, workdir: pathlib.Path) -> None:
+    """Raises InputError if the workdir holds a run of another config."""
+    path = workdir / "config.json"
+    changed = differences(read_json(path), config) if path.exists() else []
+    if changed:
+        raise InputError(f"{workdir} holds another run ({'; '.join(changed)}); choose another --workdir")
+
+
 def _open_workdir(config, workdir: pathlib.Path) -> None:
-    """Writes config.json, or checks that the run found there is the same one."""
+    """Makes the workdir this config's own. Only when a run can begin: a mistyped one must not take it."""
     path = workdir / "config.json"
     if path.exists():
-        changed = differences(read_json(path), config)
-        if changed:
-            raise InputError(f"{workdir} holds another run ({'; '.join(changed)}); choose another --workdir")
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -70,6 +75,14 @@ def _open_workdir(config, workdir: pathlib.Path) -> None:
         temporary.rename(path)
     except OSError as e:
         raise InputError(f"cannot write to --workdir {workdir}: {e.strerror}; choose a writable folder") from e
+
+
+def _check_export(config, workdir: pathlib.Path, output: pathlib.Path, *, has_adapter: bool) -> None:
+    """Raises InputError if the export at the end of the run is bound to fail, before the run has cost anything."""
+    if config.export.kind == "adapter" and not has_adapter:
+        raise InputError("config.export.kind=adapter needs an adapter, and config.lora.rank=0; choices: merged")
+    if output.exists() and not (workdir / "config.json").exists():
+        raise InputError(f"config.export.output={str(output)!r} exists already; choose another folder")
 
 
 def _source(config) -> Any:
@@ -114,7 +127,7 @@ def train(config, workdir: pathlib.Path) -> None:
 
     Writes config.json, metrics.jsonl, checkpoints/, at the end export/ and, on the demo, results.json.
     """
-    _open_workdir(config, workdir)
+    _check_workdir(config, workdir)
     loaded = load(config, for_training=True)
     check_batch(loaded.mesh, batch_size=config.batch_size, accumulation=config.accumulation)
     sampling = sampling_of(config)
@@ -138,18 +151,26 @@ def train(config, workdir: pathlib.Path) -> None:
         data_state, source, batch_size=config.batch_size, seed=config.seed, shuffle=config.data.shuffle
     )
 
+    output = pathlib.Path(config.export.output).expanduser() if config.export.output else workdir / "export"
+    if config.export.after_training:
+        _check_export(config, workdir, output, has_adapter="lora" in loaded.trained)
+    _open_workdir(config, workdir)
     with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
         state = _initial_state(loaded, tx)
         first = checkpoints.latest_step() or 0
+        bad_rows = BadRows()
         if first:
             state, saved = checkpoints.restore(first, state)
             resume_batch(saved, place(next_batch=first))
+            bad_rows.rows = saved["rows_seen"]
+            bad_rows.reasons.update(saved["bad_rows"])
             say(f"going on from step {first} of {config.steps} in {workdir}")
         if first < config.steps:
-            state = _steps(config, workdir, loaded, tx, learning_rate, source, reads, place, checkpoints, state)
+            state = _steps(
+                config, workdir, loaded, tx, learning_rate, source, reads, place, checkpoints, state, bad_rows
+            )
     if has_results and not (workdir / "results.json").exists():
         _evaluate(config, workdir, loaded, state.trained)
-    output = pathlib.Path(config.export.output).expanduser() if config.export.output else workdir / "export"
     if config.export.after_training and jax.process_index() == 0 and not output.exists():
         export(
             loaded,
@@ -162,7 +183,9 @@ def train(config, workdir: pathlib.Path) -> None:
     _show(workdir, output)
 
 
-def _steps(config, workdir, loaded, tx, learning_rate, source, reads, place, checkpoints, state) -> TrainState:
+def _steps(
+    config, workdir, loaded, tx, learning_rate, source, reads, place, checkpoints, state, bad_rows
+) -> TrainState:
     """The loop itself, from the state's step to the last."""
     first = int(state.step)
     has_adapter_dropout = "lora" in state.trained and loaded.model.lora.dropout > 0
@@ -194,7 +217,6 @@ def _steps(config, workdir, loaded, tx, learning_rate, source, reads, place, che
         start_batch=first,
     )
     metrics_file = MetricsFile(workdir / "metrics.jsonl", next_step=first + 1)
-    bad_rows = BadRows()
     progress = Progress(total=config.steps, start=first, title="train", every=config.log_every)
     progress.note("compiling the first step")
     dropout_key = jax.random.fold_in(jax.random.key(config.seed), 2)
@@ -232,7 +254,8 @@ def _steps(config, workdir, loaded, tx, learning_rate, source, reads, place, che
         shown = {"loss": row["loss"]} | {r.name: row[f"{r.name}/loss"] for r in loaded.roles}
         progress.update(step + 1, shown | {"valid": row.get("valid_rate", 0.0), "accuracy": row.get("accuracy", 0.0)})
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-            checkpoints.save(state, place(next_batch=step + 1))
+            seen = {"rows_seen": bad_rows.rows, "bad_rows": dict(bad_rows.reasons)}
+            checkpoints.save(state, place(next_batch=step + 1) | seen)
     progress.close()
     metrics_file.close()
     if hasattr(batches, "close"):

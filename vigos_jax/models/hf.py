@@ -143,6 +143,8 @@ class _Files:
             except (OSError, safetensors.SafetensorError) as e:
                 raise InputError(f"cannot read {path}: {e}; it must be a complete safetensors file") from e
             for name in file.keys():  # noqa: SIM118 - a safetensors handle, not a dict
+                if _canonical(name) in self._where:
+                    raise InputError(f"{path}: {name} is there twice, under two spellings or in two files")
                 self._where[_canonical(name)] = (file, name)
 
     def __enter__(self) -> "_Files":
@@ -169,12 +171,13 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as e:
+            paths = [folder / n for n in names]
+        except (ValueError, KeyError, AttributeError, TypeError) as e:
             raise InputError(f"{index} is not a safetensors index: {e!r}") from e
-        missing = [n for n in names if not (folder / n).is_file()]
+        missing = [p.name for p in paths if not p.is_file()]
         if missing:
             raise InputError(f"{index} names shards that are not in the folder: {', '.join(missing)}")
-        return [folder / n for n in names]
+        return paths
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     raise InputError(f"{folder} holds no weights; it needs model.safetensors or model.safetensors.index.json")
@@ -245,6 +248,19 @@ def load_params(folder: pathlib.Path, config: ModelConfig, abstract: Any, *, dty
         return _read_tree(files, table, abstract, dtype=dtype, shardings=shardings)
 
 
+# What would change the forward pass without a trace in the tensors, or ask for more than this program does.
+_REFUSED_OPTIONS = (
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "lora_bias",
+    "fan_in_fan_out",
+    "alora_invocation_tokens",
+)
+_PLAIN_INITS = ("gaussian", "orthogonal", "eva")  # leave the base weights as they are
+
+
 def adapter_spec(folder: pathlib.Path, *, dropout: float) -> LoraSpec:
     """What a PEFT adapter folder says of itself: rank, scale and adapted modules.
 
@@ -264,11 +280,19 @@ def adapter_spec(folder: pathlib.Path, *, dropout: float) -> LoraSpec:
         raise InputError(f"{path} is not a PEFT LoRA config: {e!r}") from e
     if raw.get("peft_type") != "LORA":
         raise InputError(f"{path}: peft_type {raw.get('peft_type')!r} is not supported; choices: LORA")
-    for field in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "fan_in_fan_out"):
+    if rank < 1:
+        raise InputError(f"{path}: r={rank} must be at least 1")
+    for field in _REFUSED_OPTIONS:
         if raw.get(field):
             raise InputError(f"{path}: {field}={raw[field]!r} is not supported; it must be empty or false")
     if raw.get("bias", "none") != "none":
         raise InputError(f"{path}: bias={raw['bias']!r} is not supported; choices: none")
+    init = raw.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
+        raise InputError(
+            f"{path}: init_lora_weights={init!r} is not supported, as it changes the base weights too; "
+            f"choices: true, false, {', '.join(_PLAIN_INITS)}"
+        )
     language, vision = set(), set()
     with _Files([folder / "adapter_model.safetensors"]) as files:
         for name in files.names():
@@ -279,6 +303,8 @@ def adapter_spec(folder: pathlib.Path, *, dropout: float) -> LoraSpec:
                 vision.add(module)
             else:
                 raise InputError(f"{folder}: adapter tensor {name} is on a module that cannot carry one here")
+    if not language | vision:
+        raise InputError(f"{folder}/adapter_model.safetensors holds no adapter tensor; it must hold lora_A and lora_B")
     scale = alpha / rank**0.5 if raw.get("use_rslora") else alpha / rank
     return LoraSpec(rank, scale, dropout, frozenset(language), frozenset(vision))
 

@@ -60,6 +60,11 @@ def segment_mask(segment_ids: Array) -> Array:
     return causal & (k > 0) & ((k == 1) | (k == q))
 
 
+def _unroll(layers: int) -> int:
+    """Stacks this short compile as fast unrolled, and run a quarter faster on a CPU; long ones stay loops."""
+    return layers if layers <= 4 else 1
+
+
 class VisionAttention(nn.Module):
     """Full or windowed self-attention over patch slots."""
 
@@ -122,6 +127,7 @@ class VisionTower(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.depth,
+            unroll=_unroll(c.depth),
         )(c, self.lora, name="blocks")
         x, _ = blocks(x, is_full, angles, inputs.image_ids, deterministic)
         x = RMSNorm(1e-6, name="merger_norm")(x)
@@ -195,6 +201,7 @@ class Qwen2_5VL(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
+            unroll=_unroll(c.num_layers),
         )(c, self.lora)
         self.norm = RMSNorm(c.rms_eps)
         if not c.tie_embeddings:

@@ -1,0 +1,149 @@
+"""The config: checked before anything is loaded, written into a workdir and read back, compared."""
+
+import importlib
+import pathlib
+import re
+
+import ml_collections
+import pytest
+
+from configs import base
+from vigos_jax import config as config_lib
+from vigos_jax.config import differences, read_json, to_json, validate
+from vigos_jax.errors import InputError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def changed(**fields) -> ml_collections.ConfigDict:
+    """The base config with fields replaced, whatever their types; `a__b` stands for a.b."""
+    values = base.get_config().to_dict()
+    for field, value in fields.items():
+        *parents, last = field.split("__")
+        get(values, ".".join(parents))[last] = value
+    return ml_collections.ConfigDict(values)
+
+
+def get(tree, field: str):
+    """The value of a dotted field; "" is the tree itself."""
+    return config_lib.get(tree, field) if field else tree
+
+
+def leaves(tree, prefix=""):
+    for key, value in tree.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+@pytest.mark.parametrize("name", ["base", "opsd"])
+def test_shipped_config_is_valid(name):
+    validate(importlib.import_module(f"configs.{name}").get_config())
+
+
+def test_every_field_is_read_somewhere():
+    source = "\n".join(path.read_text() for path in (ROOT / "vigos_jax").rglob("*.py"))
+    for field in leaves(base.get_config()):
+        assert re.search(rf"\b{field.split('.')[-1]}\b", source), f"nothing reads config.{field}"
+
+
+@pytest.mark.parametrize("field, low, high", config_lib._RANGES)
+def test_range(field, low, high):
+    step = 1 if isinstance(get(base.get_config(), field), int) else 1e-6
+    name = field.replace(".", "__")
+    validate(changed(**{name: low}))
+    bad = [low - step, float("nan"), float("inf"), "1", None, True]
+    if high is not None:
+        validate(changed(**{name: high}))
+        bad.append(high + step)
+    for value in bad:
+        with pytest.raises(InputError, match=rf"config\.{re.escape(field)}={re.escape(repr(value))} must be "):
+            validate(changed(**{name: value}))
+
+
+@pytest.mark.parametrize("field, choices", config_lib._CHOICES.items())
+def test_choices(field, choices):
+    for choice in choices:
+        validate(changed(**{field.replace(".", "__"): choice}))
+    with pytest.raises(InputError, match=f"config.{field}='float64' is unknown; choices: {', '.join(choices)}"):
+        validate(changed(**{field.replace(".", "__"): "float64"}))
+
+
+@pytest.mark.parametrize("sizes", [(), (64, 32), (32, 32), (0, 32), (-1,), (32, 64.0), ("32",)])
+def test_buckets_ascend(sizes):
+    validate(changed(buckets__packed=(256,)))
+    with pytest.raises(InputError, match=r"config\.buckets\.packed=.* must be ascending positive integers"):
+        validate(changed(buckets__packed=sizes))
+
+
+def test_a_completion_must_fit_its_bucket():
+    validate(changed(sampling__max_tokens=64, buckets__completion=(64,)))
+    with pytest.raises(InputError, match="config.sampling.max_tokens=64 must be at most .*, 63"):
+        validate(changed(sampling__max_tokens=64, buckets__completion=(32, 63)))
+
+
+def test_the_student_never_sees_the_reference():
+    with pytest.raises(InputError, match="must not show {reference} to the student"):
+        validate(changed(prompts__student__user="{problem} {reference}"))
+    config = base.get_config()
+    del config.prompts.student
+    with pytest.raises(InputError, match="config.prompts.student must exist"):
+        validate(config)
+
+
+@pytest.mark.parametrize("field", ["steps", "export.dtype", "buckets", "prompts.reasoning.user", "roles.reference.when"])
+def test_a_missing_field_is_named(field):
+    config = base.get_config().unlock()
+    *parents, last = field.split(".")
+    del get(config, ".".join(parents))[last]
+    with pytest.raises(InputError, match=f"lacks .*{last}") as e:
+        validate(config)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("section, name", [("roles", "reasoning"), ("prompts", "student")])
+def test_an_unknown_field_of_a_role_is_named(section, name):
+    config = base.get_config()
+    config[section][name]["clipp"] = 0.0
+    with pytest.raises(InputError, match=rf"config\.{section}\.{name} has an unknown field 'clipp'"):
+        validate(config)
+
+
+def test_json_gives_the_same_run_back(tmp_path):
+    config = base.get_config()
+    path = tmp_path / "config.json"
+    path.write_text(to_json(config))
+    saved = read_json(path)
+    validate(saved)
+    assert differences(saved, config) == []  # tuples came back as lists, and that is no difference
+    assert saved.optimizer.learning_rate == config.optimizer.learning_rate
+    assert saved.prompts.to_dict() == config.prompts.to_dict()
+
+
+@pytest.mark.parametrize("text", [None, "{", "[1, 2]", "3"])
+def test_what_is_no_config_json(tmp_path, text):
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError, match=str(path)):
+        read_json(path)
+
+
+def test_differences_name_every_field():
+    one = changed(seed=0, lora__rank=0, buckets__prompt=(64, 128))
+    other = changed(seed=1, lora__rank=8, buckets__prompt=(64,))
+    assert differences(one, one) == []
+    assert differences(one, other) == ["buckets.prompt: [64, 128] -> [64]", "lora.rank: 0 -> 8", "seed: 0 -> 1"]
+
+
+def test_differences_of_role_tables():
+    other = base.get_config()
+    del other.roles.perception
+    names = [line.split(":")[0] for line in differences(base.get_config(), other)]
+    assert names == [f"roles.perception.{f}" for f in ("clip", "divergence", "scores", "weight", "when")]
+
+
+def test_what_is_done_with_a_run_is_no_difference():
+    other = changed(export__output="/x", export__kind="adapter", score__rollouts="/y", generate__question="?")
+    assert differences(base.get_config(), other) == []
