@@ -94,6 +94,7 @@ def _write_adapter(loaded: Loaded, lora: Any, folder: pathlib.Path) -> None:
     table = hf.adapter_table(loaded.config, spec)
     tensors = dict(hf.file_tensors(lora, table, loaded.config, dtype=np.float32))
     safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors").chmod(0o644)
     parts = []
     if spec.language:
         parts.append(rf"language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(sorted(spec.language))})")

@@ -47,21 +47,17 @@ exit codes: 0 done, 1 done but some rows were bad, 2 bad config or input
 
 def _parse(argv: list[str]):
     """Returns (config, mode, workdir or None); InputError for anything that is off."""
-    values = flags.FlagValues()
-    flags.DEFINE_enum("mode", "train", MODES, "what to do", flag_values=values)
-    flags.DEFINE_string("workdir", None, "folder of a run", flag_values=values)
-    config_flags.DEFINE_config_file("config", None, "config file", lock_config=True, flag_values=values)
     file, rest = _take_config(argv[1:])
     if file is None:
         raise InputError("--config FILE is missing; try --config configs/base.py, or --help")
     path = pathlib.Path(file.split(":")[0])
     if not path.is_file():
         raise InputError(f"--config {file}: there is no such file; try --config configs/base.py")
+    # The file goes first: its fields can only be overridden once it is read, in whatever order they were given.
+    config_only, everything = [argv[0], f"--config={file}"], [argv[0], f"--config={file}", *rest]
     try:
-        # The file goes first: its fields can only be overridden once it is read, in whatever order they were given.
-        values([argv[0], f"--config={file}"])
-        _check_fields(values.config, rest)
-        unexpected = values([argv[0], f"--config={file}", *rest])[1:]
+        _check_fields(_read_flags(config_only)[0].config, rest)
+        values, unexpected = _read_flags(everything)
         config = values.config
     except InputError:
         raise
@@ -74,6 +70,16 @@ def _parse(argv: list[str]):
     if not workdir and values.mode == "train":
         workdir = f"runs/{path.stem}"
     return config, values.mode, pathlib.Path(workdir).expanduser() if workdir else None
+
+
+def _read_flags(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
+    """Parses a command line into flags of its own, and returns what was left over."""
+    values = flags.FlagValues()
+    flags.DEFINE_enum("mode", "train", MODES, "what to do", flag_values=values)
+    flags.DEFINE_string("workdir", None, "folder of a run", flag_values=values)
+    options = {"lock_config": True, "flag_values": values, "sys_argv": argv}
+    config_flags.DEFINE_config_file("config", None, "config file", **options)
+    return values, values(argv)[1:]
 
 
 def _take_config(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -340,7 +340,9 @@ def save_sharded(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]]
     total = size = 0
 
     def flush() -> None:
-        safetensors.numpy.save_file(pending, folder / f"shard-{len(shards)}.tmp", metadata={"format": "pt"})
+        path = folder / f"shard-{len(shards)}.tmp"
+        safetensors.numpy.save_file(pending, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # the library makes files that only their owner can read
         shards.append(list(pending))
         pending.clear()
 
