@@ -12,7 +12,7 @@ RUN = [
     # The next jax minor may move an API: raise the upper bound once the tests pass on it.
     "jax>=0.10.2,<0.13",
     "flax>=0.12",
-    "optax>=0.2.6",
+    "optax>=0.2.8",
     "orbax-checkpoint>=0.12",
     "grain>=0.2.18",
     "numpy>=2.0",

@@ -92,7 +92,9 @@ def test_the_student_never_sees_the_reference():
         validate(config)
 
 
-@pytest.mark.parametrize("field", ["steps", "export.dtype", "buckets", "prompts.reasoning.user", "roles.reference.when"])
+@pytest.mark.parametrize(
+    "field", ["steps", "export.dtype", "buckets", "prompts.reasoning.user", "roles.reference.when"]
+)
 def test_a_missing_field_is_named(field):
     config = base.get_config().unlock()
     *parents, last = field.split(".")

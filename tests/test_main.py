@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-import runs
+import tiny_runs as runs
 import transformers
 
 from vigos_jax import main
@@ -40,7 +40,8 @@ def refusal(capsys, argv: list[str], *, code: int = 2) -> str:
 def write_config(path: pathlib.Path, *lines: str) -> str:
     """A config file that changes the base config by `lines`; the flag that names it."""
     body = "".join(f"    {line}\n" for line in lines)
-    path.write_text(f"from configs import base\n\n\ndef get_config():\n    config = base.get_config()\n{body}    return config\n")
+    head = "from configs import base\n\n\ndef get_config():\n    config = base.get_config()\n"
+    path.write_text(f"{head}{body}    return config\n")
     return f"--config={path}"
 
 

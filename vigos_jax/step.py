@@ -77,6 +77,9 @@ def make_train_step(
 
     With `accumulation` > 1 the batch is walked in strided micro-batches (rows a, a + n, ...), so that each of them
     stays spread over all devices. Every term is divided by its tokens in the whole batch, never per micro-batch.
+
+    Among the metrics, `sampler_logp_gap` is the mean |logp by the sampler - logp by the student| of the supervised
+    tokens: float noise if both are the same model, plus the adapter's dropout, which only the student has.
     """
 
     def loss_fn(trained: Any, base: Any, batch: ScoreBatch, tokens: Array, key: Array):
@@ -115,7 +118,7 @@ def make_train_step(
         per_role = role_losses(stats, tokens)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "sampler_logp_gap": extra[0] / jnp.maximum(extra[1], 1.0),
         }
         for r, role in enumerate(roles):

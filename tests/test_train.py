@@ -1,0 +1,162 @@
+"""A run: every step once, the same numbers after an interruption, bad rows counted, the base untouched."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny_runs as runs
+from tiny_runs import STEPS
+
+from vigos_jax import train
+from vigos_jax.metrics import MetricsFile
+from vigos_jax.models import hf
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world(tmp_path_factory):
+    with runs.compile_once(tmp_path_factory):
+        yield runs.make_world(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, world):
+    return runs.finished_run(tmp_path_factory)
+
+
+def rows_of(workdir) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    rows = runs.read_rows(workdir / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith("seconds/")} for row in rows]
+
+
+def test_every_step_is_written_once_and_learns(undisturbed):
+    rows = rows_of(undisturbed.workdir)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    for row in rows:
+        assert np.isfinite(row["loss"]) and row["grad_norm"] > 0
+        total = sum(r.weight * row[f"{r.name}/loss"] for r in undisturbed.loaded.roles)
+        assert row["loss"] == pytest.approx(total, rel=1e-5)
+    state = runs.saved_state(undisturbed.workdir, STEPS)
+    assert all(np.any(x != 0) for x in jax.tree.leaves(state["trained"]["lora"]))  # B started from zero
+
+
+def test_the_base_is_not_modified(undisturbed, world):
+    loaded = undisturbed.loaded
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), loaded.base)
+    runs.assert_same_trees(loaded.base, hf.load_params(world.model, loaded.config, shapes, dtype=np.float32))
+
+
+def test_bad_rows_are_counted_and_never_trained_on(undisturbed, world):
+    rows = rows_of(undisturbed.workdir)
+    assert rows[-1]["bad_rows"] >= len(runs.BAD)  # 16 rows are more than an epoch of 10
+
+
+def test_too_many_bad_rows_stop_the_run(world, tmp_path, capsys):
+    assert world.run(f"--workdir={tmp_path / 'run'}", "--config.data.max_bad_fraction=0.0") == 2
+    said = capsys.readouterr().err
+    assert any(reason in said for reason in runs.BAD.values()) and "max_bad_fraction" in said
+
+
+def test_a_finished_run_changes_nothing(undisturbed, world):
+    before = runs.bytes_of(undisturbed.workdir)
+    assert world.run(f"--workdir={undisturbed.workdir}") == 0
+    assert runs.bytes_of(undisturbed.workdir) == before
+
+
+class Killed(BaseException):
+    """Not an error that anything could handle."""
+
+
+@pytest.mark.parametrize("every, killed_at", [(1, 1), (1, 3), (2, 2), (2, 3)])
+def test_a_killed_run_goes_on_to_the_same_numbers(undisturbed, world, tmp_path, monkeypatch, every, killed_at):
+    workdir, arguments = tmp_path / "run", [f"--config.checkpoint_every={every}"]
+    write = MetricsFile.write
+
+    def write_then_die(self, row):
+        write(self, row)
+        if row["step"] == killed_at:  # after the step, before its checkpoint
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(MetricsFile, "write", write_then_die)
+        world.run(f"--workdir={workdir}", *arguments)
+    assert world.run(f"--workdir={workdir}", *arguments) == 0
+    assert rows_of(workdir) == rows_of(undisturbed.workdir)
+    runs.assert_same_trees(runs.saved_state(workdir, STEPS), runs.saved_state(undisturbed.workdir, STEPS))
+
+
+def test_a_changed_data_set_is_not_gone_on_with(world, tmp_path, capsys):
+    data = runs.write_rows(tmp_path / "data.jsonl", runs.read_rows(world.data)[:1])
+    runs.write_pictures(tmp_path / "pictures", 1)
+    allowed = ["--config.data.max_bad_fraction=1.0", f"--config.data.source={data}", "--config.steps=1"]
+    assert world.run(f"--workdir={tmp_path / 'run'}", *allowed) == 0
+    rows = runs.read_rows(data)
+    runs.write_rows(data, [rows[0] | {"problem": "another question"}])
+    capsys.readouterr()
+    assert world.run(f"--workdir={tmp_path / 'run'}", *allowed) == 2
+    assert "cannot go on with other data" in capsys.readouterr().err
+
+
+def test_training_starts_from_a_given_adapter(world, tmp_path):
+    workdir = tmp_path / "run"
+    still = ["--config.optimizer.learning_rate=0.0", "--config.steps=1", "--config.lora.dropout=0.0"]
+    assert world.run(f"--workdir={workdir}", f"--config.model.adapter={world.adapter}", *still) == 0
+    saved = runs.saved_state(workdir, 1)["trained"]["lora"]
+    tensors = hf._Files([world.adapter / "adapter_model.safetensors"])  # what the file holds, tensor by tensor
+    name = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
+    with tensors as files:
+        np.testing.assert_array_equal(np.asarray(saved["layers"]["q_proj"]["a"])[0], files.read(name).T)
+    assert np.asarray(saved["layers"]["q_proj"]["a"]).shape[-1] == runs.SPEC.rank
+
+
+def test_full_fine_tuning_trains_every_parameter_in_float32(tmp_path_factory, world):
+    run = runs.finished_run(tmp_path_factory, "--config.lora.rank=0", "--config.optimizer.learning_rate=1e-3")
+    # No dropout: sampler and scorer see the same student. A sampler of the base would be far off after step 1.
+    assert max(row["sampler_logp_gap"] for row in rows_of(run.workdir)) < 1e-4
+    params = runs.saved_state(run.workdir, STEPS)["trained"]["params"]
+    moved = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), params, run.loaded.base)
+    assert all(jax.tree.leaves(moved)), moved
+    assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+
+
+def test_accumulation_changes_nothing_but_rounding(tmp_path_factory, undisturbed, world, tmp_path):
+    one = ["--config.lora.dropout=0.0", "--config.steps=1"]
+    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=4"]
+    for name, n in (("one", 1), ("two", 2)):
+        assert world.run(f"--workdir={tmp_path / name}", f"--config.accumulation={n}", *one, *mesh) == 0
+    a, b = rows_of(tmp_path / "one")[0], rows_of(tmp_path / "two")[0]
+    assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same_run(undisturbed, world, tmp_path):
+    assert world.run(f"--workdir={tmp_path / 'run'}", "--config.steps=4", "--config.data.workers=2") == 0
+    assert rows_of(tmp_path / "run") == rows_of(undisturbed.workdir)
+
+
+@pytest.mark.slow
+def test_kill_minus_nine(world, tmp_path):
+    """A real process, really killed; the undisturbed run is a process of its own too."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+    def start(workdir) -> subprocess.Popen:
+        command = [sys.executable, "-m", "vigos_jax.main", f"--config={world.config}", f"--workdir={workdir}"]
+        return subprocess.Popen(command, cwd=train.__file__.rsplit("/", 2)[0], env=environment)
+
+    assert start(tmp_path / "a").wait() == 0
+    process = start(tmp_path / "b")
+    metrics = tmp_path / "b" / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert start(tmp_path / "b").wait() == 0
+    assert rows_of(tmp_path / "b") == rows_of(tmp_path / "a")
+    runs.assert_same_trees(*(runs.saved_state(tmp_path / name, STEPS) for name in "ab"))
