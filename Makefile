@@ -8,7 +8,7 @@ SHELL := bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip --quiet --disable-pip-version-check install -c constraints.txt
-PYTEST := JAX_PLATFORMS=cpu $(PYTHON) -m pytest -q
+PYTEST := JAX_PLATFORMS=cpu $(PYTHON) -m pytest -q -n 2 --dist loadfile
 PYTEST_ARGS ?=
 
 .PHONY: demo test test-slow lint clean

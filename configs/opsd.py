@@ -13,5 +13,5 @@ from configs import base
 
 def get_config() -> ConfigDict:
     config = base.get_config()
-    config.roles = ConfigDict({"reference": base.role(("completion",), "always", "forward_kl", weight=1.0)})
+    config.roles = ConfigDict({"reference": base.role(("completion",), "always", "forward_kl", weight=1.0, clip=0.0)})
     return config
