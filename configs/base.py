@@ -85,7 +85,7 @@ def get_config() -> ml_collections.ConfigDict:
     #   weight      lambda; 0 leaves the role out
     #   clip        largest value one token contributes; 0 for no clip
     # The paper clips at 0.05, for 1,488 steps at 5e-6. The demo takes 80 steps at 3e-4 and needs the gradient of the
-    # tokens that a clip would silence: with 0.05, two of the five longer runs that were tried lost the format.
+    # tokens that a clip would silence: with 0.05, two of four runs (150-200 steps at 5e-4 to 8e-4) lost the format.
     config.roles = ConfigDict()
     config.roles.perception = role(("description",), "valid", "forward_kl", weight=1.0, clip=0.0)
     config.roles.reasoning = role(("reasoning", "answer"), "valid", "forward_kl", weight=1.0, clip=0.0)

@@ -19,7 +19,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.seed = 0  # of the initial weights and of all training rows
     config.output = "vigos_jax/demo/base"  # folder to write; an existing one is overwritten
     config.leak = 0.7  # how often a privileged row's description follows the reference instead of the picture
-    config.prompts = base.get_config().prompts  # the roles' prompts, so that the base has met all four
+    config.run = base.get_config()  # the run the base is made for: all its roles' prompts, and how it is evaluated
+    config.prompts = config.run.prompts
 
     # Each stage: Adam, `warmup` steps up to `lr`, then a cosine down to 5 % of it; gradients clipped to norm 1.
     config.warmup = 20

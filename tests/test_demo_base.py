@@ -5,7 +5,7 @@ import json
 import pytest
 
 from configs import demo_base
-from vigos_jax.demo import make_base
+from vigos_jax.demo import card
 from vigos_jax.loading import DEMO_FOLDER
 
 QUESTIONS = 250  # of each kind; a rate's standard error is at most 0.032
@@ -21,7 +21,7 @@ def stated() -> dict:
 def measured() -> dict:
     config = demo_base.get_config()
     config.card_items, config.card_seed = QUESTIONS, 11  # other questions than the card's
-    return make_base.measure(DEMO_FOLDER, config)
+    return card.measure(DEMO_FOLDER, config)
 
 
 def test_it_is_small():

@@ -12,6 +12,7 @@ MAX_LINES = 400
 # A name that ends in "/" is a folder and stands for its files, except those that are listed by themselves.
 ROOMS = (
     ("demo/make_base.py",),
+    ("demo/card.py",),
     ("main.py",),
     ("train.py",),
     ("checkpoint.py", "evaluate.py", "diagnose.py", "export.py", "generate.py", "score_file.py"),
