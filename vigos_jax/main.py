@@ -62,8 +62,12 @@ def _parse(argv: list[str]):
     except InputError:
         raise
     except Exception as e:  # a config file is code and may raise anything
-        reason = " ".join(str(e).split())
+        # ml_collections puts a whole traceback into some messages; what happened is behind its last frame.
+        message = re.sub(r"Traceback \(most recent call last\):.*\n  +\S[^\n]*", "", str(e), flags=re.DOTALL)
+        reason = " ".join(message.split())
         raise InputError(f"bad command line or config: {type(e).__name__}: {reason}; see --help") from e
+    if config is None:
+        raise InputError(f"--config {file}: its get_config() returns nothing; it must return the config")
     if unexpected:
         raise InputError(f"unexpected argument {unexpected[0]!r}; see --help")
     workdir = values.workdir
