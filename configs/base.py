@@ -58,6 +58,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.split = "train"  # of a hub data set or folder
     config.data.shuffle = True  # anew in every epoch
     config.data.workers = 0  # processes that read and encode; 0 for threads of the main one. Same batches.
+    config.data.fields = ()  # further columns of texts that roles' prompts may show as {NAME}
     config.data.max_images = 1  # rows with more are bad rows
     config.data.max_bad_fraction = 0.05  # unusable rows (skipped and counted) above which the run stops
     config.data.blank_images = False  # demo only: grey pictures, a control that must learn nothing
@@ -79,17 +80,24 @@ def get_config() -> ml_collections.ConfigDict:
     )
 
     # Teacher roles (Section 4 of the paper). A role scores its spans of the student's own rollout:
-    #   scores      any of description, reasoning, answer, completion (every token)
+    #   scores      any of description, reasoning, answer, completion (every token; of invalid rollouts always)
     #   when        valid | invalid | always: which rollouts, by format
-    #   divergence  forward_kl is KL(teacher || student), reverse_kl is KL(student || teacher)
+    #   divergence  forward_kl is KL(teacher || student), reverse_kl is KL(student || teacher), jsd lies between
     #   weight      lambda; 0 leaves the role out
     #   clip        largest value one token contributes; 0 for no clip
     # The paper clips at 0.05, for 1,488 steps at 5e-6. The demo takes 80 steps at 3e-4 and needs the gradient of the
     # tokens that a clip would silence: with 0.05, two of four runs (150-200 steps at 5e-4 to 8e-4) lost the format.
+    # and, seldom needed: clip_per, first_clip, last_clip, beta, reads (see TeacherRole in vigos_jax/roles.py).
     config.roles = ConfigDict()
     config.roles.perception = role(("description",), "valid", "forward_kl", weight=1.0, clip=0.0)
     config.roles.reasoning = role(("reasoning", "answer"), "valid", "forward_kl", weight=1.0, clip=0.0)
     config.roles.reference = role(("completion",), "invalid", "reverse_kl", weight=2.0, clip=0.0)
+
+    config.span_rule = "paper"  # how description, reasoning and answer are found: paper | released (the authors' code)
+
+    config.teacher = ConfigDict()
+    config.teacher.weights = "frozen"  # frozen: the initial ones | ema: a moving average | live: the student's own
+    config.teacher.ema_rate = 0.01  # how far the average moves towards the student after each step
 
     config.sampling = ConfigDict()  # of the rollouts
     config.sampling.max_tokens = 48  # longest completion
@@ -111,6 +119,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.max_grad_norm = 1.0
 
     config.loss = ConfigDict()
+    config.loss.temperature = 1.0  # divides all logits in the divergence
+    config.loss.reduction = "tokens"  # a role's mean is over its tokens | sequences: over rollouts' means of tokens
     config.loss.chunk = 32  # entries per row whose logits exist at a time: less memory, more passes
 
     # Sizes that arrays are padded to. Fewer sizes mean fewer compilations, more sizes less padding.
@@ -130,6 +140,15 @@ def get_config() -> ml_collections.ConfigDict:
     config.score.output = ""  # folder for scores.jsonl and summary.json
     config.score.batch_size = 8  # rows scored at a time
 
+    config.diagnose = ConfigDict()  # --mode diagnose
+    config.diagnose.rollouts = ""  # .jsonl of rollouts, as for score; "" samples them on config.data
+    config.diagnose.rows = 200  # rows to sample rollouts for; on the demo, pictures that contradict the prior
+    config.diagnose.wrong_answers = 4  # wrong answers shown to each role in turn, at most
+    config.diagnose.wrong_answers_file = ""  # .jsonl of {"id", "wrong_answers": [...]}
+    config.diagnose.output = ""  # folder; "" is WORKDIR/diagnose
+    config.diagnose.batch_size = 16  # rows scored at a time
+    config.diagnose.seed = 42  # of rollouts, choice of wrong answers and bootstrap
+
     config.generate = ConfigDict()  # --mode generate
     config.generate.image = ""  # picture file
     config.generate.question = ""
@@ -147,6 +166,31 @@ def get_config() -> ml_collections.ConfigDict:
     return config
 
 
-def role(scores: tuple[str, ...], when: str, divergence: str, *, weight: float, clip: float = 0.05) -> ConfigDict:
-    """One row of a role table; the paper's clip unless another is given."""
-    return ConfigDict({"scores": scores, "when": when, "divergence": divergence, "weight": weight, "clip": clip})
+def role(
+    scores: tuple[str, ...],
+    when: str,
+    divergence: str,
+    *,
+    weight: float,
+    clip: float = 0.05,
+    clip_per: str = "token",
+    first_clip: float = 0.0,
+    last_clip: float = 0.0,
+    beta: float = 0.5,
+    reads: str = "completion",
+) -> ConfigDict:
+    """One row of a role table, explained at TeacherRole in vigos_jax/roles.py; by default with the paper's clip."""
+    return ConfigDict(
+        {
+            "scores": scores,
+            "when": when,
+            "divergence": divergence,
+            "weight": weight,
+            "clip": clip,
+            "clip_per": clip_per,
+            "first_clip": first_clip,
+            "last_clip": last_clip,
+            "beta": beta,
+            "reads": reads,
+        }
+    )

@@ -1,17 +1,28 @@
-"""On-policy self-distillation with one privileged teacher: it sees image, question and answer and scores every token.
+r"""Vanilla on-policy self-distillation (arXiv 2601.18734): free-form answers, one teacher that sees the reference.
 
     python -m vigos_jax.main --config configs/opsd.py
 
-On the demo this does worse than its own base: the teacher that knows the answer shapes the description too, and what
-it believes because of the text leaks into what the student claims to see. README.md has the measured numbers.
+Nothing asks for a description, so hardly any rollout follows ViGOS's format: `valid_rate` says little here, and one
+role scores every token of every rollout. Clipped per vocabulary entry, as its paper does, with
+`--config.roles.privileged.clip=0.05`. On the demo, whose base only knows the structured format, use
+`configs/opsd_same_prompt.py` to compare.
 """
 
 from ml_collections import ConfigDict
 
 from configs import base
 
+TASK = "Reason step by step, then give the final answer in \\boxed{}."
+
 
 def get_config() -> ConfigDict:
     config = base.get_config()
-    config.roles = ConfigDict({"reference": base.role(("completion",), "always", "forward_kl", weight=1.0, clip=0.0)})
+    config.prompts = ConfigDict(
+        {
+            "student": {"user": "{problem}\n" + TASK, "assistant_prefill": ""},
+            "privileged": {"user": "{problem}\nReference answer: {reference}\n" + TASK, "assistant_prefill": ""},
+        }
+    )
+    privileged = base.role(("completion",), "always", "forward_kl", weight=1.0, clip=0.0, clip_per="entry")
+    config.roles = ConfigDict({"privileged": privileged})
     return config

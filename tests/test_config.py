@@ -11,6 +11,7 @@ from configs import base
 from vigos_jax import config as config_lib
 from vigos_jax.config import differences, read_json, to_json, validate
 from vigos_jax.errors import InputError
+from vigos_jax.roles import ENTRY_FIELDS, role_table
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -37,9 +38,19 @@ def leaves(tree, prefix=""):
             yield prefix + key
 
 
-@pytest.mark.parametrize("name", ["base", "opsd"])
+RUNS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "demo_base"))
+
+
+@pytest.mark.parametrize("name", RUNS)
 def test_shipped_config_is_valid(name):
-    validate(importlib.import_module(f"configs.{name}").get_config())
+    config = importlib.import_module(f"configs.{name}").get_config()
+    validate(config)
+    role_table(config.roles, config.prompts)
+    assert config.is_locked
+
+
+def test_the_shipped_configs_were_found():
+    assert {"base", "opsd", "paper"} <= set(RUNS)
 
 
 def test_every_field_is_read_somewhere():
@@ -92,9 +103,14 @@ def test_the_student_never_sees_the_reference():
         validate(config)
 
 
-@pytest.mark.parametrize(
-    "field", ["steps", "export.dtype", "buckets", "prompts.reasoning.user", "roles.reference.when"]
-)
+@pytest.mark.parametrize("fields", [("problem",), ("reference",), ("a b",), ("",), (3,), ("caption", "2nd")])
+def test_names_of_further_columns(fields):
+    validate(changed(data__fields=("caption", "scene_2")))
+    with pytest.raises(InputError, match=r"config\.data\.fields=\(.* must be names of further columns"):
+        validate(changed(data__fields=fields))
+
+
+@pytest.mark.parametrize("field", ["steps", "export.dtype", "buckets", "teacher.ema_rate", "data.fields"])
 def test_a_missing_field_is_named(field):
     config = base.get_config().unlock()
     *parents, last = field.split(".")
@@ -104,11 +120,15 @@ def test_a_missing_field_is_named(field):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("section, name", [("roles", "reasoning"), ("prompts", "student")])
-def test_an_unknown_field_of_a_role_is_named(section, name):
+@pytest.mark.parametrize("name", ["student", "reasoning"])
+def test_a_prompt_has_its_two_fields(name):
     config = base.get_config()
-    config[section][name]["clipp"] = 0.0
-    with pytest.raises(InputError, match=rf"config\.{section}\.{name} has an unknown field 'clipp'"):
+    config.prompts[name]["clipp"] = 0.0
+    with pytest.raises(InputError, match=rf"config\.prompts\.{name} has the fields .*clipp.* it needs user and assi"):
+        validate(config)
+    config = base.get_config()
+    del config.prompts[name]["user"]
+    with pytest.raises(InputError, match=rf"config\.prompts\.{name} has the fields assistant_prefill; it needs user "):
         validate(config)
 
 
@@ -143,7 +163,7 @@ def test_differences_of_role_tables():
     other = base.get_config()
     del other.roles.perception
     names = [line.split(":")[0] for line in differences(base.get_config(), other)]
-    assert names == [f"roles.perception.{f}" for f in ("clip", "divergence", "scores", "weight", "when")]
+    assert names == [f"roles.perception.{f}" for f in sorted(ENTRY_FIELDS)]
 
 
 def test_what_is_done_with_a_run_is_no_difference():

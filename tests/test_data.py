@@ -1,22 +1,20 @@
-"""Rows from every kind of source, bad rows that keep their slot, batches that depend on the seed alone."""
+"""Bad rows that keep their slot, batches that depend on the seed alone."""
 
-import copy
-import io
 import itertools
 import json
 import time
 
 import datasets
-import ml_collections
 import numpy as np
 import pytest
 from helpers import make_processor_folder
-from PIL import Image
+from tiny_rows import GOOD, config, encode, picture, picture_bytes, rows, small_rows, write_parquet
 
 from vigos_jax import data as data_lib
-from vigos_jax.data import BadRows, Example, encode_row, fingerprint, load_source, make_batches
+from vigos_jax.data import BadRows, Example, make_batches
 from vigos_jax.errors import InputError
 from vigos_jax.processor import Processor
+from vigos_jax.sources import load_source
 
 
 @pytest.fixture(scope="module")
@@ -29,172 +27,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
-def picture(shade=0, size=(30, 40)):
-    return Image.new("RGB", size, (shade, 2 * shade, 255 - shade))
-
-
-def picture_bytes(shade=0, size=(30, 40)):
-    file = io.BytesIO()
-    picture(shade, size).save(file, "PNG")
-    return file.getvalue()
-
-
-def config(source, **fields):
-    values = {"source": str(source), "split": "train", "shuffle": True, "workers": 0}
-    return ml_collections.ConfigDict(values | {"max_images": 1, "max_bad_fraction": 0.1} | fields)
-
-
-def rows(n):
-    return [
-        {"problem": f"<image>Question {i}?", "answer": str(i), "images": [picture_bytes(i)]} for i in range(n)
-    ]
-
-
-def write_parquet(path, rows, feature="list"):
-    """`images` as Image features (one or a list), or as plain structs of bytes and path."""
-    struct = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
-    image = {
-        "one": datasets.Image(),
-        "list": datasets.List(datasets.Image()),
-        "struct": struct,
-        "structs": datasets.List(struct),
-        "path": datasets.Value("string"),
-    }[feature]
-    first = next(iter(rows))
-    features = {
-        name: image
-        if name in ("images", "image")
-        else datasets.Value("int64" if type(value) is int else "string")
-        for name, value in first.items()
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = {name: [row[name] for row in rows] for name in first}
-    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(path)
-    return path
-
-
-def write_jsonl(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def encode(row, processor, **options):
-    return encode_row(row, 7, **({"processor": processor, "max_images": 1, "image_roots": ()} | options))
-
-
-# --- sources ---
-
-
-@pytest.mark.parametrize("column", ["images", "image"])
-@pytest.mark.parametrize("feature", ["one", "list", "struct", "structs"])
-def test_parquet(tmp_path, processor, feature, column):
-    one = {"bytes": picture_bytes(3), "path": None}
-    image = one if feature in ("one", "struct") else [one]
-    table = [
-        {"problem_id": 11 + i, "id": f"other{i}", "problem": f"Q{i}", "answer": i, column: image}
-        for i in range(3)
-    ]
-    source = load_source(config(write_parquet(tmp_path / "a.parquet", table, feature)))
-    assert len(source) == 3
-    row = source[1]
-    assert (row["id"], row["problem"], row["answer"]) == ("12", "Q1", 1)
-    example = encode(source[0], processor)
-    assert (example.id, example.bad_reason, example.reference) == (
-        "11",
-        None,
-        "0",
-    )  # the integer 0 is an answer
-    expected = processor.encode_image(picture(3))
-    np.testing.assert_array_equal(example.images[0].patches, expected.patches)
-    assert example.images[0].grid == expected.grid
-
-
-def test_parquet_with_paths(tmp_path, processor):
-    (tmp_path / "pictures").mkdir()
-    picture(5).save(tmp_path / "pictures" / "a.png")
-    table = [{"problem": "Q", "answer": "a", "images": path} for path in ("pictures/a.png", "../a.png")]
-    source = load_source(config(write_parquet(tmp_path / "a.parquet", table, "path")))
-    reasons = [
-        encode(row, processor, image_roots=source.image_roots).bad_reason for row in (source[0], source[1])
-    ]
-    assert reasons == [None, "image_outside_folder"]
-
-
-def test_folder_of_parquet(tmp_path):
-    for split, n in (("train-00000-of-00002", 2), ("train-00001-of-00002", 3), ("test-00000-of-00001", 1)):
-        write_parquet(tmp_path / "set" / "data" / f"{split}.parquet", rows(n))
-    (tmp_path / "set" / "README.md").write_text("# A data set\n")
-    picture().save(tmp_path / "set" / "cover.png")
-    assert len(load_source(config(tmp_path / "set"))) == 5
-    assert len(load_source(config(tmp_path / "set", split="test"))) == 1
-    with pytest.raises(InputError, match="(?s)'val'.*train.*test"):
-        load_source(config(tmp_path / "set", split="val"))
-
-
-def test_jsonl(tmp_path, processor):
-    (tmp_path / "a").mkdir()
-    picture(1).save(tmp_path / "a" / "1.png")
-    picture(2).save(tmp_path / "outside.png")
-    good = {"problem": "  Café <image>?", "answer": "Answer: B", "images": ["1.png"], "extra": {"x": 1}}
-    lines = [
-        good | {"id": "x"},
-        "\n",
-        good | {"image": "1.png", "images": "1.png"},
-        "{broken\n",
-        "[1]\n",
-        good | {"images": ["../outside.png"]},
-        json.dumps(good | {"id": "last"}),  # no line end
-    ]
-    source = load_source(config(write_jsonl(tmp_path / "a" / "data.jsonl", lines)))
-    assert len(source) == 6 and source[0]["extra"] == {"x": 1}
-    examples = [encode(source[i], processor, image_roots=source.image_roots) for i in range(6)]
-    assert [e.id for e in examples] == ["x", "1", "2", "3", "4", "last"]
-    assert [e.bad_reason for e in examples] == [
-        None,
-        None,
-        "bad_json",
-        "bad_json",
-        "image_outside_folder",
-        None,
-    ]
-    assert (examples[0].problem, examples[0].reference) == ("Café?", "B")
-    np.testing.assert_array_equal(examples[0].images[0].patches, processor.encode_image(picture(1)).patches)
-
-
-@pytest.mark.parametrize(
-    "name, message",
-    [
-        ("", "does not exist"),
-        ("missing.jsonl", "does not exist"),
-        ("/missing/folder", "does not exist"),
-        ("a b", "does not exist"),
-        ("no-one/no-such-set", "cannot be loaded"),  # tests have no network
-        ("empty", "holds no such data"),
-        ("text.txt", "holds no such data"),
-        ("broken.parquet", "cannot be loaded"),
-        ("empty.jsonl", "no usable row"),
-        ("lists.jsonl", "no usable row"),
-        ("lacking.jsonl", "lacks answer, images; it has the columns problem, pictures"),
-        ("lacking.parquet", "lacks problem, images; it has the columns question, answer"),
-    ],
-)
-def test_bad_source(tmp_path, monkeypatch, name, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    for file in ("text.txt", "broken.parquet", "empty.jsonl"):
-        (tmp_path / file).write_text("" if file.startswith("empty") else "hello")
-    write_jsonl(tmp_path / "lists.jsonl", ["[]\n", "3\n"])
-    write_jsonl(tmp_path / "lacking.jsonl", [{"problem": "x", "pictures": []}])
-    write_parquet(tmp_path / "lacking.parquet", [{"question": "x", "answer": "y"}])
-    with pytest.raises(InputError, match=message) as e:
-        load_source(config(name))
-    assert "\n" not in str(e.value) and (name in str(e.value))
-
-
 # --- bad rows ---
-
-GOOD = {"id": "r", "problem": "Q?", "answer": "a", "images": [picture_bytes()]}
 
 
 @pytest.mark.parametrize(
@@ -257,6 +90,33 @@ def test_too_long(processor):
     assert encode(GOOD | {"answer": "b"}, processor, too_long=too_long).bad_reason is None
 
 
+# --- further columns ---
+
+
+@pytest.mark.parametrize("value", [None, "", " \n", float("nan"), 3, ["red"], {"a": "red"}, b"red"])
+def test_a_row_without_a_text_in_a_further_column_is_bad(processor, value):
+    row = GOOD | {"hint": "h", "caption": value}
+    example = encode(row, processor, fields=("hint", "caption"))
+    assert (example.id, example.bad_reason, example.fields) == ("r", "no_caption", {})
+    del row["caption"]
+    assert encode(row, processor, fields=("caption",)).bad_reason == "no_caption"
+    assert encode(row, processor, fields=("hint",)).fields == {"hint": "h"}
+
+
+def test_half_a_surrogate_pair_in_a_further_column(processor):
+    assert encode(GOOD | {"caption": "\ud800"}, processor, fields=("caption",)).bad_reason == "text_not_unicode"
+
+
+def test_further_columns_reach_the_batches(processor):
+    table = [row | {"caption": f"c{i}"} for i, row in enumerate(small_rows(5))]
+    del table[3]["caption"]
+    seen = {e.id: e for b in batches(table, processor, 1, batch_size=5, fields=("caption",)) for e in b}
+    assert {i: dict(e.fields) for i, e in seen.items() if not e.bad_reason} == {
+        f"row{i}": {"caption": f"c{i}"} for i in (0, 1, 2, 4)
+    }
+    assert seen["row3"].bad_reason == "no_caption"
+
+
 # --- batches ---
 
 
@@ -275,10 +135,6 @@ def ids(batches):
 
 def flat(batches):
     return list(itertools.chain.from_iterable(ids(batches)))
-
-
-def small_rows(n):
-    return [row | {"id": f"row{i}"} for i, row in enumerate(rows(n))]
 
 
 def test_epochs(processor):
@@ -338,12 +194,6 @@ def test_worker_processes_change_nothing(tmp_path, processor):
             np.testing.assert_array_equal(image_a.patches, image_b.patches)
 
 
-def test_jsonl_source_can_be_pickled(tmp_path):
-    source = load_source(config(write_jsonl(tmp_path / "a.jsonl", [{**GOOD, "images": "p"}] * 3)))
-    twin = copy.deepcopy(source)
-    assert twin[2] == source[2] and twin.image_roots == source.image_roots
-
-
 class SlowSource(list):
     """Counts how far it was read."""
 
@@ -384,16 +234,6 @@ def test_batch_options(processor, options, message):
 
 
 # --- state ---
-
-
-def test_fingerprint(tmp_path):
-    source = load_source(config(write_jsonl(tmp_path / "a.jsonl", [{**GOOD, "images": "p"}] * 20)))
-    moved = load_source(config(write_jsonl(tmp_path / "b" / "b.jsonl", [{**GOOD, "images": "p"}] * 20)))
-    assert fingerprint(source) == fingerprint(moved) and fingerprint(source).startswith("rows=20 ")
-    assert fingerprint(small_rows(20)) != fingerprint(small_rows(21))
-    changed = small_rows(20)
-    changed[19]["answer"] = "other"
-    assert fingerprint(small_rows(20)) != fingerprint(changed)
 
 
 def test_resume_batch():

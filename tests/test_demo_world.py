@@ -79,11 +79,14 @@ def test_cell_labels_name_what_is_drawn():
 def test_source_is_random_access_and_blank_pictures_show_nothing():
     source, blank = world.DemoSource(length=50, seed=4), world.DemoSource(length=50, seed=4, blank=True)
     row = source[7]
-    assert len(source) == 50 and set(row) == {"id", "problem", "answer", "images"}
+    assert len(source) == 50 and set(row) == {"id", "problem", "answer", "images", "options"}
+    assert row["answer"] in row["options"] and row["options"] == blank[7]["options"]
     assert np.array_equal(np.asarray(row["images"][0]), world.item(4, 7, setting="train").image)
     assert {**blank[7], "images": 0} == {**row, "images": 0}
     assert np.unique(np.asarray(blank[7]["images"][0])).tolist() == [128]
-    assert repr(source) != repr(blank)
+    other = world.DemoSource(length=50, seed=4, setting="conflict")
+    assert np.array_equal(np.asarray(other[7]["images"][0]), world.item(4, 7, setting="conflict").image)
+    assert len({repr(source), repr(blank), repr(other)}) == 3
     with pytest.raises(IndexError):
         source[50]
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vigos_jax.graders import MAX_ANSWER_CHARS, is_correct, last_boxed, normalize_answer
+from vigos_jax.graders import MAX_ANSWER_CHARS, answer_kind, is_correct, last_boxed, mentions, normalize_answer
 
 
 @pytest.mark.parametrize(
@@ -200,6 +200,60 @@ def test_wrong(prediction, reference):
     assert not is_correct(prediction, reference)
     if prediction is not None:
         assert not is_correct(reference, prediction)
+
+
+@pytest.mark.parametrize(
+    "kind, answers",
+    [
+        ("", ["", "  ", "$$", "...", "\\text{}"]),
+        ("letter", ["b", "B", "(B)", "[B]", "B.", r"\text{(B)}.", "I", "x"]),
+        ("yes_no", ["yes", "No.", "TRUE", '"false"', "Yes!"]),
+        ("integer", ["7", "007", "+7", "-3", "1,200", "$12$", "2.0", "1e3", "12 cm", "50%", "3 kg"]),
+        ("number", ["2.5", ".5", "1/2", r"\frac12", "-7/3", "0.5 kg", "12.5%"]),
+        ("text", ["red", "two", "3 apples", "12:30", "1990s", "5!", "x+1", "B. red", "é", "yes and no", "a b"]),
+    ],
+)
+def test_answer_kind(kind, answers):
+    assert {answer: answer_kind(answer) for answer in answers} == dict.fromkeys(answers, kind)
+
+
+@pytest.mark.parametrize(
+    "text, answer, found",
+    [
+        ("a red square", "red", True),
+        ("Red.", "red", True),
+        ("a RED square", "Red", True),
+        ("two dark  red\nsquares", "dark red", True),
+        ("it shows (red)!", "red", True),
+        ("a dark-red one", "red", True),
+        ("redred, then red", "red", True),  # not the first time, but later
+        ("3 apples", "3", True),
+        ("sale: 50% off", "50%", True),
+        ("it is -3", "-3", True),
+        ("I see 日本 there", "日本", True),
+        ("a reddish square", "red", False),  # not as a word of its own
+        ("an infrared lamp", "red", False),
+        ("red3 3red", "red", False),
+        ("13 or 31", "3", False),
+        ("150% off", "50%", False),
+        ("squares of dark red", "dark squares", False),  # not in this order
+        ("dark and red", "dark red", False),
+        ("", "red", False),
+        ("red", "red square", False),
+        ("option B", "B", None),  # a lone letter proves nothing
+        ("option B", "(b)", None),
+        ("anything", "", None),
+        ("anything", "  ", None),
+    ],
+)
+def test_mentions(text, answer, found):
+    assert mentions(text, answer) is found
+
+
+@given(st.text(max_size=5), st.text(st.sampled_from("abc 1-%"), min_size=1, max_size=6), st.text(max_size=5))
+def test_an_answer_that_stands_by_itself_is_mentioned(before, answer, after):
+    expected = None if answer_kind(answer) == "letter" or not answer.strip() else True
+    assert mentions(f"{before} {answer} {after}", answer) is expected
 
 
 HOSTILE = [

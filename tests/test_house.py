@@ -15,15 +15,19 @@ ROOMS = (
     ("demo/card.py",),
     ("main.py",),
     ("train.py",),
-    ("checkpoint.py", "evaluate.py", "diagnose.py", "export.py", "generate.py", "score_file.py"),
+    ("diagnose.py",),
+    ("checkpoint.py", "evaluate.py", "export.py", "generate.py", "score_file.py", "wrong_answers.py"),
+    ("rollouts.py",),
     ("loading.py",),
     ("sampler.py", "step.py"),
     ("score.py",),
     ("models/",),
     ("packing.py", "data.py"),
-    ("processor.py", "spans.py"),
-    ("losses.py", "prompts.py"),
-    ("config.py", "roles.py", "graders.py", "sharding.py", "metrics.py", "geometry.py", "demo/"),
+    ("processor.py", "spans.py", "sources.py"),
+    ("losses.py",),
+    ("roles.py",),
+    ("prompts.py",),
+    ("config.py", "graders.py", "sharding.py", "metrics.py", "geometry.py", "palr.py", "report.py", "demo/"),
     ("architecture.py", "inputs.py"),
     ("errors.py", "__init__.py"),
 )
@@ -166,7 +170,7 @@ PLANTED_FILES = {
     "path, source",
     [
         ("vigos_jax/roles.py", "import vigos_jax.spans"),  # up
-        ("vigos_jax/roles.py", "from vigos_jax import config"),  # sideways
+        ("vigos_jax/graders.py", "from vigos_jax import config"),  # sideways
         ("vigos_jax/spans.py", "from vigos_jax.data import load_source"),
         ("vigos_jax/spans.py", "from . import data"),
         ("vigos_jax/spans.py", "def f():\n    from vigos_jax.models.layers import Dense"),  # local

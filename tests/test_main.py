@@ -14,7 +14,7 @@ import transformers
 from vigos_jax import main
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-MODES = ("train", "generate", "score", "export")
+MODES = ("train", "generate", "score", "diagnose", "export")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,6 +67,12 @@ def write_config(path: pathlib.Path, *lines: str) -> str:
         (["--config.roles.perception.scores=('title',)"], ["perception.scores='title'", "description, reasoning"]),
         (["--config.roles.reasoning.divergence=js"], ["divergence='js'", "forward_kl, reverse_kl"]),
         (["--config.roles.reasoning.when=never"], ["when='never'", "valid, invalid, always"]),
+        (["--config.roles.reasoning.reads=all"], ["reads='all'", "completion, scored"]),
+        (["--config.roles.reasoning.beta=1"], ["config.roles.reasoning.beta=1.0", "between 0 and 1"]),
+        (["--config.prompts.reasoning.user={caption}"], ["{caption}", "config.prompts.reasoning.user", "data.fields"]),
+        (["--config.span_rule=lenient"], ["'lenient'", "paper, released"]),
+        (["--config.teacher.weights=moving"], ["'moving'", "frozen, ema, live"]),
+        (["--config.loss.reduction=mean"], ["'mean'", "tokens, sequences"]),
         (["--config.roles.reasoning.weight=-1"], ["config.roles.reasoning.weight=-1", "at least 0"]),
         (["--config.mesh.data=3"], ["data=3, fsdp=2, tensor=2", "8 device(s)"]),
         (["--config.mesh.fsdp=0"], ["fsdp=0", "at least 1"]),
@@ -120,7 +126,8 @@ def test_help(capsys, argv):
     assert main.main(["vigos_jax", *argv]) == 0
     said = capsys.readouterr().out
     listed = said.split("modes\n")[1].split("\n\n")[0]
-    assert [line.split()[0] for line in listed.splitlines()] == list(MODES) == list(main.MODES)
+    names = [line.split()[0] for line in listed.splitlines() if not line.startswith("   ")]
+    assert names == list(MODES) == list(main.MODES)
     assert "examples" in said and "--workdir" in said
 
 
@@ -132,6 +139,8 @@ def test_help(capsys, argv):
     [
         (["--config.batch_size=6"], ["config.batch_size=6", "multiple", "4"]),
         (["--config.accumulation=2"], ["config.batch_size=4", "8"]),
+        (["--config.data.fields=('caption',)"], ["lacks caption", "problem, answer"]),
+        (["--config.data.fields=('caption',)", "--config.data.source=demo"], ["caption", "demo"]),
         (["--config.data.source=/no/such/data.jsonl"], ["'/no/such/data.jsonl'", "choices"]),
         (["--config.export.after_training=1", "--config.export.kind=adapter", "--config.lora.rank=0"], ["adapter"]),
         (["--mode=generate", "--config.generate.question=Why?"], ["--config.generate.image"]),
@@ -139,6 +148,7 @@ def test_help(capsys, argv):
         (["--mode=generate", "--config.generate.image=x.png", "--config.generate.question=Why?"], ["x.png", "no file"]),
         (["--mode=score"], ["config.score.rollouts=''", ".jsonl"]),
         (["--mode=score", "--config.score.rollouts=/no/rollouts.jsonl"], ["'/no/rollouts.jsonl'", ".jsonl"]),
+        (["--mode=diagnose"], ["--mode diagnose", "--workdir", "--config.diagnose.output"]),
         (["--mode=export"], ["--config.export.output"]),
         (["--mode=export", "--workdir=/no/run"], ["/no/run/config.json"]),
         (["--mode=score", "--workdir=/no/run"], ["/no/run/config.json"]),

@@ -28,7 +28,13 @@ from vigos_jax.models.qwen2_5_vl import (
     init_variables,
     segment_mask,
 )
-from vigos_jax.models.variables import shares_vision, student_variables, teacher_variables
+from vigos_jax.models.variables import (
+    TEACHER_WEIGHTS,
+    shares_vision,
+    student_variables,
+    teacher_overlay,
+    teacher_variables,
+)
 from vigos_jax.packing import Buckets, Row, pack_prompts
 from vigos_jax.sampler import Sampler, Sampling, row_keys
 
@@ -307,7 +313,7 @@ def worst_adapted(logits, adapted: Adapted) -> float:
 @pytest.fixture(scope="module")
 def teacher(pairs, batch, adapted):
     """(visual tokens, logits) of the adapted model when it is applied as a teacher."""
-    return jax.device_get(adapted.run(teacher_variables(pairs["untied"].base), batch.vision, batch.text))
+    return jax.device_get(adapted.run(teacher_variables(pairs["untied"].base, {}), batch.vision, batch.text))
 
 
 def without_b(lora, part: str):
@@ -356,7 +362,7 @@ def test_dropout_acts_on_the_adapter_and_only_while_training(pairs, adapted):
         return adapted.model.apply(variables, out[0], method="logits")
 
     one, two = jax.random.key(1), jax.random.key(2)
-    student, teacher = student_variables(base, {"lora": adapted.lora}), teacher_variables(base)
+    student, teacher = student_variables(base, {"lora": adapted.lora}), teacher_variables(base, {})
     exact, dropped = adapted.logits["no image"], logits(student, one, False)
     assert tm.max_difference(logits(student, one, True), exact) <= tm.TOLERANCE
     assert tm.max_difference(dropped, exact) > NOTICEABLE
@@ -375,7 +381,20 @@ def test_full_fine_tuning_overlays_the_base(pairs):
     base = pairs["tied"].base
     trained = {"params": jax.tree.map(np.zeros_like, base)}
     assert student_variables(base, trained)["params"] is trained["params"]
-    assert teacher_variables(base) == {"params": base}
+    assert teacher_variables(base, {}) == {"params": base}
+    assert not any(np.any(x) for x in jax.tree.leaves(teacher_variables(base, trained)["params"]))
+
+
+def test_what_lies_over_the_base_for_teachers():
+    trained, average = {"lora": 1.0}, {"lora": 2.0}
+    got = {w: teacher_overlay(w, trained=trained, average=average) for w in TEACHER_WEIGHTS}
+    assert got == {"frozen": {}, "ema": average, "live": trained}
+    assert teacher_variables(0.0, got["ema"]) == {"params": 0.0, "lora": 2.0}
+
+
+def test_no_gradient_flows_to_a_teacher():
+    gradient = jax.grad(lambda base, lora: sum(jax.tree.leaves(teacher_variables(base, {"lora": lora}))), (0, 1))
+    assert gradient(1.0, 2.0) == (0, 0)
 
 
 def test_layers_are_recomputed_when_asked(pairs, batch, adapted):

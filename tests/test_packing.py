@@ -8,11 +8,22 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles.objective import positions_of
-from tiny import BAD, BUCKETS, CONFIG, IMAGE, MIXES, ROLES, invalid, pack, row, valid
+from strategies import mixes
+from tiny import BUCKETS, CONFIG, IMAGE, MIXES, ROLES, invalid, pack, row, valid
 
 from vigos_jax.errors import InputError
 from vigos_jax.models.qwen2_5_vl import segment_mask
-from vigos_jax.packing import Buckets, Rollout, Row, pack_prompts, pack_scores, scored_positions, slot_count, too_long
+from vigos_jax.packing import (
+    Buckets,
+    Rollout,
+    Row,
+    entry_clip,
+    pack_prompts,
+    pack_scores,
+    scored_positions,
+    slot_count,
+    too_long,
+)
 from vigos_jax.processor import Turn
 from vigos_jax.spans import Spans
 
@@ -44,7 +55,10 @@ def check_contexts(mix, roles=ROLES):
             assert token == rollout.ids[j]
             for text, turn, at in ((batch.student, r.student, student_at), (batch.teacher, r.teachers[k], teacher_at)):
                 visible = np.flatnonzero(np.asarray(segment_mask(text.segment_ids[i][None]))[0, at])
-                context = turn.prefix_ids + turn.rest_ids + rollout.ids[:j]
+                read = range(j)
+                if text is batch.teacher and roles[k].reads == "scored":
+                    read = [i for i in scored_positions(roles[k], rollout) if i < j]
+                context = turn.prefix_ids + turn.rest_ids + tuple(rollout.ids[i] for i in read)
                 assert tuple(text.ids[i][visible]) == context
                 np.testing.assert_array_equal(text.positions[i][:, visible], positions_of(context, r.images, CONFIG))
                 index = text.image_index[i][visible]
@@ -54,26 +68,24 @@ def check_contexts(mix, roles=ROLES):
     return batch
 
 
+# Roles that read only what they score, with gaps; roles that score an invalid rollout beside each other.
+OTHERS = (
+    dataclasses.replace(ROLES[0], scores=("answer", "description"), reads="scored", when="always"),
+    dataclasses.replace(ROLES[1], reads="scored"),
+    dataclasses.replace(ROLES[2], reads="scored", when="always"),
+)
+
+
+@pytest.mark.parametrize("roles", [ROLES, OTHERS], ids=["the method", "others"])
 @pytest.mark.parametrize("name", MIXES)
-def test_each_entry_reads_its_own_context(name):
-    check_contexts(MIXES[name])
+def test_each_entry_reads_its_own_context(name, roles):
+    check_contexts(MIXES[name], roles)
 
 
 @settings(max_examples=25)
-@given(st.data())
-def test_each_entry_reads_its_own_context_on_random_batches(data):
-    mix = []
-    for seed in range(data.draw(st.integers(1, 4))):
-        sizes = data.draw(st.lists(st.sampled_from([(2, 2), (4, 4), (2, 6), (4, 2)]), max_size=2))
-        kind = data.draw(st.sampled_from(["valid", "invalid", "bad"]))
-        if kind == "valid":
-            cuts = sorted(data.draw(st.lists(st.integers(0, 16), min_size=6, max_size=6)))
-            n = data.draw(st.integers(cuts[-1], 16))
-            mix.append((row(seed, *sizes), valid(seed, n, *zip(cuts[::2], cuts[1::2], strict=True))))
-        else:
-            n = data.draw(st.integers(0, 16))
-            mix.append((row(seed, *sizes), invalid(seed, n)) if kind == "invalid" else BAD)
-    check_contexts(mix)
+@given(mixes(min_rows=1, max_rows=4), st.sampled_from([ROLES, OTHERS]))
+def test_each_entry_reads_its_own_context_on_random_batches(mix, roles):
+    check_contexts(mix, roles)
 
 
 def test_a_token_with_two_teachers_has_two_entries():
@@ -107,6 +119,48 @@ def test_a_drawn_batch():
     assert list(e.student_at[0][:3]) == [4, 5, 7]
     assert list(e.teacher_at[0][:3]) == [3, 4, 10]
     assert list(e.sampled_logp[0][:3]) == [-1.0, -2.0, -4.0] and np.isnan(e.sampled_logp[0][3:]).all()
+
+
+def test_a_drawn_batch_of_a_role_that_reads_what_it_scores():
+    prefix = (9, 8)
+    turns = [Turn(prefix, rest) for rest in ((1, 2), (3,), (4, 5))]
+    rollout = Rollout((10, 11, 12, 13, 14, 15), Spans(True, (0, 2), (3, 4), (5, 6), None))
+    apart = dataclasses.replace(ROLES[1], scores=("description", "answer"), reads="scored", last_clip=0.5)
+    both = (apart, dataclasses.replace(apart, reads="completion", scores=("answer",), first_clip=0.1, clip=0.0))
+    batch = pack([(Row((), turns[0], tuple(turns[1:])), rollout)], roles=both)
+    ids, positions, segments, _ = real(batch.teacher, 0)
+    assert list(ids) == [9, 8, 3, 10, 11, 4, 5, 10, 11, 12, 13, 14]
+    assert list(segments) == [1, 1, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3]
+    assert (positions == [0, 1, 2, 3, 4, 2, 3, 4, 5, 6, 7, 8]).all()
+    e = batch.entries
+    assert list(e.position[0][:4]) == [0, 1, 5, 5] and list(e.token[0][:4]) == [10, 11, 15, 15]
+    assert list(e.teacher_at[0][:4]) == [2, 3, 4, 11] and list(e.student_at[0][:4]) == [3, 4, 8, 8]
+    np.testing.assert_allclose(e.clip[0][:4], [1.8, 1.8, 0.5, 0.1])
+    assert np.isinf(e.clip[0][4:]).all()
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"clip": 0.0}, [np.inf, np.inf, np.inf]),
+        ({"clip": 2.0}, [2.0, 2.0, 2.0]),
+        ({"clip": 2.0, "clip_per": "entry"}, [np.inf, np.inf, np.inf]),  # the sum's terms are clipped, not the sum
+        ({"clip": 2.0, "clip_per": "entry", "last_clip": 5.0}, [np.inf, np.inf, 5.0]),
+        ({"clip": 2.0, "first_clip": 1.0}, [1.0, 2.0, 2.0]),
+        ({"clip": 2.0, "first_clip": 3.0}, [2.0, 2.0, 2.0]),  # it clips further, never less
+        ({"clip": 0.0, "last_clip": 3.0}, [np.inf, np.inf, 3.0]),
+        ({"clip": 0.0, "first_clip": 1.0, "last_clip": 3.0}, [1.0, np.inf, 3.0]),
+    ],
+)
+def test_entry_clip(fields, expected):
+    role = dataclasses.replace(ROLES[0], **fields)
+    scored = [2, 3, 7]
+    assert [entry_clip(role, j, scored) for j in scored] == expected
+
+
+def test_one_token_is_the_first_and_the_last():
+    role = dataclasses.replace(ROLES[0], first_clip=0.4, last_clip=0.3)
+    assert entry_clip(role, 5, [5]) == 0.3
 
 
 def test_segment_mask():
@@ -201,6 +255,15 @@ def test_too_long():
         assert check(dataclasses.replace(fits, **{kind: (1, n - 1)})) == kind
 
 
+def test_too_long_counts_all_roles_that_may_score_an_invalid_rollout():
+    r = row(0, (4, 6))
+    need = len(r.student.prefix_ids) + sum(len(t.rest_ids) + 10 for t in r.teachers)
+    roles = tuple(dataclasses.replace(role, when="invalid") for role in ROLES)
+    for size, expected in ((need, None), (need - 1, "packed")):
+        buckets = dataclasses.replace(BUCKETS, packed=(size,))
+        assert too_long(r, roles=roles, buckets=buckets, max_completion=10, config=CONFIG) == expected
+
+
 def test_what_too_long_lets_through_can_be_packed():
     r = row(0, (4, 6))
     packed = len(r.student.prefix_ids) + sum(len(t.rest_ids) + 16 for t in r.teachers[:2])
@@ -232,7 +295,9 @@ def test_one_turn_per_role():
         (("completion", "answer"), "always", valid(0, 3, (0, 1), (1, 2), (2, 3)), [0, 1, 2]),
         (("completion",), "valid", invalid(0, 3), []),
         (("completion",), "invalid", invalid(0, 3), [0, 1, 2]),
-        (("description", "answer"), "always", invalid(0, 3), []),
+        (("description", "answer"), "always", invalid(0, 3), [0, 1, 2]),  # it has no parts
+        (("description",), "invalid", invalid(0, 2), [0, 1]),
+        (("description",), "valid", invalid(0, 2), []),
         (("completion",), "invalid", invalid(0, 0), []),
     ],
 )

@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vigos_jax.errors import InputError
-from vigos_jax.prompts import clean_problem, clean_reference, fields, fill
+from vigos_jax.prompts import clean_problem, clean_reference, fields, fill, unknown_fields
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,40 @@ def test_fields():
     assert fields("") == fields(r"\boxed{} {problems} {0}") == frozenset()
     assert fields("{problem}") == {"problem"}
     assert fields("{reference} {problem} {reference}") == {"problem", "reference"}
+
+
+def test_names_of_further_columns():
+    assert fields("{caption} {problem} {hint}", ("caption", "hints")) == {"caption"}
+    assert fill("{caption}|{problem}|{hint}", problem="Q?", caption="C") == "C|Q?|{hint}"
+    assert fill("{caption}{hint}", problem="Q?", caption="{hint} {problem}", hint="H") == "{hint} {problem}H"
+    assert fill("{problem} {reference}", problem="Q?", reference="R", caption="C") == "Q? R"
+
+
+@pytest.mark.parametrize(
+    "template, unknown",
+    [
+        ("", []),
+        ("{problem} {reference}", []),
+        ("{caption}", ["caption"]),
+        ("a{b} {c}d ({e}) \n{f_1},{_g}{h}", ["c", "e", "f_1", "_g"]),
+        (r"\boxed{answer} x_{max} e^{x} \frac{a}{b}", []),
+        ("{{caption}}", ["caption"]),
+        ("{} {0} {1st} { caption } {problem!r} {a-b} {a.b}", []),
+        ("{Problem} {REFERENCE}", ["Problem", "REFERENCE"]),
+    ],
+)
+def test_unknown_fields(template, unknown):
+    assert unknown_fields(template) == unknown
+    assert unknown_fields(template, unknown) == []
+    assert unknown_fields(template, ("other",)) == unknown
+
+
+@given(st.text(st.sampled_from("{}\\^_ ab1")))
+def test_no_unknown_field_is_ever_filled_in(template):
+    """What is not refused and not a field stays as it is; what is refused would have been filled in by its name."""
+    assert fill(template, problem="Q?", reference="R") == template
+    for word in unknown_fields(template):
+        assert fill(template, problem="Q?", **{word: "#"}) != template
 
 
 @pytest.mark.parametrize(

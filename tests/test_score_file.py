@@ -125,10 +125,52 @@ def test_the_summary_is_the_mean_of_the_lines(scored):
 
 
 def test_bad_rows_are_named(world, rollouts, tmp_path, capsys):
-    score(world, rollouts, tmp_path)
-    said = capsys.readouterr().err
-    for number, reason in ((3, "image_missing"), (6, "bad_completion_ids"), (8, "no_completion")):
-        assert f"row {number} " in said and reason in said
+    """By their line in the file, blank ones counted."""
+    spaced = rollouts.parent / "spaced.jsonl"
+    spaced.write_text(rollouts.read_text().replace("\n", "\n\n"))
+    for path, lines in ((rollouts, (3, 6, 8)), (spaced, (5, 11, 15))):
+        score(world, path, tmp_path / path.stem)
+        said = capsys.readouterr().err
+        for line, (name, reason) in zip(lines, BAD.items(), strict=True):
+            assert f"{path}:{line}: id {name}: {reason}\n" in said
+
+
+def test_other_clips_and_means(world, rollouts, scored, tmp_path):
+    roles = ["perception.first_clip=0.1", "reasoning.clip_per=entry", "reference.last_clip=0.2"]
+    options = [f"--config.roles.{x}" for x in roles] + ["--config.loss.reduction=sequences"]
+    lines, summary = score(world, rollouts, tmp_path, *options)
+    means = {"perception": [], "reasoning": [], "reference": []}
+    for line, before in zip(lines, scored[0], strict=True):
+        if "error" in line:
+            continue
+        for field in ("student_logp", "teacher_logp"):
+            np.testing.assert_allclose(np.array(line[field], float), np.array(before[field], float), atol=1e-5)
+        at = {name: [j for j, role in enumerate(line["role"]) if role == name] for name in means}
+        for name, where in at.items():
+            for place, j in enumerate(where):
+                clip = {"perception": 0.5, "reasoning": np.inf, "reference": 0.5}[name]
+                clip = 0.1 if name == "perception" and place == 0 else clip
+                clip = 0.2 if name == "reference" and place == len(where) - 1 else clip
+                assert line["kl_clipped"][j] == pytest.approx(min(line["kl"][j], clip), rel=1e-6)
+                if name == "reasoning":  # terms above 0.5 were cut, so the sum is smaller
+                    assert line["kl"][j] <= before["kl"][j] + 1e-5
+            if where:
+                means[name].append(np.mean([line["kl_clipped"][j] for j in where]))
+    assert lines[0]["kl"] != pytest.approx(scored[0][0]["kl"], abs=1e-3)
+    for name, values in means.items():
+        assert summary[name]["loss"] == pytest.approx(np.mean(values), rel=1e-5)
+    total = sum(weight * np.mean(means[name]) for name, weight in zip(means, (1, 1, 2), strict=True))
+    assert summary["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_temperature_and_teachers(world, rollouts, scored, tmp_path):
+    warm, _ = score(world, rollouts, tmp_path / "warm", "--config.loss.temperature=2.0")
+    live, _ = score(world, rollouts, tmp_path / "live", "--config.teacher.weights=live")
+    numbers = lambda lines, field: np.array([x for line in lines for x in line.get(field, [])], float)  # noqa: E731
+    close = lambda a, b, field: np.allclose(numbers(a, field), numbers(b, field), atol=1e-5, equal_nan=True)  # noqa: E731
+    before, fields = scored[0], ("kl", "student_logp", "teacher_logp")
+    assert [close(warm, before, f) for f in fields] == [False, True, True]
+    assert [close(live, before, f) for f in fields] == [False, True, False]
 
 
 def test_the_number_of_rows_at_a_time_changes_nothing(world, rollouts, scored, tmp_path):

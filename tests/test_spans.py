@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracles.spans_oracle import parse
 
-from vigos_jax.spans import find_spans
+from vigos_jax.spans import RULES, find_spans
 
 # Completions as byte-level tokenizers cut them; in "tokens" each character is one byte (Latin-1).
 CASES = json.loads((pathlib.Path(__file__).parent / "data" / "spans.json").read_text())
@@ -117,6 +117,84 @@ def test_token_rule(tokens, expected):
     spans = find_spans(tokens)
     assert spans.is_valid
     assert ranges(spans) == expected
+
+
+# How the authors' code reads a completion.
+
+
+def released(*tokens):
+    return find_spans(tokens, rule="released")
+
+
+@pytest.mark.parametrize(
+    "tokens, description, reasoning",
+    [
+        ((b"d", D, T, b"r", U, B, b"a", b"}"), (0, 1), (3, 8)),
+        ((b"d", D, b" x ", T, b"r", U, b" so ", B, b"a", b"}"), (0, 1), (4, 10)),  # text between the parts
+        ((b" ", b"\n", D, T, b"r", U, B, b"a", b"}"), (0, 2), (4, 9)),  # a description of white space
+        ((b"d", D, T, b"r", U, B, b"}"), (0, 1), (3, 7)),  # an empty box
+        ((b"d", D, T, U, B, b"a", b"}"), (0, 1), (3, 7)),  # no reasoning: what stands behind <think> is </think>
+        ((b"d", D, T, b" ", U, B, b"a", b"}"), (0, 1), (3, 8)),
+        ((b"d", b".</", D[2:], T, b"r", U, B, b"a", b"}"), (0, 2), (4, 9)),  # what runs into the tag is description
+        ((b"d", D[:5], D[5:], T, b"r", U, B, b"a", b"}"), (0, 1), (4, 9)),  # a tag in two tokens is none of it
+        ((b"d" + D, T, b"r", U, B, b"a", b"}"), (0, 1), (2, 7)),  # even a token that holds all of the tag
+        ((b"d", D, T, b"r", U, B, b"a", b"}.", b"e"), (0, 1), (3, 8)),  # the closing brace's token, not what follows
+        ((b"d", D, T, b"r", U, B, b"{", b"a", b"}", b"}", b"}"), (0, 1), (3, 10)),  # the brace that balances
+        ((b"d", D, T[:3], T[3:] + b"r", b"r", U + B, b"a}"), (0, 1), (4, 7)),  # tags win where the reasoning starts
+        ((b"d", D + T, b"r", U, B, b"a", b"}", b"<|im_end|>"), (0, 1), (2, 7)),
+        ((b"d", D, T, b"r", U, B, b"a", b"}", B, b"b", b"}"), (0, 1), (3, 8)),  # the first box
+    ],
+)
+def test_released(tokens, description, reasoning):
+    spans = released(*tokens)
+    assert spans.is_valid and spans.invalid_reason is None
+    assert ranges(spans) == (description, reasoning, (0, 0))
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        (b"", "no_description_close"),
+        (b"d" + T + b"r" + U + B + b"a}", "no_description_close"),
+        (b"d" + D + b"r" + U + B + b"a}", "no_think_open"),
+        (b"d" + T + D + b"r" + U + B + b"a}", "no_think_open"),
+        (b"d" + D + T + b"r" + B + b"a}", "no_think_close"),
+        (b"d" + D + T + b"r" + U + b"a", "no_box"),
+        (b"d" + D + T + b"r" + U + B + b"a", "unclosed_box"),
+        (D + T + b"r" + U + B + b"a}", "empty_description"),
+    ],
+)
+def test_released_invalid(text, reason):
+    for tokens in ([text], [text[i : i + 1] for i in range(len(text))]):
+        spans = released(*tokens)
+        assert (spans.is_valid, spans.invalid_reason) == (False, reason)
+        assert ranges(spans) == ((0, 0),) * 3
+
+
+def test_the_rules_differ_in_the_parts_alone_where_both_hold():
+    tokens = (b"d", D, T, b"r", U, B, b"a", b"}")
+    assert ranges(find_spans(tokens)) == ranges(find_spans(tokens, rule="paper")) == ((0, 1), (3, 4), (6, 7))
+    assert ranges(released(*tokens)) == ((0, 1), (3, 8), (0, 0))
+    assert RULES == ("paper", "released")
+
+
+@settings(max_examples=500)
+@given(st.data())
+def test_released_is_more_lenient(data):
+    tokens = data.draw(tokenized())
+    ours, theirs = find_spans(tokens), released(*tokens)
+    assert theirs.is_valid or not ours.is_valid
+    if not theirs.is_valid:
+        return
+    (start, end), reasoning = theirs.description, theirs.reasoning
+    assert start == 0 < end <= reasoning[0] <= reasoning[1] <= len(tokens)
+    text, found = b"".join(tokens), b"".join(tokens[slice(*reasoning)])
+    first = text.index(T, text.index(D) + len(D)) + len(T)
+    assert b"".join(tokens[:end]).startswith(text[: text.index(D)])
+    # The reasoning lies behind <think>; where a token crosses its edge, the token is left out.
+    rest = text[first:]
+    assert rest.endswith(found + b"".join(tokens[reasoning[1] :]))
+    assert U in rest and (not found or b"}" in tokens[reasoning[1] - 1])
 
 
 # Often well-formed, so that many examples are valid, with a surprise thrown in now and then.

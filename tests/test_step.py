@@ -30,15 +30,15 @@ ADAMW = {
 }
 
 
-def compiled_step(model, *, accumulation=1, use_dropout=False, **settings):
-    """(new state for trained leaves, compiled step)."""
+def compiled_step(model, options=None, **settings):
+    """(new state for trained leaves, compiled step); `options` are those of the step, `settings` the optimizer's."""
     tx, _ = make_optimizer(**ADAMW | settings)
-    step = make_train_step(
-        model, tx, roles=ROLES, chunk=5, accumulation=accumulation, use_dropout=use_dropout
-    )
+    options = {"accumulation": 1, "use_dropout": False} | (options or {})
+    step = make_train_step(model, tx, roles=ROLES, chunk=5, **options)
 
     def start(trained):
-        return TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained))
+        average = jax.tree.map(jnp.copy, trained) if options.get("teacher_weights") == "ema" else {}
+        return TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained), average)
 
     return start, tiny.jit(step)
 
@@ -74,8 +74,9 @@ def test_metrics_are_those_of_the_plain_objective():
         assert metrics[f"{name}/loss"] == pytest.approx(part["loss"], abs=1e-5)
         assert metrics[f"{name}/tokens"] == part["tokens"]
         assert metrics[f"{name}/clipped_fraction"] == pytest.approx(part["clipped"] / part["tokens"])
-    assert set(metrics) == {"loss", "grad_norm", "sampler_logp_gap"} | {
-        f"{name}/{x}" for name in parts for x in ("loss", "tokens", "clipped_fraction")
+    of_role = ("loss", "tokens", "clipped_fraction", "loss_share", "grad_share")
+    assert set(metrics) == {"loss", "grad_norm", "sampler_logp_gap", "entropy"} | {
+        f"{name}/{x}" for name in parts for x in of_role
     }
 
 
@@ -100,15 +101,117 @@ def test_a_batch_of_bad_rows_moves_nothing():
     assert metrics["loss"] == 0 and norm(gradient) == 0
 
 
+def test_entropy_is_the_students_over_all_supervised_tokens():
+    base, lora = tiny.weights()
+    both = (*ROLES[:2], dataclasses.replace(ROLES[2], when="always"))  # some tokens count twice
+    for roles in (ROLES, both):
+        _, _, entries = oracle.objective(MODEL, base, {"lora": lora}, MIXES["mixed"], roles)
+        want = np.mean(np.concatenate([x[-1] for x in entries.values()]))
+        _, metrics = gradient_step(roles=roles)(base, {"lora": lora}, pack(MIXES["mixed"], roles=roles))
+        assert metrics["entropy"] == pytest.approx(want, abs=1e-5)
+
+
+def test_shares_of_loss_and_gradient():
+    """The gradient at the states by hand: through the head, entry by entry, from both distributions."""
+    base, lora = tiny.weights()
+    batch = pack(MIXES["mixed"])
+    _, metrics = gradient_step()(base, {"lora": lora}, batch)
+    _, parts, _ = oracle.objective(MODEL, base, {"lora": lora}, MIXES["mixed"], ROLES)
+
+    @functools.partial(tiny.jit, static_argnames="is_student")
+    def log_probs(text, at, is_student):
+        variables = {"params": base} | ({"lora": lora} if is_student else {})
+        images = MODEL.apply(variables, batch.vision, method="encode_images")
+        hidden = jnp.take_along_axis(MODEL.apply(variables, text, images)[0], at[..., None], 1)
+        return jax.nn.log_softmax(hidden @ base["lm_head"])
+
+    e = batch.entries
+    log_p = np.asarray(log_probs(batch.student, e.student_at, is_student=True), np.float64)
+    log_q = np.asarray(log_probs(batch.teacher, e.teacher_at, is_student=False), np.float64)
+    p, q = np.exp(log_p), np.exp(log_q)
+    norms = []
+    for r, role in enumerate(ROLES):
+        if role.divergence == "forward_kl":
+            kl, slope = np.sum(q * (log_q - log_p), -1), p - q
+        else:
+            kl = np.sum(p * (log_p - log_q), -1)
+            slope = p * (log_p - log_q - kl[..., None])
+        used = e.role == r
+        at_states = (slope @ np.asarray(base["lm_head"], np.float64).T)[used & (kl <= role.clip)]
+        norms.append(role.weight * np.sqrt(np.sum(at_states**2)) / used.sum())
+    whole = sum(role.weight * parts[role.name]["loss"] for role in ROLES)
+    for role, n in zip(ROLES, norms, strict=True):
+        assert metrics[f"{role.name}/grad_share"] == pytest.approx(n / sum(norms), rel=1e-4)
+        share = role.weight * parts[role.name]["loss"] / whole
+        assert metrics[f"{role.name}/loss_share"] == pytest.approx(share, rel=1e-4)
+        assert abs(share - n / sum(norms)) > 0.002  # one cannot be taken for the other
+    for kind in ("loss_share", "grad_share"):
+        assert sum(float(metrics[f"{role.name}/{kind}"]) for role in ROLES) == pytest.approx(1, abs=1e-6)
+
+
+def test_shares_of_nothing_are_zero():
+    base, lora = tiny.weights()
+    _, metrics = gradient_step()(base, {"lora": lora}, pack(MIXES["all invalid"]))
+    for kind in ("loss_share", "grad_share"):
+        assert [metrics[f"{role.name}/{kind}"] for role in ROLES] == [0, 0, 1]
+    _, metrics = gradient_step()(base, {"lora": lora}, pack(MIXES["all bad"]))
+    assert all(x == 0 for x in metrics.values())
+
+
+# Teachers that follow the student.
+
+
+AVERAGE = {"lora": tiny.random_variables(MODEL, seed=7)["lora"]}
+
+
+@pytest.mark.parametrize("weights", ["frozen", "ema", "live"])
+def test_teachers_have_the_weights_asked_for(weights):
+    base, lora = tiny.weights()
+    trained = {"lora": lora}
+    overlays = {"frozen": {}, "ema": AVERAGE, "live": trained}
+    batch = pack(MIXES["mixed"])
+    _, metrics = gradient_step(teacher_weights=weights)(base, trained, batch, AVERAGE if weights == "ema" else {})
+    for name, overlay in overlays.items():
+        loss, parts, _ = oracle.objective(MODEL, base, trained, MIXES["mixed"], ROLES, overlay=overlay)
+        gap = max(abs(float(metrics[f"{role}/loss"]) - part["loss"]) for role, part in parts.items())
+        gap = max(gap, abs(float(metrics["loss"]) - loss))
+        assert gap < 1e-5 if name == weights else gap > 0.01
+
+
+def test_the_average_moves_by_its_rate_and_is_the_next_teacher():
+    base, lora = tiny.weights()
+    rate = 0.6
+    start, step = compiled_step(MODEL, {"teacher_weights": "ema", "ema_rate": rate}, learning_rate=0.05)
+    batch, key = pack(MIXES["mixed"]), jax.random.key(0)
+    state = start({"lora": lora}).replace(average=AVERAGE)
+    first, _ = step(state, base, batch, key)
+    want = jax.tree.map(lambda a, b: (1 - rate) * a + rate * b, AVERAGE, first.trained)
+    for a, b in zip(jax.tree.leaves(first.average), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert min(moved(state.average, first.average, "a")) > 0.01
+    _, metrics = step(first, base, batch, key)
+    args = (MODEL, base, first.trained, MIXES["mixed"], ROLES)
+    assert metrics["loss"] == pytest.approx(oracle.objective(*args, overlay=first.average)[0], abs=1e-5)
+    assert abs(metrics["loss"] - oracle.objective(*args, overlay=AVERAGE)[0]) > 1e-3
+
+
+@pytest.mark.parametrize("weights", ["frozen", "live"])
+def test_there_is_no_average_that_nobody_follows(weights):
+    base, lora = tiny.weights()
+    start, step = lora_step() if weights == "frozen" else compiled_step(MODEL, {"teacher_weights": weights})
+    state, _ = step(start({"lora": lora}), base, pack(MIXES["mixed"]), jax.random.key(0))
+    assert state.average == {}
+
+
 # Accumulation.
 
 
-@pytest.mark.parametrize("accumulation", [2, 4])
-def test_accumulation_changes_nothing(accumulation):
+@pytest.mark.parametrize("accumulation, reduction", [(2, "tokens"), (4, "tokens"), (2, "sequences")])
+def test_accumulation_changes_nothing(accumulation, reduction):
     base, lora = tiny.weights()
     batch = pack(MIXES["mixed"])
-    want, want_metrics = gradient_step()(base, {"lora": lora}, batch)
-    got, metrics = gradient_step(accumulation)(base, {"lora": lora}, batch)
+    want, want_metrics = gradient_step(reduction=reduction)(base, {"lora": lora}, batch)
+    got, metrics = gradient_step(accumulation, reduction=reduction)(base, {"lora": lora}, batch)
     for name in want_metrics:
         assert metrics[name] == pytest.approx(float(want_metrics[name]), rel=1e-5, abs=1e-5), name
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -122,12 +225,16 @@ def test_a_mean_of_micro_batch_means_would_show(accumulation):
     batch = pack(MIXES["mixed"])
     scores = tiny.scorer()(base, {"lora": lora}, batch)
     micro = [
-        losses.role_stats(*jax.tree.map(lambda x: x[a::accumulation], (scores, batch.entries)), roles=ROLES)  # noqa: B023
+        losses.role_stats(
+            *jax.tree.map(lambda x: x[a::accumulation], (scores, batch.entries)),  # noqa: B023
+            count=3,
+            reduction="tokens",
+        )
         for a in range(accumulation)
     ]
     tokens = np.array([m.tokens for m in micro])
     assert tokens.max(0).min() > 2 * tokens.min(0).max()  # very uneven
-    wrong = np.mean([losses.total_loss(m, m.tokens, roles=ROLES) for m in micro])
+    wrong = np.mean([losses.total_loss(m, m.shares, roles=ROLES) for m in micro])
     assert abs(wrong - gradient_step()(base, {"lora": lora}, batch)[1]["loss"]) > 0.01
 
 
@@ -207,7 +314,7 @@ def dropping():
 
 def test_dropout_with_accumulation():
     base, lora = tiny.weights()
-    start, step = compiled_step(dropping(), accumulation=2, use_dropout=True)
+    start, step = compiled_step(dropping(), {"accumulation": 2, "use_dropout": True})
     run = lambda seed: step(start({"lora": lora}), base, pack(MIXES["mixed"]), jax.random.key(seed))  # noqa: E731
     (a, first), (b, again), (_, other) = run(0), run(0), run(1)
     assert first["loss"] == again["loss"]

@@ -1,10 +1,13 @@
 """A run: every step once, the same numbers after an interruption, bad rows counted, the base untouched."""
 
+import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -12,9 +15,12 @@ import pytest
 import tiny_runs as runs
 from tiny_runs import STEPS
 
-from vigos_jax import train
+from vigos_jax import main, train
 from vigos_jax.metrics import MetricsFile
 from vigos_jax.models import hf
+
+CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
+METHODS = sorted(path for path in CONFIGS.glob("*.py") if path.stem not in ("__init__", "demo_base"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,22 +78,53 @@ class Killed(BaseException):
     """Not an error that anything could handle."""
 
 
-@pytest.mark.parametrize("every, killed_at", [(1, 1), (1, 3), (2, 2), (2, 3)])
-def test_a_killed_run_goes_on_to_the_same_numbers(undisturbed, world, tmp_path, monkeypatch, every, killed_at):
-    workdir, arguments = tmp_path / "run", [f"--config.checkpoint_every={every}"]
+def run_killed_once(world, workdir, killed_at, arguments):
+    """Kills a run after a step, before the step's checkpoint, and goes on to its end."""
     write = MetricsFile.write
 
     def write_then_die(self, row):
         write(self, row)
-        if row["step"] == killed_at:  # after the step, before its checkpoint
+        if row["step"] == killed_at:
             raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(MetricsFile, "write", write_then_die)
         world.run(f"--workdir={workdir}", *arguments)
     assert world.run(f"--workdir={workdir}", *arguments) == 0
-    assert rows_of(workdir) == rows_of(undisturbed.workdir)
-    runs.assert_same_trees(runs.saved_state(workdir, STEPS), runs.saved_state(undisturbed.workdir, STEPS))
+
+
+@pytest.mark.parametrize("every, killed_at", [(1, 1), (1, 3), (2, 2), (2, 3)])
+def test_a_killed_run_goes_on_to_the_same_numbers(undisturbed, world, tmp_path, every, killed_at):
+    run_killed_once(world, tmp_path / "run", killed_at, [f"--config.checkpoint_every={every}"])
+    assert rows_of(tmp_path / "run") == rows_of(undisturbed.workdir)
+    runs.assert_same_trees(runs.saved_state(tmp_path / "run", STEPS), runs.saved_state(undisturbed.workdir, STEPS))
+
+
+EMA = ("--config.teacher.weights=ema", "--config.teacher.ema_rate=0.5", "--config.lora.dropout=0.0")
+
+
+def test_a_killed_run_keeps_its_average(tmp_path_factory, undisturbed, world, tmp_path):
+    whole = runs.finished_run(tmp_path_factory, *EMA)
+    run_killed_once(world, tmp_path / "run", 3, EMA)
+    assert rows_of(tmp_path / "run") == rows_of(whole.workdir)
+    saved = runs.saved_state(whole.workdir, STEPS)
+    runs.assert_same_trees(runs.saved_state(tmp_path / "run", STEPS), saved)
+    apart = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), saved["average"], saved["trained"])
+    assert all(jax.tree.leaves(apart)) and "average" not in runs.saved_state(undisturbed.workdir, STEPS)
+    # It moved as it says, from where the adapter started.
+    steps = [runs.saved_state(whole.workdir, n) for n in (STEPS - 1, STEPS)]
+    want = jax.tree.map(lambda a, b: 0.5 * a + 0.5 * b, steps[0]["average"], steps[1]["trained"])
+    for a, b in zip(jax.tree.leaves(saved["average"]), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7)
+
+
+def test_other_modes_use_the_average_as_the_run_did(tmp_path_factory, world, tmp_path):
+    whole = runs.finished_run(tmp_path_factory, *EMA)
+    saved = runs.saved_state(whole.workdir, STEPS)
+    with mock.patch("vigos_jax.score_file.score_rollouts", return_value=({}, [])) as score:
+        assert world.run("--mode=score", f"--workdir={whole.workdir}") == 0
+    runs.assert_same_trees(jax.device_get(score.call_args.kwargs["overlay"]), saved["average"])
+    runs.assert_same_trees(jax.device_get(score.call_args.args[1]), saved["trained"])
 
 
 def test_a_changed_data_set_is_not_gone_on_with(world, tmp_path, capsys):
@@ -131,6 +168,23 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path_factory, undisturbed
         assert world.run(f"--workdir={tmp_path / name}", f"--config.accumulation={n}", *one, *mesh) == 0
     a, b = rows_of(tmp_path / "one")[0], rows_of(tmp_path / "two")[0]
     assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
+def test_every_config_trains_on_the_demo(path, tmp_path):
+    """What is shipped runs as it is, only shorter."""
+    short = ["--config.steps=2", "--config.batch_size=8", "--config.evaluate.questions=0"]
+    arguments = [f"--config={path}", f"--workdir={tmp_path}", *short, "--config.export.after_training=False"]
+    assert main.main(["vigos_jax", *arguments]) == 0
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2]
+    roles = json.loads((tmp_path / "config.json").read_text())["roles"]
+    for row in rows:
+        assert all(np.isfinite(x) for x in row.values()), row
+        assert row["grad_norm"] > 0 and row["bad_rows"] == 0
+        shares = [row[f"{name}/loss_share"] for name, role in roles.items() if role["weight"]]
+        assert sum(shares) == pytest.approx(1, abs=1e-5)
+        assert not any(f"{name}/loss" in row for name, role in roles.items() if not role["weight"])
 
 
 @pytest.mark.slow

@@ -26,7 +26,6 @@ WORDS = 120  # ids below are text; above stand the control tokens
 IMAGE, VISION_START, VISION_END, TURN = 120, 121, 122, 123
 
 
-
 def known(options: dict) -> dict:
     """The options if this compiler has them, else none."""
     try:
@@ -169,9 +168,9 @@ def pack(mix, *, roles=ROLES, buckets: Buckets = BUCKETS, config: ModelConfig = 
 
 
 @functools.cache
-def scorer(roles=ROLES, chunk: int = 5, model: Qwen2_5VL = MODEL):
-    """Compiled `score_batch`: (base, trained, batch) -> EntryScores."""
-    return jit(functools.partial(score_batch, model, roles=roles, chunk=chunk))
+def scorer(roles=ROLES, chunk: int = 5, model: Qwen2_5VL = MODEL, temperature: float = 1.0):
+    """Compiled `score_batch`: (base, trained, batch, overlay={}) -> EntryScores."""
+    return jit(functools.partial(score_batch, model, roles=roles, chunk=chunk, temperature=temperature))
 
 
 # An optimizer that changes nothing and keeps the last gradient as its state.
@@ -182,13 +181,14 @@ KEEP_GRADIENT = optax.GradientTransformation(
 
 
 @functools.cache
-def gradient_step(accumulation: int = 1):
-    """Compiled train step that moves nothing: (base, trained, batch) -> (gradient, metrics)."""
-    step = make_train_step(MODEL, KEEP_GRADIENT, roles=ROLES, chunk=5, accumulation=accumulation, use_dropout=False)
+def gradient_step(accumulation: int = 1, roles=ROLES, **options):
+    """Compiled train step that moves nothing: (base, trained, batch, average={}) -> (gradient, metrics)."""
+    options = {"chunk": 5, "use_dropout": False} | options
+    step = make_train_step(MODEL, KEEP_GRADIENT, roles=roles, accumulation=accumulation, **options)
 
     @jit
-    def run(base, trained, batch):
-        state = TrainState(jnp.zeros((), jnp.int32), trained, KEEP_GRADIENT.init(trained))
+    def run(base, trained, batch, average=None):
+        state = TrainState(jnp.zeros((), jnp.int32), trained, KEEP_GRADIENT.init(trained), average or {})
         state, metrics = step(state, base, batch, jax.random.key(0))
         return state.opt_state, metrics
 

@@ -205,10 +205,11 @@ def processor(folder: pathlib.Path) -> Processor:
 
 
 def saved_state(workdir: pathlib.Path, step: int) -> dict[str, Any]:
-    """The arrays of a checkpoint as they are in its files."""
+    """The arrays of a checkpoint as they are in its files; `average` is there if teachers follow one."""
     folder = workdir.absolute() / "checkpoints" / str(step)
+    items = [item for item in ("trained", "opt_state", "average") if (folder / item).is_dir()]
     with orbax.checkpoint.StandardCheckpointer() as reader:
-        return {item: reader.restore(folder / item) for item in ("trained", "opt_state")}
+        return {item: reader.restore(folder / item) for item in items}
 
 
 def bytes_of(folder: pathlib.Path) -> dict[str, bytes]:

@@ -39,35 +39,40 @@ class Checkpoints:
 
     def save(self, state: TrainState, data: Mapping[str, Any]) -> None:
         """Starts saving; the files appear under their final name when complete."""
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                trained=ocp.args.StandardSave(state.trained),
-                opt_state=ocp.args.StandardSave(state.opt_state),
-                data=ocp.args.JsonSave(dict(data)),
-            ),
-        )
+        items = {
+            "trained": ocp.args.StandardSave(state.trained),
+            "opt_state": ocp.args.StandardSave(state.opt_state),
+            "data": ocp.args.JsonSave(dict(data)),
+        }
+        if state.average:
+            items["average"] = ocp.args.StandardSave(state.average)
+        self._manager.save(int(state.step), args=ocp.args.Composite(**items))
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Reads a checkpoint onto the shapes and shardings of `like`."""
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                trained=ocp.args.StandardRestore(_abstract(like.trained)),
-                opt_state=ocp.args.StandardRestore(_abstract(like.opt_state)),
-                data=ocp.args.JsonRestore(),
-            ),
-        )
+        items = {
+            "trained": ocp.args.StandardRestore(_abstract(like.trained)),
+            "opt_state": ocp.args.StandardRestore(_abstract(like.opt_state)),
+            "data": ocp.args.JsonRestore(),
+        }
+        if like.average:
+            items["average"] = ocp.args.StandardRestore(_abstract(like.average))
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         step_array = jax.device_put(jax.numpy.int32(step), like.step.sharding)
-        return TrainState(step_array, restored["trained"], restored["opt_state"]), restored["data"]
+        average = restored["average"] if like.average else {}
+        return TrainState(step_array, restored["trained"], restored["opt_state"], average), restored["data"]
 
-    def restore_trained(self, like: Any) -> tuple[int, Any]:
-        """(step, trained weights) of the newest checkpoint; raises InputError if there is none."""
+    def restore_trained(self, like: Any, *, item: str = "trained") -> tuple[int, Any]:
+        """(step, weights) of the newest checkpoint; raises InputError if there is none.
+
+        Args:
+          item: "trained", or "average" for the weights of a run's "ema" teachers.
+        """
         step = self.latest_step()
         if step is None:
             raise InputError(f"{self._folder} holds no checkpoint; train first, or give no --workdir to use the base")
-        args = ocp.args.Composite(trained=ocp.args.StandardRestore(_abstract(like)))
-        return step, self._manager.restore(step, args=args)["trained"]
+        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(_abstract(like))})
+        return step, self._manager.restore(step, args=args)[item]
 
 
 def _abstract(tree: Any) -> Any:

@@ -32,26 +32,31 @@ _RANGES = (
     ("optimizer.eps", 0, None),
     ("optimizer.weight_decay", 0, None),
     ("optimizer.max_grad_norm", 1e-12, None),
+    ("teacher.ema_rate", 0, 1),
+    ("loss.temperature", 1e-6, None),
     ("loss.chunk", 1, None),
     ("evaluate.questions", 0, None),
     ("evaluate.batch_size", 1, None),
     ("evaluate.seed", 0, 2**31 - 1),
     ("score.batch_size", 1, None),
+    ("diagnose.rows", 2, None),
+    ("diagnose.wrong_answers", 1, None),
+    ("diagnose.batch_size", 1, None),
+    ("diagnose.seed", 0, 2**31 - 1),
     ("export.max_shard_gb", 1e-9, None),
 )
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "lora.scope": ("language", "official"),
+    "span_rule": ("paper", "released"),
+    "teacher.weights": ("frozen", "ema", "live"),
+    "loss.reduction": ("tokens", "sequences"),
     "optimizer.schedule": ("constant", "linear"),
     "export.kind": ("merged", "adapter"),
     "export.dtype": ("float32", "bfloat16"),
 }
-# Sections whose entries a user names, and what every entry must have.
-_TABLES = {
-    "prompts": ("user", "assistant_prefill"),
-    "roles": ("scores", "when", "divergence", "weight", "clip"),
-}
-_MODE_SECTIONS = ("score", "generate", "export")  # say what to do with a run, not what the run is
+_PROMPT_FIELDS = ("user", "assistant_prefill")
+_MODE_SECTIONS = ("score", "diagnose", "generate", "export")  # say what to do with a run, not what the run is
 
 
 def get(config: Mapping[str, Any], field: str) -> Any:
@@ -82,13 +87,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 f"config.sampling.max_tokens={config.sampling.max_tokens} must be at most the largest "
                 f"config.buckets.completion, {max(config.buckets.completion)}"
             )
-        for section, fields in _TABLES.items():
-            for name, entry in config[section].items():
-                missing = [f for f in fields if f not in entry]
-                unknown = [f for f in entry if f not in fields]
-                if missing or unknown:
-                    what = f"lacks {', '.join(missing)}" if missing else f"has an unknown field {unknown[0]!r}"
-                    raise InputError(f"config.{section}.{name} {what}; its fields are {', '.join(fields)}")
+        for name, entry in config.prompts.items():
+            if set(entry) != set(_PROMPT_FIELDS):
+                fields = ", ".join(entry) or "none"
+                raise InputError(f"config.prompts.{name} has the fields {fields}; it needs user and assistant_prefill")
+        for name in config.data.fields:
+            if not isinstance(name, str) or not name.isidentifier() or name in ("problem", "reference"):
+                fields = tuple(config.data.fields)
+                raise InputError(f"config.data.fields={fields!r} must be names of further columns, like ('caption',)")
         if "student" not in config.prompts or "{reference}" in config.prompts.student.user:
             raise InputError("config.prompts.student must exist, and must not show {reference} to the student")
     except (KeyError, AttributeError) as e:

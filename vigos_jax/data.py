@@ -1,16 +1,7 @@
-"""Training data: rows of (images, problem, answer) from a hub data set, parquet or jsonl, as Examples.
-
-A row has `problem`, `answer` and `images` (or `image`; one picture or a list), perhaps a `problem_id`
-(else `id`, else its number). One that cannot be used keeps its slot in the batch and says why.
-"""
+"""Rows of a source as Examples, in batches. One that cannot be used keeps its slot in the batch and says why."""
 
 import collections
 import dataclasses
-import hashlib
-import json
-import pathlib
-import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,11 +12,10 @@ from absl import flags
 from vigos_jax.errors import InputError
 from vigos_jax.processor import BadImage, EncodedImage, Processor, read_image
 from vigos_jax.prompts import clean_problem, clean_reference
+from vigos_jax.sources import fingerprint, raw_row
 
 MIN_ROWS = 100  # a bad fraction is judged as if at least this many rows had been seen
 MIN_ROWS_ALL_BAD = 8  # but if none of the first rows is usable, this many are enough
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-SOURCE_CHOICES = "a .jsonl file, a .parquet file, a folder of .parquet files, a hub data set (owner/name)"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,6 +26,7 @@ class Example:
     images: tuple[EncodedImage, ...] = ()
     problem: str = ""  # cleaned
     reference: str = ""  # cleaned reference answer
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)  # texts of further columns
     bad_reason: str | None = None  # None, or a short kind such as "image_unreadable"
 
 
@@ -47,150 +38,6 @@ class _BadRow(Exception):
         self.kind = kind
 
 
-# Sources give random access to rows {"id", "problem", "answer", "images"}; `image_roots` as in `read_image`.
-
-
-class TableSource:
-    """Rows of a `datasets.Dataset` (memory-mapped), pictures left undecoded."""
-
-    def __init__(self, table, *, name: str, image_roots: Sequence[str]):
-        import datasets
-
-        images = _check_columns(table.column_names, name)
-        undecoded = datasets.Image(decode=False)
-        feature = table.features[images]
-        if isinstance(feature, datasets.Image):
-            table = table.cast_column(images, undecoded)
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            table = table.cast_column(images, datasets.List(undecoded))
-        wanted = ("problem", "answer", images, "problem_id", "id")
-        self._table = table.select_columns([c for c in wanted if c in table.column_names])
-        self.image_roots = tuple(image_roots)
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return _raw_row(self._table[int(index)], int(index))
-
-
-class JsonlSource:
-    """Rows of a .jsonl file, read when asked for; other fields are handed on as they are.
-
-    Memory holds only the lines' places. Every read opens the file, so threads and processes can share it.
-    """
-
-    def __init__(self, path: str | pathlib.Path):
-        self.path = str(pathlib.Path(path).resolve())
-        self.image_roots = (str(pathlib.Path(self.path).parent),)
-        starts, position = [], 0
-        with open(self.path, "rb") as file:
-            for line in file:
-                if line.strip():
-                    starts.append(position)
-                position += len(line)
-        self._starts = np.asarray(starts, np.int64)  # byte offset of each line that is not blank
-        first = next((row for row in map(self._parse, range(len(self))) if row is not None), None)
-        if first is None:
-            raise InputError(f"{self.path} has no usable row: no line is a JSON object")
-        _check_columns(list(first), self.path)
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        raw = self._parse(int(index))
-        if raw is None:
-            return _raw_row({}, int(index)) | {"bad_reason": "bad_json"}
-        return raw | _raw_row(raw, int(index)) | {"bad_reason": None}
-
-    def _parse(self, index: int) -> dict[str, Any] | None:
-        with open(self.path, "rb") as file:
-            file.seek(self._starts[index])
-            line = file.readline()
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            return None
-        return value if isinstance(value, dict) else None
-
-
-def load_source(data) -> TableSource | JsonlSource:
-    """Opens `data.source` of `config.data`: one of SOURCE_CHOICES; InputError if it cannot be used.
-
-    `data.split` is the split of a hub data set or folder; a single file is taken whole, whatever it says.
-    Parquet and hub data sets pass through the `datasets` library's cache on disk.
-    """
-    name = data.source
-    path = pathlib.Path(name).expanduser()
-    if name and path.suffix == ".jsonl" and path.is_file():
-        return JsonlSource(path)
-    if name and path.suffix == ".parquet" and path.is_file():
-        file = path.resolve()
-        options = {"split": "train", "data_files": {"train": [str(file)]}}
-        return _load_table(name, "parquet", image_roots=[str(file.parent)], **options)
-    if name and path.is_dir() and next(path.rglob("*.parquet"), None):
-        folder = str(path.resolve())
-        return _load_table(name, "parquet", split=data.split, image_roots=[folder], data_dir=folder)
-    if path.exists() or path.suffix in (".jsonl", ".parquet") or not HUB_ID.fullmatch(name):
-        found = "holds no such data" if name and path.exists() else "does not exist"
-        raise InputError(f"data.source {name!r} {found}; choices: {SOURCE_CHOICES}")
-    import datasets
-    import huggingface_hub.constants
-
-    caches = [str(datasets.config.HF_DATASETS_CACHE), huggingface_hub.constants.HF_HUB_CACHE]
-    return _load_table(name, name, split=data.split, image_roots=caches)
-
-
-def _load_table(name: str, path: str, *, split: str, image_roots: Sequence[str], **options) -> TableSource:
-    import datasets
-
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    try:
-        table = datasets.load_dataset(path, split=split, **options)
-    except Exception as e:
-        cause = e
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = " ".join(str(cause).split())[:200]
-        what = f"data.source {name!r}, split {split!r}, cannot be loaded"
-        raise InputError(f"{what}: {reason}; choices: {SOURCE_CHOICES}") from e
-    if len(table) == 0:
-        raise InputError(f"data.source {name!r}, split {split!r}, has no rows")
-    return TableSource(table, name=name, image_roots=image_roots)
-
-
-def _check_columns(columns: Sequence[str], name: str) -> str:
-    """The name of the picture column, if all that a row needs is there."""
-    images = next((c for c in ("images", "image") if c in columns), None)
-    missing = [c for c in ("problem", "answer") if c not in columns] + ([] if images else ["images"])
-    if missing:
-        raise InputError(f"{name} lacks {', '.join(missing)}; it has the columns {', '.join(columns)}")
-    return images
-
-
-def _raw_row(row: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """The four fields every row has, under one name each."""
-    ids = (row.get("problem_id"), row.get("id"), index)
-    return {
-        "id": str(next(i for i in ids if i is not None)),
-        "problem": row.get("problem"),
-        "answer": row.get("answer"),
-        "images": row["images"] if "images" in row else row.get("image"),
-    }
-
-
-def fingerprint(source) -> str:
-    """A short text that changes with the number of rows and the texts of 8 of them, not with file paths."""
-    size = len(source)
-    digest = hashlib.sha256()
-    for index in sorted({round(i * (size - 1) / 7) for i in range(8)}) if size else []:
-        row = _raw_row(source[index], index)
-        digest.update(repr((row["id"], row["problem"], row["answer"])).encode("utf-8", "backslashreplace"))
-    return f"rows={size} sha256={digest.hexdigest()[:16]}"
-
-
 def encode_row(
     row: Mapping[str, Any],
     index: int,
@@ -198,6 +45,7 @@ def encode_row(
     processor: Processor,
     max_images: int,
     image_roots: Sequence[str],
+    fields: Sequence[str] = (),
     too_long: Callable[[Example], str | None] | None = None,
 ) -> Example:
     """Reads a raw row's pictures and texts.
@@ -207,20 +55,29 @@ def encode_row(
       index: the row's number.
       max_images: more pictures than this make the row bad.
       image_roots: see `read_image`.
+      fields: further columns of texts that prompts show; a row without one of them is bad.
       too_long: names the kind of a row that does not fit, None if it fits.
     """
-    fields = _raw_row(row, index)
+    own = raw_row(row, index)
     try:
         if row.get("bad_reason"):
             raise _BadRow(row["bad_reason"])
-        problem, reference = _texts(fields["problem"], fields["answer"])
-        images = tuple(_encode(item, processor, image_roots) for item in _items(fields["images"], max_images))
-        example = Example(fields["id"], images, problem, reference)
+        problem, reference = _texts(own["problem"], own["answer"])
+        images = tuple(_encode(item, processor, image_roots) for item in _items(own["images"], max_images))
+        example = Example(own["id"], images, problem, reference, {name: _field(row, name) for name in fields})
         if too_long is not None and (kind := too_long(example)):
             raise _BadRow(kind)
     except (_BadRow, BadImage) as e:
-        return Example(fields["id"], bad_reason=e.kind)
+        return Example(own["id"], bad_reason=e.kind)
     return example
+
+
+def _field(row: Mapping[str, Any], name: str) -> str:
+    """The text of a further column, as it is."""
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise _BadRow(f"no_{name}")
+    return _unicode(value)
 
 
 def _texts(problem: object, answer: object) -> tuple[str, str]:
@@ -234,11 +91,15 @@ def _texts(problem: object, answer: object) -> tuple[str, str]:
         raise _BadRow("empty_problem")
     if not reference:
         raise _BadRow("empty_answer")
+    return _unicode(problem), _unicode(reference)
+
+
+def _unicode(text: str) -> str:
     try:  # JSON can hold half a surrogate pair, which no tokenizer takes
-        (problem + reference).encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError:
         raise _BadRow("text_not_unicode") from None
-    return problem, reference
+    return text
 
 
 def _items(images: object, max_images: int) -> list[object]:
@@ -279,6 +140,7 @@ def make_batches(
     shuffle: bool,
     max_images: int,
     workers: int,
+    fields: Sequence[str] = (),
     too_long: Callable[[Example], str | None] | None = None,
     process_index: int = 0,
     process_count: int = 1,
@@ -297,7 +159,7 @@ def make_batches(
       workers: processes that read and encode, 0 for threads of this one; the batches are the same.
         With workers, source and too_long must be picklable and the main module importable; the iterator's
         `close()` ends them.
-      too_long: see `encode_row`; runs in the workers.
+      fields, too_long: see `encode_row`; runs in the workers.
 
     Raises:
       InputError: a value is out of its range, or the source is empty.
@@ -324,6 +186,7 @@ def make_batches(
             "processor": processor,
             "max_images": max_images,
             "image_roots": tuple(getattr(source, "image_roots", ())),
+            "fields": tuple(fields),
             "too_long": too_long,
         },
     )

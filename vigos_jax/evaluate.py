@@ -66,8 +66,7 @@ def answer_items(
     title: str,
 ) -> list[Answered]:
     """Samples one completion per item; `rows` are the items as the student reads them."""
-    ways = loaded.mesh.shape["data"] * loaded.mesh.shape["fsdp"]
-    size = -(-config.evaluate.batch_size // ways) * ways
+    size = loaded.whole_batch(config.evaluate.batch_size)
     variables = sampler.ready(variables)
     out = []
     for first in bar(range(0, len(items), size), title=title):
@@ -76,7 +75,7 @@ def answer_items(
         prompts = loaded.put_batch(pack_prompts(part, config=loaded.config, buckets=loaded.buckets))
         sampled = sampler(variables, prompts, row_keys(config.evaluate.seed, first, size))
         for item, ids in zip(items[first : first + size], sampled.ids, strict=False):
-            spans = find_spans(loaded.processor.token_bytes(ids))
+            spans = find_spans(loaded.processor.token_bytes(ids), rule=loaded.span_rule)
             text = loaded.processor.decode([i for i in ids if i not in loaded.processor.eos_ids])
             out.append(Answered(item, text, loaded.processor.decode(ids[slice(*spans.description)]), spans))
     return out

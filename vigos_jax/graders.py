@@ -89,6 +89,36 @@ def is_correct(prediction: str | None, reference: str) -> bool:
     return ours == theirs or _bare(ours) == theirs or ours == _bare(theirs)
 
 
+def answer_kind(answer: str) -> str:
+    """What sort of thing an answer is: "letter", "yes_no", "integer", "number" or "text"; "" if it says nothing."""
+    text = normalize_answer(answer)
+    if not text:
+        return ""
+    if len(text) == 1 and "a" <= text <= "z":
+        return "letter"
+    if text in ("yes", "no", "true", "false"):
+        return "yes_no"
+    number = text if _bare(text) is None else _bare(text)
+    if re.fullmatch(r"-?[0-9]+(/[0-9]+)?", number):
+        return "number" if "/" in number else "integer"
+    return "text"
+
+
+def mentions(text: str, answer: str) -> bool | None:
+    """Whether `text` contains the answer's words, whole and in order; None for a lone letter, which proves nothing."""
+    words, text = " ".join(answer.casefold().split()), " ".join(text.casefold().split())
+    if not words or answer_kind(answer) == "letter":
+        return None
+    start = text.find(words)
+    while start >= 0:
+        before, after = text[start - 1 : start], text[start + len(words) : start + len(words) + 1]
+        inside_word = (before.isalnum() and words[0].isalnum()) or (after.isalnum() and words[-1].isalnum())
+        if not inside_word:
+            return True
+        start = text.find(words, start + 1)
+    return False
+
+
 def _strip_surroundings(text: str) -> str:
     before = None
     while text != before:  # each round takes at least one character off

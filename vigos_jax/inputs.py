@@ -51,6 +51,7 @@ class Entries:
       position: int32 [B, E], the supervised token's place in the completion.
       token: int32 [B, E], the supervised token's id.
       sampled_logp: float32 [B, E], log-probability under the sampler, NaN where the rollout came from elsewhere.
+      clip: float32 [B, E], largest divergence the entry contributes, infinity for no clip.
     """
 
     role: Array
@@ -59,6 +60,7 @@ class Entries:
     position: Array
     token: Array
     sampled_logp: Array
+    clip: Array
 
 
 @flax.struct.dataclass

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vigos_jax.architecture import ModelConfig
+from vigos_jax.demo.world import DemoSource
 from vigos_jax.errors import InputError
 from vigos_jax.models import hf
 from vigos_jax.models.layers import LoraSpec
@@ -22,6 +23,7 @@ from vigos_jax.processor import Processor
 from vigos_jax.roles import TeacherRole, role_table
 from vigos_jax.sampler import Sampling
 from vigos_jax.sharding import batch_sharding, make_mesh, tree_shardings
+from vigos_jax.sources import load_source
 
 DEMO_FOLDER = pathlib.Path(__file__).parent / "demo" / "base"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -45,12 +47,18 @@ class Loaded:
     processor: Processor
     roles: tuple[TeacherRole, ...]
     buckets: Buckets
+    span_rule: str
     mesh: Mesh
     base: Any
     trained: Variables
 
     def student(self, trained: Variables | None = None) -> Variables:
         return student_variables(self.base, self.trained if trained is None else trained)
+
+    def whole_batch(self, size: int) -> int:
+        """`size` rounded up to a number of rows that the mesh can split."""
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return -(-size // ways) * ways
 
     def put_batch(self, batch: Any) -> Any:
         """Host arrays to the mesh, rows over its data axes."""
@@ -113,6 +121,16 @@ def sampling_of(config) -> Sampling:
     return Sampling(**dict(config.sampling.items()))
 
 
+def open_source(config) -> Any:
+    """The rows of `config.data`; InputError if they cannot be used, or lack a column that prompts show."""
+    if config.data.source != "demo":
+        return load_source(config.data)
+    if config.data.fields:
+        fields = ", ".join(config.data.fields)
+        raise InputError(f"config.data.fields names {fields}; the demo's rows have problem and answer only")
+    return DemoSource(seed=config.seed, blank=config.data.blank_images)
+
+
 def load(config, *, for_training: bool) -> Loaded:
     """Checks the config's parts against each other and loads the model onto the mesh.
 
@@ -120,7 +138,7 @@ def load(config, *, for_training: bool) -> Loaded:
       for_training: make the trained weights float32 leaves of their own: a new adapter, a loaded one, or, without
         any, a full copy. Otherwise only a loaded adapter is trained weights, and `{}` means the base itself.
     """
-    roles = role_table(config.roles, config.prompts)
+    roles = role_table(config.roles, config.prompts, data_fields=tuple(config.data.fields))
     buckets = Buckets(**{kind: tuple(sizes) for kind, sizes in config.buckets.items()})
     sampling_of(config)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
@@ -150,4 +168,4 @@ def load(config, *, for_training: bool) -> Loaded:
         copy = functools.partial(cast_floats, dtype=jnp.float32)
         trained = {"params": jax.jit(copy, out_shardings=shardings["params"])(base)}
     name = str(folder) if config.model.path == "demo" else config.model.path
-    return Loaded(name, folder, model_config, model, processor, roles, buckets, mesh, base, trained)
+    return Loaded(name, folder, model_config, model, processor, roles, buckets, config.span_rule, mesh, base, trained)

@@ -1,11 +1,14 @@
-"""The segment-masked divergence: exact KL over the full vocabulary, never holding [T, V] logits.
+"""The segment-masked divergence over the full vocabulary, without ever holding [T, V] logits.
 
 Equations 18-21 of the ViGOS paper. For every supervised entry, with teacher q and student p over the vocabulary,
 
-    forward  KL(q || p) = sum_v q_v (log q_v - log p_v)
-    reverse  KL(p || q) = sum_v p_v (log p_v - log q_v)
+    forward_kl  KL(q || p) = sum_v q_v (log q_v - log p_v)
+    reverse_kl  KL(p || q) = sum_v p_v (log p_v - log q_v)
+    jsd         beta KL(q || m) + (1 - beta) KL(p || m),  m = beta q + (1 - beta) p
 
-in float32, clipped per token after the sum over v, averaged over each role's own tokens of the global batch.
+in float32, clipped per token after the sum over v (or every term of it), averaged over each role's own tokens of the
+global batch. A role's mean is `sum(share * divergence) / sum(share)`: a share is 1 to average over tokens, and
+one over the number of the role's tokens in the rollout to average over rollouts.
 """
 
 from collections.abc import Callable
@@ -18,33 +21,74 @@ from vigos_jax.inputs import Entries
 from vigos_jax.roles import TeacherRole
 
 Array = jax.Array
+REDUCTIONS = ("tokens", "sequences")
 
 
 @flax.struct.dataclass
 class EntryScores:
-    """Per entry, float32 [B, E]: the unclipped divergence and both log-probabilities of the observed token."""
+    """Per entry, float32 [B, E].
+
+    Attributes:
+      kl: the role's divergence, before the clip per token.
+      student_logp, teacher_logp: log-probabilities of the observed token, at temperature 1.
+      entropy: of the student's distribution, at temperature 1.
+    """
 
     kl: Array
     student_logp: Array
     teacher_logp: Array
+    entropy: Array
 
 
 @flax.struct.dataclass
 class RoleStats:
-    """Per role, float32 [R]: sum of clipped divergences, number of tokens, number of clipped tokens."""
+    """Sums per role over entries, float32 [R]; those of several micro-batches add up.
 
-    clipped_kl_sum: Array
+    Attributes:
+      loss: of share * clipped divergence.
+      shares, tokens, clipped_tokens: of the shares, of ones, of ones where the clip per token bites.
+      entropy: of the student's entropy.
+    """
+
+    loss: Array
+    shares: Array
     tokens: Array
     clipped_tokens: Array
+    entropy: Array
 
 
-def divergence(student_logits: Array, teacher_logits: Array, is_reverse: Array) -> tuple[Array, Array, Array]:
-    """KL per entry, and both log-softmaxes. Logits [..., V], is_reverse [...]: KL(p || q) instead of KL(q || p)."""
-    log_p = jax.nn.log_softmax(student_logits.astype(jnp.float32))
-    log_q = jax.nn.log_softmax(teacher_logits.astype(jnp.float32))
-    reverse = is_reverse[..., None]
-    log_a, log_b = jnp.where(reverse, log_p, log_q), jnp.where(reverse, log_q, log_p)
-    return jnp.sum(jnp.exp(log_a) * (log_a - log_b), -1), log_p, log_q
+def divergence(
+    student_logits: Array, teacher_logits: Array, role: Array, *, roles: tuple[TeacherRole, ...], temperature: float
+) -> Array:
+    """The divergence of each entry under its role: logits [..., V], role int [...] -> float32 [...].
+
+    Args:
+      temperature: divides both logits; the result is not multiplied by its square.
+    """
+    log_p = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
+    log_q = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
+
+    def of_role(values: list) -> Array:  # one value per role -> [..., 1]
+        return jnp.array(values)[role][..., None]
+
+    kinds = {r.divergence for r in roles}
+    terms = None
+    if kinds & {"forward_kl", "reverse_kl"}:
+        # One formula for both directions: KL(a || b).
+        if kinds >= {"forward_kl", "reverse_kl"}:
+            is_reverse = of_role([r.divergence == "reverse_kl" for r in roles])
+            log_a, log_b = jnp.where(is_reverse, log_p, log_q), jnp.where(is_reverse, log_q, log_p)
+        else:
+            log_a, log_b = (log_q, log_p) if "forward_kl" in kinds else (log_p, log_q)
+        terms = jnp.exp(log_a) * (log_a - log_b)
+    if "jsd" in kinds:
+        beta = of_role([r.beta for r in roles])
+        log_m = jnp.logaddexp(jnp.log(beta) + log_q, jnp.log1p(-beta) + log_p)
+        mixed = beta * jnp.exp(log_q) * (log_q - log_m) + (1 - beta) * jnp.exp(log_p) * (log_p - log_m)
+        terms = mixed if terms is None else jnp.where(of_role([r.divergence == "jsd" for r in roles]), mixed, terms)
+    if any(r.clip and r.clip_per == "entry" for r in roles):
+        terms = jnp.minimum(terms, of_role([r.clip if r.clip and r.clip_per == "entry" else jnp.inf for r in roles]))
+    return jnp.sum(terms, -1)
 
 
 def score_entries(
@@ -53,6 +97,7 @@ def score_entries(
     entries: Entries,
     *,
     roles: tuple[TeacherRole, ...],
+    temperature: float,
     student_head: Callable[[Array], Array],
     teacher_head: Callable[[Array], Array],
     chunk: int,
@@ -63,11 +108,34 @@ def score_entries(
 
     Args:
       student_hidden, teacher_hidden: [B, E, D], the states of each entry.
+      temperature: of the divergence.
       student_head, teacher_head: hidden [..., D] to logits [..., V].
       chunk: entries per row and pass; E need not be a multiple of it.
     """
-    reverse_roles = jnp.array([r.divergence == "reverse_kl" for r in roles])
-    b, e, _ = student_hidden.shape
+
+    def one(student: Array, teacher: Array, role: Array, token: Array) -> EntryScores:
+        student_logits, teacher_logits = student_head(student), teacher_head(teacher)
+        kl = divergence(student_logits, teacher_logits, role, roles=roles, temperature=temperature)
+        log_p, log_q = (jax.nn.log_softmax(jax.lax.stop_gradient(x)) for x in (student_logits, teacher_logits))
+        entropy = -jnp.sum(jnp.exp(log_p) * log_p, -1)
+        return EntryScores(kl, _pick(log_p, token), _pick(log_q, token), entropy)
+
+    parts = (student_hidden, teacher_hidden, jnp.maximum(entries.role, 0), entries.token)
+    return _in_chunks(one, parts, chunk)
+
+
+def token_logps(hidden: Array, token: Array, *, head: Callable[[Array], Array], chunk: int) -> Array:
+    """Log-probability of `token` [B, E] in the states `hidden` [B, E, D], float32 [B, E]."""
+    return _in_chunks(lambda h, t: _pick(jax.nn.log_softmax(head(h).astype(jnp.float32)), t), (hidden, token), chunk)
+
+
+def _pick(log_probs: Array, token: Array) -> Array:
+    return jnp.take_along_axis(log_probs, token[..., None], -1)[..., 0]
+
+
+def _in_chunks(function: Callable, parts: tuple[Array, ...], chunk: int):
+    """`function` of arrays [B, E, ...], applied to `chunk` entries of every row at a time; the results are [B, E]."""
+    b, e = parts[0].shape[:2]
     chunk = min(chunk, e)
     n = -(-e // chunk)
 
@@ -75,40 +143,47 @@ def score_entries(
         x = jnp.pad(x, [(0, 0), (0, n * chunk - e)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(b, n, chunk, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
-    def one(student: Array, teacher: Array, role: Array, token: Array) -> EntryScores:
-        kl, log_p, log_q = divergence(student_head(student), teacher_head(teacher), reverse_roles[role])
-        pick = lambda x: jnp.take_along_axis(x, token[..., None], -1)[..., 0]  # noqa: E731
-        return EntryScores(kl, pick(log_p), pick(log_q))
-
-    parts = (student_hidden, teacher_hidden, jnp.maximum(entries.role, 0), entries.token)
-    _, scores = jax.lax.scan(lambda _, x: (None, one(*x)), None, jax.tree.map(split, parts))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(b, n * chunk)[:, :e], scores)
+    one = jax.checkpoint(function)
+    _, results = jax.lax.scan(lambda _, x: (None, one(*x)), None, jax.tree.map(split, parts))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(b, n * chunk)[:, :e], results)
 
 
-def clip_kl(kl: Array, role: Array, roles: tuple[TeacherRole, ...]) -> Array:
-    """min(kl, clip of its role); a clipped entry has zero gradient."""
-    clips = jnp.array([r.clip or jnp.inf for r in roles], jnp.float32)
-    return jnp.minimum(kl, clips[role])
+def entry_shares(entries: Entries, *, count: int, reduction: str) -> Array:
+    """How much each entry counts in its role's mean: [B, E, R], zero but for its own role's column.
+
+    Args:
+      count: roles in the table.
+      reduction: "tokens" averages over the role's tokens; "sequences" over rollouts, each the mean of its tokens.
+    """
+    one_hot = (entries.role[..., None] == jnp.arange(count)).astype(jnp.float32)
+    if reduction == "tokens":
+        return one_hot
+    return one_hot / jnp.maximum(jnp.sum(one_hot, 1, keepdims=True), 1.0)
 
 
-def role_stats(scores: EntryScores, entries: Entries, *, roles: tuple[TeacherRole, ...]) -> RoleStats:
-    """Sums per role over all entries given; sums of several micro-batches add up."""
-    one_hot = entries.role[..., None] == jnp.arange(len(roles))  # [B, E, R]
-    clipped = clip_kl(scores.kl, jnp.maximum(entries.role, 0), roles)
-    total = lambda x: jnp.sum(jnp.where(one_hot, x[..., None], 0.0), (0, 1))  # noqa: E731
+def role_stats(scores: EntryScores, entries: Entries, *, count: int, reduction: str) -> RoleStats:
+    """Sums per role over all entries given; arguments as of `entry_shares`."""
+    shares = entry_shares(entries, count=count, reduction=reduction)
+    one_hot = shares > 0
+
+    def total(x: Array, weights: Array) -> Array:  # unused slots may hold anything
+        return jnp.sum(jnp.where(one_hot, weights * x[..., None], 0.0), (0, 1))
+
+    ones = jnp.ones_like(scores.kl)
     return RoleStats(
-        clipped_kl_sum=total(clipped),
-        tokens=total(jnp.ones_like(scores.kl)),
-        clipped_tokens=total((scores.kl > clipped).astype(jnp.float32)),
+        loss=total(jnp.minimum(scores.kl, entries.clip), shares),
+        shares=total(ones, shares),
+        tokens=total(ones, 1.0),
+        clipped_tokens=total((scores.kl > entries.clip).astype(jnp.float32), 1.0),
+        entropy=total(scores.entropy, 1.0),
     )
 
 
-def role_losses(stats: RoleStats, tokens: Array) -> Array:
-    """Mean clipped divergence per role, [R]; `tokens` [R] counts the global batch. A role without tokens gives 0."""
-    return stats.clipped_kl_sum / jnp.maximum(tokens, 1.0)
+def role_losses(stats: RoleStats, shares: Array) -> Array:
+    """Mean clipped divergence per role, [R]; `shares` [R] are those of the global batch. A role without tokens: 0."""
+    return stats.loss / jnp.where(shares > 0, shares, 1.0)
 
 
-def total_loss(stats: RoleStats, tokens: Array, *, roles: tuple[TeacherRole, ...]) -> Array:
+def total_loss(stats: RoleStats, shares: Array, *, roles: tuple[TeacherRole, ...]) -> Array:
     """Equation 18: the weighted sum of the roles' means."""
-    return jnp.dot(jnp.array([r.weight for r in roles], jnp.float32), role_losses(stats, tokens))
+    return jnp.dot(jnp.array([r.weight for r in roles], jnp.float32), role_losses(stats, shares))

@@ -20,7 +20,7 @@ from vigos_jax.errors import InputError  # noqa: E402
 
 # Flags put the traceback of a config file's error into their own message.
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(\s.*\n)*")
-MODES = ("train", "generate", "score", "export")
+MODES = ("train", "generate", "score", "diagnose", "export")
 HELP = """\
 usage: python -m vigos_jax.main --config FILE [--mode MODE] [--workdir DIR] [--config.FIELD=VALUE ...]
 
@@ -28,6 +28,8 @@ modes
   train     (default) post-train a model; goes on where an earlier run in the same workdir stopped
   generate  answer one question about one picture: --config.generate.image=FILE --config.generate.question=TEXT
   score     score rollouts made by any engine: --config.score.rollouts=FILE.jsonl --config.score.output=DIR
+  diagnose  how much of the teachers' correction the answer made, and how much the image (PALR): on rollouts of the
+            student, or --config.diagnose.rollouts=FILE.jsonl; writes palr.jsonl and palr.html
   export    write a Hugging Face folder: --config.export.output=DIR --config.export.kind=merged|adapter
 
 --workdir is where a training run keeps its files (default runs/NAME for configs/NAME.py). The other modes read the
@@ -119,7 +121,7 @@ def _config_of_run(config, workdir: pathlib.Path | None):
     if workdir is None:
         return config
     saved = read_json(workdir / "config.json")
-    for section in ("generate", "score", "export", "mesh"):
+    for section in ("generate", "score", "diagnose", "export", "mesh"):
         saved[section] = config[section]
     return saved
 
@@ -133,12 +135,16 @@ def _run(config, mode: str, workdir: pathlib.Path | None) -> int:
 
     from vigos_jax.checkpoint import Checkpoints
     from vigos_jax.loading import load
+    from vigos_jax.models.variables import teacher_overlay
 
     loaded = load(config, for_training=workdir is not None)
-    trained = loaded.trained
+    trained = average = loaded.trained
     if workdir is not None:
         with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
-            _, trained = checkpoints.restore_trained(trained)
+            _, trained = checkpoints.restore_trained(loaded.trained)
+            if config.teacher.weights == "ema":
+                _, average = checkpoints.restore_trained(loaded.trained, item="average")
+    overlay = teacher_overlay(config.teacher.weights, trained=trained, average=average)
     if mode == "generate":
         from vigos_jax.generate import stream
 
@@ -148,8 +154,19 @@ def _run(config, mode: str, workdir: pathlib.Path | None) -> int:
     elif mode == "score":
         from vigos_jax.score_file import score_rollouts
 
-        summary, bad_lines = score_rollouts(loaded, trained, config)
+        summary, bad_lines = score_rollouts(loaded, trained, config, overlay=overlay)
         print(json.dumps(summary, indent=2))
+        for line in bad_lines:
+            print(line, file=sys.stderr)
+        return 1 if bad_lines else 0
+    elif mode == "diagnose":
+        from vigos_jax.diagnose import diagnose
+
+        output = pathlib.Path(config.diagnose.output).expanduser() if config.diagnose.output else None
+        if output is None and workdir is None:
+            raise InputError("--mode diagnose needs --workdir of a run, or --config.diagnose.output=DIR")
+        table, bad_lines = diagnose(loaded, trained, config, overlay=overlay, output=output or workdir / "diagnose")
+        print(table)
         for line in bad_lines:
             print(line, file=sys.stderr)
         return 1 if bad_lines else 0

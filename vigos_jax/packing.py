@@ -85,23 +85,25 @@ def make_row(
     student: Mapping[str, str],
     roles: tuple[TeacherRole, ...],
     processor: Processor,
+    fields: Mapping[str, str] | None = None,
 ) -> Row:
     """Writes out the prompts of a sample.
 
     Args:
       reference: the answer that a role's template may show; the student's cannot ask for it.
+      fields: texts of further columns that a role's template, but not the student's, may show.
       student: `user` and `assistant_prefill`, as in `config.prompts.student`.
     """
     grids = [image.grid for image in images]
 
-    def turn(user: str, prefill: str, shown: str | None) -> Turn:
-        text = fill(user, problem=problem, reference=shown)
+    def turn(text: str, prefill: str) -> Turn:
         return processor.encode_turn(user_text=text, grids=grids, assistant_prefill=prefill)
 
+    shown = {"problem": problem, "reference": reference} | dict(fields or {})
     return Row(
         images=images,
-        student=turn(student["user"], student["assistant_prefill"], None),
-        teachers=tuple(turn(r.user, r.assistant_prefill, reference) for r in roles),
+        student=turn(fill(student["user"], problem=problem), student["assistant_prefill"]),
+        teachers=tuple(turn(fill(r.user, **shown), r.assistant_prefill) for r in roles),
     )
 
 
@@ -191,12 +193,25 @@ def pack_prompts(rows: Sequence[Row], *, config: ModelConfig, buckets: Buckets) 
 
 
 def scored_positions(role: TeacherRole, rollout: Rollout) -> list[int]:
-    """Completion positions this role scores: its spans if the role applies to the rollout, else none."""
+    """Completion positions this role scores: its spans if the role applies to the rollout, else none.
+
+    An invalid rollout has no spans but the whole completion.
+    """
     if not role.applies(rollout.spans.is_valid):
         return []
-    if "completion" in role.scores:
+    if "completion" in role.scores or not rollout.spans.is_valid:
         return list(range(len(rollout.ids)))
     return sorted({j for span in role.scores for j in range(*getattr(rollout.spans, span))})
+
+
+def entry_clip(role: TeacherRole, position: int, scored: Sequence[int]) -> float:
+    """The smallest of the clips that hold for this token of the positions `scored` by the role."""
+    clips = [
+        role.clip if role.clip_per == "token" else 0.0,
+        role.first_clip if position == scored[0] else 0.0,
+        role.last_clip if position == scored[-1] else 0.0,
+    ]
+    return min((c for c in clips if c), default=np.inf)
 
 
 def pack_scores(
@@ -233,6 +248,7 @@ def pack_scores(
         "role": np.full((len(rows), e), -1, np.int32),
         **{k: np.zeros((len(rows), e), np.int32) for k in ("student_at", "teacher_at", "position", "token")},
         "sampled_logp": np.full((len(rows), e), np.nan, np.float32),
+        "clip": np.full((len(rows), e), np.inf, np.float32),
     }
     for i, row_entries in enumerate(entries):
         for key, values in zip(columns, zip(*row_entries, strict=True), strict=False):
@@ -257,15 +273,18 @@ def _pack_row(row: Row, rollout: Rollout, roles: tuple[TeacherRole, ...], config
         scored = scored_positions(role, rollout)
         if not scored:
             continue
-        branch = turn.rest_ids + rollout.ids[: scored[-1]]  # the state before the last scored token is the last needed
+        read = scored if role.reads == "scored" else range(len(rollout.ids))
+        at = {j: i for i, j in enumerate(read)}  # completion position -> place in the branch's completion
+        # The state before the last scored token is the last one needed.
+        branch = turn.rest_ids + tuple(rollout.ids[j] for j in read[: at[scored[-1]]])
         ids.append(np.asarray(branch, np.int32))
         positions.append(np.broadcast_to(after_prefix + np.arange(len(branch)), (3, len(branch))))
         segments.append(np.full(len(branch), len(segments) + 1, np.int32))
         image_index.append(np.full(len(branch), -1))
         for j in scored:
             logp = rollout.logps[j] if rollout.logps is not None else np.nan
-            student_at, teacher_at = len(row.student.ids) + j - 1, length + len(turn.rest_ids) + j - 1
-            entries.append((r, student_at, teacher_at, j, rollout.ids[j], logp))
+            student_at, teacher_at = len(row.student.ids) + j - 1, length + len(turn.rest_ids) + at[j] - 1
+            entries.append((r, student_at, teacher_at, j, rollout.ids[j], logp, entry_clip(role, j, scored)))
         length += len(branch)
     packed = np.concatenate(ids), np.concatenate(positions, 1), np.concatenate(segments), np.concatenate(image_index)
     return packed, entries

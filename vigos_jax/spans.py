@@ -33,6 +33,7 @@ _THINK_OPEN = b"<think>"
 _THINK_CLOSE = b"</think>"
 _BOX_OPEN = b"\\boxed{"
 _BRACE = re.compile(rb"[{}]")
+RULES = ("paper", "released")
 
 
 @dataclass(frozen=True)
@@ -54,60 +55,95 @@ class Spans:
     invalid_reason: str | None
 
 
-def find_spans(token_bytes: Sequence[bytes]) -> Spans:
+def find_spans(token_bytes: Sequence[bytes], *, rule: str = "paper") -> Spans:
     """The parts of a completion, given the bytes of each of its sampled tokens (EOS: its literal text).
 
     Linear in the bytes. A token without bytes (an id the tokenizer does not know) overlaps nothing;
     it belongs to the part whose tokens stand around it.
+
+    Args:
+      rule: one of RULES. "paper" is the grammar above. "released" is how the authors' code reads a completion whose
+        ids are the tokenizer's own: text between the parts, a white-space description and an empty reasoning or box
+        are valid; a token that runs into `</description>` belongs to the description; and the reasoning reaches
+        from behind `<think>` to the brace that closes the box, `</think>` included, so the answer is part of it.
     """
     text = b"".join(token_bytes)
-
-    description_end = text.find(_DESCRIPTION_CLOSE)
-    if description_end < 0:
-        return _invalid("no_description_close")
-    description_gap = description_end + len(_DESCRIPTION_CLOSE)
-    think_open = text.find(_THINK_OPEN, description_gap)
-    if think_open < 0:
-        return _invalid("no_think_open")
-    reasoning_start = think_open + len(_THINK_OPEN)
-    reasoning_end = text.find(_THINK_CLOSE, reasoning_start)
-    if reasoning_end < 0:
-        return _invalid("no_think_close")
-    reasoning_gap = reasoning_end + len(_THINK_CLOSE)
-    box_open = text.find(_BOX_OPEN, reasoning_gap)
-    if box_open < 0:
-        return _invalid("no_box")
-    answer_start = box_open + len(_BOX_OPEN)
-    answer_end = _closing_brace(text, answer_start)
-    if answer_end is None:
-        return _invalid("unclosed_box")
-
-    if not text[:description_end].strip():
-        return _invalid("empty_description")
-    if not text[reasoning_start:reasoning_end].strip():
-        return _invalid("empty_reasoning")
-    if answer_end == answer_start:
-        return _invalid("empty_answer")
-    if text[description_gap:think_open].strip() or text[reasoning_gap:box_open].strip():
-        return _invalid("text_between_parts")
-
+    found = _find_tags(text)
+    if isinstance(found, str):
+        return _invalid(found)
     ends = list(accumulate(map(len, token_bytes)))  # [T] byte offset just behind each token
 
     def token_of(byte: int) -> int:  # the one token that holds this byte
         return bisect_right(ends, byte)
 
-    after_think_open = token_of(reasoning_start - 1) + 1
+    if rule == "released":
+        if not found.description_end:
+            return _invalid("empty_description")
+        return Spans(
+            is_valid=True,
+            description=(0, token_of(found.description_end - 1) + 1),
+            reasoning=(token_of(found.reasoning_start - 1) + 1, token_of(found.answer_end) + 1),
+            answer=(0, 0),
+            invalid_reason=None,
+        )
+
+    if not text[: found.description_end].strip():
+        return _invalid("empty_description")
+    if not text[found.reasoning_start : found.reasoning_end].strip():
+        return _invalid("empty_reasoning")
+    if found.answer_end == found.answer_start:
+        return _invalid("empty_answer")
+    description_gap = found.description_end + len(_DESCRIPTION_CLOSE)
+    reasoning_gap = found.reasoning_end + len(_THINK_CLOSE)
+    if text[description_gap : found.think_open].strip() or text[reasoning_gap : found.box_open].strip():
+        return _invalid("text_between_parts")
+    after_think_open = token_of(found.reasoning_start - 1) + 1
     after_think_close = token_of(reasoning_gap - 1) + 1
     # Tags win: a token that holds the end of a tag and the start of a part stays outside the part. So a part
     # starts behind the tag before it at the earliest, and an end never falls before its start.
-    answer_first = max(token_of(answer_start), after_think_close)
+    answer_first = max(token_of(found.answer_start), after_think_close)
     return Spans(
         is_valid=True,
-        description=(0, token_of(description_end)),
-        reasoning=(after_think_open, max(token_of(reasoning_end), after_think_open)),
-        answer=(answer_first, max(token_of(answer_end - 1) + 1, answer_first)),
+        description=(0, token_of(found.description_end)),
+        reasoning=(after_think_open, max(token_of(found.reasoning_end), after_think_open)),
+        answer=(answer_first, max(token_of(found.answer_end - 1) + 1, answer_first)),
         invalid_reason=None,
     )
+
+
+@dataclass(frozen=True)
+class _Tags:
+    """Byte offsets; a part reaches from its start to its end, excluded."""
+
+    description_end: int
+    think_open: int
+    reasoning_start: int
+    reasoning_end: int
+    box_open: int
+    answer_start: int
+    answer_end: int
+
+
+def _find_tags(text: bytes) -> _Tags | str:
+    """Where the tags are, in order, or which one is missing."""
+    description_end = text.find(_DESCRIPTION_CLOSE)
+    if description_end < 0:
+        return "no_description_close"
+    think_open = text.find(_THINK_OPEN, description_end + len(_DESCRIPTION_CLOSE))
+    if think_open < 0:
+        return "no_think_open"
+    reasoning_start = think_open + len(_THINK_OPEN)
+    reasoning_end = text.find(_THINK_CLOSE, reasoning_start)
+    if reasoning_end < 0:
+        return "no_think_close"
+    box_open = text.find(_BOX_OPEN, reasoning_end + len(_THINK_CLOSE))
+    if box_open < 0:
+        return "no_box"
+    answer_start = box_open + len(_BOX_OPEN)
+    answer_end = _closing_brace(text, answer_start)
+    if answer_end is None:
+        return "unclosed_box"
+    return _Tags(description_end, think_open, reasoning_start, reasoning_end, box_open, answer_start, answer_end)
 
 
 def _invalid(reason: str) -> Spans:

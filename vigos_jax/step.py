@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from vigos_jax.inputs import ScoreBatch
-from vigos_jax.losses import RoleStats, role_losses, role_stats, total_loss
+from vigos_jax.losses import RoleStats, entry_shares, role_losses, role_stats, total_loss
 from vigos_jax.models.qwen2_5_vl import Qwen2_5VL
+from vigos_jax.models.variables import teacher_overlay
 from vigos_jax.roles import TeacherRole
 from vigos_jax.score import score_batch
 
@@ -25,11 +26,13 @@ class TrainState:
       step: int32 scalar, optimizer steps taken.
       trained: `{"lora": ...}` or `{"params": ...}`, float32.
       opt_state: optimizer state, for the trained leaves only.
+      average: moving average of `trained`, for teachers that follow it; else `{}`.
     """
 
     step: Array
     trained: Any
     opt_state: Any
+    average: Any
 
 
 def make_optimizer(
@@ -72,59 +75,100 @@ def make_train_step(
     chunk: int,
     accumulation: int,
     use_dropout: bool,
+    temperature: float = 1.0,
+    reduction: str = "tokens",
+    teacher_weights: str = "frozen",
+    ema_rate: float = 0.0,
 ) -> Callable[[TrainState, Any, ScoreBatch, Array], tuple[TrainState, dict[str, Array]]]:
     """Returns `train_step(state, base, batch, key) -> (state, metrics)`, to be jitted with `state` donated.
 
     With `accumulation` > 1 the batch is walked in strided micro-batches (rows a, a + n, ...), so that each of them
-    stays spread over all devices. Every term is divided by its tokens in the whole batch, never per micro-batch.
+    stays spread over all devices. Every term is divided by its shares in the whole batch, never per micro-batch.
 
-    Among the metrics, `sampler_logp_gap` is the mean |logp by the sampler - logp by the student| of the supervised
-    tokens: float noise if both are the same model, plus the adapter's dropout, which only the student has.
+    Metrics, beside loss and gradient norm:
+      sampler_logp_gap: mean |logp by the sampler - logp by the student| of the supervised tokens: float noise if
+        both are the same model, plus the adapter's dropout, which only the student has.
+      entropy: mean over the supervised tokens of the student's distribution, in nats.
+      ROLE/loss, ROLE/tokens, ROLE/clipped_fraction: the role's mean, its tokens, and the share of them clipped.
+      ROLE/loss_share: of the weighted sum of means.
+      ROLE/grad_share: of the roles' gradient norms at the student's last hidden states, before the head. (Shares at
+        the parameters would take a backward pass per role.)
+
+    Args:
+      temperature, reduction: of the divergence and of its mean, see `losses`.
+      teacher_weights: see `teacher_overlay`.
+      ema_rate: how far the average moves towards the trained weights after each step, for "ema".
     """
+    count = len(roles)
 
-    def loss_fn(trained: Any, base: Any, batch: ScoreBatch, tokens: Array, key: Array):
+    def loss_fn(trained: Any, probe: Array, base: Any, average: Any, batch: ScoreBatch, shares: Array, key: Array):
         scores = score_batch(
-            model, base, trained, batch, roles=roles, chunk=chunk, dropout_key=key if use_dropout else None
+            model,
+            base,
+            trained,
+            batch,
+            roles=roles,
+            chunk=chunk,
+            temperature=temperature,
+            overlay=teacher_overlay(teacher_weights, trained=trained, average=average),
+            dropout_key=key if use_dropout else None,
+            probe=probe,
         )
-        stats = role_stats(scores, batch.entries, roles=roles)
-        used = batch.entries.role >= 0
-        gap = jnp.abs(jax.lax.stop_gradient(scores.student_logp) - batch.entries.sampled_logp)
-        known = used & ~jnp.isnan(gap)
-        extra = jnp.stack([jnp.sum(jnp.where(known, gap, 0.0)), jnp.sum(known)])
-        return total_loss(stats, tokens, roles=roles), (stats, extra)
+        stats = role_stats(scores, batch.entries, count=count, reduction=reduction)
+        gap = jnp.abs(scores.student_logp - batch.entries.sampled_logp)
+        known = (batch.entries.role >= 0) & ~jnp.isnan(gap)
+        gaps = jnp.stack([jnp.sum(jnp.where(known, gap, 0.0)), jnp.sum(known)])
+        return total_loss(stats, shares, roles=roles), (stats, gaps)
+
+    def gradient(trained: Any, base: Any, average: Any, batch: ScoreBatch, shares: Array, key: Array):
+        """Sums over a micro-batch: its part of the loss, statistics, squared state gradients per role, gradient."""
+        probe = jnp.zeros((*batch.entries.role.shape, model.config.hidden_size), model.dtype)
+        grad_fn = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
+        (loss, (stats, gaps)), (grads, at_states) = grad_fn(trained, probe, base, average, batch, shares, key)
+        one_hot = batch.entries.role[..., None] == jnp.arange(count)
+        squares = jnp.sum(jnp.square(at_states.astype(jnp.float32)), -1, keepdims=True)
+        return loss, stats, gaps, jnp.sum(jnp.where(one_hot, squares, 0.0), (0, 1)), grads
 
     def train_step(state: TrainState, base: Any, batch: ScoreBatch, key: Array):
-        tokens = jnp.stack([jnp.sum(batch.entries.role == r) for r in range(len(roles))]).astype(jnp.float32)
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-
+        shares = jnp.sum(entry_shares(batch.entries, count=count, reduction=reduction), (0, 1))  # [R]
         if accumulation == 1:
-            (loss, (stats, extra)), grads = grad_fn(state.trained, base, batch, tokens, key)
+            sums = gradient(state.trained, base, state.average, batch, shares, key)
         else:
             micro = jax.tree.map(
                 lambda x: jnp.swapaxes(x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]), 0, 1), batch
             )
 
             def add(total: Any, x: tuple[ScoreBatch, Array]):
-                out = grad_fn(state.trained, base, x[0], tokens, x[1])
-                return jax.tree.map(jnp.add, total, out), None
+                part = gradient(state.trained, base, state.average, x[0], shares, x[1])
+                return jax.tree.map(jnp.add, total, part), None
 
-            r = jnp.zeros(len(roles))
-            zero = ((jnp.zeros(()), (RoleStats(r, r, r), jnp.zeros(2))), jax.tree.map(jnp.zeros_like, state.trained))
-            keys = jax.random.split(key, accumulation)
-            ((loss, (stats, extra)), grads), _ = jax.lax.scan(add, zero, (micro, keys))
+            r = jnp.zeros(count)
+            no_gradient = jax.tree.map(jnp.zeros_like, state.trained)
+            zero = (jnp.zeros(()), RoleStats(r, r, r, r, r), jnp.zeros(2), r, no_gradient)
+            sums, _ = jax.lax.scan(add, zero, (micro, jax.random.split(key, accumulation)))
+        loss, stats, gaps, state_squares, grads = sums
 
         updates, opt_state = tx.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
-        per_role = role_losses(stats, tokens)
+        average = optax.incremental_update(trained, state.average, ema_rate) if state.average else state.average
         metrics = {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
-            "sampler_logp_gap": extra[0] / jnp.maximum(extra[1], 1.0),
+            "sampler_logp_gap": gaps[0] / jnp.maximum(gaps[1], 1.0),
+            "entropy": jnp.sum(stats.entropy) / jnp.maximum(jnp.sum(stats.tokens), 1.0),
         }
+        losses, norms = role_losses(stats, shares), jnp.sqrt(state_squares)
         for r, role in enumerate(roles):
-            metrics[f"{role.name}/loss"] = per_role[r]
-            metrics[f"{role.name}/tokens"] = tokens[r]
-            metrics[f"{role.name}/clipped_fraction"] = stats.clipped_tokens[r] / jnp.maximum(tokens[r], 1.0)
-        return TrainState(step=state.step + 1, trained=trained, opt_state=opt_state), metrics
+            metrics[f"{role.name}/loss"] = losses[r]
+            metrics[f"{role.name}/tokens"] = stats.tokens[r]
+            metrics[f"{role.name}/clipped_fraction"] = stats.clipped_tokens[r] / jnp.maximum(stats.tokens[r], 1.0)
+            metrics[f"{role.name}/loss_share"] = _share(role.weight * losses[r], loss)
+            metrics[f"{role.name}/grad_share"] = _share(norms[r], jnp.sum(norms))
+        state = TrainState(step=state.step + 1, trained=trained, opt_state=opt_state, average=average)
+        return state, metrics
 
     return train_step
+
+
+def _share(part: Array, whole: Array) -> Array:
+    return jnp.where(whole != 0, part / jnp.where(whole != 0, whole, 1.0), 0.0)

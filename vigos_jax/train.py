@@ -1,6 +1,5 @@
 """The training loop, top to bottom: batch, rollout, parse, pack, step, log, save."""
 
-import dataclasses
 import functools
 import pathlib
 import time
@@ -8,51 +7,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vigos_jax import evaluate
 from vigos_jax.checkpoint import Checkpoints
 from vigos_jax.config import differences, read_json, to_json
-from vigos_jax.data import BadRows, Example, data_state, load_source, make_batches, resume_batch
-from vigos_jax.demo.world import DemoSource
+from vigos_jax.data import BadRows, data_state, make_batches, resume_batch
 from vigos_jax.errors import InputError
 from vigos_jax.export import export
-from vigos_jax.graders import is_correct, last_boxed
-from vigos_jax.loading import Loaded, load, sampling_of
+from vigos_jax.loading import Loaded, load, open_source, sampling_of
 from vigos_jax.metrics import MetricsFile, Progress, say, write_json
-from vigos_jax.packing import Rollout, Row, make_row, pack_prompts, pack_scores, too_long
-from vigos_jax.processor import Processor
-from vigos_jax.roles import TeacherRole
-from vigos_jax.sampler import Completions, Sampler, row_keys
+from vigos_jax.packing import pack_prompts, pack_scores
+from vigos_jax.rollouts import Reader, parse, rollout_metrics
+from vigos_jax.sampler import Sampler, row_keys
 from vigos_jax.sharding import check_batch, replicated, tree_shardings
-from vigos_jax.spans import find_spans
 from vigos_jax.step import TrainState, make_optimizer, make_train_step
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reads:
-    """Turns an example into a row; picklable, so that data workers can tell which rows do not fit."""
-
-    processor: Processor
-    roles: tuple[TeacherRole, ...]
-    student: dict[str, str]
-    fits: Any
-
-    def row(self, example: Example) -> Row:
-        if example.bad_reason is not None:
-            return Row()
-        return make_row(
-            example.images,
-            problem=example.problem,
-            reference=example.reference,
-            student=self.student,
-            roles=self.roles,
-            processor=self.processor,
-        )
-
-    def too_long(self, example: Example) -> str | None:
-        kind = self.fits(self.row(example))
-        return kind and f"{kind}_too_long"
 
 
 def _check_workdir(config, workdir: pathlib.Path) -> None:
@@ -85,41 +53,16 @@ def _check_export(config, workdir: pathlib.Path, output: pathlib.Path, *, has_ad
         raise InputError(f"config.export.output={str(output)!r} exists already; choose another folder")
 
 
-def _source(config) -> Any:
-    if config.data.source == "demo":
-        return DemoSource(seed=config.seed, blank=config.data.blank_images)
-    return load_source(config.data)
-
-
-def _initial_state(loaded: Loaded, tx: Any) -> TrainState:
+def _initial_state(config, loaded: Loaded, tx: Any) -> TrainState:
     shardings = tree_shardings(jax.eval_shape(tx.init, loaded.trained), loaded.mesh)
+    follows = config.teacher.weights == "ema"
     return TrainState(
         step=jax.device_put(jnp.int32(0), replicated(loaded.mesh)),
         trained=loaded.trained,
         opt_state=jax.jit(tx.init, out_shardings=shardings)(loaded.trained),
+        # A copy: the step's donated state may not hold one buffer twice.
+        average=jax.tree.map(jnp.copy, loaded.trained) if follows else {},
     )
-
-
-def _parse(loaded: Loaded, rows: list[Row], sampled: Completions) -> list[Rollout | None]:
-    return [
-        Rollout(ids, find_spans(loaded.processor.token_bytes(ids)), logps) if row.student else None
-        for row, ids, logps in zip(rows, sampled.ids, sampled.logps, strict=True)
-    ]
-
-
-def _rollout_metrics(loaded: Loaded, examples: list[Example], rollouts: list[Rollout | None]) -> dict[str, float]:
-    """How the rollouts look: format, answers, lengths."""
-    pairs = [(e, r) for e, r in zip(examples, rollouts, strict=True) if r is not None]
-    if not pairs:
-        return {}
-    eos = set(loaded.processor.eos_ids)
-    answers = [last_boxed(loaded.processor.decode(r.ids)) for _, r in pairs]
-    return {
-        "valid_rate": float(np.mean([r.spans.is_valid for _, r in pairs])),
-        "accuracy": float(np.mean([is_correct(a, e.reference) for a, (e, _) in zip(answers, pairs, strict=True)])),
-        "completion_tokens": float(np.mean([len(r.ids) for _, r in pairs])),
-        "truncated_rate": float(np.mean([not r.ids or r.ids[-1] not in eos for _, r in pairs])),
-    }
 
 
 def train(config, workdir: pathlib.Path) -> None:
@@ -128,25 +71,13 @@ def train(config, workdir: pathlib.Path) -> None:
     Writes config.json, metrics.jsonl, checkpoints/, at the end export/ and, on the demo, results.json.
     """
     _check_workdir(config, workdir)
+    source = open_source(config)
     loaded = load(config, for_training=True)
     check_batch(loaded.mesh, batch_size=config.batch_size, accumulation=config.accumulation)
-    sampling = sampling_of(config)
     has_results = config.data.source == "demo" and config.evaluate.questions > 0
     options = {k: v for k, v in config.optimizer.items()}
     tx, learning_rate = make_optimizer(steps=config.steps, **options)
-    source = _source(config)
-    reads = _Reads(
-        loaded.processor,
-        loaded.roles,
-        dict(config.prompts.student.items()),
-        functools.partial(
-            too_long,
-            roles=loaded.roles,
-            buckets=loaded.buckets,
-            max_completion=sampling.max_tokens,
-            config=loaded.config,
-        ),
-    )
+    reader = Reader.of(loaded, config)
     place = functools.partial(
         data_state, source, batch_size=config.batch_size, seed=config.seed, shuffle=config.data.shuffle
     )
@@ -156,7 +87,7 @@ def train(config, workdir: pathlib.Path) -> None:
         _check_export(config, workdir, output, has_adapter="lora" in loaded.trained)
     _open_workdir(config, workdir)
     with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
-        state = _initial_state(loaded, tx)
+        state = _initial_state(config, loaded, tx)
         first = checkpoints.latest_step() or 0
         bad_rows = BadRows()
         if first:
@@ -167,7 +98,7 @@ def train(config, workdir: pathlib.Path) -> None:
             say(f"going on from step {first} of {config.steps} in {workdir}")
         if first < config.steps:
             state = _steps(
-                config, workdir, loaded, tx, learning_rate, source, reads, place, checkpoints, state, bad_rows
+                config, workdir, loaded, tx, learning_rate, source, reader, place, checkpoints, state, bad_rows
             )
     if has_results and not (workdir / "results.json").exists():
         _evaluate(config, workdir, loaded, state.trained)
@@ -184,7 +115,7 @@ def train(config, workdir: pathlib.Path) -> None:
 
 
 def _steps(
-    config, workdir, loaded, tx, learning_rate, source, reads, place, checkpoints, state, bad_rows
+    config, workdir, loaded, tx, learning_rate, source, reader, place, checkpoints, state, bad_rows
 ) -> TrainState:
     """The loop itself, from the state's step to the last."""
     first = int(state.step)
@@ -198,6 +129,10 @@ def _steps(
             chunk=config.loss.chunk,
             accumulation=config.accumulation,
             use_dropout=has_adapter_dropout,
+            temperature=config.loss.temperature,
+            reduction=config.loss.reduction,
+            teacher_weights=config.teacher.weights,
+            ema_rate=config.teacher.ema_rate,
         ),
         donate_argnums=0,
         out_shardings=(shardings, replicated(loaded.mesh)),
@@ -210,8 +145,9 @@ def _steps(
         seed=config.seed,
         shuffle=config.data.shuffle,
         max_images=config.data.max_images,
+        fields=tuple(config.data.fields),
         workers=config.data.workers,
-        too_long=reads.too_long,
+        too_long=functools.partial(reader.too_long, max_completion=config.sampling.max_tokens),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         start_batch=first,
@@ -226,7 +162,7 @@ def _steps(
         examples = next(batches)
         bad_rows.update(examples)
         bad_rows.check(config.data.max_bad_fraction)
-        rows = [reads.row(e) for e in examples]
+        rows = [reader.row(e) for e in examples]
         prompts = loaded.put_batch(pack_prompts(rows, config=loaded.config, buckets=loaded.buckets))
         times.append(time.monotonic())
 
@@ -234,7 +170,7 @@ def _steps(
         sampled = sampler(loaded.student(state.trained), prompts, keys)
         times.append(time.monotonic())
 
-        rollouts = _parse(loaded, rows, sampled)
+        rollouts = parse(loaded, rows, sampled)
         batch = pack_scores(rows, rollouts, roles=loaded.roles, config=loaded.config, buckets=loaded.buckets)
         times.append(time.monotonic())
 
@@ -245,7 +181,7 @@ def _steps(
         times.append(time.monotonic())
 
         row = {"step": step + 1, "learning_rate": float(learning_rate(step))} | values
-        row |= _rollout_metrics(loaded, examples, rollouts)
+        row |= rollout_metrics(loaded, examples, rollouts)
         row |= {"bad_rows": bad_rows.bad}
         phases = ("data", "rollout", "pack", "update")
         row |= {f"seconds/{p}": b - a for p, a, b in zip(phases, times[:-1], times[1:], strict=True)}

@@ -15,7 +15,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RUNS = {
     "vigos": ["--config", "configs/base.py"],
-    "opsd": ["--config", "configs/opsd.py"],
+    "opsd": ["--config", "configs/opsd_same_prompt.py"],
     "blank": ["--config", "configs/base.py", "--config.data.blank_images=True"],
 }
 RATES = ("score", "prior", "valid", "accuracy_given_valid", "description_accuracy", "leak")

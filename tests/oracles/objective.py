@@ -78,41 +78,84 @@ def log_softmax(x):
     return x - np.log(np.sum(np.exp(x), -1, keepdims=True))
 
 
-def objective(model, base, trained, samples, roles):
+def divergence(role, p, q):
+    """From log-probabilities [..., V] of student and teacher to [...], clipped per vocabulary entry if the role is."""
+    if role.divergence == "forward_kl":
+        terms = np.exp(q) * (q - p)
+    elif role.divergence == "reverse_kl":
+        terms = np.exp(p) * (p - q)
+    else:
+        m = np.log(role.beta * np.exp(q) + (1 - role.beta) * np.exp(p))
+        terms = role.beta * np.exp(q) * (q - m) + (1 - role.beta) * np.exp(p) * (p - m)
+    if role.clip and role.clip_per == "entry":
+        terms = np.minimum(terms, role.clip)
+    return np.sum(terms, -1)
+
+
+def scored(role, rollout):
+    """Completion positions that a role scores."""
+    is_valid, n = rollout.spans.is_valid, len(rollout.ids)
+    if role.when != "always" and (role.when == "valid") != is_valid:
+        return []
+    if not is_valid:
+        return list(range(n))
+    spans = [(0, n) if s == "completion" else getattr(rollout.spans, s) for s in role.scores]
+    return [j for j in range(n) if any(start <= j < end for start, end in spans)]
+
+
+def limits(role, n):
+    """The clip of each of the `n` tokens that a role scores in a rollout."""
+    out = np.full(n, role.clip if role.clip and role.clip_per == "token" else np.inf)
+    for place, clip in ((0, role.first_clip), (-1, role.last_clip)):
+        if clip:
+            out[place] = min(out[place], clip)
+    return out
+
+
+def objective(model, base, trained, samples, roles, *, overlay=None, temperature=1.0, reduction="tokens"):
     """The weighted sum of the roles' means over (row, rollout) pairs.
+
+    Args:
+      overlay: what lies over the base for the teachers; None for nothing.
+      temperature: divides all logits in the divergence.
+      reduction: "tokens", or "sequences" for the mean of the rollouts' means.
 
     Returns:
       (loss, {role name: {"loss", "tokens", "clipped"}},
-       {(sample, role name): (positions, kl, student_logp, teacher_logp)}).
+       {(sample, role name): (positions, kl, student_logp, teacher_logp, entropy of the student)}).
     """
-    student, teacher = {"params": base} | trained, {"params": base}
-    entries = {}
+    student, teacher = {"params": base} | trained, {"params": base} | (overlay or {})
+    entries, clipped = {}, {}
     for i, (row, rollout) in enumerate(samples):
         if row.student is None or rollout is None:
             continue
-        n = len(rollout.ids)
         prompt = row.student.prefix_ids + row.student.rest_ids
-        p = log_softmax(logits(model, student, row.images, prompt + rollout.ids))[len(prompt) - 1 :]
+        p = np.asarray(logits(model, student, row.images, prompt + rollout.ids))[len(prompt) - 1 :]
         for role, turn in zip(roles, row.teachers, strict=True):
-            if role.when != ("valid" if rollout.spans.is_valid else "invalid") and role.when != "always":
-                continue
-            spans = [(0, n) if s == "completion" else getattr(rollout.spans, s) for s in role.scores]
-            at = np.array([j for j in range(n) if any(start <= j < end for start, end in spans)], int)
+            at = np.array(scored(role, rollout), int)
             if not len(at):
                 continue
             prompt = turn.prefix_ids + turn.rest_ids
-            q = log_softmax(logits(model, teacher, row.images, prompt + rollout.ids))[len(prompt) - 1 :]
-            a, b = (q, p) if role.divergence == "forward_kl" else (p, q)
-            kl = np.sum(np.exp(a) * (a - b), -1)[at]
-            token = np.array(rollout.ids)[at]
-            entries[i, role.name] = (at, kl, p[at, token], q[at, token])
+            read = at if role.reads == "scored" else range(len(rollout.ids))
+            ids = tuple(rollout.ids[j] for j in read)
+            q = np.asarray(logits(model, teacher, row.images, prompt + ids))[len(prompt) - 1 :]
+            q, p_at = q[np.arange(len(at)) if role.reads == "scored" else at], p[at]
+            kl = divergence(role, log_softmax(p_at / temperature), log_softmax(q / temperature))
+            log_p, log_q = log_softmax(p_at), log_softmax(q)
+            token = np.arange(len(at)), np.array(rollout.ids)[at]
+            entries[i, role.name] = (at, kl, log_p[token], log_q[token], -np.sum(np.exp(log_p) * log_p, -1))
+            clipped[i, role.name] = np.minimum(kl, limits(role, len(at)))
 
     loss, parts = 0.0, {}
     for role in roles:
-        kl = [x[1] for (_, name), x in entries.items() if name == role.name]
-        tokens = sum(len(x) for x in kl)
-        clip = role.clip or np.inf
-        mean = sum(np.sum(np.minimum(x, clip)) for x in kl) / max(tokens, 1)
-        parts[role.name] = {"loss": mean, "tokens": tokens, "clipped": sum(np.sum(x > clip) for x in kl)}
+        values = [x for (_, name), x in clipped.items() if name == role.name]
+        whole = [x[1] for (_, name), x in entries.items() if name == role.name]
+        tokens = sum(len(x) for x in values)
+        if reduction == "sequences":
+            mean = sum(np.mean(x) for x in values) / max(len(values), 1)
+        else:
+            mean = sum(np.sum(x) for x in values) / max(tokens, 1)
+        count = sum(np.sum(x > y) for x, y in zip(whole, values, strict=True))
+        parts[role.name] = {"loss": mean, "tokens": tokens, "clipped": count}
         loss = loss + role.weight * mean
     return loss, parts, entries

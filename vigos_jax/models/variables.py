@@ -1,7 +1,8 @@
 """The one place that decides which variables a role is applied with.
 
-The frozen `base` is every teacher. The student is the base overlaid with what is trained: an adapter in a `lora`
-collection, or, in full fine-tuning, a `params` tree of its own. The base is never written to.
+The frozen `base` lies under everything and is never written to. The student is the base overlaid with what is
+trained: an adapter in a `lora` collection, or, in full fine-tuning, a `params` tree of its own. Teachers are the base
+alone, unless a run says otherwise.
 """
 
 from typing import Any
@@ -9,11 +10,7 @@ from typing import Any
 import jax
 
 Variables = dict[str, Any]
-
-
-def teacher_variables(base: Any) -> Variables:
-    """The initial parameters alone: also when training started from an adapter."""
-    return {"params": base}
+TEACHER_WEIGHTS = ("frozen", "ema", "live")
 
 
 def student_variables(base: Any, trained: Variables) -> Variables:
@@ -21,8 +18,23 @@ def student_variables(base: Any, trained: Variables) -> Variables:
     return {"params": base, **trained}
 
 
+def teacher_variables(base: Any, overlay: Variables) -> Variables:
+    """The base overlaid with `teacher_overlay`, behind which no gradient flows."""
+    return jax.lax.stop_gradient({"params": base, **overlay})
+
+
+def teacher_overlay(weights: str, *, trained: Variables, average: Variables) -> Variables:
+    """What lies over the base for every teacher.
+
+    Args:
+      weights: "frozen" is nothing: the initial parameters, also when training starts from an adapter. "ema" is the
+        moving `average` of the trained weights, "live" the student's own.
+    """
+    return {"frozen": {}, "ema": average, "live": trained}[weights]
+
+
 def shares_vision(trained: Variables) -> bool:
-    """Whether student and teachers have the same vision tower, so that it can run once for both."""
+    """Whether the vision tower is the base's, so that it can run once for student and teachers."""
     if "params" in trained:
         return False
     return "visual" not in trained.get("lora", {})

@@ -1,0 +1,168 @@
+"""Rollouts between the sampler and the objective: sampled here or read from a file, parsed, and what they look like."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vigos_jax.architecture import ModelConfig
+from vigos_jax.data import Example, encode_row
+from vigos_jax.graders import is_correct, last_boxed, mentions
+from vigos_jax.loading import Loaded
+from vigos_jax.packing import Buckets, Rollout, Row, make_row, too_long
+from vigos_jax.processor import EncodedImage, Processor
+from vigos_jax.roles import TeacherRole
+from vigos_jax.sampler import Completions
+from vigos_jax.sources import JsonlSource
+from vigos_jax.spans import find_spans
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row with its rollout, ready to score, or with the reason why not; `index` is its number in the source."""
+
+    index: int
+    example: Example
+    row: Row = Row()
+    rollout: Rollout | None = None
+    bad_reason: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Writes an example out as the student and all roles read it; picklable, so that data workers can have one."""
+
+    processor: Processor
+    student: Mapping[str, str]
+    roles: tuple[TeacherRole, ...]
+    buckets: Buckets
+    config: ModelConfig
+
+    @classmethod
+    def of(cls, loaded: Loaded, config) -> "Reader":
+        student = dict(config.prompts.student.items())
+        return cls(loaded.processor, student, loaded.roles, loaded.buckets, loaded.config)
+
+    def row(
+        self, example: Example, *, reference: str | None = None, images: tuple[EncodedImage, ...] | None = None
+    ) -> Row:
+        """The example's row, a bad one if the example is.
+
+        Args:
+          reference, images: instead of the example's own.
+        """
+        if example.bad_reason is not None:
+            return Row()
+        return make_row(
+            example.images if images is None else images,
+            problem=example.problem,
+            reference=example.reference if reference is None else reference,
+            student=self.student,
+            roles=self.roles,
+            processor=self.processor,
+            fields=example.fields,
+        )
+
+    def too_long(
+        self,
+        example: Example,
+        *,
+        max_completion: int,
+        reference: str | None = None,
+        images: tuple[EncodedImage, ...] | None = None,
+    ) -> str | None:
+        """Why a row, given as to `row`, cannot fit the buckets, or None if it does with any such completion."""
+        row = self.row(example, reference=reference, images=images)
+        kind = too_long(
+            row, roles=self.roles, buckets=self.buckets, max_completion=max_completion, config=self.config
+        )
+        return kind and f"{kind}_too_long"
+
+
+def parse(loaded: Loaded, rows: Sequence[Row], sampled: Completions) -> list[Rollout | None]:
+    """The sampler's completions with their spans; None for bad rows."""
+    spans = [find_spans(loaded.processor.token_bytes(ids), rule=loaded.span_rule) for ids in sampled.ids]
+    parts = zip(rows, sampled.ids, spans, sampled.logps, strict=True)
+    return [Rollout(ids, where, logps) if row.student else None for row, ids, where, logps in parts]
+
+
+def read_cases(source: JsonlSource, loaded: Loaded, config) -> Iterator[Case]:
+    """The rows of a rollouts file: `{"id", "images", "problem", "answer"}` and `"completion"` or `"completion_ids"`."""
+    roots = (*source.image_roots, "/")  # the rollouts' own engine chose the paths
+    options = {"max_images": config.data.max_images, "image_roots": roots, "fields": tuple(config.data.fields)}
+    reader = Reader.of(loaded, config)
+    for i in range(len(source)):
+        raw = source[i]
+        example = encode_row(raw, i, processor=loaded.processor, **options)
+        completion = example.bad_reason or _completion(raw, example, reader, loaded)
+        if isinstance(completion, str):
+            yield Case(i, example, bad_reason=completion)
+        else:
+            yield Case(i, example, reader.row(example), completion)
+
+
+def _completion(raw: dict[str, Any], example: Example, reader: Reader, loaded: Loaded) -> Rollout | str:
+    """The rollout of a usable row, or the reason why it has none."""
+    ids = _completion_ids(raw, loaded)
+    if isinstance(ids, str):
+        return ids
+    if len(ids) > max(loaded.buckets.completion):
+        return "completion_too_long"
+    if reason := reader.too_long(example, max_completion=len(ids)):
+        return reason
+    return Rollout(tuple(ids), find_spans(loaded.processor.token_bytes(ids), rule=loaded.span_rule))
+
+
+def _completion_ids(raw: dict[str, Any], loaded: Loaded) -> list[int] | str:
+    """Token ids of a row's completion, or the reason why there are none."""
+    ids = raw.get("completion_ids")
+    if ids is None:
+        text = raw.get("completion")
+        return loaded.processor.encode_text(text) if isinstance(text, str) else "no_completion"
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < loaded.config.vocab_size for i in ids):
+        return "bad_completion_ids"
+    return ids
+
+
+def spans_json(rollout: Rollout) -> dict[str, list[list[int]]]:
+    """Token ranges [start, end) of the parts; an empty part has none."""
+    parts = {name: getattr(rollout.spans, name) for name in ("description", "reasoning", "answer")}
+    return {name: [list(span)] if span[1] > span[0] else [] for name, span in parts.items()}
+
+
+def rollout_metrics(
+    loaded: Loaded, examples: Sequence[Example], rollouts: Sequence[Rollout | None]
+) -> dict[str, float]:
+    """How a step's rollouts look; rates are over the usable rows unless said otherwise.
+
+    valid_rate, accuracy (of the last closed box), truncated_rate (no end token), completion_tokens (mean);
+    invalid/REASON: share of rollouts that break this rule first;
+    length/PART: mean tokens of the part in valid rollouts;
+    leak_rate: share of valid rollouts whose description already contains their final answer. Not only a leak makes
+      that so: an answer that can be seen belongs into a description. Watch where it goes.
+    """
+    pairs = [(e, r) for e, r in zip(examples, rollouts, strict=True) if r is not None]
+    if not pairs:
+        return {}
+    decode, eos = loaded.processor.decode, set(loaded.processor.eos_ids)
+    answers = [last_boxed(decode(r.ids)) for _, r in pairs]
+    out = {
+        "valid_rate": _mean([r.spans.is_valid for _, r in pairs]),
+        "accuracy": _mean([is_correct(a, e.reference) for a, (e, _) in zip(answers, pairs, strict=True)]),
+        "completion_tokens": _mean([len(r.ids) for _, r in pairs]),
+        "truncated_rate": _mean([not r.ids or r.ids[-1] not in eos for _, r in pairs]),
+    }
+    reasons = Counter(r.spans.invalid_reason for _, r in pairs if not r.spans.is_valid)
+    out |= {f"invalid/{reason}": n / len(pairs) for reason, n in sorted(reasons.items())}
+    valid = [(a, r) for a, (_, r) in zip(answers, pairs, strict=True) if r.spans.is_valid]
+    for part in ("description", "reasoning", "answer") if valid else ():
+        out[f"length/{part}"] = _mean([end - start for _, r in valid for start, end in [getattr(r.spans, part)]])
+    told = [mentions(decode(r.ids[slice(*r.spans.description)]), a) for a, r in valid if a]
+    told = [x for x in told if x is not None]
+    return out | ({"leak_rate": _mean(told)} if told else {})
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
