@@ -31,16 +31,18 @@ def get_config() -> ml_collections.ConfigDict:
     config.seed = 0  # of everything random: data order, rollouts, adapter initialisation, dropout
     config.steps = 80  # optimizer steps of the whole run
     config.batch_size = 32  # rows of a global batch, over all devices and micro-batches
-    config.accumulation = 1  # micro-batches a step's gradient is summed over
+    config.accumulation = 1  # micro-batches a step's gradient is summed over; they are formed by length
     config.checkpoint_every = 20  # optimizer steps between checkpoints; the last step is always saved
     config.keep_checkpoints = 2  # newest ones kept
     config.log_every = 10  # steps between progress lines where there is no terminal
+
+    config.compilation_cache = "~/.cache/vigos_jax"  # folder of compiled programs, for the next run; "" keeps none
 
     config.model = ConfigDict()
     config.model.path = "demo"  # Hugging Face folder or hub id; "demo" is the model shipped with the package
     config.model.adapter = ""  # PEFT LoRA folder to start the student from; "" for none
     config.model.dtype = "float32"  # of the frozen base and of computation: float32 | bfloat16
-    config.model.remat = False  # recompute layers in the backward pass: slower, much less memory
+    config.model.remat = "none"  # recomputed in the backward pass: none | dots (all but matmuls) | full
 
     config.lora = ConfigDict()
     config.lora.rank = 0  # of new adapters; 0 trains all parameters instead
@@ -58,6 +60,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.split = "train"  # of a hub data set or folder
     config.data.shuffle = True  # anew in every epoch
     config.data.workers = 0  # processes that read and encode; 0 for threads of the main one. Same batches.
+    config.data.window = 1  # batches whose rows are grouped by size among themselves, against padding; 1 for none
     config.data.fields = ()  # further columns of texts that roles' prompts may show as {NAME}
     config.data.max_images = 1  # rows with more are bad rows
     config.data.max_bad_fraction = 0.05  # unusable rows (skipped and counted) above which the run stops
@@ -125,10 +128,10 @@ def get_config() -> ml_collections.ConfigDict:
 
     # Sizes that arrays are padded to. Fewer sizes mean fewer compilations, more sizes less padding.
     config.buckets = ConfigDict()
-    config.buckets.patches = (36, 64, 256, 1024, 2048, 4096, 8192, 16384)  # image patches of a row, in window slots
-    config.buckets.prompt = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # student prompt tokens
-    config.buckets.completion = (48, 64, 128, 256, 512, 1024, 2048, 4096)  # completion tokens
-    config.buckets.packed = (128, 192, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)  # all teacher branches
+    config.buckets.patches = (36, *sizes(64, 16384))  # image patches of a row, in window slots
+    config.buckets.prompt = sizes(64, 32768)  # student prompt tokens
+    config.buckets.completion = (48, *sizes(64, 4096))  # completion tokens, and what the cache grows by
+    config.buckets.sequence = sizes(64, 65536)  # a student's prompt and completion, or all teacher branches of a row
 
     config.evaluate = ConfigDict()  # before and after a run on the demo
     config.evaluate.questions = 1000  # questions of each kind (conflict, prior); 0 for no evaluation
@@ -164,6 +167,15 @@ def get_config() -> ml_collections.ConfigDict:
     config.prompts.unlock()
     config.roles.unlock()  # but roles and their prompts are for you to name
     return config
+
+
+def sizes(first: int, last: int) -> tuple[int, ...]:
+    """Powers of two and three steps between each: 64, 80, 96, 112, 128, 160, ... At most a fifth is padding."""
+    out, n = [], first
+    while n < last:
+        out += [n + n * i // 4 for i in range(4)]
+        n *= 2
+    return (*out, last)
 
 
 def role(

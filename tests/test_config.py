@@ -83,9 +83,9 @@ def test_choices(field, choices):
 
 @pytest.mark.parametrize("sizes", [(), (64, 32), (32, 32), (0, 32), (-1,), (32, 64.0), ("32",)])
 def test_buckets_ascend(sizes):
-    validate(changed(buckets__packed=(256,)))
-    with pytest.raises(InputError, match=r"config\.buckets\.packed=.* must be ascending positive integers"):
-        validate(changed(buckets__packed=sizes))
+    validate(changed(buckets__sequence=(256,)))
+    with pytest.raises(InputError, match=r"config\.buckets\.sequence=.* must be ascending positive integers"):
+        validate(changed(buckets__sequence=sizes))
 
 
 def test_a_completion_must_fit_its_bucket():

@@ -32,7 +32,7 @@ from vigos_jax.step import TrainState, make_train_step
 FOLDER = pathlib.Path(__file__).parent / "data" / "goldens"
 TOLERANCE = 1e-4
 # One size each, so that all batches share their programs.
-BUCKETS = Buckets(patches=(320,), prompt=(250,), completion=(66,), packed=(1100,))
+BUCKETS = Buckets(patches=(320,), prompt=(250,), completion=(66,), sequence=(1100,))
 VISION_END = 930
 
 
@@ -417,12 +417,12 @@ def test_the_paper_config_has_the_paper_settings():
 
 @functools.cache
 def gradient_step(roles):
-    step = make_train_step(MODEL, KEEP_GRADIENT, roles=roles, chunk=16, accumulation=1, use_dropout=False)
+    step = make_train_step(MODEL, KEEP_GRADIENT, roles=roles, chunk=16, use_dropout=False)
 
     @tiny.jit
     def run(base, trained, batch):
         state = TrainState(jnp.zeros((), jnp.int32), trained, KEEP_GRADIENT.init(trained), {})
-        state, metrics = step(state, base, batch, jax.random.key(0))
+        state, metrics = step(state, base, [batch], jax.random.key(0))
         return state.opt_state, metrics
 
     return run

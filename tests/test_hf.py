@@ -79,7 +79,7 @@ def by_name(params, config: ModelConfig, *, dtype) -> dict[str, np.ndarray]:
 
 def our_logits(model: Qwen2_5VL, variables, sample: tm.Sample = SAMPLE) -> np.ndarray:
     n = len(sample.ids)
-    buckets = Buckets(patches=(128,), prompt=(n,), completion=(1,), packed=(1,))
+    buckets = Buckets(patches=(128,), prompt=(n,), completion=(1,), sequence=(1,))
     batch = pack_prompts([Row(sample.images, sample.turn)], config=model.config, buckets=buckets)
 
     @jax.jit

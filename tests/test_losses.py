@@ -59,7 +59,7 @@ TABLES = [(k,) for k in KINDS] + [(KINDS[0], KINDS[1]), KINDS[:3], KINDS]
 def test_divergence(roles, temperature):
     student, teacher = random_logits((70, 50))
     role = np.arange(70) % len(roles)
-    kl = losses.divergence(student, teacher, role, roles=roles, temperature=temperature)
+    kl, _ = losses.divergence(student, teacher, role, roles=roles, temperature=temperature)
     want = plain(roles, student, teacher, role, temperature)
     np.testing.assert_allclose(kl, want, rtol=1e-5, atol=1e-6)
     for other in KINDS:  # none can be taken for another
@@ -72,10 +72,10 @@ def test_the_limits_of_the_mixture():
     """Divided by the smaller share, jsd goes to forward_kl with beta to 0, and to reverse_kl with beta to 1."""
     student, teacher = random_logits((20, 50), scale=1.0)
     role = np.zeros(20, int)
-    of = lambda r: losses.divergence(student, teacher, role, roles=(r,), temperature=1.0)  # noqa: E731
+    of = lambda r: losses.divergence(student, teacher, role, roles=(r,), temperature=1.0)[0]  # noqa: E731
     for beta, end in ((1e-3, FORWARD), (1 - 1e-3, REVERSE)):
         np.testing.assert_allclose(of(replaced(JSD, beta=beta)) / min(beta, 1 - beta), of(end), rtol=1e-2)
-    swapped = losses.divergence(teacher, student, role, roles=(replaced(JSD, beta=0.7),), temperature=1.0)
+    swapped, _ = losses.divergence(teacher, student, role, roles=(replaced(JSD, beta=0.7),), temperature=1.0)
     np.testing.assert_allclose(of(JSD), swapped, rtol=1e-5)
 
 
@@ -84,7 +84,7 @@ def test_divergence_is_float32_and_never_below_zero():
     near = (teacher + 1e-3 * student).astype(np.float32)
     role = jnp.zeros(400, int)
     for kind in (FORWARD, REVERSE, JSD):
-        of = lambda a, b, kind=kind: losses.divergence(a, b, role, roles=(kind,), temperature=1.0)  # noqa: E731
+        of = lambda a, b, kind=kind: losses.divergence(a, b, role, roles=(kind,), temperature=1.0)[0]  # noqa: E731
         for a in (near, teacher, student):
             kl = of(a, teacher)
             assert kl.dtype == jnp.float32 and np.isfinite(kl).all()
@@ -96,7 +96,7 @@ def test_divergence_is_float32_and_never_below_zero():
 def test_a_clip_per_entry_of_a_sum_of_signed_terms_can_be_negative():
     role = replaced(FORWARD, clip=0.01, clip_per="entry")
     student, teacher = random_logits((70, 50))
-    assert losses.divergence(student, teacher, np.zeros(70, int), roles=(role,), temperature=1.0).min() < 0
+    assert losses.divergence(student, teacher, np.zeros(70, int), roles=(role,), temperature=1.0)[0].min() < 0
 
 
 @pytest.mark.parametrize("roles", [KINDS[:3], KINDS[4:]], ids=["plain", "clipped per entry"])
@@ -104,7 +104,7 @@ def test_gradient_of_the_divergence(roles):
     """Central differences of the float64 divergence, logit by logit."""
     student, teacher = random_logits((6, 9), scale=2.0)
     role, h = np.arange(6) % 3, 1e-6
-    gradient = jax.grad(lambda x: jnp.sum(losses.divergence(x, teacher, role, roles=roles, temperature=2.0)))(student)
+    _, gradient = losses.divergence(student, teacher, role, roles=roles, temperature=2.0)
     for v in range(9):
         step = h * np.eye(9)[v]
         up, down = (plain(roles, student.astype(np.float64) + s, teacher, role, 2.0) for s in (step, -step))
@@ -132,55 +132,68 @@ def random_entries(b=3, e=11, d=8, v=50):
     rng = np.random.default_rng(0)
     role = rng.integers(-1, 3, (b, e))
     token = rng.integers(0, v, (b, e)).astype(np.int32)
-    entries = entries_of(role, clip=np.where(role == 1, 0.5, np.inf), token=token)
+    entries = entries_of(role, clip=np.where(role == 1, 2.0, np.inf), token=token)
     student, teacher = (jnp.asarray(rng.standard_normal((b, e, d)), jnp.float32) for _ in range(2))
-    heads = [jnp.asarray(rng.standard_normal((d, v)), jnp.float32) for _ in range(2)]
+    heads = [jnp.asarray(rng.standard_normal((v, d)), jnp.float32) for _ in range(2)]
     return student, teacher, entries, heads
 
 
+def weights_of(entries):
+    shares = jnp.sum(losses.entry_shares(entries, count=3, reduction="tokens"), (0, 1))
+    return losses.entry_weights(entries, shares, roles=ROLES, reduction="tokens")
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 500])
-def test_chunk_size_changes_nothing(chunk):
+@pytest.mark.parametrize("trains_head", [True, False])
+def test_fused_loss_and_gradient_are_those_of_plain_autodiff(chunk, trains_head):
+    """Value, scores, and gradients at states and head, in the presence of clips, padding and another factor behind."""
     student, teacher, entries, heads = random_entries()
+    options = {"roles": ROLES, "temperature": 1.7}
 
-    def run(student, head, chunk):
-        out = losses.score_entries(
-            student,
-            teacher,
-            entries,
-            roles=ROLES,
-            temperature=1.0,
-            student_head=lambda h: h @ head,
-            teacher_head=lambda h: h @ heads[1],
-            chunk=chunk,
-        )
-        stats = losses.role_stats(out, entries, count=3, reduction="tokens")
-        return losses.total_loss(stats, stats.shares, roles=ROLES), out
+    def fused(student, head):
+        arrays = student, head, teacher, heads[1], entries, weights_of(entries)
+        out = losses.weighted_loss(*arrays, chunk=chunk, trains_head=trains_head, **options)
+        return 3.0 * out[0], out[1]
 
-    both = tiny.jit(jax.value_and_grad(run, (0, 1), has_aux=True), static_argnums=2)
-    got, want = (both(student, heads[0], c) for c in (chunk, 11))
-    assert got[0][1].kl.shape == (3, 11)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-6)
-    scores = got[0][1]
-    p, q = oracle.log_softmax(student @ heads[0]), oracle.log_softmax(teacher @ heads[1])
+    def plain_loss(student, head):
+        log_p = jax.nn.log_softmax(student @ head.T / 1.7)
+        log_q = jax.nn.log_softmax(teacher @ heads[1].T / 1.7)
+        forward, reverse = (jnp.sum(jnp.exp(a) * (a - b), -1) for a, b in ((log_q, log_p), (log_p, log_q)))
+        kl = jnp.where(entries.role == 2, reverse, forward)
+        return 3.0 * jnp.sum(weights_of(entries) * jnp.minimum(kl, entries.clip)), kl
+
+    both = [tiny.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(student, heads[0]) for f in (fused, plain_loss)]
+    ((got, scores), gradients), ((want, kl), expected) = both
+    assert got == pytest.approx(float(want), rel=1e-6) and 0 < (kl > entries.clip).sum() < (entries.role == 1).sum()
+    np.testing.assert_allclose(scores.kl, kl, atol=2e-5)
+    np.testing.assert_allclose(gradients[0], expected[0], atol=2e-6)
+    np.testing.assert_allclose(gradients[1], expected[1] if trains_head else 0, atol=5e-6)
+    assert np.abs(expected[0]).max() > 0.1 and np.abs(expected[1]).max() > 0.1
+
+    stats = losses.role_stats(scores, entries, count=3, reduction="tokens")
+    assert got / 3 == pytest.approx(float(losses.total_loss(stats, stats.shares, roles=ROLES)), rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 500])
+def test_scores_are_those_of_whole_logits(chunk):
+    student, teacher, entries, heads = random_entries()
+    scores = losses.score_entries(
+        student, heads[0], teacher, heads[1], entries, roles=ROLES, temperature=1.0, chunk=chunk
+    )  # fmt: skip
+    assert scores.kl.shape == (3, 11)
+    p, q = oracle.log_softmax(student @ heads[0].T), oracle.log_softmax(teacher @ heads[1].T)
     for logp, log_probs in ((scores.student_logp, p), (scores.teacher_logp, q)):
         np.testing.assert_allclose(logp, np.take_along_axis(log_probs, entries.token[..., None], -1)[..., 0], atol=1e-5)
     np.testing.assert_allclose(scores.entropy, -np.sum(np.exp(p) * p, -1), atol=1e-5)
-    alone = losses.token_logps(teacher, entries.token, head=lambda h: h @ heads[1], chunk=chunk)
+    alone = losses.token_logps(teacher, heads[1], entries.token, chunk=chunk)
     np.testing.assert_allclose(alone, scores.teacher_logp, atol=1e-6)
 
 
 def test_the_temperature_is_of_the_divergence_alone():
     student, teacher, entries, heads = random_entries()
+    options = {"roles": ROLES, "chunk": 4}
     run = lambda t: losses.score_entries(  # noqa: E731
-        student,
-        teacher,
-        entries,
-        roles=ROLES,
-        temperature=t,
-        student_head=lambda h: h @ heads[0],
-        teacher_head=lambda h: h @ heads[1],
-        chunk=4,
+        student, heads[0], teacher, heads[1], entries, temperature=t, **options
     )
     one, three = run(1.0), run(3.0)
     assert (three.kl < 0.5 * one.kl).all()
@@ -231,7 +244,7 @@ def test_a_role_without_tokens_gives_zero():
 
 V = 1009  # a prime: an array whose size is a multiple of it holds the vocabulary, however it is shaped
 HLO_CONFIG = dataclasses.replace(CONFIG, vocab_size=V)
-HLO_BUCKETS = Buckets(patches=(16,), prompt=(24,), completion=(96,), packed=(160,))
+HLO_BUCKETS = Buckets(patches=(16,), prompt=(24,), completion=(96,), sequence=(160,))
 
 
 def most_rows_beside_the_vocabulary(text):
@@ -254,17 +267,18 @@ def compiled_step(kind, chunk, roles=ROLES):
         buckets=HLO_BUCKETS,
         config=HLO_CONFIG,
     )
-    step = make_train_step(model, tx, roles=roles, chunk=chunk, accumulation=1, use_dropout=False)
+    step = make_train_step(model, tx, roles=roles, chunk=chunk, use_dropout=False)
     jitted = tiny.jit(step, donate_argnums=0)
-    return jitted.lower(state, abstract["params"], batch, jax.random.key(0)).compile().as_text()
+    return jitted.lower(state, abstract["params"], [batch], jax.random.key(0)).compile().as_text()
 
 
 @pytest.mark.parametrize("kind, roles", [("lora", ROLES), ("params", ROLES), ("lora", (FORWARD, KINDS[6], KINDS[5]))])
 def test_logits_exist_for_one_chunk_only(kind, roles):
-    # 2 rows of 24 entries; the embedding itself has 32 rows of the vocabulary's length
-    assert most_rows_beside_the_vocabulary(compiled_step(kind, chunk=24, roles=roles)) == 2 * 24
+    # 2 rows of 24 entries, student and teacher in one array if they have one head; the embedding itself has 32 rows
+    wanted = 2 * 24 * (2 if kind == "lora" else 1)
+    assert most_rows_beside_the_vocabulary(compiled_step(kind, chunk=24, roles=roles)) == wanted
 
 
 def test_the_search_for_logits_can_fail():
-    assert most_rows_beside_the_vocabulary(compiled_step("lora", chunk=96)) == 2 * 96
+    assert most_rows_beside_the_vocabulary(compiled_step("lora", chunk=96)) == 2 * 96 * 2
     assert most_rows_beside_the_vocabulary("f32[7]{0} bf16[96,2018]{1,0} s32[2,3,1009]{2,1,0} pred[]") == 192

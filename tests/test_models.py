@@ -85,7 +85,7 @@ def pairs(tmp_path_factory) -> dict[str, Pair]:
 
 
 def pack(samples, *, length: int = LENGTH) -> PromptBatch:
-    buckets = Buckets(patches=(64, 448), prompt=(length,), completion=(1,), packed=(1,))
+    buckets = Buckets(patches=(64, 448), prompt=(length,), completion=(1,), sequence=(1,))
     config = ModelConfig.from_hf(tm.tiny_config(tied=True).to_dict())
     return pack_prompts([Row(s.images, s.turn) for s in samples], config=config, buckets=buckets)
 
@@ -411,8 +411,9 @@ def test_layers_are_recomputed_when_asked(pairs, batch, adapted):
 
         return str(jax.make_jaxpr(jax.grad(loss))(adapted.lora))
 
-    assert gradient(True).count("prevent_cse=False") >= 2
-    assert "prevent_cse" not in gradient(False)
+    none, dots, full = (gradient(remat) for remat in ("none", "dots", "full"))
+    assert full.count("prevent_cse=False") >= 2 and "prevent_cse" not in none
+    assert "policy=None" in full and "policy=None" not in dots and dots.count("prevent_cse=False") >= 2
 
 
 # -- packing ----------------------------------------------------------------------------------------------------

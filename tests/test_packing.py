@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -18,6 +19,7 @@ from vigos_jax.packing import (
     Rollout,
     Row,
     entry_clip,
+    length_groups,
     pack_prompts,
     pack_scores,
     scored_positions,
@@ -223,17 +225,35 @@ def test_a_sampled_image_token_is_text():
 
 
 def test_shapes_are_the_declared_ones():
-    buckets = Buckets(patches=(16, 64), prompt=(24, 40), completion=(8, 16), packed=(48, 144))
+    buckets = Buckets(patches=(16, 64), prompt=(24, 40), completion=(4, 8, 16), sequence=(32, 48, 64, 144))
     small = pack([(row(2, (2, 2)), valid(2, 7, (0, 1), (2, 3), (5, 6)))], buckets=buckets)
-    assert small.vision.patches.shape[1] == 16 and small.student.ids.shape[1] == 24 + 8
-    assert small.teacher.ids.shape[1] == 48 and small.entries.role.shape[1] == 8
+    assert small.vision.patches.shape[1] == 16 and small.student.ids.shape[1] == 32
+    assert small.teacher.ids.shape[1] == 32 and small.entries.role.shape[1] == 4  # of 7 tokens, 3 are scored
     large = pack(MIXES["mixed"], buckets=buckets)
-    assert large.vision.patches.shape[1] == 64 and large.student.ids.shape[1] == 40 + 16
-    assert large.teacher.ids.shape[1] == 144 and large.entries.role.shape[1] == 16
-    assert pack(MIXES["all bad"], buckets=buckets).teacher.ids.shape == (8, 48)
+    assert large.vision.patches.shape[1] == 64 and large.student.ids.shape[1] == 48
+    assert large.teacher.ids.shape[1] == 64 and large.entries.role.shape[1] == 16
+    assert pack(MIXES["all bad"], buckets=buckets).teacher.ids.shape == (8, 32)
 
 
-@pytest.mark.parametrize("kind", ["patches", "prompt", "completion", "packed"])
+def test_images_are_packed_when_asked():
+    rows, rollouts = zip(*MIXES["mixed"], strict=True)
+    options = {"roles": ROLES, "config": CONFIG, "buckets": BUCKETS}
+    without, whole = pack_scores(rows, rollouts, with_images=False, **options), pack(MIXES["mixed"])
+    assert without.vision is None
+    jax.tree.map(np.testing.assert_array_equal, without.replace(vision=whole.vision), whole)
+
+
+def test_groups_of_equal_lengths():
+    rows, rollouts = zip(*MIXES["mixed"], strict=True)
+    assert length_groups(rows, rollouts, 1) == [list(range(8))]
+    for count in (2, 4, 8):
+        groups = length_groups(rows, rollouts, count)
+        assert [len(g) for g in groups] == [8 // count] * count and sorted(sum(groups, [])) == list(range(8))
+        lengths = [len(rows[i].student.ids) + len(rollouts[i].ids) if rollouts[i] else 0 for i in sum(groups, [])]
+        assert lengths == sorted(lengths)
+
+
+@pytest.mark.parametrize("kind", ["patches", "completion", "sequence"])
 def test_too_large_for_the_largest_bucket(kind):
     small = dataclasses.replace(BUCKETS, **{kind: (2, 3)})
     with pytest.raises(InputError, match=rf"does not fit config.buckets.{kind}; the largest is 3"):
@@ -246,7 +266,7 @@ def test_too_long():
         "patches": slot_count(r, CONFIG),
         "prompt": len(r.student.ids),
         # the two roles of a valid rollout need more than the one of an invalid rollout
-        "packed": len(r.student.prefix_ids) + sum(len(t.rest_ids) + 10 for t in r.teachers[:2]),
+        "sequence": len(r.student.prefix_ids) + sum(len(t.rest_ids) + 10 for t in r.teachers[:2]),
     }
     fits = Buckets(completion=(16,), **{k: (1, n) for k, n in need.items()})
     check = lambda b: too_long(r, roles=ROLES, buckets=b, max_completion=10, config=CONFIG)  # noqa: E731
@@ -259,15 +279,15 @@ def test_too_long_counts_all_roles_that_may_score_an_invalid_rollout():
     r = row(0, (4, 6))
     need = len(r.student.prefix_ids) + sum(len(t.rest_ids) + 10 for t in r.teachers)
     roles = tuple(dataclasses.replace(role, when="invalid") for role in ROLES)
-    for size, expected in ((need, None), (need - 1, "packed")):
-        buckets = dataclasses.replace(BUCKETS, packed=(size,))
+    for size, expected in ((need, None), (need - 1, "sequence")):
+        buckets = dataclasses.replace(BUCKETS, sequence=(size,))
         assert too_long(r, roles=roles, buckets=buckets, max_completion=10, config=CONFIG) == expected
 
 
 def test_what_too_long_lets_through_can_be_packed():
     r = row(0, (4, 6))
     packed = len(r.student.prefix_ids) + sum(len(t.rest_ids) + 16 for t in r.teachers[:2])
-    buckets = dataclasses.replace(BUCKETS, packed=(packed,))
+    buckets = dataclasses.replace(BUCKETS, sequence=(packed,))
     assert too_long(r, roles=ROLES, buckets=buckets, max_completion=16, config=CONFIG) is None
     pack([(r, valid(0, 16, (0, 5), (6, 12), (13, 16))), (r, invalid(0, 16))], buckets=buckets)
 

@@ -20,7 +20,7 @@ from vigos_jax.sources import JsonlSource
 from vigos_jax.spans import find_spans
 
 VALID = "a red square </description> <think> it is red </think> \\boxed{red}"
-BUCKETS = Buckets(patches=(64,), prompt=(96,), completion=(96,), packed=(400,))
+BUCKETS = Buckets(patches=(64,), prompt=(96,), completion=(96,), sequence=(400,))
 ROLES = (
     TeacherRole("perception", "", "<description>", ("description",), "valid", "forward_kl", 1.0, 0.0),
     TeacherRole("reasoning", "{problem} {reference}", "", ("reasoning",), "valid", "forward_kl", 1.0, 0.0),
@@ -154,7 +154,7 @@ def test_a_reader_that_was_pickled_reads_the_same(loaded):
     assert twin.too_long(example(loaded), max_completion=10) is None
 
 
-@pytest.mark.parametrize("kind, size", [("patches", 4), ("prompt", 8), ("packed", 60)])
+@pytest.mark.parametrize("kind, size", [("patches", 4), ("prompt", 8), ("sequence", 60)])
 def test_too_long(loaded, kind, size):
     small = types.SimpleNamespace(**vars(loaded) | {"buckets": Buckets(**vars(BUCKETS) | {kind: (size,)})})
     assert Reader.of(loaded, config()).too_long(example(loaded), max_completion=40) is None
@@ -164,8 +164,8 @@ def test_too_long(loaded, kind, size):
 
 def test_the_reference_and_the_completion_count_too(loaded):
     reader = Reader.of(loaded, config())
-    assert reader.too_long(example(loaded), max_completion=400) == "packed_too_long"
-    assert reader.too_long(example(loaded), max_completion=40, reference="red " * 400) == "packed_too_long"
+    assert reader.too_long(example(loaded), max_completion=400) == "sequence_too_long"
+    assert reader.too_long(example(loaded), max_completion=40, reference="red " * 400) == "sequence_too_long"
 
 
 def test_sampled_completions_are_parsed(loaded):

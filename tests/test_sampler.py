@@ -14,7 +14,7 @@ from tiny import BUCKETS, CONFIG, IMAGE, MODEL, ROLES, pack, row
 from vigos_jax.errors import InputError
 from vigos_jax.models.qwen2_5_vl import Qwen2_5VL
 from vigos_jax.packing import Rollout, Row, pack_prompts
-from vigos_jax.sampler import Sampler, Sampling, completions, draw, penalise, row_keys
+from vigos_jax.sampler import Sampler, Sampling, completions, draw, penalise, row_keys, top_k
 from vigos_jax.sharding import batch_sharding, make_mesh, tree_shardings
 from vigos_jax.spans import Spans
 
@@ -177,11 +177,12 @@ def student(lora=None):
 
 
 @functools.cache
-def sampler(sampling=SAMPLING, eos_ids=NEVER, model=MODEL):
-    s = Sampler(model, sampling, eos_ids=eos_ids)
+def sampler(sampling=SAMPLING, eos_ids=NEVER, model=MODEL, cache_sizes=()):
+    s = Sampler(model, sampling, eos_ids=eos_ids, cache_sizes=cache_sizes)
     # the same functions, compiled with less care
     s._prefill = tiny.jit(s._prefill.__wrapped__)
     s._decode = tiny.jit(s._decode.__wrapped__, donate_argnums=1)
+    s._encode = tiny.jit(s._encode.__wrapped__)
     return s
 
 
@@ -284,6 +285,60 @@ def test_going_on_equals_one_call():
     assert state.step == N
     for a, b in zip(out.logps, rollouts().logps, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 3), (5,), (N // 2, N), (N, 2 * N)])
+def test_a_cache_that_grows_changes_nothing(sizes):
+    s = sampler(cache_sizes=sizes)
+    assert s.capacities == (*(n for n in sizes if n < N), N)
+    out = s(student(), prompts(), row_keys(0, 0, len(ROWS)))
+    assert out.ids == rollouts().ids
+    for a, b in zip(out.logps, rollouts().logps, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_the_cache_grows_only_when_it_is_full():
+    """Also after a stop at the last free slot, and not for rows that have all stopped."""
+    s = sampler(cache_sizes=(3, 6))
+    slots = prompts().text.ids.shape[1]
+    state = s.start(student(), prompts(), row_keys(0, 0, len(ROWS)))
+    for until, capacity in ((1, 3), (3, 3), (4, 6), (6, 6), (N, N)):
+        state = s.advance(student(), state, until)
+        assert state.step == until and state.visible.shape[1] == state.cache.k.shape[2] == slots + capacity
+    stopped = sampler(cache_sizes=(3, 6), eos_ids=range(CONFIG.vocab_size))
+    state = stopped.advance(student(), stopped.start(student(), prompts(), row_keys(0, 0, len(ROWS))), N)
+    assert state.step == 1 and state.visible.shape[1] == slots + 3
+
+
+def test_a_grown_cache_that_loses_its_prompt_would_show():
+    s = sampler(cache_sizes=(3, 6))
+    state = s.advance(student(), s.start(student(), prompts(), row_keys(0, 0, len(ROWS))), 3)
+    blind = state.replace(visible=state.visible.at[:, : state.prompt_slots].set(False))
+    assert completions(s.advance(student(), blind, N)).ids != rollouts().ids
+
+
+def test_images_that_are_encoded_already_are_taken():
+    s = sampler()
+    images = s.encode(student(), prompts().vision)
+    keys = row_keys(0, 0, len(ROWS))
+    assert s(student(), prompts(), keys, images) == rollouts()
+    assert s(student(), prompts(), keys, 0 * images) != rollouts()
+
+
+@pytest.mark.parametrize("v, k", [(151_936, 20), (5121, 20), (5120, 20), (1000, 3), (130, 1), (129, 200), (7, 7)])
+@pytest.mark.parametrize("values", ["distinct", "few", "one", "masked"])
+def test_top_k_is_that_of_lax(v, k, values):
+    """Ties: which of several equal elements is taken, and in which order."""
+    rng = np.random.default_rng(0)
+    x = {
+        "distinct": rng.standard_normal((3, v)),
+        "few": rng.integers(0, 4, (3, v)),
+        "one": np.zeros((3, v)),
+        "masked": np.where(rng.random((3, v)) < 0.99, -np.inf, rng.standard_normal((3, v))),
+    }[values].astype(np.float32)
+    k = min(k, v)
+    for got, want in zip(top_k(jnp.asarray(x), k), jax.lax.top_k(x, k), strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_an_end_token_stops_its_row():

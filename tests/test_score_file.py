@@ -16,6 +16,7 @@ from vigos_jax.roles import role_table
 from vigos_jax.spans import find_spans
 
 VALID = " a red square </description> <think> it is red </think> \\boxed{red}"
+LONGER = " a blue circle and" + VALID.replace("it is", "not blue , it is") + " <think>"
 INVALID = " a red square </description> it is red"
 FIELDS = {
     "id", "is_valid", "completion_ids", "spans", "role", "kl", "kl_clipped", "student_logp", "teacher_logp",
@@ -45,7 +46,7 @@ def rollouts(world, tmp_path_factory):
         {"id": "no such id", "images": ["pictures/0.png"], "completion_ids": [10**6]} | texts,
         {"id": "other question", "images": ["pictures/0.png"], "completion": VALID, "problem": "Why?", "answer": 0},
         {"id": "says nothing", "images": ["pictures/0.png"]} | texts,
-        {"id": "last", "images": ["pictures/1.png"], "completion": VALID + " <think>"} | texts,
+        {"id": "last", "images": ["pictures/1.png"], "completion": LONGER} | texts,
     ]
     return runs.write_rows(folder / "rollouts.jsonl", rows)
 
@@ -140,6 +141,7 @@ def test_other_clips_and_means(world, rollouts, scored, tmp_path):
     options = [f"--config.roles.{x}" for x in roles] + ["--config.loss.reduction=sequences"]
     lines, summary = score(world, rollouts, tmp_path, *options)
     means = {"perception": [], "reasoning": [], "reference": []}
+    lengths = set()
     for line, before in zip(lines, scored[0], strict=True):
         if "error" in line:
             continue
@@ -156,6 +158,8 @@ def test_other_clips_and_means(world, rollouts, scored, tmp_path):
                     assert line["kl"][j] <= before["kl"][j] + 1e-5
             if where:
                 means[name].append(np.mean([line["kl_clipped"][j] for j in where]))
+                lengths.add((name, len(where)))
+    assert len(lengths) > len(means)  # a mean over tokens is another number
     assert lines[0]["kl"] != pytest.approx(scored[0][0]["kl"], abs=1e-3)
     for name, values in means.items():
         assert summary[name]["loss"] == pytest.approx(np.mean(values), rel=1e-5)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -35,9 +36,9 @@ def undisturbed(tmp_path_factory, world):
 
 
 def rows_of(workdir) -> list[dict]:
-    """metrics.jsonl without what depends on the clock."""
+    """metrics.jsonl without what depends on the clock, or on what this process has compiled already."""
     rows = runs.read_rows(workdir / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith("seconds/")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("seconds/", "compilations"))} for row in rows]
 
 
 def test_every_step_is_written_once_and_learns(undisturbed):
@@ -127,6 +128,20 @@ def test_other_modes_use_the_average_as_the_run_did(tmp_path_factory, world, tmp
     runs.assert_same_trees(jax.device_get(score.call_args.args[1]), saved["trained"])
 
 
+def test_a_further_column_is_shown_to_the_role_that_names_it(world, tmp_path):
+    rows = [row | {"caption": f"seen {i}"} for i, row in enumerate(runs.read_rows(world.data))]
+    data = runs.write_rows(tmp_path / "data.jsonl", rows)
+    runs.write_pictures(tmp_path / "pictures", len(rows))
+    own = [f"--config.data.source={data}", "--config.data.fields=('caption',)", "--config.steps=1"]
+    with mock.patch.object(train, "pack_scores", side_effect=train.pack_scores) as pack:
+        assert world.run(f"--workdir={tmp_path / 'run'}", "--config.prompts.reference.user=<{caption}>", *own) == 0
+    decode = runs.processor(world.model).decode
+    seen = [[decode(t.rest_ids) for t in (r.student, *r.teachers)] for r in pack.call_args.args[0] if r.student]
+    assert seen
+    for *others, reference in seen:
+        assert re.match(r"<seen \d>", reference) and not any("seen" in text for text in others)
+
+
 def test_a_changed_data_set_is_not_gone_on_with(world, tmp_path, capsys):
     data = runs.write_rows(tmp_path / "data.jsonl", runs.read_rows(world.data)[:1])
     runs.write_pictures(tmp_path / "pictures", 1)
@@ -182,8 +197,10 @@ def test_every_config_trains_on_the_demo(path, tmp_path):
     for row in rows:
         assert all(np.isfinite(x) for x in row.values()), row
         assert row["grad_norm"] > 0 and row["bad_rows"] == 0
-        shares = [row[f"{name}/loss_share"] for name, role in roles.items() if role["weight"]]
-        assert sum(shares) == pytest.approx(1, abs=1e-5)
+        here = [name for name, role in roles.items() if role["weight"]]
+        for kind in ("loss_share", "grad_share"):
+            assert sum(row[f"{name}/{kind}"] for name in here) == pytest.approx(1, abs=1e-5)
+        assert all(row[f"{name}/tokens"] > 0 or row[f"{name}/loss"] == 0 for name in here)
         assert not any(f"{name}/loss" in row for name, role in roles.items() if not role["weight"])
 
 

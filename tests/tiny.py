@@ -72,7 +72,7 @@ LORA = LoraSpec(
 )
 MODEL = Qwen2_5VL(CONFIG, lora=LORA)
 # One size each: all batches of equal length share one compiled program.
-BUCKETS = Buckets(patches=(64,), prompt=(40,), completion=(16,), packed=(144,))
+BUCKETS = Buckets(patches=(64,), prompt=(40,), completion=(16,), sequence=(56, 144))
 
 # The three roles of the method. The clips lie among the divergences of this model: some entries are clipped.
 ROLES = (
@@ -180,16 +180,21 @@ KEEP_GRADIENT = optax.GradientTransformation(
 )
 
 
+def micro_batches(batch, count: int) -> list:
+    """Rows a, a + count, ... of a batch for each a."""
+    return [jax.tree.map(lambda x, a=a: x[a::count], batch) for a in range(count)]
+
+
 @functools.cache
 def gradient_step(accumulation: int = 1, roles=ROLES, **options):
     """Compiled train step that moves nothing: (base, trained, batch, average={}) -> (gradient, metrics)."""
     options = {"chunk": 5, "use_dropout": False} | options
-    step = make_train_step(MODEL, KEEP_GRADIENT, roles=roles, accumulation=accumulation, **options)
+    step = make_train_step(MODEL, KEEP_GRADIENT, roles=roles, **options)
 
     @jit
     def run(base, trained, batch, average=None):
         state = TrainState(jnp.zeros((), jnp.int32), trained, KEEP_GRADIENT.init(trained), average or {})
-        state, metrics = step(state, base, batch, jax.random.key(0))
+        state, metrics = step(state, base, micro_batches(batch, accumulation), jax.random.key(0))
         return state.opt_state, metrics
 
     return run

@@ -53,7 +53,7 @@ def get_config():
     config.roles.perception.clip = config.roles.reasoning.clip = config.roles.reference.clip = 0.0
     config.sampling.max_tokens = 12
     config.buckets.patches, config.buckets.prompt = (64,), (64,)
-    config.buckets.completion, config.buckets.packed = (16, 64), (128, 384)
+    config.buckets.completion, config.buckets.sequence = (16, 64), (128, 384)
     config.loss.chunk = 16
     config.score.batch_size = 4
     config.export.after_training = False

@@ -23,6 +23,7 @@ _RANGES = (
     ("lora.alpha", 0, None),
     ("lora.dropout", 0, 0.999),
     ("data.workers", 0, None),
+    ("data.window", 1, None),
     ("data.max_images", 1, None),
     ("data.max_bad_fraction", 0, 1),
     ("optimizer.learning_rate", 0, None),
@@ -47,6 +48,7 @@ _RANGES = (
 )
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
     "lora.scope": ("language", "official"),
     "span_rule": ("paper", "released"),
     "teacher.weights": ("frozen", "ema", "live"),
@@ -56,7 +58,8 @@ _CHOICES = {
     "export.dtype": ("float32", "bfloat16"),
 }
 _PROMPT_FIELDS = ("user", "assistant_prefill")
-_MODE_SECTIONS = ("score", "diagnose", "generate", "export")  # say what to do with a run, not what the run is
+# They say what to do with a run, or where, not what the run is.
+_MODE_SECTIONS = ("score", "diagnose", "generate", "export", "compilation_cache")
 
 
 def get(config: Mapping[str, Any], field: str) -> Any:

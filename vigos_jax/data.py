@@ -10,7 +10,7 @@ import numpy as np
 from absl import flags
 
 from vigos_jax.errors import InputError
-from vigos_jax.processor import BadImage, EncodedImage, Processor, read_image
+from vigos_jax.processor import BadImage, EncodedImage, Processor, image_size, read_image
 from vigos_jax.prompts import clean_problem, clean_reference
 from vigos_jax.sources import fingerprint, raw_row
 
@@ -119,6 +119,64 @@ def _encode(item: object, processor: Processor, image_roots: Sequence[str]) -> E
     return processor.encode_image(image)
 
 
+def row_size(row: Mapping[str, Any], *, processor: Processor, image_roots: Sequence[str]) -> int:
+    """About how many prompt tokens a raw row will have, from its pictures' headers and the length of its question."""
+    images = row.get("images")
+    items = list(images) if isinstance(images, list | tuple | np.ndarray) else [images]
+    tokens = 0
+    for item in items:
+        try:
+            tokens += processor.visual_tokens(*image_size(item, image_roots=image_roots))
+        except BadImage:  # a bad row, wherever it stands
+            continue
+    problem = row.get("problem")
+    return tokens + len(problem) // 4 if isinstance(problem, str) else tokens
+
+
+class _Batches:
+    """Row numbers of every global batch: random access, and a function of its arguments alone.
+
+    Within windows of `window` batches of the shuffled order, rows are sorted by size, so that those of a batch need
+    about the same padding; the window's batches are then shuffled, so that sizes do not rise through it.
+    """
+
+    def __init__(self, order: Any, *, batch_size: int, window: int, seed: int, size_of: Callable[[int], int]):
+        self._order, self._batch_size, self._window, self._seed = order, batch_size, window, seed
+        self._size_of = size_of
+        self._kept: dict[int, np.ndarray] = {}  # the last windows; several threads may fill it with the same
+
+    def __len__(self) -> int:
+        return len(self._order) // self._batch_size
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        number, place = divmod(int(index), self._window)
+        rows = self._kept.get(number)
+        if rows is None:
+            rows = self._rows(number)
+            self._kept = {**{k: v for k, v in self._kept.items() if abs(k - number) <= 1}, number: rows}
+        return rows[place]
+
+    def _rows(self, number: int) -> np.ndarray:
+        size = self._batch_size * self._window
+        rows = np.array([int(self._order[i]) for i in range(number * size, (number + 1) * size)])
+        if self._window > 1:
+            rows = rows[np.argsort([self._size_of(i) for i in rows], kind="stable")]
+        rows = rows.reshape(self._window, self._batch_size)
+        return rows[np.random.default_rng([self._seed, number]).permutation(self._window)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _SizeOf:
+    """Row number -> size; picklable."""
+
+    source: Any
+    processor: Processor
+    image_roots: tuple[str, ...]
+
+    def __call__(self, index: int) -> int:
+        return row_size(self.source[index], processor=self.processor, image_roots=self.image_roots)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _EncodeBatch:
     """Row numbers of a global batch -> Examples of this process's part. Runs in grain's workers."""
@@ -140,6 +198,7 @@ def make_batches(
     shuffle: bool,
     max_images: int,
     workers: int,
+    window: int = 1,
     fields: Sequence[str] = (),
     too_long: Callable[[Example], str | None] | None = None,
     process_index: int = 0,
@@ -149,7 +208,7 @@ def make_batches(
     """An endless iterator over this process's part of every global batch, from number `start_batch` on.
 
     The rows are shuffled anew in every epoch, and a batch may reach over an epoch's end: no row is dropped.
-    Global batch i depends on (source, batch_size, seed, shuffle) alone. Process p of n holds the p-th n-th of
+    Global batch i depends on (source, batch_size, seed, shuffle, window) alone. Process p of n holds the p-th n-th of
     it: the parts put together, in order, are the batch that one process would see.
 
     Args:
@@ -159,6 +218,7 @@ def make_batches(
       workers: processes that read and encode, 0 for threads of this one; the batches are the same.
         With workers, source and too_long must be picklable and the main module importable; the iterator's
         `close()` ends them.
+      window: batches whose rows are grouped by size among themselves; 1 leaves the order as it is.
       fields, too_long: see `encode_row`; runs in the workers.
 
     Raises:
@@ -170,7 +230,8 @@ def make_batches(
         )
     if not 0 <= seed < 2**32:
         raise InputError(f"seed {seed} must be from 0 to 2**32 - 1")
-    for name, value, least in (("data.workers", workers, 0), ("data.max_images", max_images, 1)):
+    least_of = {"data.workers": (workers, 0), "data.max_images": (max_images, 1), "data.window": (window, 1)}
+    for name, (value, least) in least_of.items():
         if value < least:
             raise InputError(f"{name} {value} must be at least {least}")
     if len(source) == 0:
@@ -178,6 +239,9 @@ def make_batches(
 
     order = grain.MapDataset.range(len(source)).seed(seed)
     order = (order.shuffle() if shuffle else order).repeat()
+    roots = tuple(getattr(source, "image_roots", ()))
+    size_of = _SizeOf(source, processor, roots)
+    numbers = _Batches(order, batch_size=batch_size, window=window, seed=seed, size_of=size_of)
     part = batch_size // process_count
     encode = _EncodeBatch(
         source=source,
@@ -185,12 +249,12 @@ def make_batches(
         options={
             "processor": processor,
             "max_images": max_images,
-            "image_roots": tuple(getattr(source, "image_roots", ())),
+            "image_roots": roots,
             "fields": tuple(fields),
             "too_long": too_long,
         },
     )
-    batches = order.batch(batch_size)[start_batch:].map(encode)
+    batches = grain.MapDataset.source(numbers)[start_batch:].map(encode)
     # grain's own defaults hold 500 batches; encoded pictures are tens of megabytes each.
     ahead = 1 if workers else 2
     batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead))
@@ -201,10 +265,12 @@ def make_batches(
     return iter(batches)
 
 
-def data_state(source, *, batch_size: int, seed: int, shuffle: bool, next_batch: int) -> dict[str, Any]:
+def data_state(
+    source, *, batch_size: int, seed: int, shuffle: bool, next_batch: int, window: int = 1
+) -> dict[str, Any]:
     """What a checkpoint keeps of the data, JSON; any number of processes and workers can go on from it."""
     state = {"next_batch": next_batch, "batch_size": batch_size, "seed": seed, "shuffle": shuffle}
-    return state | {"source": fingerprint(source)}
+    return state | {"window": window, "source": fingerprint(source)}
 
 
 def resume_batch(saved: Mapping[str, Any], current: Mapping[str, Any]) -> int:

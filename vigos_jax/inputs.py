@@ -65,12 +65,18 @@ class Entries:
 
 @flax.struct.dataclass
 class ScoreBatch:
-    """Everything the objective needs: images, the student's sequences, the teachers' branches, the entries."""
+    """Everything the objective needs: images, the student's sequences, the teachers' branches, the entries.
 
-    vision: VisionInputs
+    Attributes:
+      vision: None where `image_embeds` serve student and teachers.
+      image_embeds: [B, M, D], visual tokens that are known already; else None.
+    """
+
+    vision: VisionInputs | None
     student: TextInputs
     teacher: TextInputs
     entries: Entries
+    image_embeds: Array | None = None
 
 
 @flax.struct.dataclass

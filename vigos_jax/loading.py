@@ -68,7 +68,13 @@ class Loaded:
 def put_batch(batch: Any, mesh: Mesh) -> Any:
     """Places this process's rows of a batch; all processes' rows together are the global batch."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+    def put(x: Any) -> jax.Array:
+        if isinstance(x, jax.Array):  # it is there
+            return x
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+    return jax.tree.map(put, batch)
 
 
 def resolve_model(path: str) -> pathlib.Path:
@@ -131,6 +137,13 @@ def open_source(config) -> Any:
     return DemoSource(seed=config.seed, blank=config.data.blank_images)
 
 
+def use_compilation_cache(folder: str) -> None:
+    """Keeps compiled programs on disk, in `folder` unless the environment names another; "" keeps none."""
+    if folder and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
 def load(config, *, for_training: bool) -> Loaded:
     """Checks the config's parts against each other and loads the model onto the mesh.
 
@@ -141,6 +154,7 @@ def load(config, *, for_training: bool) -> Loaded:
     roles = role_table(config.roles, config.prompts, data_fields=tuple(config.data.fields))
     buckets = Buckets(**{kind: tuple(sizes) for kind, sizes in config.buckets.items()})
     sampling_of(config)
+    use_compilation_cache(config.compilation_cache)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     folder = resolve_model(config.model.path)
     model_config = ModelConfig.load(folder)

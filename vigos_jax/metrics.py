@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
 from tqdm import tqdm
 
 
@@ -53,6 +54,24 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 def say(text: str) -> None:
     """A line for the person watching; keeps a progress bar intact."""
     tqdm.write(text, file=sys.stderr)
+
+
+class CompileCounter:
+    """Counts the programs this process compiles or takes from the compilation cache, from when it is made."""
+
+    _EVENT = "/jax/core/compile/backend_compile_duration"
+
+    def __init__(self):
+        self.programs, self.seconds = 0, 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, seconds: float, **kwargs: Any) -> None:
+        if event == self._EVENT:
+            self.programs += 1
+            self.seconds += seconds
+
+    def close(self) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._listen)
 
 
 class Progress:

@@ -34,13 +34,13 @@ class Buckets:
       patches: window slots of a row's images.
       prompt: student prompt tokens.
       completion: completion tokens.
-      packed: tokens of all teacher branches of a row.
+      sequence: tokens of a student's prompt and completion, or of all teacher branches of a row.
     """
 
     patches: tuple[int, ...]
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
-    packed: tuple[int, ...]
+    sequence: tuple[int, ...]
 
     def fit(self, kind: str, n: int) -> int:
         """The smallest declared size that holds n."""
@@ -116,11 +116,12 @@ def too_long(
 ) -> str | None:
     """The kind of bucket this row cannot fit whatever is sampled for it, or None if it always fits."""
     prompt = len(row.student.prefix_ids) + len(row.student.rest_ids)
-    packed = len(row.student.prefix_ids) + max(
+    branches = len(row.student.prefix_ids) + max(
         sum(len(t.rest_ids) + max_completion for r, t in zip(roles, row.teachers, strict=True) if r.applies(valid))
         for valid in (True, False)
     )
-    for kind, n in (("patches", slot_count(row, config)), ("prompt", prompt), ("packed", packed)):
+    longest = max(prompt + max_completion, branches)
+    for kind, n in (("patches", slot_count(row, config)), ("prompt", prompt), ("sequence", longest)):
         if n > max(getattr(buckets, kind)):
             return kind
     return None
@@ -204,6 +205,21 @@ def scored_positions(role: TeacherRole, rollout: Rollout) -> list[int]:
     return sorted({j for span in role.scores for j in range(*getattr(rollout.spans, span))})
 
 
+def length_groups(rows: Sequence[Row], rollouts: Sequence[Rollout | None], count: int) -> list[list[int]]:
+    """Row numbers in `count` groups of equal size, shortest sequences first: micro-batches with little padding.
+
+    One group keeps the rows' order.
+    """
+    if count == 1:
+        return [list(range(len(rows)))]
+
+    def length(i: int) -> int:
+        return len(rows[i].student.ids) + len(rollouts[i].ids) if rollouts[i] is not None else 0
+
+    order, size = sorted(range(len(rows)), key=length), len(rows) // count
+    return [order[k * size : (k + 1) * size] for k in range(count)]
+
+
 def entry_clip(role: TeacherRole, position: int, scored: Sequence[int]) -> float:
     """The smallest of the clips that hold for this token of the positions `scored` by the role."""
     clips = [
@@ -221,11 +237,13 @@ def pack_scores(
     roles: tuple[TeacherRole, ...],
     config: ModelConfig,
     buckets: Buckets,
+    with_images: bool = True,
 ) -> ScoreBatch:
     """Packs the student's sequences, the teachers' branches and the entries of a batch of rollouts.
 
     Args:
       rollouts: one per row; None for a bad row.
+      with_images: whether to pack the images; without, `vision` is None.
     """
     students, teachers, entries = [], [], []
     for row, rollout in zip(rows, rollouts, strict=True):
@@ -240,10 +258,9 @@ def pack_scores(
         teachers.append(packed)
         entries.append(row_entries)
 
-    prompt_length = max((len(r.student.ids) for r in rows if r.student), default=1)
-    completion_length = max((len(r.ids) for r in rollouts if r), default=1)
-    completion = buckets.fit("completion", max(completion_length, 1))
-    e = completion * roles_per_token(roles)
+    # Entries are as many as tokens are scored, up to that many times.
+    times = roles_per_token(roles)
+    e = buckets.fit("completion", -(-max(1, *(len(x) for x in entries)) // times)) * times
     columns = {
         "role": np.full((len(rows), e), -1, np.int32),
         **{k: np.zeros((len(rows), e), np.int32) for k in ("student_at", "teacher_at", "position", "token")},
@@ -254,9 +271,9 @@ def pack_scores(
         for key, values in zip(columns, zip(*row_entries, strict=True), strict=False):
             columns[key][i, : len(values)] = values
     return ScoreBatch(
-        vision=_vision(rows, config, buckets),
-        student=_text(students, buckets.fit("prompt", prompt_length) + completion),
-        teacher=_text(teachers, buckets.fit("packed", max(len(t[0]) for t in teachers))),
+        vision=_vision(rows, config, buckets) if with_images else None,
+        student=_text(students, buckets.fit("sequence", max(len(s[0]) for s in students))),
+        teacher=_text(teachers, buckets.fit("sequence", max(len(t[0]) for t in teachers))),
         entries=Entries(**columns),
     )
 

@@ -26,6 +26,7 @@ TEXT_MARK = "@@vigos-user-text@@"  # where the user's text goes in a rendered ch
 
 MAX_PIXELS = 80_000_000  # a larger picture is refused unread; below the size at which PIL itself warns
 # Not all that PIL can read: some of its readers start other programs.
+_ORIENTATION = 0x0112  # of EXIF; from 5 on, width and height are exchanged
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 Grid = tuple[int, int, int]  # (t, h, w) in patches
@@ -55,26 +56,47 @@ def read_image(item: object, *, image_roots: Sequence[str]) -> Image.Image:
     Raises:
       BadImage: what is wrong with it.
     """
+    try:
+        image = _open(item, image_roots)
+        if image.width * image.height <= MAX_PIXELS:
+            return ImageOps.exif_transpose(image).convert("RGB")
+        size = f"{image.width} x {image.height}"
+    except BadImage:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        size = "far too many"
+    except Exception as e:  # a broken file makes PIL raise almost anything
+        raise BadImage("image_unreadable", f"{type(e).__name__}; choices: {', '.join(FORMATS)}") from e
+    raise BadImage("image_too_large", f"{size} pixels; at most {MAX_PIXELS} are read")
+
+
+def image_size(item: object, *, image_roots: Sequence[str]) -> tuple[int, int]:
+    """(width, height) of a picture as `read_image` would give it, from its header alone; BadImage if it has none."""
+    try:
+        image = _open(item, image_roots)
+        turned = image.getexif().get(_ORIENTATION, 1) >= 5
+    except BadImage:
+        raise
+    except Exception as e:
+        raise BadImage("image_unreadable", type(e).__name__) from e
+    return image.size[::-1] if turned else image.size
+
+
+def _open(item: object, image_roots: Sequence[str]) -> Image.Image:
+    """The picture, its header read and no more."""
     if isinstance(item, Mapping):
         item = item.get("path") if item.get("bytes") is None else item["bytes"]
         if item is None:
             raise BadImage("image_missing", "neither bytes nor a path")
     if isinstance(item, str):
         item = _read_file(item, image_roots)
-    if not isinstance(item, bytes | bytearray | Image.Image):
+    if isinstance(item, bytes | bytearray):
+        return Image.open(io.BytesIO(item), formats=FORMATS)
+    if not isinstance(item, Image.Image):
         raise BadImage(
             "bad_image_type", f"{type(item).__name__}; choices: bytes, path, dict of them, PIL image"
         )
-    try:
-        image = item if isinstance(item, Image.Image) else Image.open(io.BytesIO(item), formats=FORMATS)
-        if image.width * image.height <= MAX_PIXELS:
-            return ImageOps.exif_transpose(image).convert("RGB")
-        size = f"{image.width} x {image.height}"
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        size = "far too many"
-    except Exception as e:  # a broken file makes PIL raise almost anything
-        raise BadImage("image_unreadable", f"{type(e).__name__}; choices: {', '.join(FORMATS)}") from e
-    raise BadImage("image_too_large", f"{size} pixels; at most {MAX_PIXELS} are read")
+    return item
 
 
 def _read_file(path: str, image_roots: Sequence[str]) -> bytes:
@@ -226,6 +248,10 @@ class Processor:
         out = self._image_processor(images=image, return_tensors="np", input_data_format="channels_last")
         t, h, w = (int(n) for n in out["image_grid_thw"][0])
         return EncodedImage(patches=np.asarray(out["pixel_values"], np.float32), grid=(t, h, w))
+
+    def visual_tokens(self, width: int, height: int) -> int:
+        """Visual tokens of a picture of so many pixels, without making it."""
+        return self._image_processor.get_number_of_image_patches(height, width, {}) // self.merge_size**2
 
     def encode_turn(self, *, user_text: str, grids: Sequence[Grid], assistant_prefill: str) -> Turn:
         """Prompt of one user turn: the images, then the text; then the assistant's header and prefill.

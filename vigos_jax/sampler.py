@@ -1,5 +1,8 @@
 """Batched rollouts: one prefill, then a `while_loop` of single-token steps that ends when every row has stopped.
 
+The cache starts small. When its slots are used up, the loop is left, the cache padded to the next declared size, and
+the loop entered again: short completions never pay for the attention and the memory of the longest one.
+
 The student decodes with its adapter beside the frozen weights, never merged into them. Each row has its own random
 key, so its tokens do not depend on the mesh or on the other rows of the batch.
 """
@@ -14,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vigos_jax.errors import InputError
-from vigos_jax.inputs import PromptBatch, TextInputs
+from vigos_jax.inputs import PromptBatch, TextInputs, VisionInputs
 from vigos_jax.models.qwen2_5_vl import KVCache, Qwen2_5VL, empty_cache
 from vigos_jax.models.variables import Variables, cast_floats
 
@@ -63,6 +66,7 @@ class DecodeState:
     """The loop's state. B rows, C = max_tokens, S cache slots, V vocabulary.
 
     Attributes:
+      prompt_slots: static, cache slots of the prompt; the rest are for the completion.
       cache: keys and values of prompt and completion so far.
       visible: bool [B, S], cache slots that hold a real prompt token; completion slots become visible as written.
       logits: float32 [B, V] for the next token.
@@ -76,6 +80,7 @@ class DecodeState:
       in_prompt, in_completion: bool [B, V] token sets for the penalties, [B, 0] when those are off.
     """
 
+    prompt_slots: int = flax.struct.field(pytree_node=False)
     cache: KVCache
     visible: Array
     logits: Array
@@ -117,7 +122,7 @@ def draw(keys: Array, logits: Array, sampling: Sampling) -> Array:
     if sampling.top_k or sampling.top_p < 1.0:
         # Sorted survivors: all later filters work on the few that top-k leaves.
         k = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
-        logits, index = jax.lax.top_k(logits, k)  # [B, k], descending
+        logits, index = top_k(logits, k)  # [B, k], descending
         if sampling.top_p < 1.0:
             probs = jax.nn.softmax(logits)
             mass_before = jnp.cumsum(probs, -1) - probs
@@ -132,13 +137,44 @@ def draw(keys: Array, logits: Array, sampling: Sampling) -> Array:
     return choice.astype(jnp.int32)
 
 
-def _prefill(model: Qwen2_5VL, sampling: Sampling, variables: Variables, prompts: PromptBatch, keys: Array):
+_CHUNK = 128
+
+
+def top_k(logits: Array, k: int) -> tuple[Array, Array]:
+    """The k largest of each row and where they are, equal to `jax.lax.top_k`, ties included, and faster over many.
+
+    The k largest lie in the k chunks with the largest maxima: of each of those k chunks at least one element comes
+    before any element of another chunk. So two small selections replace one over the whole row.
+
+    Args:
+      logits: [B, V].
+    """
+    b, v = logits.shape
+    n = -(-v // _CHUNK)
+    if n <= 2 * k:
+        return jax.lax.top_k(logits, k)
+    chunks = jnp.pad(logits, ((0, 0), (0, n * _CHUNK - v)), constant_values=-jnp.inf).reshape(b, n, _CHUNK)
+    _, best = jax.lax.top_k(jnp.max(chunks, -1), k)
+    best = jnp.sort(best, -1)  # in the row's order, so that the first of equal elements still comes first
+    candidates = jnp.take_along_axis(chunks, best[:, :, None], 1).reshape(b, k * _CHUNK)
+    values, at = jax.lax.top_k(candidates, k)
+    return values, jnp.take_along_axis(best, at // _CHUNK, -1) * _CHUNK + at % _CHUNK
+
+
+def _prefill(
+    model: Qwen2_5VL,
+    sampling: Sampling,
+    capacity: int,
+    variables: Variables,
+    prompts: PromptBatch,
+    images: Array,
+    keys: Array,
+) -> DecodeState:
     text, c = prompts.text, model.config
     b, t = text.ids.shape
-    length = t + sampling.max_tokens
-    images = model.apply(variables, prompts.vision, method="encode_images")
+    length = t + capacity
     cache = empty_cache(c, batch=b, length=length, dtype=model.dtype)
-    visible = jnp.pad(text.segment_ids > 0, ((0, 0), (0, sampling.max_tokens)))  # [B, S]
+    visible = jnp.pad(text.segment_ids > 0, ((0, 0), (0, capacity)))  # [B, S]
     causal = jnp.arange(t)[:, None] >= jnp.arange(length)[None, :]
     hidden, cache = model.apply(variables, text, images, mask=visible[:, None] & causal, cache=cache)
     logits = model.apply(variables, hidden[:, -1], method="logits")  # left-padded: the last slot is the last token
@@ -146,6 +182,7 @@ def _prefill(model: Qwen2_5VL, sampling: Sampling, variables: Variables, prompts
     wants_sets = sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0
     sets = jnp.zeros((b, c.vocab_size if wants_sets else 0), bool)
     return DecodeState(
+        prompt_slots=t,
         cache=cache,
         visible=visible,
         logits=logits,
@@ -172,10 +209,9 @@ def _decode(
     b = state.tokens.shape[0]
     no_images = jnp.zeros((b, 0, model.config.hidden_size), model.dtype)
     slots = jnp.arange(state.visible.shape[1])
-    prompt_length = state.visible.shape[1] - sampling.max_tokens
 
     def unfinished(s: DecodeState) -> Array:
-        return (s.step < jnp.minimum(until, sampling.max_tokens)) & ~jnp.all(s.is_done)
+        return (s.step < until) & ~jnp.all(s.is_done)
 
     def step(s: DecodeState) -> DecodeState:
         keys = jax.vmap(jax.random.fold_in, (0, None))(s.keys, s.step)
@@ -189,7 +225,7 @@ def _decode(
             segment_ids=jnp.ones((b, 1), jnp.int32),
             image_index=jnp.full((b, 1), -1),
         )
-        written = (slots >= prompt_length) & (slots <= s.cache.write_at)
+        written = (slots >= state.prompt_slots) & (slots <= s.cache.write_at)
         mask = (s.visible | written)[:, None]  # [B, 1, S]
         hidden, cache = model.apply(variables, text, no_images, mask=mask, cache=s.cache)
         in_completion = s.in_completion
@@ -210,20 +246,33 @@ def _decode(
     return jax.lax.while_loop(unfinished, step, state)
 
 
+def _grow(state: DecodeState, slots: int) -> DecodeState:
+    """The same state with `slots` more cache slots."""
+    pad = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, slots), (0, 0), (0, 0)])  # noqa: E731
+    cache = state.cache.replace(k=pad(state.cache.k), v=pad(state.cache.v))
+    return state.replace(cache=cache, visible=jnp.pad(state.visible, ((0, 0), (0, slots))))
+
+
 class Sampler:
     """Compiled prefill and decode for one model and one way of sampling. Holds no weights.
 
     Attributes:
       eos_ids: any of these ends a row; it is kept as the completion's last token.
+      capacities: sizes of the cache's completion part, ascending, the last one `sampling.max_tokens`.
     """
 
-    def __init__(self, model: Qwen2_5VL, sampling: Sampling, *, eos_ids: Sequence[int]):
+    def __init__(
+        self, model: Qwen2_5VL, sampling: Sampling, *, eos_ids: Sequence[int], cache_sizes: Sequence[int] = ()
+    ):
         self.sampling = sampling
+        self.capacities = (*(n for n in cache_sizes if n < sampling.max_tokens), sampling.max_tokens)
         # Float32 master weights of full fine-tuning are cast once, not at every token.
         self._cast = jax.jit(functools.partial(cast_floats, dtype=model.dtype))
         self._dtype = model.dtype
-        self._prefill = jax.jit(functools.partial(_prefill, model, sampling))
+        self._encode = jax.jit(functools.partial(model.apply, method="encode_images"))
+        self._prefill = jax.jit(functools.partial(_prefill, model, sampling, self.capacities[0]))
         self._decode = jax.jit(functools.partial(_decode, model, sampling, tuple(eos_ids)), donate_argnums=(1,))
+        self._grow = jax.jit(_grow, static_argnums=1)
 
     def ready(self, variables: Variables) -> Variables:
         """The variables as decoding reads them; do it once where several batches are sampled."""
@@ -231,18 +280,35 @@ class Sampler:
             return variables
         return {**variables, "params": self._cast(variables["params"])}
 
-    def start(self, variables: Variables, prompts: PromptBatch, keys: Array) -> DecodeState:
-        """Runs the prompts. variables: from `ready`; keys: one random key per row."""
-        return self._prefill(variables, prompts, keys)
+    def encode(self, variables: Variables, vision: VisionInputs) -> Array:
+        """Visual tokens of each row, [B, M, D]: for `start`, and for whoever else needs them."""
+        return self._encode(variables, vision)
+
+    def start(
+        self, variables: Variables, prompts: PromptBatch, keys: Array, images: Array | None = None
+    ) -> DecodeState:
+        """Runs the prompts. variables: from `ready`; keys: one random key per row; images: from `encode`, if known."""
+        if images is None:
+            images = self.encode(variables, prompts.vision)
+        return self._prefill(variables, prompts, images, keys)
 
     def advance(self, variables: Variables, state: DecodeState, until: int) -> DecodeState:
         """Decodes until every row has `until` tokens or has stopped; may be called again to go on."""
-        return self._decode(variables, state, jnp.int32(until))
+        until = min(until, self.sampling.max_tokens)
+        while True:
+            capacity = state.visible.shape[1] - state.prompt_slots
+            state = self._decode(variables, state, jnp.int32(min(until, capacity)))
+            if until <= capacity or bool(jnp.all(state.is_done)):
+                return state
+            larger = next(n for n in self.capacities if n > capacity)
+            state = self._grow(state, larger - capacity)
 
-    def __call__(self, variables: Variables, prompts: PromptBatch, keys: Array) -> Completions:
+    def __call__(
+        self, variables: Variables, prompts: PromptBatch, keys: Array, images: Array | None = None
+    ) -> Completions:
         """Samples a completion for every row."""
         variables = self.ready(variables)
-        state = self.advance(variables, self.start(variables, prompts, keys), self.sampling.max_tokens)
+        state = self.advance(variables, self.start(variables, prompts, keys, images), self.sampling.max_tokens)
         return completions(state)
 
 

@@ -1,6 +1,7 @@
-"""TrainState and the train step: one jitted, mesh-sharded program from a packed batch to new weights."""
+"""TrainState and the train step: jitted, mesh-sharded programs from packed micro-batches to new weights."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -9,11 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from vigos_jax.inputs import ScoreBatch
-from vigos_jax.losses import RoleStats, entry_shares, role_losses, role_stats, total_loss
+from vigos_jax.losses import entry_shares, entry_weights, role_losses, role_stats
 from vigos_jax.models.qwen2_5_vl import Qwen2_5VL
 from vigos_jax.models.variables import teacher_overlay
 from vigos_jax.roles import TeacherRole
-from vigos_jax.score import score_batch
+from vigos_jax.score import loss_of_batch
 
 Array = jax.Array
 
@@ -73,17 +74,17 @@ def make_train_step(
     *,
     roles: tuple[TeacherRole, ...],
     chunk: int,
-    accumulation: int,
     use_dropout: bool,
     temperature: float = 1.0,
     reduction: str = "tokens",
     teacher_weights: str = "frozen",
     ema_rate: float = 0.0,
-) -> Callable[[TrainState, Any, ScoreBatch, Array], tuple[TrainState, dict[str, Array]]]:
-    """Returns `train_step(state, base, batch, key) -> (state, metrics)`, to be jitted with `state` donated.
+    shardings: Any = None,
+) -> Callable[[TrainState, Any, Sequence[ScoreBatch], Array], tuple[TrainState, dict[str, Array]]]:
+    """Returns `train_step(state, base, batches, key) -> (state, metrics)`; `state` is donated.
 
-    With `accumulation` > 1 the batch is walked in strided micro-batches (rows a, a + n, ...), so that each of them
-    stays spread over all devices. Every term is divided by its shares in the whole batch, never per micro-batch.
+    The micro-batches may have shapes of their own: a program is compiled for each shape, and one for the update.
+    Every term is divided by its shares in all of them together, never per micro-batch.
 
     Metrics, beside loss and gradient norm:
       sampler_logp_gap: mean |logp by the sampler - logp by the student| of the supervised tokens: float noise if
@@ -98,15 +99,17 @@ def make_train_step(
       temperature, reduction: of the divergence and of its mean, see `losses`.
       teacher_weights: see `teacher_overlay`.
       ema_rate: how far the average moves towards the trained weights after each step, for "ema".
+      shardings: of (state, metrics), where they are on a mesh.
     """
     count = len(roles)
 
     def loss_fn(trained: Any, probe: Array, base: Any, average: Any, batch: ScoreBatch, shares: Array, key: Array):
-        scores = score_batch(
+        loss, scores = loss_of_batch(
             model,
             base,
             trained,
             batch,
+            entry_weights(batch.entries, shares, roles=roles, reduction=reduction),
             roles=roles,
             chunk=chunk,
             temperature=temperature,
@@ -118,7 +121,7 @@ def make_train_step(
         gap = jnp.abs(scores.student_logp - batch.entries.sampled_logp)
         known = (batch.entries.role >= 0) & ~jnp.isnan(gap)
         gaps = jnp.stack([jnp.sum(jnp.where(known, gap, 0.0)), jnp.sum(known)])
-        return total_loss(stats, shares, roles=roles), (stats, gaps)
+        return loss, (stats, gaps)
 
     def gradient(trained: Any, base: Any, average: Any, batch: ScoreBatch, shares: Array, key: Array):
         """Sums over a micro-batch: its part of the loss, statistics, squared state gradients per role, gradient."""
@@ -129,25 +132,11 @@ def make_train_step(
         squares = jnp.sum(jnp.square(at_states.astype(jnp.float32)), -1, keepdims=True)
         return loss, stats, gaps, jnp.sum(jnp.where(one_hot, squares, 0.0), (0, 1)), grads
 
-    def train_step(state: TrainState, base: Any, batch: ScoreBatch, key: Array):
-        shares = jnp.sum(entry_shares(batch.entries, count=count, reduction=reduction), (0, 1))  # [R]
-        if accumulation == 1:
-            sums = gradient(state.trained, base, state.average, batch, shares, key)
-        else:
-            micro = jax.tree.map(
-                lambda x: jnp.swapaxes(x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]), 0, 1), batch
-            )
+    def shares_of(batch: ScoreBatch) -> Array:
+        return jnp.sum(entry_shares(batch.entries, count=count, reduction=reduction), (0, 1))  # [R]
 
-            def add(total: Any, x: tuple[ScoreBatch, Array]):
-                part = gradient(state.trained, base, state.average, x[0], shares, x[1])
-                return jax.tree.map(jnp.add, total, part), None
-
-            r = jnp.zeros(count)
-            no_gradient = jax.tree.map(jnp.zeros_like, state.trained)
-            zero = (jnp.zeros(()), RoleStats(r, r, r, r, r), jnp.zeros(2), r, no_gradient)
-            sums, _ = jax.lax.scan(add, zero, (micro, jax.random.split(key, accumulation)))
+    def update(state: TrainState, sums: Any, shares: Array):
         loss, stats, gaps, state_squares, grads = sums
-
         updates, opt_state = tx.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         average = optax.incremental_update(trained, state.average, ema_rate) if state.average else state.average
@@ -166,6 +155,19 @@ def make_train_step(
             metrics[f"{role.name}/grad_share"] = _share(norms[r], jnp.sum(norms))
         state = TrainState(step=state.step + 1, trained=trained, opt_state=opt_state, average=average)
         return state, metrics
+
+    add = functools.partial(jax.tree.map, jnp.add)
+    shares_of, gradient, add = jax.jit(shares_of), jax.jit(gradient), jax.jit(add, donate_argnums=0)
+    out = {} if shardings is None else {"out_shardings": shardings}
+    update = jax.jit(update, donate_argnums=0, **out)
+
+    def train_step(state: TrainState, base: Any, batches: Sequence[ScoreBatch], key: Array):
+        shares = sum(shares_of(batch) for batch in batches)
+        sums = None
+        for i, batch in enumerate(batches):
+            part = gradient(state.trained, base, state.average, batch, shares, jax.random.fold_in(key, i))
+            sums = part if sums is None else add(sums, part)
+        return update(state, sums, shares)
 
     return train_step
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vigos_jax import evaluate
 from vigos_jax.checkpoint import Checkpoints
@@ -15,11 +16,12 @@ from vigos_jax.data import BadRows, data_state, make_batches, resume_batch
 from vigos_jax.errors import InputError
 from vigos_jax.export import export
 from vigos_jax.loading import Loaded, load, open_source, sampling_of
-from vigos_jax.metrics import MetricsFile, Progress, say, write_json
-from vigos_jax.packing import pack_prompts, pack_scores
+from vigos_jax.metrics import CompileCounter, MetricsFile, Progress, say, write_json
+from vigos_jax.models.variables import shares_vision
+from vigos_jax.packing import length_groups, pack_prompts, pack_scores
 from vigos_jax.rollouts import Reader, parse, rollout_metrics
 from vigos_jax.sampler import Sampler, row_keys
-from vigos_jax.sharding import check_batch, replicated, tree_shardings
+from vigos_jax.sharding import batch_sharding, check_batch, replicated, tree_shardings
 from vigos_jax.step import TrainState, make_optimizer, make_train_step
 
 
@@ -79,7 +81,12 @@ def train(config, workdir: pathlib.Path) -> None:
     tx, learning_rate = make_optimizer(steps=config.steps, **options)
     reader = Reader.of(loaded, config)
     place = functools.partial(
-        data_state, source, batch_size=config.batch_size, seed=config.seed, shuffle=config.data.shuffle
+        data_state,
+        source,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        window=config.data.window,
     )
 
     output = pathlib.Path(config.export.output).expanduser() if config.export.output else workdir / "export"
@@ -121,23 +128,26 @@ def _steps(
     first = int(state.step)
     has_adapter_dropout = "lora" in state.trained and loaded.model.lora.dropout > 0
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    train_step = jax.jit(
-        make_train_step(
-            loaded.model,
-            tx,
-            roles=loaded.roles,
-            chunk=config.loss.chunk,
-            accumulation=config.accumulation,
-            use_dropout=has_adapter_dropout,
-            temperature=config.loss.temperature,
-            reduction=config.loss.reduction,
-            teacher_weights=config.teacher.weights,
-            ema_rate=config.teacher.ema_rate,
-        ),
-        donate_argnums=0,
-        out_shardings=(shardings, replicated(loaded.mesh)),
+    train_step = make_train_step(
+        loaded.model,
+        tx,
+        roles=loaded.roles,
+        chunk=config.loss.chunk,
+        use_dropout=has_adapter_dropout,
+        temperature=config.loss.temperature,
+        reduction=config.loss.reduction,
+        teacher_weights=config.teacher.weights,
+        ema_rate=config.teacher.ema_rate,
+        shardings=(shardings, replicated(loaded.mesh)),
     )
-    sampler = Sampler(loaded.model, sampling_of(config), eos_ids=loaded.processor.eos_ids)
+    one_tower = shares_vision(state.trained)
+    take = jax.jit(lambda x, rows: x[rows], out_shardings=batch_sharding(loaded.mesh))
+    sampler = Sampler(
+        loaded.model,
+        sampling_of(config),
+        eos_ids=loaded.processor.eos_ids,
+        cache_sizes=loaded.buckets.completion,
+    )
     batches = make_batches(
         source,
         processor=loaded.processor,
@@ -146,43 +156,59 @@ def _steps(
         shuffle=config.data.shuffle,
         max_images=config.data.max_images,
         fields=tuple(config.data.fields),
+        window=config.data.window,
         workers=config.data.workers,
         too_long=functools.partial(reader.too_long, max_completion=config.sampling.max_tokens),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         start_batch=first,
     )
+    compiled = CompileCounter()
     metrics_file = MetricsFile(workdir / "metrics.jsonl", next_step=first + 1)
     progress = Progress(total=config.steps, start=first, title="train", every=config.log_every)
-    progress.note("compiling the first step")
+    shapes = _Shapes()
     dropout_key = jax.random.fold_in(jax.random.key(config.seed), 2)
 
     for step in range(first, config.steps):
         times = [time.monotonic()]
+        programs = compiled.programs
         examples = next(batches)
         bad_rows.update(examples)
         bad_rows.check(config.data.max_bad_fraction)
         rows = [reader.row(e) for e in examples]
         prompts = loaded.put_batch(pack_prompts(rows, config=loaded.config, buckets=loaded.buckets))
+        shapes.note(progress, "rollout", prompts)
         times.append(time.monotonic())
 
         keys = row_keys(config.seed, step, config.batch_size)
-        sampled = sampler(loaded.student(state.trained), prompts, keys)
+        student = sampler.ready(loaded.student(state.trained))
+        images = sampler.encode(student, prompts.vision)
+        sampled = sampler(student, prompts, keys, images)
         times.append(time.monotonic())
 
         rollouts = parse(loaded, rows, sampled)
-        batch = pack_scores(rows, rollouts, roles=loaded.roles, config=loaded.config, buckets=loaded.buckets)
+        options = {"roles": loaded.roles, "config": loaded.config, "buckets": loaded.buckets}
+        micro_batches = []
+        for group in length_groups(rows, rollouts, config.accumulation):
+            batch = pack_scores(
+                [rows[i] for i in group], [rollouts[i] for i in group], with_images=not one_tower, **options
+            )
+            batch = loaded.put_batch(batch)
+            if one_tower:  # student, teachers and rollouts see with the same eyes: the tower need not run again
+                batch = batch.replace(image_embeds=images if len(group) == len(rows) else take(images, np.array(group)))
+            micro_batches.append(batch)
+        shapes.note(progress, "update", micro_batches)
         times.append(time.monotonic())
 
         state, values = train_step(
-            state, loaded.base, loaded.put_batch(batch), jax.random.fold_in(dropout_key, step)
+            state, loaded.base, micro_batches, jax.random.fold_in(dropout_key, step)
         )
         values = {k: float(v) for k, v in jax.device_get(values).items()}
         times.append(time.monotonic())
 
         row = {"step": step + 1, "learning_rate": float(learning_rate(step))} | values
         row |= rollout_metrics(loaded, examples, rollouts)
-        row |= {"bad_rows": bad_rows.bad}
+        row |= {"bad_rows": bad_rows.bad, "compilations": compiled.programs - programs}
         phases = ("data", "rollout", "pack", "update")
         row |= {f"seconds/{p}": b - a for p, a, b in zip(phases, times[:-1], times[1:], strict=True)}
         if jax.process_index() == 0:
@@ -193,12 +219,26 @@ def _steps(
             seen = {"rows_seen": bad_rows.rows, "bad_rows": dict(bad_rows.reasons)}
             checkpoints.save(state, place(next_batch=step + 1) | seen)
     progress.close()
+    compiled.close()
     metrics_file.close()
     if hasattr(batches, "close"):
         batches.close()
     if bad_rows.bad:
         say(bad_rows.summary())
     return state
+
+
+class _Shapes:
+    """Says on the progress bar that a program is about to be compiled: when a batch has shapes not met before."""
+
+    def __init__(self):
+        self._met: set[Any] = set()
+
+    def note(self, progress: Progress, what: str, batch: Any) -> None:
+        shapes = (what, *(x.shape for x in jax.tree.leaves(batch)))
+        if shapes not in self._met:
+            self._met.add(shapes)
+            progress.note(f"compiling the {what} (shapes not met before)")
 
 
 def _evaluate(config, workdir: pathlib.Path, loaded: Loaded, trained: Any) -> None:

@@ -41,6 +41,32 @@ class RMSNorm(nn.Module):
         return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
+@jax.custom_vjp
+def low_rank(x: Array, a: Array, b: Array) -> Array:
+    """x A B: [..., in], [in, r], [r, out] -> [..., out].
+
+    The gradient is written out for the sake of the compiler: left to itself, it copies the wide arrays x and dy into
+    transposed ones for the products that give dA and dB; here only the narrow ones ever are.
+    """
+    return (x @ a) @ b
+
+
+def _low_rank_forward(x, a, b):
+    z = x @ a
+    return z @ b, (x, z, a, b)
+
+
+def _low_rank_backward(residuals, dy):
+    x, z, a, b = residuals
+    dz = dy @ b.T
+    da = jnp.einsum("...r,...i->ri", dz, x).T
+    db = jnp.einsum("...r,...o->ro", z, dy)
+    return dz @ a.T, da, db
+
+
+low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+
+
 class Projection(nn.Module):
     """A dense layer that adds its adapter when, and only when, it is applied with a `lora` collection.
 
@@ -69,7 +95,7 @@ class Projection(nn.Module):
         a = self.variable("lora", "a", init_a).value  # [in, r]
         b = self.variable("lora", "b", jnp.zeros, (rank, self.features)).value  # [r, out]
         z = nn.Dropout(self.lora.dropout, deterministic=deterministic)(x)
-        return y + self.lora.scale * ((z @ a.astype(x.dtype)) @ b.astype(x.dtype))
+        return y + low_rank(z, self.lora.scale * a.astype(x.dtype), b.astype(x.dtype))
 
 
 class GatedMLP(nn.Module):

@@ -65,6 +65,15 @@ def _unroll(layers: int) -> int:
     return layers if layers <= 4 else 1
 
 
+def _rematerialised(layer: type[nn.Module], remat: str, layers: int) -> type[nn.Module]:
+    """The layer with what its backward pass keeps: see `Qwen2_5VL.remat`."""
+    if remat == "none":
+        return layer
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    # In a loop the compiler cannot undo the recomputation; unrolled, it would find the same computation twice.
+    return nn.remat(layer, static_argnums=(5,), prevent_cse=_unroll(layers) > 1, policy=policy)
+
+
 class VisionAttention(nn.Module):
     """Full or windowed self-attention over patch slots."""
 
@@ -112,7 +121,7 @@ class VisionTower(nn.Module):
     config: VisionConfig
     lora: LoraSpec | None
     dtype: Any
-    remat: bool
+    remat: str
 
     @nn.compact
     def __call__(self, inputs: VisionInputs, deterministic: bool) -> Array:
@@ -120,9 +129,8 @@ class VisionTower(nn.Module):
         x = Projection(c.hidden_size, name="patch_embed")(inputs.patches.astype(self.dtype))  # [B, S, Dv]
         angles = grid_angles(inputs.hw, head_size=c.hidden_size // c.num_heads)
         is_full = jnp.array([i in c.full_attention_blocks for i in range(c.depth)])
-        block = nn.remat(VisionBlock, static_argnums=(5,), prevent_cse=False) if self.remat else VisionBlock
         blocks = nn.scan(
-            block,
+            _rematerialised(VisionBlock, self.remat, c.depth),
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
@@ -182,21 +190,21 @@ class Qwen2_5VL(nn.Module):
       config: dimensions.
       lora: which projections carry adapters when a `lora` collection is given; None for none.
       dtype: computation dtype; parameters are cast to it where they are used.
-      remat: recompute layers in the backward pass instead of keeping their activations.
+      remat: what a layer keeps for the backward pass: "none" recomputes nothing and keeps all, "dots" keeps the
+        projections' outputs, "full" keeps its input alone.
     """
 
     config: ModelConfig
     lora: LoraSpec | None = None
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     def setup(self):
         c = self.config
         self.visual = VisionTower(c.vision, self.lora, self.dtype, self.remat)
         self.embedding = self.param("embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size))
-        layer = nn.remat(DecoderLayer, static_argnums=(5,), prevent_cse=False) if self.remat else DecoderLayer
         self.layers = nn.scan(
-            layer,
+            _rematerialised(DecoderLayer, self.remat, c.num_layers),
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
@@ -248,8 +256,12 @@ class Qwen2_5VL(nn.Module):
 
     def logits(self, hidden: Array) -> Array:
         """Next-token logits in float32: [..., D] -> [..., V]. Only for a few positions at a time."""
-        head = self.embedding.T if self.config.tie_embeddings else self.lm_head
-        return jnp.einsum("...d,dv->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        head = self.head().astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+
+    def head(self) -> Array:
+        """The output head, [V, D]: the logits are a state's products with its rows."""
+        return self.embedding if self.config.tie_embeddings else self.lm_head.T
 
     def init_all(self, vision: VisionInputs, text: TextInputs) -> Array:
         """Touches every parameter once, for `init` and `eval_shape`."""

@@ -1,0 +1,59 @@
+"""Useful against processed tokens on a data set of mixed sizes, through the real grouping and buckets."""
+
+import numpy as np
+
+from benchmarks.harness import Result
+from configs import base
+from vigos_jax.data import _Batches
+
+ROWS, BATCH, WINDOW = 4096, 32, 16
+
+
+def _data():
+    """Visual, question, description and reasoning tokens of each row: pictures from small to a megapixel and more."""
+    rng = np.random.default_rng(0)
+    visual = np.clip(rng.lognormal(np.log(500), 0.7, ROWS), 64, 4096).astype(int)
+    question = np.clip(rng.lognormal(np.log(80), 0.6, ROWS), 16, 800).astype(int)
+    description = np.clip(rng.lognormal(np.log(120), 0.35, ROWS), 30, 400).astype(int)
+    reasoning = np.clip(rng.lognormal(np.log(180), 0.5, ROWS), 30, 1200).astype(int)
+    return visual, question, description, reasoning
+
+
+def _fit(sizes, n):
+    return next(s for s in sizes if n <= s)
+
+
+def _shares(window: int) -> dict[str, float]:
+    visual, question, description, reasoning = _data()
+    order = np.random.default_rng(1).permutation(ROWS)
+    batches = _Batches(order, batch_size=BATCH, window=window, seed=0, size_of=lambda i: visual[i] + question[i])
+    buckets = base.get_config().buckets
+    header, fixed = 20, 60  # chat header; instructions of a prompt
+    useful, processed = {}, {}
+
+    def count(name, lengths, sizes):
+        useful[name] = useful.get(name, 0) + int(np.sum(lengths))
+        processed[name] = processed.get(name, 0) + len(lengths) * _fit(sizes, int(np.max(lengths)))
+
+    for i in range(ROWS // BATCH):
+        rows = batches[i]
+        v, q, d, r = (x[rows] for x in (visual, question, description, reasoning))
+        prompt = header + v + fixed + q
+        count("patches", 4 * v, buckets.patches)
+        count("prompts", prompt, buckets.prompt)
+        count("student", prompt + d + r, buckets.sequence)
+        count("teachers", header + v + 10 + d + fixed + q + d + r, buckets.sequence)
+    shares = {name: useful[name] / processed[name] for name in useful}
+    tokens = ("student", "teachers")  # where the time goes
+    return shares | {"all": sum(useful[n] for n in tokens) / sum(processed[n] for n in tokens)}
+
+
+def padding() -> Result:
+    grouped, plain = _shares(WINDOW), _shares(1)
+    say = lambda x: ", ".join(f"{name} {share:.2f}" for name, share in x.items())  # noqa: E731
+    detail = (
+        (f"rows grouped in windows of {WINDOW} batches", say(grouped)),
+        ("the order left as it is", say(plain)),
+    )
+    what = f"useful / processed tokens of student and teachers, {ROWS} rows of mixed sizes, B = {BATCH}"
+    return Result("padding", what, grouped["all"], 0.85, None, detail)
