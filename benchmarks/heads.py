@@ -10,7 +10,7 @@ from vigos_jax.losses import weighted_loss
 from vigos_jax.roles import TeacherRole
 from vigos_jax.sampler import top_k
 
-V, D, ROWS, ENTRIES, CHUNK = 151_936, 512, 4, 64, 16
+V, D, ROWS, ENTRIES, CHUNK = 151_936, 256, 8, 64, 16
 ROLES = (
     TeacherRole("a", "", "", ("description",), "valid", "forward_kl", 1.0, 0.05),
     TeacherRole("b", "", "", ("completion",), "invalid", "reverse_kl", 2.0, 0.05),

@@ -6,7 +6,7 @@ from benchmarks.harness import Result
 from configs import base
 from vigos_jax.data import _Batches
 
-ROWS, BATCH, WINDOW = 4096, 32, 16
+ROWS, BATCH, WINDOW, MICRO = 4096, 32, 32, 4
 
 
 def _data():
@@ -23,7 +23,7 @@ def _fit(sizes, n):
     return next(s for s in sizes if n <= s)
 
 
-def _shares(window: int) -> dict[str, float]:
+def _shares(window: int, micro: int) -> dict[str, float]:
     visual, question, description, reasoning = _data()
     order = np.random.default_rng(1).permutation(ROWS)
     batches = _Batches(order, batch_size=BATCH, window=window, seed=0, size_of=lambda i: visual[i] + question[i])
@@ -31,9 +31,10 @@ def _shares(window: int) -> dict[str, float]:
     header, fixed = 20, 60  # chat header; instructions of a prompt
     useful, processed = {}, {}
 
-    def count(name, lengths, sizes):
-        useful[name] = useful.get(name, 0) + int(np.sum(lengths))
-        processed[name] = processed.get(name, 0) + len(lengths) * _fit(sizes, int(np.max(lengths)))
+    def count(name, lengths, sizes, groups=1):
+        for part in np.split(np.asarray(lengths), groups):
+            useful[name] = useful.get(name, 0) + int(np.sum(part))
+            processed[name] = processed.get(name, 0) + len(part) * _fit(sizes, int(np.max(part)))
 
     for i in range(ROWS // BATCH):
         rows = batches[i]
@@ -41,18 +42,20 @@ def _shares(window: int) -> dict[str, float]:
         prompt = header + v + fixed + q
         count("patches", 4 * v, buckets.patches)
         count("prompts", prompt, buckets.prompt)
-        count("student", prompt + d + r, buckets.sequence)
-        count("teachers", header + v + 10 + d + fixed + q + d + r, buckets.sequence)
+        student, teachers = prompt + d + r, header + v + 10 + d + fixed + q + d + r
+        order_of = np.argsort(student, kind="stable") if micro > 1 else np.arange(BATCH)  # as `length_groups`
+        count("student", student[order_of], buckets.sequence, micro)
+        count("teachers", teachers[order_of], buckets.sequence, micro)
     shares = {name: useful[name] / processed[name] for name in useful}
     tokens = ("student", "teachers")  # where the time goes
     return shares | {"all": sum(useful[n] for n in tokens) / sum(processed[n] for n in tokens)}
 
 
 def padding() -> Result:
-    grouped, plain = _shares(WINDOW), _shares(1)
+    grouped, plain = _shares(WINDOW, MICRO), _shares(1, 1)
     say = lambda x: ", ".join(f"{name} {share:.2f}" for name, share in x.items())  # noqa: E731
     detail = (
-        (f"rows grouped in windows of {WINDOW} batches", say(grouped)),
+        (f"rows grouped in windows of {WINDOW} batches, {MICRO} micro-batches by length", say(grouped)),
         ("the order left as it is", say(plain)),
     )
     what = f"useful / processed tokens of student and teachers, {ROWS} rows of mixed sizes, B = {BATCH}"

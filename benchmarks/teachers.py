@@ -32,12 +32,14 @@ class Batches:
     length: int
 
 
-def make_batches(config: ModelConfig, sizes: models.Sizes, *, rows: int, invalid: int = 0) -> Batches:
+def make_batches(
+    config: ModelConfig, sizes: models.Sizes, *, rows: int, invalid: int = 0, roles=models.ROLES
+) -> Batches:
     data, rollouts = models.samples(config, sizes, rows=rows, invalid=invalid)
     options = {"config": config, "buckets": models.exact_buckets(sizes, config)}
-    packed = pack_scores(data, rollouts, roles=models.ROLES, **options)
+    packed = pack_scores(data, rollouts, roles=roles, **options)
     turns = [[row.student, *row.teachers] for row in data]
-    masks = np.zeros((len(models.ROLES), rows, sizes.completion), bool)
+    masks = np.zeros((len(roles), rows, sizes.completion), bool)
     for i in range(rows):
         used = packed.entries.role[i] >= 0
         masks[packed.entries.role[i][used], i, packed.entries.position[i][used]] = True

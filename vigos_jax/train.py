@@ -3,6 +3,7 @@
 import functools
 import pathlib
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -226,6 +227,25 @@ def _steps(
     if bad_rows.bad:
         say(bad_rows.summary())
     return state
+
+
+def declared_programs(buckets: Mapping[str, Sequence[int]], *, max_tokens: int) -> dict[str, int]:
+    """The most programs a run can compile, by kind: one for each combination of declared sizes that it can meet.
+
+    "other" are the update, adding up and grouping micro-batches, and what jax compiles for keys, copies and casts.
+    """
+    capacities = len([n for n in buckets["completion"] if n < max_tokens]) + 1
+    images, prompts, sequences = len(buckets["patches"]), len(buckets["prompt"]), len(buckets["sequence"])
+    entries = len(buckets["completion"])
+    return {
+        "encode": images,
+        "prefill": images * prompts,
+        "decode": prompts * capacities,
+        "grow": prompts * (capacities - 1),
+        "gradient": images * sequences**2 * entries,
+        "shares": entries,
+        "other": 40,
+    }
 
 
 class _Shapes:

@@ -1,0 +1,55 @@
+"""The gates that need no clock: what the compiler says of the packed design, and how much padding is left."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import heads, padding, teachers
+from benchmarks.harness import Result, race
+
+
+@pytest.mark.parametrize("benchmark", [teachers.teachers, teachers.step, heads.kl_memory, padding.padding])
+def test_gate_holds(benchmark):
+    result = benchmark()
+    assert result.gate and result.holds, result.line()
+
+
+def test_a_gate_can_fail(monkeypatch, tmp_path, capsys):
+    results = {
+        "good": Result("good", "fast", 2.0, 1.5, (1.9, 2.1), (("floor", "1 s"),)),
+        "bad": Result("bad", "slow", 1.4, 1.5),
+        "free": Result("free", "no gate", None, None),
+    }
+    monkeypatch.setattr(command, "ALL", {name: lambda r=r: r for name, r in results.items()})
+    for names, code in ((["good", "free"], 0), (["good", "bad"], 1)):
+        monkeypatch.setattr(sys, "argv", ["benchmarks", "--only", *names, "--json", str(tmp_path / "out.json")])
+        assert command.main() == code
+        rows = json.loads((tmp_path / "out.json").read_text())
+        assert [row["name"] for row in rows] == names
+        assert all({"name", "ratio", "gate", "holds", "spread"} <= row.keys() for row in rows)
+    assert "FAILS bad" in capsys.readouterr().out
+
+
+def test_a_race_takes_turns():
+    calls = []
+    r = race(lambda: calls.append("a"), lambda: calls.append("b"), rounds=3, warm_up=1)
+    assert calls == ["a", "b"] * 4 and r.spread[0] <= r.spread[1] and r.ratio > 0
+
+
+def test_the_readme_is_made_between_its_markers(tmp_path):
+    from benchmarks.report import END, START, write_readme
+
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{START}\nold\n{END}\nafter\n")
+    write_readme(path, [Result("good", "fast", 2.0, 1.5, (1.9, 2.1), (("floor", "1 s"),))])
+    text = path.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| `good` | **2.00** | 1.90 - 2.10 | 1.5 | fast<br>floor: 1 s |" in text
+
+
+def test_names_are_listed():
+    done = subprocess.run([sys.executable, "-m", "benchmarks", "--only", "nothing"], capture_output=True, text=True)
+    assert done.returncode == 2 and "torch" in done.stderr

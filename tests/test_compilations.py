@@ -1,0 +1,50 @@
+"""A run of mixed sizes compiles no more programs than its buckets declare."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_runs as runs
+from PIL import Image
+
+from vigos_jax.metrics import CompileCounter
+from vigos_jax.train import declared_programs
+
+STEPS = 200
+SETTINGS = {
+    "mesh.data": 8, "mesh.fsdp": 1, "mesh.tensor": 1, "batch_size": 8, "checkpoint_every": STEPS,
+    "data.window": 4, "accumulation": 1, "sampling.max_tokens": 12,
+    "buckets.patches": (64, 128), "buckets.prompt": (48, 96), "buckets.completion": (6, 16),
+    "buckets.sequence": (64, 112, 384),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_hundred_steps_of_mixed_sizes(tmp_path_factory, tmp_path):
+    world = runs.make_world(tmp_path_factory)
+    rng = np.random.default_rng(0)
+    (tmp_path / "pictures").mkdir()
+    rows = []
+    for i in range(64):
+        w, h = (int(n) for n in rng.integers(56, 160, 2))
+        Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)).save(tmp_path / "pictures" / f"{i}.png")
+        words = "What colour is it? " * int(rng.integers(1, 4))
+        rows.append({"id": str(i), "images": [f"pictures/{i}.png"], "problem": words, "answer": "red"})
+    data = runs.write_rows(tmp_path / "data.jsonl", rows)
+    flags = [f"--config.{k}={v}" for k, v in (SETTINGS | {"steps": STEPS, "data.source": data}).items()]
+    counter = CompileCounter()
+    try:
+        with runs.compile_once(tmp_path_factory):
+            assert world.run(f"--workdir={tmp_path / 'run'}", *flags) == 0
+    finally:
+        counter.close()
+    found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(found) == STEPS
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    declared = declared_programs(config["buckets"], max_tokens=config["sampling"]["max_tokens"])
+    compiled = sum(row["compilations"] for row in found)
+    print(f"{compiled} programs of at most {sum(declared.values())} declared: {declared}")
+    assert 10 < compiled <= sum(declared.values())
+    # The shapes are met early: what comes later compiles next to nothing.
+    assert sum(row["compilations"] for row in found[STEPS // 2 :]) <= 0.2 * compiled
+    assert counter.programs >= compiled
