@@ -152,6 +152,13 @@ def test_what_is_no_config_json(tmp_path, text):
         read_json(path)
 
 
+def test_two_roles_of_one_name(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(to_json(base.get_config()).replace('"reasoning": {', '"perception": {'))
+    with pytest.raises(InputError, match="'perception' is there twice"):
+        read_json(path)
+
+
 def test_differences_name_every_field():
     one = changed(seed=0, lora__rank=0, buckets__prompt=(64, 128))
     other = changed(seed=1, lora__rank=8, buckets__prompt=(64,))

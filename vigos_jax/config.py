@@ -111,7 +111,7 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 def read_json(path: pathlib.Path) -> ml_collections.ConfigDict:
     """The config a run wrote into its workdir."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
         if not isinstance(raw, dict):
             raise ValueError(f"it holds a {type(raw).__name__}")
         return ml_collections.ConfigDict(raw)
@@ -119,6 +119,14 @@ def read_json(path: pathlib.Path) -> ml_collections.ConfigDict:
         raise InputError(f"cannot read {path}: {e.strerror}; a run's workdir holds its config.json") from e
     except (ValueError, TypeError) as e:
         raise InputError(f"{path} is not a run's config: {e}") from e
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; two roles of one name would silently become the second."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice")
+    return dict(pairs)
 
 
 def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:

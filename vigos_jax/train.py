@@ -3,7 +3,7 @@
 import functools
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,10 +16,11 @@ from vigos_jax.config import differences, read_json, to_json
 from vigos_jax.data import BadRows, data_state, make_batches, resume_batch
 from vigos_jax.errors import InputError
 from vigos_jax.export import export
+from vigos_jax.inputs import ScoreBatch
 from vigos_jax.loading import Loaded, load, open_source, sampling_of
 from vigos_jax.metrics import CompileCounter, MetricsFile, Progress, say, write_json
 from vigos_jax.models.variables import shares_vision
-from vigos_jax.packing import length_groups, pack_prompts, pack_scores
+from vigos_jax.packing import Rollout, Row, length_groups, pack_prompts, pack_scores
 from vigos_jax.rollouts import Reader, parse, rollout_metrics
 from vigos_jax.sampler import Sampler, row_keys
 from vigos_jax.sharding import batch_sharding, check_batch, replicated, tree_shardings
@@ -143,6 +144,7 @@ def _steps(
     )
     one_tower = shares_vision(state.trained)
     take = jax.jit(lambda x, rows: x[rows], out_shardings=batch_sharding(loaded.mesh))
+    pack = functools.partial(_micro_batches, loaded, take, config.accumulation)
     sampler = Sampler(
         loaded.model,
         sampling_of(config),
@@ -188,16 +190,8 @@ def _steps(
         times.append(time.monotonic())
 
         rollouts = parse(loaded, rows, sampled)
-        options = {"roles": loaded.roles, "config": loaded.config, "buckets": loaded.buckets}
-        micro_batches = []
-        for group in length_groups(rows, rollouts, config.accumulation):
-            batch = pack_scores(
-                [rows[i] for i in group], [rollouts[i] for i in group], with_images=not one_tower, **options
-            )
-            batch = loaded.put_batch(batch)
-            if one_tower:  # student, teachers and rollouts see with the same eyes: the tower need not run again
-                batch = batch.replace(image_embeds=images if len(group) == len(rows) else take(images, np.array(group)))
-            micro_batches.append(batch)
+        # Where student, teachers and rollouts see with the same eyes, the tower need not run again.
+        micro_batches = pack(rows, rollouts, images if one_tower else None)
         shapes.note(progress, "update", micro_batches)
         times.append(time.monotonic())
 
@@ -227,6 +221,37 @@ def _steps(
     if bad_rows.bad:
         say(bad_rows.summary())
     return state
+
+
+def _micro_batches(
+    loaded: Loaded,
+    take: Callable[[jax.Array, np.ndarray], jax.Array],
+    count: int,
+    rows: list[Row],
+    rollouts: list[Rollout | None],
+    images: jax.Array | None,
+) -> list[ScoreBatch]:
+    """The step's rows in `count` micro-batches by length, on the mesh.
+
+    Args:
+      take: picks rows of `images`.
+      images: [B, M, D], the rows' visual tokens if they serve everyone; else each micro-batch brings its pictures.
+    """
+    out = []
+    for group in length_groups(rows, rollouts, count):
+        batch = pack_scores(
+            [rows[i] for i in group],
+            [rollouts[i] for i in group],
+            roles=loaded.roles,
+            config=loaded.config,
+            buckets=loaded.buckets,
+            with_images=images is None,
+        )
+        batch = loaded.put_batch(batch)
+        if images is not None:
+            batch = batch.replace(image_embeds=images if count == 1 else take(images, np.array(group)))
+        out.append(batch)
+    return out
 
 
 def declared_programs(buckets: Mapping[str, Sequence[int]], *, max_tokens: int) -> dict[str, int]:
