@@ -170,3 +170,7 @@ def test_clean_reference(answer, clean):
 def test_clean_reference_of_anything_is_a_stripped_text(answer):
     clean = clean_reference(answer)
     assert clean == clean.strip()
+
+
+def test_a_column_may_have_any_name():
+    assert fill("<{template}> {problem}", problem="Q?", **{"template": "T"}) == "<T> Q?"

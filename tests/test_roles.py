@@ -237,3 +237,16 @@ def test_roles_per_token(entries, expected):
     roles = {f"r{i}": entry(*e) for i, e in enumerate(entries)}
     table = role_table(roles, {name: PROMPTS["student"] for name in roles})
     assert roles_per_token(table) == expected
+
+
+@pytest.mark.parametrize("value", [3, None, "perception", ["description"]])
+def test_a_role_is_a_table(value):
+    with pytest.raises(InputError, match="config.roles.mine=.* must be a table; its fields are scores, when"):
+        role_table(ROLES | {"mine": value}, PROMPTS)
+
+
+def test_the_student_sees_the_problem_alone():
+    for text in ("{problem} {caption}", "{Problem}"):
+        prompts = PROMPTS | {"student": {"user": text, "assistant_prefill": ""}}
+        with pytest.raises(InputError, match="config.prompts.student.user names .* the student sees {problem} alone"):
+            role_table(ROLES, prompts, data_fields=("caption",))

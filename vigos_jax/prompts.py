@@ -24,7 +24,7 @@ def unknown_fields(template: str, names: Collection[str] = ()) -> list[str]:
     return [word for word in _LONE_WORD.findall(template) if word not in (*FIELDS, *names)]
 
 
-def fill(template: str, *, problem: str, reference: str | None = None, **others: str) -> str:
+def fill(template: str, /, *, problem: str, reference: str | None = None, **others: str) -> str:
     r"""The template with `{problem}`, `{reference}` and the names of `others` replaced, in a single pass.
 
     Every other brace is literal, so `\boxed{}` can stand in a template, and what is filled in is never

@@ -87,8 +87,10 @@ def role_table(
 
     Raises:
       InputError: an unknown field, span, condition or divergence, a number out of its range, a role without a
-        prompt or with one that names a field no row has, no role.
+        prompt or with one that names a field no row has, no role; a student's prompt that names more than problem.
     """
+    if "student" in prompts and (strangers := unknown_fields(prompts["student"]["user"])):
+        raise InputError(f"config.prompts.student.user names {{{strangers[0]}}}; the student sees {{problem}} alone")
     table = [_role(name, entry, prompts, data_fields) for name, entry in roles.items()]
     table = [role for role in table if role.weight]
     if not table:
@@ -98,6 +100,8 @@ def role_table(
 
 def _role(name: str, entry: Mapping[str, Any], prompts: Mapping[str, Any], data_fields: tuple[str, ...]) -> TeacherRole:
     where = f"config.roles.{name}"
+    if not hasattr(entry, "items"):
+        raise InputError(f"{where}={entry!r} must be a table; its fields are {', '.join(ENTRY_FIELDS)}")
     missing = [f for f in REQUIRED_FIELDS if f not in entry]
     unknown = [f for f in entry if f not in ENTRY_FIELDS]
     if missing or unknown:
