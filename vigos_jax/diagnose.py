@@ -129,7 +129,8 @@ def _sample(source: Any, rows: int, loaded: Loaded, trained: Variables, config) 
         own = [reader.row(e) for e in examples]
         padded = own + [Row()] * (size - len(own))
         prompts = loaded.put_batch(pack_prompts(padded, config=loaded.config, buckets=loaded.buckets))
-        sampled = sampler(variables, prompts, row_keys(config.diagnose.seed, first, size))
+        # Keys by row: the same rollouts whatever the batch size.
+        sampled = sampler(variables, prompts, row_keys(config.diagnose.seed, 0, size, first_row=first))
         for i, (example, rollout) in enumerate(zip(examples, parse(loaded, padded, sampled), strict=False)):
             yield Case(first + i, example, own[i], rollout, example.bad_reason)
 
