@@ -176,3 +176,8 @@ def test_differences_of_role_tables():
 def test_what_is_done_with_a_run_is_no_difference():
     other = changed(export__output="/x", export__kind="adapter", score__rollouts="/y", generate__question="?")
     assert differences(base.get_config(), other) == []
+
+
+def test_a_prompt_is_a_text():
+    with pytest.raises(InputError, match="config.prompts.reasoning.user=3 must be a text"):
+        validate(changed(prompts__reasoning__user=3))

@@ -250,3 +250,9 @@ def test_the_student_sees_the_problem_alone():
         prompts = PROMPTS | {"student": {"user": text, "assistant_prefill": ""}}
         with pytest.raises(InputError, match="config.prompts.student.user names .* the student sees {problem} alone"):
             role_table(ROLES, prompts, data_fields=("caption",))
+
+
+@pytest.mark.parametrize("scores", [5, None, "description", ()])
+def test_scores_are_a_list(scores):
+    with pytest.raises(InputError, match="config.roles.perception.scores=.* must be a list of spans"):
+        role_table(ROLES | {"perception": ROLES["perception"] | {"scores": scores}}, PROMPTS)

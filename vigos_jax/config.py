@@ -94,6 +94,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
             if set(entry) != set(_PROMPT_FIELDS):
                 fields = ", ".join(entry) or "none"
                 raise InputError(f"config.prompts.{name} has the fields {fields}; it needs user and assistant_prefill")
+            for field in _PROMPT_FIELDS:
+                if not isinstance(entry[field], str):
+                    raise InputError(f"config.prompts.{name}.{field}={entry[field]!r} must be a text")
         for name in config.data.fields:
             if not isinstance(name, str) or not name.isidentifier() or name in ("problem", "reference"):
                 fields = tuple(config.data.fields)

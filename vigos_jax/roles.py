@@ -110,7 +110,7 @@ def _role(name: str, entry: Mapping[str, Any], prompts: Mapping[str, Any], data_
     r = _OPTIONAL | dict(entry.items())
     if name == "student":
         raise InputError(f"{where}: 'student' names the student's own prompt; choices: any other name")
-    if isinstance(r["scores"], str) or not r["scores"]:
+    if not isinstance(r["scores"], list | tuple) or not r["scores"]:
         raise InputError(f"{where}.scores={r['scores']!r} must be a list of spans; choices: {', '.join(SPANS)}")
     for span in r["scores"]:
         _choice(name, "scores", span, SPANS)
