@@ -182,7 +182,8 @@ def test_any_text_round_trips_and_control_tokens_are_single(assets_folder):
 
 
 def test_transformers_reads_the_folder_alike(assets_folder):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     fast = transformers.AutoTokenizer.from_pretrained(assets_folder)
     raw = Tokenizer.from_file(str(assets_folder / "tokenizer.json"))
     text = " bananas : two small blue </description> <think> 日本 don't </think> \\boxed{red}"
