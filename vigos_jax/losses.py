@@ -154,7 +154,7 @@ def weighted_loss(
     chunk: int,
     trains_head: bool,
 ) -> tuple[Array, EntryScores]:
-    """Sum over entries of weight * clipped divergence, differentiable in the student's states and head.
+    """Equation 18 as a sum over entries of weight * clipped divergence, differentiable in student states and head.
 
     The gradient is computed in the forward pass, while a chunk's logits are at hand, and only scaled in the backward
     pass: two products with a head for the value and one for the gradient (two if the head is trained), nothing

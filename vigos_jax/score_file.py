@@ -11,7 +11,7 @@ import numpy as np
 from vigos_jax.data import Example
 from vigos_jax.errors import InputError
 from vigos_jax.loading import Loaded
-from vigos_jax.losses import EntryScores, RoleStats, role_stats
+from vigos_jax.losses import EntryScores, RoleStats, role_losses, role_stats, total_loss
 from vigos_jax.metrics import bar, write_json
 from vigos_jax.models.variables import Variables
 from vigos_jax.packing import pack_scores
@@ -117,8 +117,8 @@ def score_rollouts(
     if rows == sum(bad.values()):
         temporary.unlink()
         raise InputError(f"{source.path} has no usable row: " + ", ".join(f"{k} {n}" for k, n in bad.items()))
-    losses = totals.loss / np.where(totals.shares > 0, totals.shares, 1.0)
-    summary: dict[str, Any] = {"loss": float(sum(r.weight * x for r, x in zip(roles, losses, strict=True)))}
+    losses = role_losses(totals, totals.shares)
+    summary: dict[str, Any] = {"loss": float(total_loss(totals, totals.shares, roles=roles))}
     for r, role in enumerate(roles):
         tokens = float(totals.tokens[r])
         summary[role.name] = {
