@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from vigos_jax.inputs import ScoreBatch
 from vigos_jax.losses import EntryScores, score_entries, token_logps, weighted_loss
+from vigos_jax.models.attention import Causal
 from vigos_jax.models.qwen2_5_vl import Qwen2_5VL
 from vigos_jax.models.variables import Variables, shares_vision, student_variables, teacher_variables
 from vigos_jax.roles import TeacherRole
@@ -55,7 +56,9 @@ def entry_states(
     if not shares_vision(trained):
         student_images = model.apply(student, batch.vision, method="encode_images", **rest)
     teacher_hidden, _ = model.apply(teacher, batch.teacher, teacher_images)  # [B, T', D]
-    student_hidden, _ = model.apply(student, batch.student, student_images, **rest)
+    # The student's rows are plain sequences, right-padded.
+    lengths = jnp.sum(batch.student.segment_ids > 0, -1)
+    student_hidden, _ = model.apply(student, batch.student, student_images, mask=Causal(lengths), **rest)
     return EntryStates(
         student=_pick(student_hidden, batch.entries.student_at),
         student_head=model.apply(student, method="head"),

@@ -1,4 +1,4 @@
-"""Building blocks shared by the vision towers and decoders: norms, rotary positions, attention, adapted projections."""
+"""Building blocks shared by the vision towers and decoders: norms, rotary positions, adapted projections."""
 
 import dataclasses
 
@@ -118,20 +118,6 @@ class GatedMLP(nn.Module):
     def __call__(self, x: Array, deterministic: bool = True) -> Array:
         h = jax.nn.silu(self.gate_proj(x, deterministic)) * self.up_proj(x, deterministic)
         return self.down_proj(h, deterministic)
-
-
-def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """Softmax attention with grouped key/value heads; the one place where an implementation is chosen.
-
-    Args:
-      q: [B, T, N, H].
-      k, v: [B, S, K, H] with N a multiple of K.
-      mask: bool [B, T, S], true where query t may see key s. A query that may see nothing gives a finite result.
-
-    Returns:
-      [B, T, N, H] in q's dtype; logits and softmax are float32.
-    """
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
 
 
 def mrope_angles(positions: Array, *, theta: float, sections: tuple[int, int, int]) -> Array:

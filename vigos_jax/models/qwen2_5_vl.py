@@ -11,19 +11,12 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from vigos_jax.architecture import ModelConfig, VisionConfig
 from vigos_jax.inputs import TextInputs, VisionInputs
-from vigos_jax.models.layers import (
-    GatedMLP,
-    LoraSpec,
-    Projection,
-    RMSNorm,
-    attention,
-    grid_angles,
-    mrope_angles,
-    rotate,
-)
+from vigos_jax.models.attention import Causal, attention
+from vigos_jax.models.layers import GatedMLP, LoraSpec, Projection, RMSNorm, grid_angles, mrope_angles, rotate
 
 Array = jax.Array
 
@@ -150,9 +143,11 @@ class DecoderLayer(nn.Module):
 
     config: ModelConfig
     lora: LoraSpec | None
+    attention: str
+    mesh: Mesh | None
 
     @nn.compact
-    def __call__(self, carry, layer: Array, angles: Array, mask: Array, deterministic: bool):
+    def __call__(self, carry, layer: Array, angles: Array, mask: Array | Causal, deterministic: bool):
         c = self.config
         x, cache = carry
         b, t, _ = x.shape
@@ -175,7 +170,7 @@ class DecoderLayer(nn.Module):
                 v=jax.lax.dynamic_update_slice(cache.v, v[None], at),
             )
             k, v = cache.k[layer], cache.v[layer]  # [B, S, K, H]
-        out = attention(q, k, v, mask).reshape(b, t, -1)
+        out = attention(q, k, v, mask, implementation=self.attention, mesh=self.mesh).reshape(b, t, -1)
         x = x + project("o_proj", c.hidden_size, False)(out, deterministic)
         names = self.lora.language if self.lora else frozenset()
         mlp = GatedMLP(c.hidden_size, c.intermediate_size, False, self.lora, names, name="mlp")
@@ -192,12 +187,16 @@ class Qwen2_5VL(nn.Module):
       dtype: computation dtype; parameters are cast to it where they are used.
       remat: what a layer keeps for the backward pass: "none" recomputes nothing and keeps all, "dots" keeps the
         projections' outputs, "full" keeps its input alone.
+      attention: implementation for sequences of one causal segment, see `attention.implementation_for`.
+      mesh: what attention kernels are split over; None for one device.
     """
 
     config: ModelConfig
     lora: LoraSpec | None = None
     dtype: Any = jnp.float32
     remat: str = "none"
+    attention: str = "xla"
+    mesh: Mesh | None = None
 
     def setup(self):
         c = self.config
@@ -210,7 +209,7 @@ class Qwen2_5VL(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
             unroll=_unroll(c.num_layers),
-        )(c, self.lora)
+        )(c, self.lora, self.attention, self.mesh)
         self.norm = RMSNorm(c.rms_eps)
         if not c.tie_embeddings:
             self.lm_head = self.param("lm_head", nn.initializers.normal(0.02), (c.hidden_size, c.vocab_size))
@@ -224,7 +223,7 @@ class Qwen2_5VL(nn.Module):
         text: TextInputs,
         image_embeds: Array,
         *,
-        mask: Array | None = None,
+        mask: Array | Causal | None = None,
         cache: KVCache | None = None,
         deterministic: bool = True,
     ) -> tuple[Array, KVCache | None]:
@@ -233,7 +232,7 @@ class Qwen2_5VL(nn.Module):
         Args:
           text: T tokens per row.
           image_embeds: [B, M, D] from `encode_images`.
-          mask: bool [B, T, S]; default `segment_mask(text.segment_ids)`. With a cache, S is the cache length.
+          mask: bool [B, T, S], or `Causal`; default `segment_mask(text.segment_ids)`. With a cache, S is its length.
           cache: keys and values of earlier tokens; the T new ones are written at `cache.write_at`.
           deterministic: false applies the adapter's dropout (needs a "dropout" rng).
 
