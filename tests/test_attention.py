@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from vigos_jax.errors import InputError
 from vigos_jax.models import attention as module
-from vigos_jax.models.attention import Causal, attention, implementation_for, splash
+from vigos_jax.models.attention import Causal, attention, choose, splash
 
 LENGTHS = np.array([128, 77, 1], np.int32)
 
@@ -127,6 +128,10 @@ def test_cudnn_is_asked_for_lengths_and_no_mask(monkeypatch):
 
 
 def test_chosen_by_platform():
-    chosen = {p: implementation_for(p, jnp.bfloat16) for p in ("cpu", "gpu", "tpu")}
-    assert chosen == {"cpu": "xla", "gpu": "cudnn", "tpu": "splash"}
-    assert {implementation_for(p, jnp.float32) for p in ("cpu", "gpu", "tpu")} == {"xla"}
+    at = lambda platform, asked="auto", dtype="bfloat16": choose(asked, platform=platform, dtype=dtype)  # noqa: E731
+    assert [at(p) for p in ("cpu", "gpu", "tpu")] == ["xla", "cudnn", "splash"]
+    assert {at(p, dtype="float32") for p in ("cpu", "gpu", "tpu")} == {"xla"}
+    assert [at("gpu", "xla"), at("gpu", "cudnn")] == ["xla", "cudnn"]
+    for platform, dtype in (("cpu", "bfloat16"), ("tpu", "bfloat16"), ("gpu", "float32")):
+        with pytest.raises(InputError, match=f"attention='cudnn' does not run on {platform}.*choices: auto, xla"):
+            at(platform, "cudnn", dtype)

@@ -49,6 +49,7 @@ _RANGES = (
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
+    "model.attention": ("auto", "xla", "cudnn", "splash"),
     "lora.scope": ("language", "official"),
     "span_rule": ("paper", "released"),
     "teacher.weights": ("frozen", "ema", "live"),

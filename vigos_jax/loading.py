@@ -15,6 +15,7 @@ from vigos_jax.architecture import ModelConfig
 from vigos_jax.demo.world import DemoSource
 from vigos_jax.errors import InputError
 from vigos_jax.models import hf
+from vigos_jax.models.attention import choose
 from vigos_jax.models.layers import LoraSpec
 from vigos_jax.models.qwen2_5_vl import Qwen2_5VL, abstract_variables, init_variables
 from vigos_jax.models.variables import Variables, cast_floats, student_variables
@@ -164,7 +165,14 @@ def load(config, *, for_training: bool) -> Loaded:
         # Accelerators multiply float32 in fewer bits unless told otherwise; whoever asks for float32 wants it.
         jax.config.update("jax_default_matmul_precision", "float32")
     spec = lora_spec(config)
-    model = Qwen2_5VL(model_config, lora=spec, dtype=dtype, remat=config.model.remat)
+    model = Qwen2_5VL(
+        model_config,
+        lora=spec,
+        dtype=dtype,
+        remat=config.model.remat,
+        attention=choose(config.model.attention, platform=jax.default_backend(), dtype=dtype),
+        mesh=mesh,
+    )
     abstract = abstract_variables(model)
     shardings = tree_shardings(abstract, mesh)
     base = hf.load_params(folder, model_config, abstract["params"], dtype=dtype, shardings=shardings["params"])

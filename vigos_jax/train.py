@@ -172,16 +172,22 @@ def _steps(
     shapes = _Shapes()
     dropout_key = jax.random.fold_in(jax.random.key(config.seed), 2)
 
-    for step in range(first, config.steps):
-        times = [time.monotonic()]
-        programs = compiled.programs
+    def prepare() -> tuple[Any, ...]:
+        """The next batch: its examples, rows, prompts on the mesh, and the seconds that took."""
+        start = time.monotonic()
         examples = next(batches)
-        bad_rows.update(examples)
-        bad_rows.check(config.data.max_bad_fraction)
         rows = [reader.row(e) for e in examples]
         prompts = loaded.put_batch(pack_prompts(rows, config=loaded.config, buckets=loaded.buckets))
+        return examples, rows, prompts, time.monotonic() - start
+
+    upcoming = prepare()
+    for step in range(first, config.steps):
+        examples, rows, prompts, data_seconds = upcoming
+        programs = compiled.programs
+        bad_rows.update(examples)
+        bad_rows.check(config.data.max_bad_fraction)
         shapes.note(progress, "rollout", prompts)
-        times.append(time.monotonic())
+        times = [time.monotonic()]
 
         keys = row_keys(config.seed, step, config.batch_size)
         student = sampler.ready(loaded.student(state.trained))
@@ -195,16 +201,17 @@ def _steps(
         shapes.note(progress, "update", micro_batches)
         times.append(time.monotonic())
 
-        state, values = train_step(
-            state, loaded.base, micro_batches, jax.random.fold_in(dropout_key, step)
-        )
+        state, values = train_step(state, loaded.base, micro_batches, jax.random.fold_in(dropout_key, step))
+        # The devices are at work: time to grade what was sampled, and to read and pack what comes next.
+        sampled_metrics = rollout_metrics(loaded, examples, rollouts)
+        upcoming = prepare() if step + 1 < config.steps else None
         values = {k: float(v) for k, v in jax.device_get(values).items()}
         times.append(time.monotonic())
 
         row = {"step": step + 1, "learning_rate": float(learning_rate(step))} | values
-        row |= rollout_metrics(loaded, examples, rollouts)
-        row |= {"bad_rows": bad_rows.bad, "compilations": compiled.programs - programs}
-        phases = ("data", "rollout", "pack", "update")
+        row |= sampled_metrics | {"bad_rows": bad_rows.bad, "compilations": compiled.programs - programs}
+        phases = ("rollout", "pack", "update")
+        row |= {"seconds/data": data_seconds}  # during the last step's update, but for the first
         row |= {f"seconds/{p}": b - a for p, a, b in zip(phases, times[:-1], times[1:], strict=True)}
         if jax.process_index() == 0:
             metrics_file.write(row)

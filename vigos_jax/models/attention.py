@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from vigos_jax.errors import InputError
+
 Array = jax.Array
 
-IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 _MASKED = -1e30
 _MAX_QUERIES = 2048  # logits of more at a time would be gigabytes
 _SPLASH_BLOCK = 128  # sequence lengths it takes are multiples of this
@@ -29,11 +30,25 @@ class Causal:
     lengths: Array
 
 
-def implementation_for(platform: str, dtype: jnp.dtype) -> str:
-    """What to use on "cpu", "gpu" or "tpu"; the fast kernels multiply in 16 bits."""
-    if jnp.dtype(dtype) == jnp.float32:
-        return "xla"
-    return {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}.get(platform, "xla")
+def choose(asked: str, *, platform: str, dtype: jnp.dtype) -> str:
+    """The implementation for what `config.model.attention` asks; "auto" is the device's fast one, where it has one.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu".
+      dtype: of computation; the fast kernels multiply in 16 bits.
+
+    Raises:
+      InputError: what is asked for does not run there.
+    """
+    fast = {"gpu": "cudnn", "tpu": "splash"}.get(platform) if jnp.dtype(dtype) != jnp.float32 else None
+    if asked == "auto":
+        return fast or "xla"
+    if asked not in ("xla", fast):
+        choices = ", ".join(("auto", "xla", fast) if fast else ("auto", "xla"))
+        raise InputError(
+            f"config.model.attention={asked!r} does not run on {platform} in {jnp.dtype(dtype)}; choices: {choices}"
+        )
+    return asked
 
 
 def attention(
@@ -46,7 +61,7 @@ def attention(
       k, v: [B, S, K, H] with N a multiple of K.
       mask: bool [B, T, S], true where query t may see key s, or `Causal`. A query that may see nothing gives a finite
         result.
-      implementation: of `IMPLEMENTATIONS`, for `Causal`; a mask is XLA's.
+      implementation: "xla", "cudnn" or "splash", for `Causal`; a mask is XLA's.
       mesh: over which splash splits rows and heads; None for one device.
 
     Returns:

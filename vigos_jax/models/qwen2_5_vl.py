@@ -187,7 +187,7 @@ class Qwen2_5VL(nn.Module):
       dtype: computation dtype; parameters are cast to it where they are used.
       remat: what a layer keeps for the backward pass: "none" recomputes nothing and keeps all, "dots" keeps the
         projections' outputs, "full" keeps its input alone.
-      attention: implementation for sequences of one causal segment, see `attention.implementation_for`.
+      attention: implementation for sequences of one causal segment, see `attention.choose`.
       mesh: what attention kernels are split over; None for one device.
     """
 
