@@ -73,7 +73,7 @@ def test_range(field, low, high):
             validate(changed(**{name: value}))
 
 
-@pytest.mark.parametrize("field, choices", config_lib._CHOICES.items())
+@pytest.mark.parametrize("field, choices", config_lib.CHOICES.items())
 def test_choices(field, choices):
     for choice in choices:
         validate(changed(**{field.replace(".", "__"): choice}))

@@ -235,6 +235,16 @@ def test_answer_kind(kind, answers):
         ("an infrared lamp", "red", False),
         ("red3 3red", "red", False),
         ("13 or 31", "3", False),
+        ("it is 12.5 cm", "12", False),  # nor inside another number
+        ("it is 12.5 cm", "5", False),
+        ("it is -12", "12", False),
+        ("it is -12", "-12", True),
+        ("-12", "12", False),
+        ("a half, 1/2", "2", False),
+        ("1,200 of them", "200", False),
+        ("1, 200 or more", "200", True),
+        ("from 5-12", "12", True),  # a range
+        ("it is 12.", "12", True),
         ("150% off", "50%", False),
         ("squares of dark red", "dark squares", False),  # not in this order
         ("dark and red", "dark red", False),

@@ -14,6 +14,7 @@ from oracles import objective as oracle
 from tiny import CONFIG, ROLES, pack
 
 from vigos_jax import losses
+from vigos_jax.config import CHOICES
 from vigos_jax.inputs import Entries
 from vigos_jax.losses import EntryScores, RoleStats
 from vigos_jax.models import qwen2_5_vl
@@ -224,7 +225,7 @@ def test_a_mean_over_sequences_gives_every_rollout_one_share():
     np.testing.assert_allclose(shares[..., 0], [[1 / 2, 1 / 2, 0, 0], [1, 0, 0, 0], [0] * 4, [0] * 4])
     np.testing.assert_allclose(shares[..., 1], [[0, 0, 1, 0], [0] * 4, [1 / 3, 1 / 3, 1 / 3, 0], [0] * 4])
     kl = jnp.array([[1.0, 3.0, 5.0, 9.0], [6.0, 9.0, 9.0, 9.0], [1.0, 2.0, 6.0, np.nan], [np.nan] * 4])
-    by = {r: losses.role_stats(scores_of(kl), entries, count=2, reduction=r) for r in losses.REDUCTIONS}
+    by = {r: losses.role_stats(scores_of(kl), entries, count=2, reduction=r) for r in CHOICES["loss.reduction"]}
     assert by.keys() == {"tokens", "sequences"}
     np.testing.assert_allclose(losses.role_losses(by["sequences"], by["sequences"].shares), [4.0, 4.0], rtol=1e-6)
     np.testing.assert_allclose(losses.role_losses(by["tokens"], by["tokens"].shares), [10 / 3, 14 / 4], rtol=1e-6)
@@ -233,7 +234,7 @@ def test_a_mean_over_sequences_gives_every_rollout_one_share():
 
 def test_a_role_without_tokens_gives_zero():
     nothing = entries_of([[-1, -1]])
-    for reduction, kl in itertools.product(losses.REDUCTIONS, (0.0, np.nan)):
+    for reduction, kl in itertools.product(CHOICES["loss.reduction"], (0.0, np.nan)):
         stats = losses.role_stats(scores_of(jnp.full((1, 2), kl)), nothing, count=3, reduction=reduction)
         assert losses.total_loss(stats, stats.shares, roles=ROLES) == 0
     zeros = RoleStats(*(jnp.zeros(3) for _ in range(5)))

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from vigos_jax import geometry
 from vigos_jax.architecture import ModelConfig
+from vigos_jax.config import CHOICES
 from vigos_jax.inputs import PromptBatch
 from vigos_jax.models import hf
 from vigos_jax.models.qwen2_5_vl import (
@@ -29,7 +30,6 @@ from vigos_jax.models.qwen2_5_vl import (
     segment_mask,
 )
 from vigos_jax.models.variables import (
-    TEACHER_WEIGHTS,
     shares_vision,
     student_variables,
     teacher_overlay,
@@ -387,7 +387,7 @@ def test_full_fine_tuning_overlays_the_base(pairs):
 
 def test_what_lies_over_the_base_for_teachers():
     trained, average = {"lora": 1.0}, {"lora": 2.0}
-    got = {w: teacher_overlay(w, trained=trained, average=average) for w in TEACHER_WEIGHTS}
+    got = {w: teacher_overlay(w, trained=trained, average=average) for w in CHOICES["teacher.weights"]}
     assert got == {"frozen": {}, "ema": average, "live": trained}
     assert teacher_variables(0.0, got["ema"]) == {"params": 0.0, "lora": 2.0}
 

@@ -46,7 +46,7 @@ _RANGES = (
     ("diagnose.seed", 0, 2**31 - 1),
     ("export.max_shard_gb", 1e-9, None),
 )
-_CHOICES = {
+CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "model.attention": ("auto", "xla", "cudnn", "splash"),
@@ -80,7 +80,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
             if value < low or (high is not None and value > high):
                 bound = f"at least {low}" if high is None else f"from {low} to {high}"
                 raise InputError(f"config.{field}={value!r} must be {bound}")
-        for field, choices in _CHOICES.items():
+        for field, choices in CHOICES.items():
             if get(config, field) not in choices:
                 raise InputError(f"config.{field}={get(config, field)!r} is unknown; choices: {', '.join(choices)}")
         for kind, sizes in config.buckets.items():

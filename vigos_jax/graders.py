@@ -33,6 +33,8 @@ _SCIENTIFIC = re.compile(rf"[+-]?{_DECIMAL}(?:e[+-]?[0-9]{{1,2}})?")
 _SLASH = re.compile(rf"([+-]?{_DECIMAL}) ?/ ?([+-]?{_DECIMAL})")
 _FRAC = re.compile(rf"([+-]?)\\[dt]?frac ?\{{ ?([+-]?{_DECIMAL}) ?\}} ?\{{ ?([+-]?{_DECIMAL}) ?\}}")
 _FRAC_DIGITS = re.compile(r"([+-]?)\\[dt]?frac ?([0-9]) ?([0-9])")
+_NUMBER_BEFORE = re.compile(r"(?:[0-9][.,/]|(?<!\w)[-−])$")  # what makes the digits behind it part of a number
+_NUMBER_AFTER = re.compile(r"[.,/][0-9]")
 _UNIT = re.compile(  # a single letter stands apart: "5m" may be algebra, "1990s" is a decade
     r"(?: ?(?:mm|cm|km|inch|inches|in|ft|feet|mg|kg|%|°)"
     r"| (?:m|g|s|meters?|seconds?|minutes?|hours?|degrees?))$"
@@ -105,7 +107,10 @@ def answer_kind(answer: str) -> str:
 
 
 def mentions(text: str, answer: str) -> bool | None:
-    """Whether `text` contains the answer's words, whole and in order; None for a lone letter, which proves nothing."""
+    """Whether `text` contains the answer's words, whole and in order; None for a lone letter, which proves nothing.
+
+    A number inside another ("12" in "12.5", "-12", "1/12" or "1,200") is not mentioned.
+    """
     words, text = " ".join(answer.casefold().split()), " ".join(text.casefold().split())
     if not words or answer_kind(answer) == "letter":
         return None
@@ -113,7 +118,11 @@ def mentions(text: str, answer: str) -> bool | None:
     while start >= 0:
         before, after = text[start - 1 : start], text[start + len(words) : start + len(words) + 1]
         inside_word = (before.isalnum() and words[0].isalnum()) or (after.isalnum() and words[-1].isalnum())
-        if not inside_word:
+        end = start + len(words)
+        inside_number = (words[0].isdigit() and _NUMBER_BEFORE.search(text[max(0, start - 2) : start])) or (
+            words[-1].isdigit() and _NUMBER_AFTER.match(text[end : end + 2])
+        )
+        if not inside_word and not inside_number:
             return True
         start = text.find(words, start + 1)
     return False

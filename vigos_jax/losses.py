@@ -23,7 +23,6 @@ from vigos_jax.inputs import Entries
 from vigos_jax.roles import TeacherRole
 
 Array = jax.Array
-REDUCTIONS = ("tokens", "sequences")
 
 
 @flax.struct.dataclass

@@ -33,7 +33,6 @@ _THINK_OPEN = b"<think>"
 _THINK_CLOSE = b"</think>"
 _BOX_OPEN = b"\\boxed{"
 _BRACE = re.compile(rb"[{}]")
-RULES = ("paper", "released")
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def find_spans(token_bytes: Sequence[bytes], *, rule: str = "paper") -> Spans:
     it belongs to the part whose tokens stand around it.
 
     Args:
-      rule: one of RULES. "paper" is the grammar above. "released" is how the authors' code reads a completion whose
+      rule: "paper" is the grammar above. "released" is how the authors' code reads a completion whose
         ids are the tokenizer's own: text between the parts, a white-space description and an empty reasoning or box
         are valid; a token that runs into `</description>` belongs to the description; and the reasoning reaches
         from behind `<think>` to the brace that closes the box, `</think>` included, so the answer is part of it.

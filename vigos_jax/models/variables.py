@@ -10,7 +10,6 @@ from typing import Any
 import jax
 
 Variables = dict[str, Any]
-TEACHER_WEIGHTS = ("frozen", "ema", "live")
 
 
 def student_variables(base: Any, trained: Variables) -> Variables:
