@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vigos_jax.architecture import ModelConfig, VisionConfig
+from vigos_jax.models.attention import choose
 from vigos_jax.models.hf import LANGUAGE_PROJECTIONS
 from vigos_jax.models.layers import LoraSpec
 from vigos_jax.models.qwen2_5_vl import Qwen2_5VL, abstract_variables
@@ -69,7 +70,8 @@ THIRD = Sizes(grid=(30, 32), prompt=67, privileged=80, description=40, reasoning
 
 
 def model(config: ModelConfig, *, remat: str = "none", dtype=jnp.float32) -> Qwen2_5VL:
-    return Qwen2_5VL(config, lora=LORA, remat=remat, dtype=dtype)
+    attention = choose("auto", platform=jax.default_backend(), dtype=dtype)
+    return Qwen2_5VL(config, lora=LORA, remat=remat, dtype=dtype, attention=attention)
 
 
 @functools.cache
