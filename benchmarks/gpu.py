@@ -21,8 +21,8 @@ import optax
 
 from benchmarks import models
 from vigos_jax.losses import weighted_loss
-from vigos_jax.models.qwen2_5_vl import Qwen2_5VL, abstract_variables
 from vigos_jax.models.variables import student_variables
+from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.packing import length_groups, pack_prompts, pack_scores
 from vigos_jax.sampler import Sampler, Sampling, row_keys
 from vigos_jax.step import TrainState, make_train_step
@@ -50,7 +50,7 @@ def calibrate(size: int) -> tuple[float, float]:
     return 2 * size**3 / seconds(lambda: product(x)), 2 * big.nbytes / seconds(lambda: copy(big))
 
 
-def random_weights(model: Qwen2_5VL) -> tuple[Any, Any]:
+def random_weights(model: VisionLanguageModel) -> tuple[Any, Any]:
     """(bfloat16 base, float32 adapters), made on the device."""
     shapes = abstract_variables(model)
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from vigos_jax.architecture import ModelConfig, VisionConfig
 from vigos_jax.models.attention import choose
-from vigos_jax.models.hf import LANGUAGE_PROJECTIONS
 from vigos_jax.models.layers import LoraSpec
-from vigos_jax.models.qwen2_5_vl import Qwen2_5VL, abstract_variables
+from vigos_jax.models.names import LANGUAGE_PROJECTIONS
+from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.packing import Buckets, Rollout, Row
 from vigos_jax.processor import EncodedImage, Turn
 from vigos_jax.roles import TeacherRole
@@ -23,20 +23,20 @@ IMAGE, VISION_START, VISION_END = 2, 0, 1  # ids; text starts at 3
 QWEN_3B = ModelConfig(
     family="qwen2_5_vl", hidden_size=2048, num_layers=36, num_heads=16, num_kv_heads=2, head_size=128,
     intermediate_size=11008, vocab_size=151_936, rope_theta=1e6, mrope_section=(16, 24, 24), rms_eps=1e-6,
-    tie_embeddings=True, image_token_id=IMAGE,
+    tie_embeddings=True, image_token_id=IMAGE, video_token_id=3,
     vision=VisionConfig(
         depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420, out_hidden_size=2048,
-        full_attention_blocks=(7, 15, 23, 31),
+        window_size=112, full_attention_blocks=(7, 15, 23, 31),
     ),
 )  # fmt: skip
 
 MID_SIZE = ModelConfig(
     family="qwen2_5_vl", hidden_size=640, num_layers=12, num_heads=10, num_kv_heads=2, head_size=64,
     intermediate_size=2560, vocab_size=32_768, rope_theta=1e6, mrope_section=(8, 12, 12), rms_eps=1e-6,
-    tie_embeddings=True, image_token_id=IMAGE,
+    tie_embeddings=True, image_token_id=IMAGE, video_token_id=3,
     vision=VisionConfig(
         depth=8, hidden_size=320, num_heads=5, intermediate_size=864, out_hidden_size=640,
-        full_attention_blocks=(3, 7),
+        window_size=112, full_attention_blocks=(3, 7),
     ),
 )  # fmt: skip
 
@@ -69,9 +69,9 @@ TYPICAL = Sizes(grid=(40, 70), prompt=200, privileged=240, description=120, reas
 THIRD = Sizes(grid=(30, 32), prompt=67, privileged=80, description=40, reasoning=67)  # the same at a third
 
 
-def model(config: ModelConfig, *, remat: str = "none", dtype=jnp.float32) -> Qwen2_5VL:
+def model(config: ModelConfig, *, remat: str = "none", dtype=jnp.float32) -> VisionLanguageModel:
     attention = choose("auto", platform=jax.default_backend(), dtype=dtype)
-    return Qwen2_5VL(config, lora=LORA, remat=remat, dtype=dtype, attention=attention)
+    return VisionLanguageModel(config, lora=LORA, remat=remat, dtype=dtype, attention=attention)
 
 
 @functools.cache

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from vigos_jax.inputs import ScoreBatch
-from vigos_jax.models.qwen2_5_vl import Qwen2_5VL
 from vigos_jax.models.variables import student_variables, teacher_variables
+from vigos_jax.models.vlm import VisionLanguageModel
 from vigos_jax.packing import Buckets, Rollout, Row, pack_scores
 
 Array = jax.Array
@@ -36,7 +36,9 @@ def pack_each(rows: Sequence[Row], rollouts: Sequence[Rollout], *, config, bucke
     ]
 
 
-def completion_logits(model: Qwen2_5VL, variables: Any, batch: ScoreBatch, starts: Array, length: int) -> Array:
+def completion_logits(
+    model: VisionLanguageModel, variables: Any, batch: ScoreBatch, starts: Array, length: int
+) -> Array:
     """[B, C, V] logits that predict the completion, after a vision pass and a full sequence of their own.
 
     Args:
@@ -50,7 +52,7 @@ def completion_logits(model: Qwen2_5VL, variables: Any, batch: ScoreBatch, start
 
 
 def loss(
-    model: Qwen2_5VL,
+    model: VisionLanguageModel,
     base: Any,
     trained: Any,
     batches: Sequence[ScoreBatch],
@@ -73,7 +75,7 @@ def loss(
 
 
 def teacher_pass(
-    model: Qwen2_5VL, base: Any, batches: Sequence[ScoreBatch], starts: Sequence[Array], length: int
+    model: VisionLanguageModel, base: Any, batches: Sequence[ScoreBatch], starts: Sequence[Array], length: int
 ) -> list[Array]:
     """Logits of all roles, by three vision passes and three full sequences."""
     variables = teacher_variables(base, {})

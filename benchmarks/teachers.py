@@ -13,8 +13,8 @@ from benchmarks.harness import Result, compiled, flops, race, tera
 from vigos_jax.architecture import ModelConfig
 from vigos_jax.inputs import ScoreBatch
 from vigos_jax.losses import entry_shares, entry_weights
-from vigos_jax.models.qwen2_5_vl import Qwen2_5VL, abstract_variables
 from vigos_jax.models.variables import teacher_variables
+from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.packing import pack_scores
 from vigos_jax.score import loss_of_batch
 
@@ -52,7 +52,7 @@ def make_batches(
     )
 
 
-def packed_teachers(model: Qwen2_5VL, base: Any, batch: ScoreBatch) -> Array:
+def packed_teachers(model: VisionLanguageModel, base: Any, batch: ScoreBatch) -> Array:
     variables = teacher_variables(base, {})
     images = model.apply(variables, batch.vision, method="encode_images")
     hidden = model.apply(variables, batch.teacher, images)[0]
@@ -60,7 +60,7 @@ def packed_teachers(model: Qwen2_5VL, base: Any, batch: ScoreBatch) -> Array:
     return model.apply(variables, states, method="logits")
 
 
-def our_loss(model: Qwen2_5VL, base: Any, trained: Any, batch: ScoreBatch) -> Array:
+def our_loss(model: VisionLanguageModel, base: Any, trained: Any, batch: ScoreBatch) -> Array:
     shares = jnp.sum(entry_shares(batch.entries, count=3, reduction="tokens"), (0, 1))
     weights = entry_weights(batch.entries, shares, roles=models.ROLES, reduction="tokens")
     chunk = batch.entries.role.shape[1]  # one chunk: loops would be counted once
@@ -78,7 +78,7 @@ def at_depth(count, config: ModelConfig, **options: Any) -> float:
     return one + (config.num_layers - 1) * (layer - one) + (config.vision.depth - 1) * (block - one)
 
 
-def shapes(model: Qwen2_5VL) -> tuple[Any, Any]:
+def shapes(model: VisionLanguageModel) -> tuple[Any, Any]:
     variables = abstract_variables(model)
     return variables["params"], {"lora": variables["lora"]}
 

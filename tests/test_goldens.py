@@ -21,7 +21,8 @@ from configs import released_code
 from vigos_jax import losses
 from vigos_jax.architecture import ModelConfig
 from vigos_jax.models import hf
-from vigos_jax.models.qwen2_5_vl import Qwen2_5VL, abstract_variables
+from vigos_jax.models.names import adapter_table
+from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.packing import Buckets, Rollout, Row, pack_scores
 from vigos_jax.processor import EncodedImage, Turn
 from vigos_jax.roles import role_table
@@ -46,7 +47,7 @@ EXPECTED = dict(np.load(FOLDER / "expected.npz"))
 NAMES = tuple(CASES)
 CONFIG = ModelConfig.load(FOLDER / "model")
 SPEC = hf.adapter_spec(FOLDER / "adapter", dropout=0.0)
-MODEL = Qwen2_5VL(CONFIG, lora=SPEC)
+MODEL = VisionLanguageModel(CONFIG, lora=SPEC)
 
 
 @functools.cache
@@ -435,7 +436,7 @@ def gradient(names, roles, turns, spans):
     weight = {r.name: r.weight for r in roles}
     program = tuple(dataclasses.replace(r, weight=weight[r.name]) for r in unclipped(roles))
     grads, metrics = gradient_step(program)(base, trained, batch)
-    return dict(hf.file_tensors(grads["lora"], hf.adapter_table(CONFIG, SPEC), CONFIG, dtype=np.float32)), metrics
+    return dict(hf.file_tensors(grads["lora"], adapter_table(CONFIG, SPEC), CONFIG, dtype=np.float32)), metrics
 
 
 def check_gradient(got, prefix):

@@ -21,7 +21,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from vigos_jax.architecture import ModelConfig
 from vigos_jax.errors import InputError
 from vigos_jax.models import hf
-from vigos_jax.models.qwen2_5_vl import Qwen2_5VL, abstract_variables
+from vigos_jax.models.names import adapter_table, tensor_table
+from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.packing import Buckets, Row, pack_prompts
 
 SAMPLE = tm.make_sample([4, tm.TALL, 7], seed=1)
@@ -69,15 +70,15 @@ def assert_same_tensors(ours: dict, theirs: dict) -> None:
 
 def load(folder: pathlib.Path, *, dtype=np.float32, shardings=None) -> tuple[ModelConfig, dict]:
     config = ModelConfig.load(folder)
-    abstract = abstract_variables(Qwen2_5VL(config))["params"]
+    abstract = abstract_variables(VisionLanguageModel(config))["params"]
     return config, hf.load_params(folder, config, abstract, dtype=dtype, shardings=shardings)
 
 
 def by_name(params, config: ModelConfig, *, dtype) -> dict[str, np.ndarray]:
-    return dict(hf.file_tensors(params, hf.tensor_table(config), config, dtype=dtype))
+    return dict(hf.file_tensors(params, tensor_table(config), config, dtype=dtype))
 
 
-def our_logits(model: Qwen2_5VL, variables, sample: tm.Sample = SAMPLE) -> np.ndarray:
+def our_logits(model: VisionLanguageModel, variables, sample: tm.Sample = SAMPLE) -> np.ndarray:
     n = len(sample.ids)
     buckets = Buckets(patches=(128,), prompt=(n,), completion=(1,), sequence=(1,))
     batch = pack_prompts([Row(sample.images, sample.turn)], config=model.config, buckets=buckets)
@@ -214,7 +215,7 @@ def test_float32_and_float16_files_round_to_the_dtype_asked(folders, folder):
 
 def test_leaves_go_where_the_shardings_say(folders):
     mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
-    abstract = abstract_variables(Qwen2_5VL(ModelConfig.load(folders["tied"])))["params"]
+    abstract = abstract_variables(VisionLanguageModel(ModelConfig.load(folders["tied"])))["params"]
     spec = jax.sharding.PartitionSpec
     shardings = jax.tree.map(
         lambda x: jax.sharding.NamedSharding(mesh, spec(*[None] * (x.ndim - 1), "fsdp") if x.ndim > 1 else spec()),
@@ -400,7 +401,7 @@ def test_adapters_give_pefts_logits(folders, tmp_path, config, rank, scale, lang
     assert spec.language == set(language) and spec.vision == set(vision)
 
     model_config, base = load(folders["untied"])
-    model = Qwen2_5VL(model_config, lora=spec)
+    model = VisionLanguageModel(model_config, lora=spec)
     lora = hf.load_adapter(path, model_config, spec, abstract_variables(model)["lora"])
     assert {x.dtype for x in jax.tree.leaves(lora)} == {np.dtype(np.float32)}
     expected = tm.torch_logits(reference, [SAMPLE])[0]
@@ -408,7 +409,7 @@ def test_adapters_give_pefts_logits(folders, tmp_path, config, rank, scale, lang
     assert tm.max_difference(our_logits(model, {"params": base, "lora": lora}), expected) <= tm.TOLERANCE
 
     # What we would write is what peft wrote: the same names, the same bits.
-    tensors = dict(hf.file_tensors(lora, hf.adapter_table(model_config, spec), model_config, dtype=np.float32))
+    tensors = dict(hf.file_tensors(lora, adapter_table(model_config, spec), model_config, dtype=np.float32))
     assert_same_tensors(tensors, safetensors.torch.load_file(path / "adapter_model.safetensors"))
 
 
@@ -426,7 +427,7 @@ def adapter(adapter_folder, tmp_path) -> pathlib.Path:
 def load_adapter(folders, path: pathlib.Path):
     config = ModelConfig.load(folders["untied"])
     spec = hf.adapter_spec(path, dropout=0.0)
-    return hf.load_adapter(path, config, spec, abstract_variables(Qwen2_5VL(config, lora=spec))["lora"])
+    return hf.load_adapter(path, config, spec, abstract_variables(VisionLanguageModel(config, lora=spec))["lora"])
 
 
 def test_a_bfloat16_adapter_becomes_float32(folders, adapter):

@@ -257,7 +257,7 @@ def most_rows_beside_the_vocabulary(text):
 
 def compiled_step(kind, chunk, roles=ROLES):
     """HLO of the train step for two rows of 96 entries each."""
-    model = qwen2_5_vl.Qwen2_5VL(HLO_CONFIG, lora=tiny.LORA)
+    model = qwen2_5_vl.VisionLanguageModel(HLO_CONFIG, lora=tiny.LORA)
     abstract = qwen2_5_vl.abstract_variables(model)
     trained = {"lora": abstract["lora"]} if kind == "lora" else {"params": abstract["params"]}
     tx = optax.adamw(1e-3)

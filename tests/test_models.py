@@ -22,19 +22,14 @@ from vigos_jax.architecture import ModelConfig
 from vigos_jax.config import CHOICES
 from vigos_jax.inputs import PromptBatch
 from vigos_jax.models import hf
-from vigos_jax.models.qwen2_5_vl import (
-    Qwen2_5VL,
-    abstract_variables,
-    empty_cache,
-    init_variables,
-    segment_mask,
-)
+from vigos_jax.models.decoder import empty_cache, segment_mask
 from vigos_jax.models.variables import (
     shares_vision,
     student_variables,
     teacher_overlay,
     teacher_variables,
 )
+from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables, init_variables
 from vigos_jax.packing import Buckets, Row, pack_prompts
 from vigos_jax.sampler import Sampler, Sampling, row_keys
 
@@ -56,12 +51,12 @@ class Pair:
 
     torch: torch.nn.Module
     config: ModelConfig
-    model: Qwen2_5VL
+    model: VisionLanguageModel
     base: dict
     run: object
 
 
-def make_run(model: Qwen2_5VL):
+def make_run(model: VisionLanguageModel):
     @jax.jit
     def run(variables, vision, text):
         images = model.apply(variables, vision, method="encode_images")
@@ -78,7 +73,7 @@ def pairs(tmp_path_factory) -> dict[str, Pair]:
         reference = tm.cached_model(tied=head == "tied")
         folder = tm.save(reference, tmp_path_factory.mktemp(head))
         config = ModelConfig.load(folder)
-        model = Qwen2_5VL(config)
+        model = VisionLanguageModel(config)
         base = hf.load_params(folder, config, abstract_variables(model)["params"], dtype=np.float32)
         out[head] = Pair(reference, config, model, base, make_run(model))
     return out
@@ -242,7 +237,7 @@ def test_parity_notices_wrong_windows(pairs, batch, full):
     """All blocks full: the windows are dropped. None full: the full-attention blocks are."""
     pair = pairs["tied"]
     vision = dataclasses.replace(pair.config.vision, full_attention_blocks=full)
-    model = Qwen2_5VL(dataclasses.replace(pair.config, vision=vision))
+    model = VisionLanguageModel(dataclasses.replace(pair.config, vision=vision))
     images = jax.jit(functools.partial(model.apply, method="encode_images"))({"params": pair.base}, batch.vision)
     assert worst_feature(images) > NOTICEABLE
 
@@ -283,7 +278,7 @@ def test_parity_notices_swapped_images(pairs, batch):
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapted:
     torch: torch.nn.Module
-    model: Qwen2_5VL
+    model: VisionLanguageModel
     lora: dict
     logits: dict[str, np.ndarray]  # torch's, by sample
     run: object
@@ -297,7 +292,7 @@ def adapted(pairs, tmp_path_factory) -> Adapted:
     reference = tm.with_adapter(pair.torch, r=4, lora_alpha=8, target_modules=targets)
     folder = tm.save(reference, tmp_path_factory.mktemp("adapter"))
     spec = hf.adapter_spec(pathlib.Path(folder), dropout=0.5)
-    model = Qwen2_5VL(pair.config, lora=spec)
+    model = VisionLanguageModel(pair.config, lora=spec)
     lora = hf.load_adapter(folder, pair.config, spec, abstract_variables(model)["lora"])
     logits = {name: tm.torch_logits(reference, [s])[0] for name, s in SAMPLES.items()}
     return Adapted(reference, model, lora, logits, make_run(model))

@@ -13,7 +13,7 @@ from strategies import mixes
 from tiny import BUCKETS, CONFIG, IMAGE, MIXES, ROLES, invalid, pack, row, valid
 
 from vigos_jax.errors import InputError
-from vigos_jax.models.qwen2_5_vl import segment_mask
+from vigos_jax.models.decoder import segment_mask
 from vigos_jax.packing import (
     Buckets,
     Rollout,

@@ -12,7 +12,7 @@ from oracles import objective as oracle
 from tiny import BUCKETS, CONFIG, IMAGE, MODEL, ROLES, pack, row
 
 from vigos_jax.errors import InputError
-from vigos_jax.models.qwen2_5_vl import Qwen2_5VL
+from vigos_jax.models.vlm import VisionLanguageModel
 from vigos_jax.packing import Rollout, Row, pack_prompts
 from vigos_jax.sampler import Sampler, Sampling, completions, draw, penalise, row_keys, top_k
 from vigos_jax.sharding import batch_sharding, make_mesh, tree_shardings
@@ -402,7 +402,7 @@ def test_a_sampled_image_token_is_a_token_like_any_other():
 
 def test_float32_master_weights_decode_in_the_models_type():
     """Full fine-tuning's weights are cast once, and the result is that of weights of the model's own type."""
-    model = Qwen2_5VL(CONFIG, dtype=jnp.bfloat16)
+    model = VisionLanguageModel(CONFIG, dtype=jnp.bfloat16)
     s = sampler(dataclasses.replace(SAMPLING, max_tokens=4), model=model)
     base = tiny.weights()[0]
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base)

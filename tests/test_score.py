@@ -12,7 +12,7 @@ from tiny import CONFIG, MIXES, MODEL, ROLES, pack
 
 from vigos_jax import losses, score
 from vigos_jax.models.layers import LoraSpec
-from vigos_jax.models.qwen2_5_vl import Qwen2_5VL
+from vigos_jax.models.vlm import VisionLanguageModel
 
 REPEATED = (MIXES["mixed"] * 2)[3:11]  # a bad row first
 CLOSE, FAR = 1e-5, 1e-3
@@ -90,7 +90,8 @@ def test_equals_it_for_a_student_with_a_vision_tower_of_its_own(kind):
         other_tower = {"params": trained["params"] | {"visual": base["visual"]}}
         average = {"params": jax.tree.map(lambda a, b: a - 0.1 * b, base, noise)}
     else:
-        model = Qwen2_5VL(CONFIG, lora=LoraSpec(rank=8, scale=2.0, vision=frozenset(("gate_proj", "down_proj"))))
+        lora = LoraSpec(rank=8, scale=2.0, vision=frozenset(("gate_proj", "down_proj")))
+        model = VisionLanguageModel(CONFIG, lora=lora)
         trained = {"lora": tiny.random_variables(model)["lora"]}
         other_tower = jax.tree.map(jnp.zeros_like, trained)
         average = jax.tree.map(lambda x: -0.7 * x, trained)

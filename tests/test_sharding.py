@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from tiny import CONFIG, MIXES, gradient_step, pack
 
 from vigos_jax.errors import InputError
-from vigos_jax.models.qwen2_5_vl import Qwen2_5VL, abstract_variables
+from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.sharding import PARAM_RULES, batch_sharding, check_batch, make_mesh, path_string, tree_shardings
 
 SHAPES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 2, 1), (1, 2, 4))
@@ -107,7 +107,7 @@ def test_large_leaves_are_all_split():
     """No matrix of the decoder is held whole by a device of an fsdp and tensor mesh; tied or not."""
     for tied in (True, False):
         config = dataclasses.replace(CONFIG, tie_embeddings=tied)
-        tree = abstract_variables(Qwen2_5VL(config, lora=tiny.LORA))
+        tree = abstract_variables(VisionLanguageModel(config, lora=tiny.LORA))
         for (path, leaf), sharding in zip(
             jax.tree_util.tree_leaves_with_path(tree),
             jax.tree.leaves(tree_shardings(tree, mesh_of((1, 4, 2)))),
@@ -156,7 +156,7 @@ def test_rules(path, spec):
 
 def test_every_rule_is_used():
     lora = dataclasses.replace(tiny.LORA, vision=tiny.LORA.language)
-    tree = abstract_variables(Qwen2_5VL(CONFIG, lora))
+    tree = abstract_variables(VisionLanguageModel(CONFIG, lora))
     names = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     first = [next(i for i, (pattern, _) in enumerate(PARAM_RULES) if re.search(pattern, name)) for name in names]
     assert set(first) == set(range(len(PARAM_RULES)))
@@ -201,7 +201,7 @@ def test_data_takes_the_rest():
 
 def test_a_model_that_the_mesh_does_not_divide():
     config = dataclasses.replace(CONFIG, num_kv_heads=1, head_size=12, mrope_section=(2, 2, 2))
-    tree = abstract_variables(Qwen2_5VL(config, lora=tiny.LORA))
+    tree = abstract_variables(VisionLanguageModel(config, lora=tiny.LORA))
     with pytest.raises(InputError) as e:
         tree_shardings(tree, mesh_of((1, 1, 8)))
     text = str(e.value)

@@ -13,8 +13,8 @@ from oracles import objective as oracle
 from tiny import CONFIG, LORA, MIXES, MODEL, ROLES, gradient_step, pack
 
 from vigos_jax import losses, score
-from vigos_jax.models.qwen2_5_vl import Qwen2_5VL
 from vigos_jax.models.variables import cast_floats
+from vigos_jax.models.vlm import VisionLanguageModel
 from vigos_jax.step import TrainState, make_optimizer, make_train_step
 
 ADAMW = {
@@ -262,7 +262,8 @@ def test_the_first_steps_from_a_fresh_adapter():
 def test_one_step_moves_a_and_b_by_the_learning_rate(dtype):
     """In float32 whatever the base's type: bfloat16 would round 5e-6 away."""
     base, lora = tiny.weights()
-    start, step = lora_step() if dtype == jnp.float32 else compiled_step(Qwen2_5VL(CONFIG, lora=LORA, dtype=dtype))
+    model = VisionLanguageModel(CONFIG, lora=LORA, dtype=dtype)
+    start, step = lora_step() if dtype == jnp.float32 else compiled_step(model)
     before = {"lora": lora}
     state, metrics = step(start(before), cast_floats(base, dtype), pack(MIXES["mixed"]), jax.random.key(0))
     assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
@@ -312,7 +313,7 @@ def test_the_loss_falls_and_the_base_stays(kind):
 
 
 def dropping():
-    return Qwen2_5VL(CONFIG, lora=dataclasses.replace(LORA, dropout=0.5))
+    return VisionLanguageModel(CONFIG, lora=dataclasses.replace(LORA, dropout=0.5))
 
 
 def test_dropout_with_accumulation():

@@ -14,7 +14,7 @@ import optax
 
 from vigos_jax.architecture import ModelConfig, VisionConfig
 from vigos_jax.models.layers import LoraSpec
-from vigos_jax.models.qwen2_5_vl import Qwen2_5VL, abstract_variables
+from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.packing import Buckets, Rollout, Row, pack_scores
 from vigos_jax.processor import EncodedImage, Turn
 from vigos_jax.roles import TeacherRole
@@ -54,6 +54,7 @@ CONFIG = ModelConfig(
     rms_eps=1e-6,
     tie_embeddings=False,
     image_token_id=IMAGE,
+    video_token_id=124,
     vision=VisionConfig(
         depth=2,
         hidden_size=32,
@@ -70,7 +71,7 @@ LORA = LoraSpec(
     scale=2.0,
     language=frozenset(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
 )
-MODEL = Qwen2_5VL(CONFIG, lora=LORA)
+MODEL = VisionLanguageModel(CONFIG, lora=LORA)
 # One size each: all batches of equal length share one compiled program.
 BUCKETS = Buckets(patches=(64,), prompt=(40,), completion=(16,), sequence=(56, 144))
 
@@ -82,7 +83,7 @@ ROLES = (
 )
 
 
-def random_variables(model: Qwen2_5VL, *, seed: int = 0, adapter: float = 0.3) -> dict:
+def random_variables(model: VisionLanguageModel, *, seed: int = 0, adapter: float = 0.3) -> dict:
     """Float32 `params`, and `lora` if the model has adapters, with B of size `adapter` (0: as before training)."""
 
     def draw(path, leaf):
@@ -168,7 +169,7 @@ def pack(mix, *, roles=ROLES, buckets: Buckets = BUCKETS, config: ModelConfig = 
 
 
 @functools.cache
-def scorer(roles=ROLES, chunk: int = 5, model: Qwen2_5VL = MODEL, temperature: float = 1.0):
+def scorer(roles=ROLES, chunk: int = 5, model: VisionLanguageModel = MODEL, temperature: float = 1.0):
     """Compiled `score_batch`: (base, trained, batch, overlay={}) -> EntryScores."""
     return jit(functools.partial(score_batch, model, roles=roles, chunk=chunk, temperature=temperature))
 

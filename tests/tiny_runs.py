@@ -27,7 +27,8 @@ from vigos_jax.architecture import ModelConfig
 from vigos_jax.loading import Loaded
 from vigos_jax.models import hf
 from vigos_jax.models.layers import LoraSpec
-from vigos_jax.models.qwen2_5_vl import Qwen2_5VL
+from vigos_jax.models.names import LANGUAGE_PROJECTIONS, adapter_table, tensor_table
+from vigos_jax.models.vlm import VisionLanguageModel
 from vigos_jax.processor import Processor
 
 # The mesh splits rows, parameters and heads: every mode runs on sharded arrays, on the 8 devices of the tests.
@@ -61,7 +62,7 @@ def get_config():
 '''
 STEPS = 4
 BAD = {2: "image_missing", 7: "empty_answer"}  # rows of the data that cannot be used
-SPEC = LoraSpec(rank=2, scale=3.0, language=frozenset(hf.LANGUAGE_PROJECTIONS))  # unlike the config's
+SPEC = LoraSpec(rank=2, scale=3.0, language=frozenset(LANGUAGE_PROJECTIONS))  # unlike the config's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +180,8 @@ def write_model(folder: pathlib.Path) -> pathlib.Path:
     """A Hugging Face folder with processor and float32 weights in several shards."""
     make_processor_folder(folder, text={"tie_word_embeddings": False, "torch_dtype": "bfloat16"})
     config = ModelConfig.load(folder)
-    params = tiny.random_variables(Qwen2_5VL(config))["params"]
-    tensors = hf.file_tensors(params, hf.tensor_table(config), config, dtype=np.float32)
+    params = tiny.random_variables(VisionLanguageModel(config))["params"]
+    tensors = hf.file_tensors(params, tensor_table(config), config, dtype=np.float32)
     hf.save_sharded(folder, tensors, max_shard_bytes=2**17)
     assert (folder / "model.safetensors.index.json").is_file()
     return folder
@@ -190,8 +191,8 @@ def write_adapter(folder: pathlib.Path, model: pathlib.Path, spec: LoraSpec) -> 
     """A PEFT LoRA folder whose B is not zero."""
     folder.mkdir()
     config = ModelConfig.load(model)
-    lora = tiny.random_variables(Qwen2_5VL(config, lora=spec))["lora"]
-    tensors = dict(hf.file_tensors(lora, hf.adapter_table(config, spec), config, dtype=np.float32))
+    lora = tiny.random_variables(VisionLanguageModel(config, lora=spec))["lora"]
+    tensors = dict(hf.file_tensors(lora, adapter_table(config, spec), config, dtype=np.float32))
     safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
     values = {"peft_type": "LORA", "r": spec.rank, "lora_alpha": spec.scale * spec.rank, "lora_dropout": 0.2}
     values |= {"target_modules": sorted(spec.language | spec.vision), "bias": "none"}

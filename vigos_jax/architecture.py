@@ -1,7 +1,7 @@
 """What a checkpoint's `config.json` says about its model, as frozen dataclasses.
 
 Both layouts that Hugging Face folders use are read: the flat one of the published Qwen2.5-VL checkpoints and the
-nested one (`text_config`) that newer transformers versions write.
+nested one (`text_config`) of Qwen3-VL and of what newer transformers versions write.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any
 
 from vigos_jax.errors import InputError
 
-FAMILIES = ("qwen2_5_vl",)
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +27,12 @@ class VisionConfig:
     patch_size: int = 14  # pixels
     temporal_patch_size: int = 2  # frames
     spatial_merge_size: int = 2  # patches along a side of one visual token
-    window_size: int = 112  # pixels
-    full_attention_blocks: tuple[int, ...] = ()
     in_channels: int = 3
+    window_size: int = 0  # pixels; 0 for a tower without windows
+    full_attention_blocks: tuple[int, ...] = ()  # of a tower with windows
+    tokens_per_second: float = 0.0  # temporal positions of a video; 0 where its frames are told apart by text
+    num_positions: int = 0  # learned positions, a square table; 0 for none
+    deepstack_blocks: tuple[int, ...] = ()  # whose states the first decoder layers receive too, in this order
 
     @property
     def patch_dim(self) -> int:
@@ -42,8 +45,8 @@ class VisionConfig:
 
     @property
     def window_side(self) -> int:
-        """Visual tokens along a side of one attention window."""
-        return self.window_size // self.patch_size // self.spatial_merge_size
+        """Visual tokens along a side of one attention window; 1 without windows, so that slots are in reading order."""
+        return max(1, self.window_size // self.patch_size // self.spatial_merge_size)
 
     @property
     def window_patches(self) -> int:
@@ -68,7 +71,11 @@ class ModelConfig:
     rms_eps: float
     tie_embeddings: bool
     image_token_id: int
+    video_token_id: int
     vision: VisionConfig
+    qkv_bias: bool = True
+    qk_norm: bool = False  # RMSNorm of every query and key head
+    mrope_interleaved: bool = False  # see layers.mrope_angles
 
     @classmethod
     def load(cls, folder: str | pathlib.Path) -> "ModelConfig":
@@ -97,6 +104,7 @@ class ModelConfig:
         text = {**raw, **(raw.get("text_config") or {})}
         vision = raw.get("vision_config") or {}
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        is_qwen3 = family == "qwen3_vl"
         try:
             heads = int(text["num_attention_heads"])
             config = cls(
@@ -108,25 +116,17 @@ class ModelConfig:
                 head_size=int(text.get("head_dim") or text["hidden_size"] // heads),
                 intermediate_size=int(text["intermediate_size"]),
                 vocab_size=int(text["vocab_size"]),
-                rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or 1e6),
+                rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or (5e6 if is_qwen3 else 1e6)),
                 mrope_section=tuple(int(n) for n in rope["mrope_section"]),
                 rms_eps=float(text.get("rms_norm_eps", 1e-6)),
                 # transformers reads the top level; a nested copy may be stale.
                 tie_embeddings=bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
                 image_token_id=int(raw["image_token_id"]),
-                vision=VisionConfig(
-                    depth=int(vision["depth"]),
-                    hidden_size=int(vision["hidden_size"]),
-                    num_heads=int(vision["num_heads"]),
-                    intermediate_size=int(vision["intermediate_size"]),
-                    out_hidden_size=int(vision["out_hidden_size"]),
-                    patch_size=int(vision.get("patch_size", 14)),
-                    temporal_patch_size=int(vision.get("temporal_patch_size", 2)),
-                    spatial_merge_size=int(vision.get("spatial_merge_size", 2)),
-                    window_size=int(vision.get("window_size", 112)),
-                    full_attention_blocks=tuple(int(i) for i in vision.get("fullatt_block_indexes", ())),
-                    in_channels=int(vision.get("in_channels", vision.get("in_chans", 3))),
-                ),
+                video_token_id=int(raw["video_token_id"]),
+                vision=_qwen3_vision(vision) if is_qwen3 else _qwen2_5_vision(vision),
+                qkv_bias=not is_qwen3,
+                qk_norm=is_qwen3,
+                mrope_interleaved=is_qwen3,
             )
         except (KeyError, TypeError, ValueError) as e:
             raise InputError(f"{where}: missing or malformed field: {e!r}") from e
@@ -136,10 +136,49 @@ class ModelConfig:
             )
         for field, value, choices in (
             ("hidden_act", text.get("hidden_act", "silu"), ("silu",)),
-            ("rope type", rope.get("rope_type", rope.get("type", "default")), ("default", "mrope")),
+            ("rope_type", rope.get("rope_type", rope.get("type", "default")), ("default", "mrope")),
+            ("use_sliding_window", text.get("use_sliding_window") or False, (False,)),
+            ("attention_bias", is_qwen3 and bool(text.get("attention_bias")), (False,)),
         ):
             if value not in choices:
-                raise InputError(f"{where}: {field} {value!r} is not supported; choices: {', '.join(choices)}")
-        if text.get("use_sliding_window"):
-            raise InputError(f"{where}: use_sliding_window=true is not supported; choices: false")
+                words = ", ".join(c if isinstance(c, str) else json.dumps(c) for c in choices)
+                raise InputError(f"{where}: {field}={json.dumps(value)} is not supported; choices: {words}")
         return config
+
+
+def _common_vision(vision: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "depth": int(vision["depth"]),
+        "hidden_size": int(vision["hidden_size"]),
+        "num_heads": int(vision["num_heads"]),
+        "intermediate_size": int(vision["intermediate_size"]),
+        "out_hidden_size": int(vision["out_hidden_size"]),
+        "temporal_patch_size": int(vision.get("temporal_patch_size", 2)),
+        "spatial_merge_size": int(vision.get("spatial_merge_size", 2)),
+        "in_channels": int(vision.get("in_channels", vision.get("in_chans", 3))),
+    }
+
+
+def _qwen2_5_vision(vision: Mapping[str, Any]) -> VisionConfig:
+    return VisionConfig(
+        **_common_vision(vision),
+        patch_size=int(vision.get("patch_size", 14)),
+        window_size=int(vision.get("window_size", 112)),
+        full_attention_blocks=tuple(int(i) for i in vision.get("fullatt_block_indexes", ())),
+        tokens_per_second=float(vision.get("tokens_per_second", 4)),
+    )
+
+
+def _qwen3_vision(vision: Mapping[str, Any]) -> VisionConfig:
+    num_positions = int(vision.get("num_position_embeddings", 2304))
+    blocks = tuple(int(i) for i in vision.get("deepstack_visual_indexes", (8, 16, 24)))
+    if round(num_positions**0.5) ** 2 != num_positions:
+        raise ValueError(f"num_position_embeddings {num_positions} must be a square number")
+    if len(set(blocks)) < len(blocks) or not all(0 <= i < int(vision["depth"]) for i in blocks):
+        raise ValueError(f"deepstack_visual_indexes {blocks} must be different blocks of the tower")
+    return VisionConfig(
+        **_common_vision(vision),
+        patch_size=int(vision.get("patch_size", 16)),
+        num_positions=num_positions,
+        deepstack_blocks=blocks,
+    )

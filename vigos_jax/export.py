@@ -15,6 +15,7 @@ import safetensors.numpy
 from vigos_jax.errors import InputError
 from vigos_jax.loading import Loaded
 from vigos_jax.models import hf
+from vigos_jax.models.names import adapter_table, tensor_table
 from vigos_jax.models.variables import Variables
 
 # Copied from the base as they are: rewriting them through a library would change what other programs read.
@@ -63,7 +64,7 @@ def export(
 
 def merged_tensors(loaded: Loaded, trained: Variables, *, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
     """The student's tensors by file name; W + scale * A B is added in float32 and rounded once, to `dtype`."""
-    table = hf.tensor_table(loaded.config)
+    table = tensor_table(loaded.config)
     params = trained.get("params", loaded.base)
     if "lora" not in trained:
         yield from hf.file_tensors(params, table, loaded.config, dtype=dtype)
@@ -91,7 +92,7 @@ def _merge(kernel, a, b, scale):  # [L, in, out], [L, in, r], [L, r, out]
 
 def _write_adapter(loaded: Loaded, lora: Any, folder: pathlib.Path) -> None:
     spec = loaded.model.lora
-    table = hf.adapter_table(loaded.config, spec)
+    table = adapter_table(loaded.config, spec)
     tensors = dict(hf.file_tensors(lora, table, loaded.config, dtype=np.float32))
     safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_model.safetensors").chmod(0o644)

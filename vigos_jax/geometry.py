@@ -23,12 +23,14 @@ class VisionLayout:
       source: int32 [S], index into the row's concatenated patches, -1 for an empty slot.
       image_ids: int32 [S], number of the slot's frame counted from 1 over all images, 0 for an empty slot.
       hw: int32 [S, 2], patch row and column inside its image.
+      grid: int32 [S, 2], rows and columns of the patch's image; 0 for an empty slot.
       token_unit: int32 [M], for each visual token in reading order, the group of `merge_unit` slots it comes from.
     """
 
     source: np.ndarray
     image_ids: np.ndarray
     hw: np.ndarray
+    grid: np.ndarray
     token_unit: np.ndarray
 
 
@@ -41,7 +43,7 @@ def visual_token_count(grid: Grid, merge_size: int) -> int:
 def vision_layout(grids: Sequence[Grid], vision: VisionConfig) -> VisionLayout:
     """Lays out the patches of a row's images, which arrive grouped by visual token in reading order."""
     merge, side, unit = vision.spatial_merge_size, vision.window_side, vision.merge_unit
-    source, image_ids, hw, token_unit = [], [], [], []
+    source, image_ids, hw, grid, token_unit = [], [], [], [], []
     first_patch, first_unit, frame = 0, 0, 0
     for t, h, w in grids:
         rows, cols = h // merge, w // merge  # visual tokens
@@ -54,20 +56,23 @@ def vision_layout(grids: Sequence[Grid], vision: VisionConfig) -> VisionLayout:
         for _ in range(t):
             frame += 1
             slots = windows_h * windows_w * side**2 * unit
-            s, ids, pos = np.full(slots, -1), np.zeros(slots), np.zeros((slots, 2))
+            s, ids = np.full(slots, -1), np.zeros(slots)
+            pos, size = np.zeros((slots, 2)), np.zeros((slots, 2))
             index = (slot_unit[..., None] * unit + np.arange(unit)).reshape(-1)
             s[index] = first_patch + np.arange(rows * cols * unit)
             ids[index] = frame
             pos[index] = np.stack([patch_row.reshape(-1), patch_col.reshape(-1)], -1)
+            size[index] = h, w
             source.append(s)
             image_ids.append(ids)
             hw.append(pos)
+            grid.append(size)
             token_unit.append(first_unit + slot_unit.reshape(-1))
             first_patch += rows * cols * unit
             first_unit += slots // unit
     if not grids:
-        return VisionLayout(*(np.zeros(s, np.int32) for s in (0, 0, (0, 2), 0)))
-    return VisionLayout(*(np.concatenate(a).astype(np.int32) for a in (source, image_ids, hw, token_unit)))
+        return VisionLayout(*(np.zeros(s, np.int32) for s in (0, 0, (0, 2), (0, 2), 0)))
+    return VisionLayout(*(np.concatenate(a).astype(np.int32) for a in (source, image_ids, hw, grid, token_unit)))
 
 
 def mrope_positions(ids: Sequence[int], grids: Sequence[Grid], *, image_token_id: int, merge_size: int) -> np.ndarray:

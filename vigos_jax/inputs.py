@@ -14,12 +14,14 @@ class VisionInputs:
       patches: float [B, S, patch_dim], zeros in empty slots.
       image_ids: int32 [B, S], frame number from 1, 0 in empty slots.
       hw: int32 [B, S, 2], patch row and column.
+      grid: int32 [B, S, 2], rows and columns of the patch's image.
       token_unit: int32 [B, M], the slot group of each visual token in reading order (0 past the row's last).
     """
 
     patches: Array
     image_ids: Array
     hw: Array
+    grid: Array
     token_unit: Array
 
 

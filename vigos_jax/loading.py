@@ -17,8 +17,9 @@ from vigos_jax.errors import InputError
 from vigos_jax.models import hf
 from vigos_jax.models.attention import choose
 from vigos_jax.models.layers import LoraSpec
-from vigos_jax.models.qwen2_5_vl import Qwen2_5VL, abstract_variables, init_variables
+from vigos_jax.models.names import LANGUAGE_PROJECTIONS, VISION_PROJECTIONS
 from vigos_jax.models.variables import Variables, cast_floats, student_variables
+from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables, init_variables
 from vigos_jax.packing import Buckets
 from vigos_jax.processor import Processor
 from vigos_jax.roles import TeacherRole, role_table
@@ -44,7 +45,7 @@ class Loaded:
     name: str
     folder: pathlib.Path
     config: ModelConfig
-    model: Qwen2_5VL
+    model: VisionLanguageModel
     processor: Processor
     roles: tuple[TeacherRole, ...]
     buckets: Buckets
@@ -113,12 +114,12 @@ def lora_spec(config) -> LoraSpec | None:
         return hf.adapter_spec(folder, dropout=config.lora.dropout)
     if not config.lora.rank:
         return None
-    vision = hf.VISION_PROJECTIONS if config.lora.scope == "official" else ()
+    vision = VISION_PROJECTIONS if config.lora.scope == "official" else ()
     return LoraSpec(
         rank=config.lora.rank,
         scale=config.lora.alpha / config.lora.rank,
         dropout=config.lora.dropout,
-        language=frozenset(hf.LANGUAGE_PROJECTIONS),
+        language=frozenset(LANGUAGE_PROJECTIONS),
         vision=frozenset(vision),
     )
 
@@ -165,7 +166,7 @@ def load(config, *, for_training: bool) -> Loaded:
         # Accelerators multiply float32 in fewer bits unless told otherwise; whoever asks for float32 wants it.
         jax.config.update("jax_default_matmul_precision", "float32")
     spec = lora_spec(config)
-    model = Qwen2_5VL(
+    model = VisionLanguageModel(
         model_config,
         lora=spec,
         dtype=dtype,

@@ -134,15 +134,17 @@ def _vision(rows: Sequence[Row], config: ModelConfig, buckets: Buckets) -> Visio
     slots = -(-max(slots, 1) // v.window_patches) * v.window_patches  # whole windows
     b = len(rows)
     patches = np.zeros((b, slots, v.patch_dim), np.float32)
-    image_ids, hw = np.zeros((b, slots), np.int32), np.zeros((b, slots, 2), np.int32)
+    image_ids = np.zeros((b, slots), np.int32)
+    hw, grid = np.zeros((b, slots, 2), np.int32), np.zeros((b, slots, 2), np.int32)
     token_unit = np.zeros((b, slots // v.merge_unit), np.int32)
     for i, (row, x) in enumerate(zip(rows, layouts, strict=True)):
         if not row.images:
             continue
         n, used = len(x.source), x.source >= 0
         patches[i, :n][used] = np.concatenate([image.patches for image in row.images])[x.source[used]]
-        image_ids[i, :n], hw[i, :n], token_unit[i, : len(x.token_unit)] = x.image_ids, x.hw, x.token_unit
-    return VisionInputs(patches=patches, image_ids=image_ids, hw=hw, token_unit=token_unit)
+        image_ids[i, :n], hw[i, :n], grid[i, :n] = x.image_ids, x.hw, x.grid
+        token_unit[i, : len(x.token_unit)] = x.token_unit
+    return VisionInputs(patches=patches, image_ids=image_ids, hw=hw, grid=grid, token_unit=token_unit)
 
 
 def _text(sequences: Sequence[tuple], length: int, *, left: bool = False) -> TextInputs:

@@ -18,8 +18,9 @@ import numpy as np
 
 from vigos_jax.errors import InputError
 from vigos_jax.inputs import PromptBatch, TextInputs, VisionInputs
-from vigos_jax.models.qwen2_5_vl import KVCache, Qwen2_5VL, empty_cache
+from vigos_jax.models.decoder import KVCache, empty_cache
 from vigos_jax.models.variables import Variables, cast_floats
+from vigos_jax.models.vlm import VisionLanguageModel
 
 Array = jax.Array
 _MASKED = -1e30
@@ -162,7 +163,7 @@ def top_k(logits: Array, k: int) -> tuple[Array, Array]:
 
 
 def _prefill(
-    model: Qwen2_5VL,
+    model: VisionLanguageModel,
     sampling: Sampling,
     capacity: int,
     variables: Variables,
@@ -199,7 +200,7 @@ def _prefill(
 
 
 def _decode(
-    model: Qwen2_5VL,
+    model: VisionLanguageModel,
     sampling: Sampling,
     eos_ids: tuple[int, ...],
     variables: Variables,
@@ -262,7 +263,7 @@ class Sampler:
     """
 
     def __init__(
-        self, model: Qwen2_5VL, sampling: Sampling, *, eos_ids: Sequence[int], cache_sizes: Sequence[int] = ()
+        self, model: VisionLanguageModel, sampling: Sampling, *, eos_ids: Sequence[int], cache_sizes: Sequence[int] = ()
     ):
         self.sampling = sampling
         self.capacities = (*(n for n in cache_sizes if n < sampling.max_tokens), sampling.max_tokens)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from vigos_jax.inputs import ScoreBatch
 from vigos_jax.losses import EntryScores, score_entries, token_logps, weighted_loss
 from vigos_jax.models.attention import Causal
-from vigos_jax.models.qwen2_5_vl import Qwen2_5VL
 from vigos_jax.models.variables import Variables, shares_vision, student_variables, teacher_variables
+from vigos_jax.models.vlm import VisionLanguageModel
 from vigos_jax.roles import TeacherRole
 
 Array = jax.Array
@@ -27,7 +27,7 @@ class EntryStates:
 
 
 def entry_states(
-    model: Qwen2_5VL,
+    model: VisionLanguageModel,
     base: Any,
     trained: Variables,
     batch: ScoreBatch,
@@ -69,7 +69,7 @@ def entry_states(
 
 
 def score_batch(
-    model: Qwen2_5VL,
+    model: VisionLanguageModel,
     base: Any,
     trained: Variables,
     batch: ScoreBatch,
@@ -92,7 +92,7 @@ def score_batch(
 
 
 def loss_of_batch(
-    model: Qwen2_5VL,
+    model: VisionLanguageModel,
     base: Any,
     trained: Variables,
     batch: ScoreBatch,
@@ -127,7 +127,7 @@ def loss_of_batch(
     )
 
 
-def teacher_logps(model: Qwen2_5VL, base: Any, batch: ScoreBatch, *, overlay: Variables, chunk: int) -> Array:
+def teacher_logps(model: VisionLanguageModel, base: Any, batch: ScoreBatch, *, overlay: Variables, chunk: int) -> Array:
     """Log-probability of every entry's observed token under its role alone, [B, E]; no student runs."""
     teacher = teacher_variables(base, overlay)
     images = model.apply(teacher, batch.vision, method="encode_images")

@@ -11,8 +11,8 @@ import optax
 
 from vigos_jax.inputs import ScoreBatch
 from vigos_jax.losses import entry_shares, entry_weights, role_losses, role_stats
-from vigos_jax.models.qwen2_5_vl import Qwen2_5VL
 from vigos_jax.models.variables import teacher_overlay
+from vigos_jax.models.vlm import VisionLanguageModel
 from vigos_jax.roles import TeacherRole
 from vigos_jax.score import loss_of_batch
 
@@ -69,7 +69,7 @@ def make_optimizer(
 
 
 def make_train_step(
-    model: Qwen2_5VL,
+    model: VisionLanguageModel,
     tx: optax.GradientTransformation,
     *,
     roles: tuple[TeacherRole, ...],

@@ -55,7 +55,8 @@ def vision_inputs(images, vision, slots=64):
     """The pictures of one sample, window by window."""
     merge, side = vision.spatial_merge_size, vision.window_side
     patches, ids = np.zeros((1, slots, vision.patch_dim), np.float32), np.zeros((1, slots), np.int32)
-    hw, token_unit = np.zeros((1, slots, 2), np.int32), np.zeros((1, slots // merge**2), np.int32)
+    hw, grid = np.zeros((1, slots, 2), np.int32), np.zeros((1, slots, 2), np.int32)
+    token_unit = np.zeros((1, slots // merge**2), np.int32)
     slot, tokens = 0, 0
     for number, image in enumerate(images, start=1):
         rows, columns = image.grid[1] // merge, image.grid[2] // merge
@@ -67,9 +68,10 @@ def vision_inputs(images, vision, slots=64):
                     if y < rows and x < columns:
                         patches[0, slot] = image.patches[((y * columns + x) * merge + dy) * merge + dx]
                         ids[0, slot], hw[0, slot] = number, (y * merge + dy, x * merge + dx)
+                        grid[0, slot] = image.grid[1:]
                     slot += 1
         tokens += rows * columns
-    return VisionInputs(patches=patches, image_ids=ids, hw=hw, token_unit=token_unit)
+    return VisionInputs(patches=patches, image_ids=ids, hw=hw, grid=grid, token_unit=token_unit)
 
 
 def log_softmax(x):

@@ -26,7 +26,8 @@ from vigos_jax.demo import assets, card, responses, world
 from vigos_jax.inputs import TextInputs, VisionInputs
 from vigos_jax.metrics import Progress
 from vigos_jax.models import hf
-from vigos_jax.models.qwen2_5_vl import Qwen2_5VL, init_variables
+from vigos_jax.models.names import tensor_table
+from vigos_jax.models.vlm import VisionLanguageModel, init_variables
 from vigos_jax.processor import Processor, Turn
 
 Array = jax.Array
@@ -133,7 +134,8 @@ def vision_inputs(images: Array, config: ModelConfig) -> VisionInputs:
         raise ValueError(f"window_size must be {assets.WINDOW}: one demo picture is one window without empty slots")
     b = images.shape[0]
     spread = lambda x: jnp.broadcast_to(x, (b, *x.shape))  # noqa: E731
-    return VisionInputs(patches(images), spread(layout.image_ids), spread(layout.hw), spread(layout.token_unit))
+    rest = {k: spread(getattr(layout, k)) for k in ("image_ids", "hw", "grid", "token_unit")}
+    return VisionInputs(patches=patches(images), **rest)
 
 
 def text_inputs(rows: Rows, config: ModelConfig) -> TextInputs:
@@ -151,7 +153,7 @@ def text_inputs(rows: Rows, config: ModelConfig) -> TextInputs:
     return TextInputs(rows.ids, positions.astype(jnp.int32), segment_ids, index.astype(jnp.int32))
 
 
-def initial_params(model: Qwen2_5VL, seed: int) -> Any:
+def initial_params(model: VisionLanguageModel, seed: int) -> Any:
     """The model's own initialiser is for large widths; here every kernel gets standard deviation 1 / sqrt(in)."""
     params = init_variables(model, jax.random.key(seed))["params"]
 
@@ -165,7 +167,7 @@ def initial_params(model: Qwen2_5VL, seed: int) -> Any:
 # Losses -------------------------------------------------------------------------------------------
 
 
-def vision_loss(trained: Any, images: Array, labels: Array, *, model: Qwen2_5VL) -> Array:
+def vision_loss(trained: Any, images: Array, labels: Array, *, model: VisionLanguageModel) -> Array:
     """Cross-entropy of kind, color and size per cell; empty cells only have a kind. labels: int32 [B, 9, 3]."""
     tokens = model.apply({"params": trained["params"]}, vision_inputs(images, model.config), method="encode_images")
     logits = tokens @ trained["head"] + trained["bias"]  # [B, 9, 13 + 8 + 2]
@@ -178,7 +180,7 @@ def vision_loss(trained: Any, images: Array, labels: Array, *, model: Qwen2_5VL)
     return total
 
 
-def text_loss(params: Any, groups: tuple[Rows, ...], *, model: Qwen2_5VL) -> Array:
+def text_loss(params: Any, groups: tuple[Rows, ...], *, model: VisionLanguageModel) -> Array:
     """Mean cross-entropy of all completion tokens. The groups differ in their padded length only."""
     total, count = 0.0, 0
     for rows in groups:
@@ -219,7 +221,7 @@ def fit(
     return params
 
 
-def train(config: ml_collections.ConfigDict, processor: Processor, model: Qwen2_5VL) -> Any:
+def train(config: ml_collections.ConfigDict, processor: Processor, model: VisionLanguageModel) -> Any:
     """The three stages; returns float32 params."""
     params = initial_params(model, config.seed)
 
@@ -273,9 +275,9 @@ def make(config: ml_collections.ConfigDict) -> dict[str, Any]:
     folder = pathlib.Path(config.output)
     prompt_texts = [text for p in config.prompts.values() for text in (p.user, p.assistant_prefill)]
     assets.write_assets(folder, templates=prompt_texts)
-    processor, model = Processor.load(folder), Qwen2_5VL(ModelConfig.load(folder))
+    processor, model = Processor.load(folder), VisionLanguageModel(ModelConfig.load(folder))
     params = train(config, processor, model)
-    tensors = hf.file_tensors(params, hf.tensor_table(model.config), model.config, dtype=jnp.bfloat16)
+    tensors = hf.file_tensors(params, tensor_table(model.config), model.config, dtype=jnp.bfloat16)
     hf.save_sharded(folder, tensors, max_shard_bytes=8 << 20)
     measured = card.measure(folder, config)
     (folder / "measured.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")

@@ -1,11 +1,6 @@
-"""Hugging Face checkpoints in and out: one table of tensor names, read tensor by tensor, written sharded.
-
-A table row maps one of our leaves to the checkpoint's name. Leaves of scanned layers are stacked on a leading axis,
-so their name has a `{i}`. Kernels are stored transposed ([in, out] here, [out, in] there).
-"""
+"""Hugging Face checkpoints in and out: read tensor by tensor, written sharded, by the tables of `names`."""
 
 import contextlib
-import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -20,115 +15,19 @@ import safetensors.numpy
 from vigos_jax.architecture import ModelConfig
 from vigos_jax.errors import InputError
 from vigos_jax.models.layers import LoraSpec
-
-LANGUAGE_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-VISION_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-Path = tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """One leaf of ours and its name in a checkpoint.
-
-    Attributes:
-      path: keys in our parameter tree.
-      name: tensor name in the file; `{i}` stands for the layer of a stacked leaf.
-      stacked: number of layers on the leading axis, 0 for a leaf of its own.
-      layout: "same", "transposed" (a kernel) or "conv" (a patch embedding, [out, C, T, h, w] in the file).
-    """
-
-    path: Path
-    name: str
-    stacked: int = 0
-    layout: str = "same"
-
-    def names(self) -> list[str]:
-        return [self.name.format(i=i) for i in range(self.stacked)] if self.stacked else [self.name]
-
-    def to_ours(self, x: np.ndarray) -> np.ndarray:
-        if self.layout == "same":
-            return x
-        return x.reshape(x.shape[0], -1).T
-
-    def to_file(self, x: np.ndarray, config: ModelConfig) -> np.ndarray:
-        if self.layout == "same":
-            return x
-        x = np.ascontiguousarray(x.T)
-        if self.layout == "conv":
-            v = config.vision
-            x = x.reshape(x.shape[0], v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
-        return x
-
-
-def tensor_table(config: ModelConfig) -> list[Tensor]:
-    """Every tensor of the published layout, in file order."""
-    rows: list[Tensor] = []
-
-    def projection(path: Path, name: str, stacked: int = 0, bias: bool = False) -> None:
-        rows.append(Tensor((*path, "kernel"), f"{name}.weight", stacked, "transposed"))
-        if bias:
-            rows.append(Tensor((*path, "bias"), f"{name}.bias", stacked))
-
-    depth, layers = config.vision.depth, config.num_layers
-    rows.append(Tensor(("visual", "patch_embed", "kernel"), "visual.patch_embed.proj.weight", layout="conv"))
-    for norm in ("norm1", "norm2"):
-        rows.append(Tensor(("visual", "blocks", norm, "scale"), f"visual.blocks.{{i}}.{norm}.weight", depth))
-    for name in ("qkv", "proj"):
-        projection(("visual", "blocks", "attn", name), f"visual.blocks.{{i}}.attn.{name}", depth, bias=True)
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        projection(("visual", "blocks", "mlp", name), f"visual.blocks.{{i}}.mlp.{name}", depth, bias=True)
-    rows.append(Tensor(("visual", "merger_norm", "scale"), "visual.merger.ln_q.weight"))
-    projection(("visual", "merger_in"), "visual.merger.mlp.0", bias=True)
-    projection(("visual", "merger_out"), "visual.merger.mlp.2", bias=True)
-    rows.append(Tensor(("embedding",), "model.embed_tokens.weight"))
-    for ours, theirs in (("input_norm", "input_layernorm"), ("post_norm", "post_attention_layernorm")):
-        rows.append(Tensor(("layers", ours, "scale"), f"model.layers.{{i}}.{theirs}.weight", layers))
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        projection(("layers", name), f"model.layers.{{i}}.self_attn.{name}", layers, bias=name != "o_proj")
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        projection(("layers", "mlp", name), f"model.layers.{{i}}.mlp.{name}", layers)
-    rows.append(Tensor(("norm", "scale"), "model.norm.weight"))
-    if not config.tie_embeddings:
-        rows.append(Tensor(("lm_head",), "lm_head.weight", layout="transposed"))
-    return rows
-
-
-def adapter_table(config: ModelConfig, lora: LoraSpec) -> list[Tensor]:
-    """Every tensor of a PEFT adapter of this shape."""
-    rows: list[Tensor] = []
-    prefix = "base_model.model.model"
-    targets = [
-        (("layers", *(("mlp",) if n in VISION_PROJECTIONS else ()), n),
-         f"{prefix}.language_model.layers.{{i}}.{'mlp' if n in VISION_PROJECTIONS else 'self_attn'}.{n}",
-         config.num_layers)
-        for n in LANGUAGE_PROJECTIONS if n in lora.language
-    ] + [
-        (("visual", "blocks", "mlp", n), f"{prefix}.visual.blocks.{{i}}.mlp.{n}", config.vision.depth)
-        for n in VISION_PROJECTIONS if n in lora.vision
-    ]  # fmt: skip
-    for path, name, layers in targets:
-        rows.append(Tensor((*path, "a"), f"{name}.lora_A.weight", layers, "transposed"))
-        rows.append(Tensor((*path, "b"), f"{name}.lora_B.weight", layers, "transposed"))
-    return rows
-
+from vigos_jax.models.names import (
+    LANGUAGE_PROJECTIONS,
+    VISION_PROJECTIONS,
+    Path,
+    Tensor,
+    adapter_table,
+    canonical,
+    tensor_table,
+)
 
 # -- reading ----------------------------------------------------------------------------------------------------
 
 _FILE_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
-# Other spellings of the same modules that released tools have written.
-_ALIASES = (
-    ("base_model.model.model.layers.", "base_model.model.model.language_model.layers."),
-    ("base_model.model.visual.", "base_model.model.model.visual."),
-    ("model.language_model.", "model."),
-    ("model.visual.", "visual."),
-)
-
-
-def _canonical(name: str) -> str:
-    for old, new in _ALIASES:
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
 
 
 class _Files:
@@ -143,9 +42,9 @@ class _Files:
             except (OSError, safetensors.SafetensorError) as e:
                 raise InputError(f"cannot read {path}: {e}; it must be a complete safetensors file") from e
             for name in file.keys():  # noqa: SIM118 - a safetensors handle, not a dict
-                if _canonical(name) in self._where:
+                if canonical(name) in self._where:
                     raise InputError(f"{path}: {name} is there twice, under two spellings or in two files")
-                self._where[_canonical(name)] = (file, name)
+                self._where[canonical(name)] = (file, name)
 
     def __enter__(self) -> "_Files":
         return self
@@ -157,12 +56,12 @@ class _Files:
         return set(self._where)
 
     def header(self, name: str) -> tuple[tuple[int, ...], str]:
-        file, original = self._where[name]
+        file, original = self._where[canonical(name)]
         piece = file.get_slice(original)
         return tuple(piece.get_shape()), piece.get_dtype()
 
     def read(self, name: str) -> np.ndarray:
-        file, original = self._where[name]
+        file, original = self._where[canonical(name)]
         return file.get_tensor(original)
 
 
@@ -186,12 +85,13 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 def _check(files: _Files, table: list[Tensor], shapes: Mapping[Path, tuple[int, ...]], where: str, ignore=()) -> None:
     """Compares all names, shapes and dtypes with the table and reports every mismatch at once."""
     problems = []
-    expected = {name: row for row in table for name in row.names()}
+    rows = {canonical(name): row for row in table for name in row.names()}
+    named = {canonical(name): name for row in table for name in row.names()}
     present = files.names() - set(ignore)
-    problems += [f"missing {n}" for n in sorted(expected.keys() - present)]
-    problems += [f"unexpected {n}" for n in sorted(present - expected.keys())]
-    for name in sorted(expected.keys() & present):
-        row = expected[name]
+    problems += [f"missing {named[n]}" for n in sorted(rows.keys() - present)]
+    problems += [f"unexpected {n}" for n in sorted(present - rows.keys())]
+    for name in sorted(rows.keys() & present):
+        row = rows[name]
         shape, dtype = files.header(name)
         if dtype not in _FILE_DTYPES:
             problems.append(f"{name} has dtype {dtype}, not one of {', '.join(_FILE_DTYPES)}")

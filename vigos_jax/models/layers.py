@@ -1,4 +1,4 @@
-"""Building blocks shared by the vision towers and decoders: norms, rotary positions, adapted projections."""
+"""Building blocks of the vision towers and the decoder: norms, rotary positions, adapted projections, stacks."""
 
 import dataclasses
 
@@ -6,7 +6,30 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vigos_jax.models.attention import attention
+
 Array = jax.Array
+
+
+def unroll(layers: int) -> int:
+    """Stacks this short compile as fast unrolled, and run a quarter faster on a CPU; long ones stay loops."""
+    return layers if layers <= 4 else 1
+
+
+def rematerialised(
+    layer: type[nn.Module], remat: str, layers: int, *, static: tuple[int, ...] = ()
+) -> type[nn.Module]:
+    """The layer with what its backward pass keeps: see `VisionLanguageModel.remat`.
+
+    Args:
+      layers: length of the stack it will be scanned over.
+      static: numbers of its arguments that are no arrays, the module itself being 0.
+    """
+    if remat == "none":
+        return layer
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    # In a loop the compiler cannot undo the recomputation; unrolled, it would find the same computation twice.
+    return nn.remat(layer, static_argnums=static, prevent_cse=unroll(layers) > 1, policy=policy)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +62,21 @@ class RMSNorm(nn.Module):
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
         return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / std(x) * scale + bias, computed in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, -1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
+        return (y * scale + bias).astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -120,18 +158,27 @@ class GatedMLP(nn.Module):
         return self.down_proj(h, deterministic)
 
 
-def mrope_angles(positions: Array, *, theta: float, sections: tuple[int, int, int]) -> Array:
-    """Rotary angles whose consecutive `sections` of the frequencies follow time, height and width (M-RoPE).
+def mrope_angles(
+    positions: Array, *, theta: float, sections: tuple[int, int, int], interleaved: bool = False
+) -> Array:
+    """Rotary angles of which some follow time, some height and some width (M-RoPE).
 
     Args:
       positions: int [B, 3, T].
+      sections: how many frequencies follow each.
+      interleaved: they take turns (t h w t h w ... t t), until a section is used up and time takes its turns;
+        otherwise each section is one run of frequencies.
 
     Returns:
       float32 [B, T, H/2] with H/2 = sum(sections).
     """
     n = sum(sections)
     frequency = theta ** (-jnp.arange(n, dtype=jnp.float32) / n)  # [H/2]
-    axis = jnp.repeat(jnp.arange(3), jnp.array(sections), total_repeat_length=n)  # [H/2]
+    if interleaved:
+        turn = jnp.arange(n) % 3
+        axis = jnp.where(jnp.arange(n) < 3 * jnp.array(sections)[turn], turn, 0)  # [H/2]
+    else:
+        axis = jnp.repeat(jnp.arange(3), jnp.array(sections), total_repeat_length=n)  # [H/2]
     return jnp.swapaxes(positions, 1, 2).astype(jnp.float32)[..., axis] * frequency
 
 
@@ -154,3 +201,35 @@ def rotate(x: Array, angles: Array) -> Array:
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+class VisionAttention(nn.Module):
+    """Self-attention of a vision tower over patch slots, inside an image or inside windows of slots.
+
+    Attributes:
+      window: slots of a window.
+    """
+
+    num_heads: int
+    window: int
+
+    @nn.compact
+    def __call__(self, x: Array, angles: Array, image_ids: Array, is_full: Array | None = None) -> Array:
+        """x: [B, S, D]; angles: [B, S, H/2]; image_ids: [B, S]; is_full: bool scalar, None for always full."""
+        b, s, d = x.shape
+        qkv = Projection(3 * d, use_bias=True, name="qkv")(x).reshape(b, s, 3, self.num_heads, d // self.num_heads)
+        q, k, v = rotate(qkv[:, :, 0], angles), rotate(qkv[:, :, 1], angles), qkv[:, :, 2]
+
+        def within(q: Array, k: Array, v: Array, ids: Array) -> Array:
+            mask = (ids[:, :, None] == ids[:, None, :]) & (ids[:, None, :] > 0)
+            return attention(q, k, v, mask)
+
+        def windowed(q: Array, k: Array, v: Array, ids: Array) -> Array:
+            split = lambda a: a.reshape(b * (s // self.window), self.window, *a.shape[2:])  # noqa: E731
+            return within(split(q), split(k), split(v), split(ids)).reshape(q.shape)
+
+        if is_full is None:
+            out = within(q, k, v, image_ids)
+        else:
+            out = jax.lax.cond(is_full, within, windowed, q, k, v, image_ids)
+        return Projection(d, use_bias=True, name="proj")(out.reshape(b, s, d))

@@ -1,0 +1,118 @@
+"""Qwen3-VL's vision tower: learned positions resampled to each image's grid, LayerNorm, and DeepStack features."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vigos_jax.architecture import VisionConfig
+from vigos_jax.inputs import VisionInputs
+from vigos_jax.models.layers import (
+    LayerNorm,
+    LoraSpec,
+    Projection,
+    VisionAttention,
+    grid_angles,
+    rematerialised,
+    unroll,
+)
+
+Array = jax.Array
+
+
+class VisionBlock(nn.Module):
+    """One pre-norm block. The carry's second part collects the states that DeepStack reads."""
+
+    config: VisionConfig
+
+    @nn.compact
+    def __call__(self, carry, slot: Array, angles: Array, image_ids: Array):
+        """carry: (x [B, S, D], collected [n, B, S, D]); slot: where in `collected` the output goes, -1 for nowhere."""
+        c = self.config
+        x, collected = carry
+        attn = VisionAttention(c.num_heads, c.window_patches, name="attn")
+        x = x + attn(LayerNorm(1e-6, name="norm1")(x), angles, image_ids)
+        h = Projection(c.intermediate_size, use_bias=True, name="mlp_in")(LayerNorm(1e-6, name="norm2")(x))
+        x = x + Projection(c.hidden_size, use_bias=True, name="mlp_out")(jax.nn.gelu(h, approximate=True))
+        if c.deepstack_blocks:
+            collect = lambda kept: jax.lax.dynamic_update_index_in_dim(kept, x, slot, 0)  # noqa: E731
+            collected = jax.lax.cond(slot >= 0, collect, lambda kept: kept, collected)
+        return (x, collected), None
+
+
+class Merger(nn.Module):
+    """Patches to visual tokens: the patches of a group side by side, then two layers.
+
+    Attributes:
+      norm_after: normalise the group as one vector, not its patches one by one.
+    """
+
+    config: VisionConfig
+    norm_after: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # [B, S, Dv] -> [B, S/unit, D]
+        c = self.config
+        norm = LayerNorm(1e-6, name="norm")
+        grouped = lambda a: a.reshape(a.shape[0], -1, c.merge_unit * c.hidden_size)  # noqa: E731
+        x = norm(grouped(x)) if self.norm_after else grouped(norm(x))
+        x = jax.nn.gelu(Projection(x.shape[-1], use_bias=True, name="fc1")(x), approximate=False)
+        return Projection(c.out_hidden_size, use_bias=True, name="fc2")(x)
+
+
+class VisionTower(nn.Module):
+    """Patches to visual tokens: [B, M, (1 + n) D], the tower's end and then its n DeepStack blocks."""
+
+    config: VisionConfig
+    lora: LoraSpec | None  # adapters sit on no projection of this tower
+    dtype: Any
+    remat: str
+
+    @nn.compact
+    def __call__(self, inputs: VisionInputs, deterministic: bool) -> Array:
+        c = self.config
+        x = Projection(c.hidden_size, use_bias=True, name="patch_embed")(inputs.patches.astype(self.dtype))
+        table = self.param("positions", nn.initializers.normal(0.02), (c.num_positions, c.hidden_size))
+        x = x + resample(table, inputs.hw, inputs.grid).astype(x.dtype)  # [B, S, Dv]
+        angles = grid_angles(inputs.hw, head_size=c.hidden_size // c.num_heads)
+        slots = [c.deepstack_blocks.index(i) if i in c.deepstack_blocks else -1 for i in range(c.depth)]
+        blocks = nn.scan(
+            rematerialised(VisionBlock, self.remat, c.depth),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=c.depth,
+            unroll=unroll(c.depth),
+        )(c, name="blocks")
+        collected = jnp.zeros((len(c.deepstack_blocks), *x.shape), x.dtype)
+        (x, collected), _ = blocks((x, collected), jnp.array(slots), angles, inputs.image_ids)
+        features = [Merger(c, norm_after=False, name="merger")(x)]
+        for i in range(len(c.deepstack_blocks)):
+            features.append(Merger(c, norm_after=True, name=f"deepstack_{i}")(collected[i]))
+        x = jnp.concatenate(features, -1)  # [B, S/unit, (1 + n) D]
+        return jnp.take_along_axis(x, inputs.token_unit[:, :, None], axis=1)
+
+
+def resample(table: Array, hw: Array, grid: Array) -> Array:
+    """The learned positions, a square table, stretched bilinearly over each image: its corners are the table's.
+
+    Args:
+      table: [side * side, D].
+      hw: int [B, S, 2], row and column of each patch.
+      grid: int [B, S, 2], rows and columns of its image.
+
+    Returns:
+      float32 [B, S, D].
+    """
+    side = round(table.shape[0] ** 0.5)
+    at = hw * ((side - 1) / jnp.maximum(grid - 1, 1))  # [B, S, 2]
+    low = jnp.floor(at)
+    share = at - low
+    low = low.astype(jnp.int32)
+    high = jnp.minimum(low + 1, side - 1)
+    out = 0.0
+    for row, row_share in ((low[..., 0], 1 - share[..., 0]), (high[..., 0], share[..., 0])):
+        for col, col_share in ((low[..., 1], 1 - share[..., 1]), (high[..., 1], share[..., 1])):
+            out = out + table[row * side + col].astype(jnp.float32) * (row_share * col_share)[..., None]
+    return out

@@ -1,0 +1,137 @@
+"""The whole model, of either family: a vision tower, a decoder, a head; one parameter tree for every role.
+
+`apply({"params": base, "lora": adapter}, ...)` is the student, `apply({"params": base}, ...)` every teacher; roles
+differ in the text inputs and masks they pass, never in code. Layers are scanned, so leaves are stacked `[L, ...]`.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from vigos_jax.architecture import ModelConfig
+from vigos_jax.inputs import TextInputs, VisionInputs
+from vigos_jax.models import qwen2_5_vl, qwen3_vl
+from vigos_jax.models.attention import Causal
+from vigos_jax.models.decoder import KVCache, LayerInputs, decoder_layers, pick_visual, segment_mask
+from vigos_jax.models.layers import LoraSpec, RMSNorm, mrope_angles
+
+Array = jax.Array
+
+TOWERS = {"qwen2_5_vl": qwen2_5_vl.VisionTower, "qwen3_vl": qwen3_vl.VisionTower}
+
+
+class VisionLanguageModel(nn.Module):
+    """The whole model. Its methods are pure functions of variables and arrays.
+
+    Attributes:
+      config: dimensions.
+      lora: which projections carry adapters when a `lora` collection is given; None for none.
+      dtype: computation dtype; parameters are cast to it where they are used.
+      remat: what a layer keeps for the backward pass: "none" recomputes nothing and keeps all, "dots" keeps the
+        projections' outputs, "full" keeps its input alone.
+      attention: implementation for sequences of one causal segment, see `attention.choose`.
+      mesh: what attention kernels are split over; None for one device.
+    """
+
+    config: ModelConfig
+    lora: LoraSpec | None = None
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    attention: str = "xla"
+    mesh: Mesh | None = None
+
+    def setup(self):
+        c = self.config
+        self.visual = TOWERS[c.family](c.vision, self.lora, self.dtype, self.remat)
+        self.embedding = self.param("embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size))
+        self.layers = decoder_layers(
+            c, lora=self.lora, attention=self.attention, mesh=self.mesh, remat=self.remat
+        )
+        self.norm = RMSNorm(c.rms_eps)
+        if not c.tie_embeddings:
+            self.lm_head = self.param("lm_head", nn.initializers.normal(0.02), (c.hidden_size, c.vocab_size))
+
+    def encode_images(self, inputs: VisionInputs, *, deterministic: bool = True) -> Array:
+        """Visual tokens of each row, [B, M, (1 + n) D]: features of the tower's end and, for DeepStack, of n blocks."""
+        return self.visual(inputs, deterministic)
+
+    def __call__(
+        self,
+        text: TextInputs,
+        image_embeds: Array,
+        *,
+        mask: Array | Causal | None = None,
+        cache: KVCache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Array, KVCache | None]:
+        """Final hidden states, after the last norm.
+
+        Args:
+          text: T tokens per row.
+          image_embeds: [B, M, (1 + n) D] from `encode_images`.
+          mask: bool [B, T, S], or `Causal`; default `segment_mask(text.segment_ids)`. With a cache, S is its length.
+          cache: keys and values of earlier tokens; the T new ones are written at `cache.write_at`.
+          deterministic: false applies the adapter's dropout (needs a "dropout" rng).
+
+        Returns:
+          (hidden [B, T, D], cache with the new tokens or None).
+        """
+        c = self.config
+        x = self.embedding[text.ids].astype(self.dtype)  # [B, T, D]
+        deepstack = None
+        if image_embeds.shape[1]:
+            # The tower's last features stand first; those of its earlier blocks, for DeepStack, behind them.
+            first, *others = jnp.split(image_embeds.astype(self.dtype), 1 + len(c.vision.deepstack_blocks), axis=-1)
+            x = jnp.where(text.image_index[:, :, None] >= 0, pick_visual(first, text.image_index), x)
+            deepstack = jnp.stack(others) if others else None  # [n, B, M, D]
+        inputs = LayerInputs(
+            angles=mrope_angles(
+                text.positions, theta=c.rope_theta, sections=c.mrope_section, interleaved=c.mrope_interleaved
+            ),
+            mask=segment_mask(text.segment_ids) if mask is None else mask,
+            image_index=text.image_index,
+            deepstack=deepstack,
+        )
+        (x, cache), _ = self.layers((x, cache), jnp.arange(c.num_layers), inputs, deterministic)
+        if cache is not None:
+            cache = cache.replace(write_at=cache.write_at + text.ids.shape[1])
+        return self.norm(x), cache
+
+    def logits(self, hidden: Array) -> Array:
+        """Next-token logits in float32: [..., D] -> [..., V]. Only for a few positions at a time."""
+        head = self.head().astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+
+    def head(self) -> Array:
+        """The output head, [V, D]: the logits are a state's products with its rows."""
+        return self.embedding if self.config.tie_embeddings else self.lm_head.T
+
+    def init_all(self, vision: VisionInputs, text: TextInputs) -> Array:
+        """Touches every parameter once, for `init` and `eval_shape`."""
+        hidden, _ = self(text, self.encode_images(vision))
+        return self.logits(hidden)
+
+
+def abstract_variables(model: VisionLanguageModel) -> dict[str, Any]:
+    """Shapes of all parameters (and adapters, if `model.lora`) without allocating any: a tree of ShapeDtypeStruct."""
+    return jax.eval_shape(functools.partial(init_variables, model), jax.random.key(0))
+
+
+def init_variables(model: VisionLanguageModel, key: Array) -> dict[str, Any]:
+    """Freshly initialised `{"params": ...}`, and `"lora"` if the model has adapters (B is zero)."""
+    v = model.config.vision
+    s = v.window_patches
+    vision = VisionInputs(
+        patches=jnp.zeros((1, s, v.patch_dim)),
+        image_ids=jnp.ones((1, s), jnp.int32),
+        hw=jnp.zeros((1, s, 2), jnp.int32),
+        grid=jnp.ones((1, s, 2), jnp.int32),
+        token_unit=jnp.zeros((1, 1), jnp.int32),
+    )
+    zeros = jnp.zeros((1, 1), jnp.int32)
+    text = TextInputs(ids=zeros, positions=jnp.zeros((1, 3, 1), jnp.int32), segment_ids=zeros + 1, image_index=zeros)
+    return dict(model.init(key, vision, text, method="init_all"))
