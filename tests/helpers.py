@@ -36,6 +36,7 @@ CHAT_TEMPLATE = """\
 {%- if message.content is string -%}{{ message.content }}{%- else -%}
 {%- for part in message.content -%}
 {%- if part.type == 'image' -%}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- elif part.type == 'video' -%}{{ '<|vision_start|><|video_pad|><|vision_end|>' }}
 {%- else -%}{{ part.text }}{%- endif -%}
 {%- endfor -%}
 {%- endif -%}{{ '<|im_end|>\\n' }}
@@ -58,8 +59,9 @@ def make_processor_folder(
     text: dict[str, Any] | None = None,
     vision: dict[str, Any] | None = None,
     chat_template: str = CHAT_TEMPLATE,
+    family: str = "qwen2_5_vl",
 ) -> pathlib.Path:
-    """Writes a tiny Qwen2.5-VL folder without weights: config, tokenizer, image and generation settings.
+    """Writes a tiny folder of a family without weights: config, tokenizer, image and generation settings.
 
     Args:
       path: the folder; made if it is not there.
@@ -102,7 +104,7 @@ def make_processor_folder(
         image_processor_type="Qwen2VLImageProcessor",
         min_pixels=min_pixels,
         max_pixels=max_pixels,
-        patch_size=14,
+        patch_size=14 if family == "qwen2_5_vl" else 16,
         merge_size=2,
         temporal_patch_size=2,
         image_mean=[0.5, 0.4, 0.3],
@@ -142,9 +144,23 @@ def make_processor_folder(
         "vision_start_token_id": ids["<|vision_start|>"],
         "vision_end_token_id": ids["<|vision_end|>"],
     }
+    if family == "qwen3_vl":
+        config, vision_config = _as_qwen3(config, vision_config)
     config |= (text or {}) | {"vision_config": vision_config | (vision or {})}
     _write(path / "config.json", **config)
     return path
+
+
+def _as_qwen3(config: dict[str, Any], vision: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same sizes in the layout and with the parts of Qwen3-VL."""
+    outer = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id", "tie_word_embeddings")
+    text = {k: v for k, v in config.items() if k not in (*outer, "architectures", "model_type")}
+    text["rope_scaling"] = text["rope_scaling"] | {"rope_type": "default", "mrope_interleaved": True}
+    top = {k: config[k] for k in outer} | {"text_config": text | {"head_dim": 16, "model_type": "qwen3_vl_text"}}
+    top |= {"architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl"}
+    own = {"patch_size": 16, "num_position_embeddings": 36, "deepstack_visual_indexes": [0]}
+    kept = {k: v for k, v in vision.items() if k not in ("window_size", "fullatt_block_indexes", "in_chans")}
+    return top, kept | own
 
 
 def _write(path: pathlib.Path, **values: Any) -> None:

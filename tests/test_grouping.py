@@ -10,8 +10,9 @@ from PIL import Image
 
 from vigos_jax import loading
 from vigos_jax.data import _Batches, make_batches, row_size
+from vigos_jax.images import BadImage, image_size
 from vigos_jax.metrics import CompileCounter
-from vigos_jax.processor import BadImage, Processor, image_size
+from vigos_jax.processor import Processor
 
 SIZES = np.random.default_rng(0).integers(50, 2000, 96)
 

@@ -26,7 +26,7 @@ ROOMS = (
     ("processor.py", "spans.py", "sources.py"),
     ("losses.py",),
     ("roles.py",),
-    ("prompts.py",),
+    ("prompts.py", "images.py"),
     ("config.py", "graders.py", "sharding.py", "metrics.py", "geometry.py", "palr.py", "report.py", "demo/"),
     ("architecture.py", "inputs.py"),
     ("errors.py", "__init__.py"),

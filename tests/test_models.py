@@ -11,11 +11,13 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 import torch
 import torch_models as tm
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parity import NOTICEABLE, Pair, make_pair, make_run
 
 from vigos_jax import geometry
 from vigos_jax.architecture import ModelConfig
@@ -30,11 +32,9 @@ from vigos_jax.models.variables import (
     teacher_variables,
 )
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables, init_variables
-from vigos_jax.packing import Buckets, Row, pack_prompts
 from vigos_jax.sampler import Sampler, Sampling, row_keys
 
 HEADS = ("tied", "untied")
-NOTICEABLE = 1000 * tm.TOLERANCE  # a broken feature must show at least this much
 # One batch holds every kind of prompt; the shorter ones are left-padded by the packing.
 SAMPLES = {
     "no image": tm.make_sample([12], seed=1),
@@ -45,44 +45,13 @@ SAMPLES = {
 LENGTH = 80  # tokens the batch is padded to
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Pair:
-    """A torch model and ours with the same weights. `run` is (variables, vision, text) -> (visual tokens, logits)."""
-
-    torch: torch.nn.Module
-    config: ModelConfig
-    model: VisionLanguageModel
-    base: dict
-    run: object
-
-
-def make_run(model: VisionLanguageModel):
-    @jax.jit
-    def run(variables, vision, text):
-        images = model.apply(variables, vision, method="encode_images")
-        hidden, _ = model.apply(variables, text, images)
-        return images, model.apply(variables, hidden, method="logits")
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> dict[str, Pair]:
-    out = {}
-    for head in HEADS:
-        reference = tm.cached_model(tied=head == "tied")
-        folder = tm.save(reference, tmp_path_factory.mktemp(head))
-        config = ModelConfig.load(folder)
-        model = VisionLanguageModel(config)
-        base = hf.load_params(folder, config, abstract_variables(model)["params"], dtype=np.float32)
-        out[head] = Pair(reference, config, model, base, make_run(model))
-    return out
+    return {head: make_pair(tm.cached_model(tied=head == "tied"), tmp_path_factory.mktemp(head)) for head in HEADS}
 
 
 def pack(samples, *, length: int = LENGTH) -> PromptBatch:
-    buckets = Buckets(patches=(64, 448), prompt=(length,), completion=(1,), sequence=(1,))
-    config = ModelConfig.from_hf(tm.tiny_config(tied=True).to_dict())
-    return pack_prompts([Row(s.images, s.turn) for s in samples], config=config, buckets=buckets)
+    return parity.pack(samples, ModelConfig.from_hf(tm.tiny_config(tied=True).to_dict()), length=length)
 
 
 @pytest.fixture(scope="module")
@@ -433,28 +402,7 @@ def test_segment_mask_is_as_drawn():
 
 def test_a_packed_row_equals_its_branches_alone(pairs):
     """A prefix with an image and two branches in one sequence give the logits of prefix + branch, each by itself."""
-    pair, rng = pairs["tied"], np.random.default_rng(5)
-    prefix = tm.make_sample([3, tm.TALL], seed=6)
-    first, second = tm.text_ids(9, rng), tm.text_ids(6, rng)
-    a, b = (tm.Sample(prefix.ids + branch, prefix.images) for branch in (first, second))
-    both = tm.Sample(prefix.ids + first + second, prefix.images)
-    rows = pack([both, a, b, both])
-    p, n, m = len(prefix.ids), len(first), len(second)
-    positions, segments = np.array(rows.text.positions), np.array(rows.text.segment_ids)
-    positions[[0, 3], :, -m:] = positions[2, :, -m:]  # the second branch continues the prefix, not the first branch
-    segments[0, -n - m :] = [2] * n + [3] * m
-    text = rows.text.replace(positions=positions, segment_ids=segments)
-    _, logits = pair.run({"params": pair.base}, rows.vision, text)
-    packed, alone_a, alone_b, unmasked = (np.asarray(x) for x in logits)
-
-    for sample, alone in ((a, alone_a), (b, alone_b)):
-        expected = tm.torch_logits(pair.torch, [sample])[0]
-        assert tm.max_difference(alone[-len(sample.ids) :], expected) <= tm.TOLERANCE
-    assert tm.max_difference(packed[-p - n - m : -n - m], alone_b[-p - m : -m]) <= 1e-5
-    assert tm.max_difference(packed[-n - m : -m], alone_a[-n:]) <= 1e-5
-    assert tm.max_difference(packed[-m:], alone_b[-m:]) <= 1e-5
-    # The same positions without the branches' mask: the first branch leaks into the second.
-    assert tm.max_difference(unmasked[-m:], alone_b[-m:]) > NOTICEABLE
+    parity.check_packed_row(pairs["tied"])
 
 
 # -- geometry ---------------------------------------------------------------------------------------------------
@@ -478,14 +426,14 @@ def test_mrope_positions_are_those_of_transformers(parts):
     expected, delta = tm.cached_model(tied=True).model.get_rope_index(
         ids, mm_token_type_ids=(ids == tm.IMAGE).int(), image_grid_thw=torch.tensor(sample.grids)
     )
-    positions = geometry.mrope_positions(sample.ids, sample.grids, image_token_id=tm.IMAGE, merge_size=2)
+    positions = geometry.mrope_positions(sample.ids, sample.grids, visual_ids=(tm.IMAGE, tm.VIDEO), merge_size=2)
     np.testing.assert_array_equal(positions, expected[:, 0])
     assert positions.dtype == np.int32
     assert positions.max() + 1 == len(sample.ids) + int(delta[0, 0])  # where decoding goes on
 
 
 def test_mrope_positions_of_nothing():
-    assert geometry.mrope_positions([], [], image_token_id=tm.IMAGE, merge_size=2).shape == (3, 0)
+    assert geometry.mrope_positions([], [], visual_ids=(tm.IMAGE, tm.VIDEO), merge_size=2).shape == (3, 0)
 
 
 side = st.integers(1, 11).map(lambda n: 2 * n)

@@ -1,6 +1,7 @@
 """Pictures to patches, text to ids: against computations of our own, and what data could smuggle in."""
 
 import copy
+import dataclasses
 import io
 import json
 import math
@@ -13,10 +14,12 @@ from helpers import ADDED_TOKENS, CHAT_TEMPLATE, make_processor_folder
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
-from vigos_jax import processor as processor_lib
+from vigos_jax import images as images_lib
 from vigos_jax.errors import InputError
-from vigos_jax.processor import BadImage, Processor, read_image
+from vigos_jax.images import BadImage, read_image
+from vigos_jax.processor import Processor
 
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 112 * 112
 CONTROL = [content for content in ADDED_TOKENS if content.startswith("<|")]
@@ -113,7 +116,7 @@ def test_narrow_picture(processor):
     assert e.value.kind == "image_too_narrow"
 
 
-@pytest.mark.parametrize("format", processor_lib.FORMATS)
+@pytest.mark.parametrize("format", images_lib.FORMATS)
 def test_formats(format):
     image = read_image(picture_bytes(noise(30, 40), format), image_roots=())
     assert image.size == (30, 40) and image.mode == "RGB"
@@ -140,7 +143,7 @@ def test_bad_pictures(monkeypatch):
     assert kind_of(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n") == "image_unreadable"
     assert kind_of({"bytes": None, "path": None}) == kind_of({}) == "image_missing"
     assert kind_of(7) == kind_of({"bytes": [1, 2]}) == "bad_image_type"
-    monkeypatch.setattr(processor_lib, "MAX_PIXELS", 64 * 64 - 1)
+    monkeypatch.setattr(images_lib, "MAX_PIXELS", 64 * 64 - 1)
     assert kind_of(good) == kind_of(noise(64, 64)) == "image_too_large"
 
 
@@ -267,6 +270,77 @@ def test_turn_cannot_be_closed_by_data(processor):
     for token in CONTROL:
         assert turn.rest_ids.count(vocab[token]) == plain.rest_ids.count(vocab[token])
     assert processor.decode(turn.rest_ids).startswith(text) and processor.decode(turn.rest_ids).endswith(text)
+
+
+# --- videos ---
+
+
+def qwen3(processor):
+    """The same folder as a family reads it that tells frames apart by timestamps."""
+    return dataclasses.replace(processor, tokens_per_second=0.0)
+
+
+def test_frames_of_a_video_come_in_pairs(processor):
+    """One block of three pairs, the last frame standing in for its missing partner; each patch shows both of a pair."""
+    frames = [noise(90, 60, seed=i) for i in range(5)]
+    (video,) = processor.encode_video(frames, fps=4.0)
+    alone = [processor.encode_image(f) for f in frames]
+    _, h, w = alone[0].grid
+    assert video.grid == (3, h, w) and video.label == ""
+    assert video.time_step == processor.tokens_per_second * 2 / 4.0
+    patches = video.patches.reshape(3, h * w, 3, 2, 14 * 14)
+    for pair, (a, b) in enumerate([(0, 1), (2, 3), (4, 4)]):
+        for half, frame in enumerate((a, b)):
+            picture = alone[frame].patches.reshape(h * w, 3, 2, 14 * 14)
+            np.testing.assert_array_equal(patches[pair, :, :, half], picture[:, :, half])
+    still = processor.encode_video([frames[0]] * 2, fps=1.0)[0]
+    np.testing.assert_array_equal(still.patches, alone[0].patches)
+
+
+@pytest.mark.parametrize("count, fps", [(4, 2.0), (5, 3.0), (1, 24.0)])
+def test_timestamps_are_those_of_transformers(processor, count, fps):
+    """In the middle of each pair, as the reference computes and writes them."""
+    frames = qwen3(processor).encode_video([noise(60, 60, seed=i) for i in range(count)], fps=fps)
+    times = Qwen3VLProcessor._calculate_timestamps(None, list(range(count)), fps, 2)
+    assert [f.label for f in frames] == [f"<{t:.1f} seconds>" for t in times]
+    assert all(f.grid[0] == 1 and f.time_step == 1.0 for f in frames)
+    together = processor.encode_video([noise(60, 60, seed=i) for i in range(count)], fps=fps)[0]
+    np.testing.assert_array_equal(np.concatenate([f.patches for f in frames]), together.patches)
+
+
+def test_turn_with_a_video(processor):
+    """Each block stands behind its timestamp, which is tokenised with the template's text in front of it."""
+    grids, labels = [(1, 4, 4), (1, 4, 6), (1, 4, 6)], [None, "<0.2 seconds>", "<1.2 seconds>"]
+    turn = processor.encode_turn(user_text="Why?", grids=grids, labels=labels, assistant_prefill="")
+    block = "<|vision_start|>{}<|vision_end|>".format
+    text = (
+        "<|im_start|>system\nBe useful.<|im_end|>\n<|im_start|>user\n"
+        + block("<|image_pad|>" * 4)
+        + "<0.2 seconds>"
+        + block("<|video_pad|>" * 6)
+        + "<1.2 seconds>"
+        + block("<|video_pad|>" * 6)
+        + "Why?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert list(turn.ids) == processor.tokenizer(text)["input_ids"]
+    whole = processor.encode_turn(user_text="Why?", grids=[(2, 4, 6)], labels=[""], assistant_prefill="")
+    assert whole.ids.count(processor.video_token_id) == 12 and "seconds" not in processor.decode(whole.ids)
+
+
+@pytest.mark.parametrize(
+    "frames, fps", [([], 1.0), ([noise(60, 60), noise(60, 61)], 1.0), ([noise(60, 60)], 0.0), ([noise(60, 60)], -1)]
+)
+def test_a_bad_video_is_named(processor, frames, fps):
+    with pytest.raises(BadImage, match="bad_video"):
+        processor.encode_video(frames, fps=fps)
+
+
+def test_a_template_without_videos(tmp_path):
+    template = CHAT_TEMPLATE.replace("<|video_pad|>", "")
+    processor = Processor.load(make_processor_folder(tmp_path, chat_template=template))
+    assert processor.encode_turn(user_text="x", grids=[(1, 4, 4)], assistant_prefill="")
+    with pytest.raises(InputError, match="one video token per video"):
+        processor.encode_turn(user_text="x", grids=[(1, 4, 4)], labels=[""], assistant_prefill="")
 
 
 # --- folders ---

@@ -176,9 +176,9 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def write_model(folder: pathlib.Path) -> pathlib.Path:
+def write_model(folder: pathlib.Path, *, family: str = "qwen2_5_vl") -> pathlib.Path:
     """A Hugging Face folder with processor and float32 weights in several shards."""
-    make_processor_folder(folder, text={"tie_word_embeddings": False, "torch_dtype": "bfloat16"})
+    make_processor_folder(folder, text={"tie_word_embeddings": False, "torch_dtype": "bfloat16"}, family=family)
     config = ModelConfig.load(folder)
     params = tiny.random_variables(VisionLanguageModel(config))["params"]
     tensors = hf.file_tensors(params, tensor_table(config), config, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Tiny random Qwen2.5-VL models of transformers (torch): what our models are compared with. For tests only.
+"""Tiny random models of transformers (torch), of both families: what ours are compared with. For tests only.
 
 Weights are drawn large enough that every part matters: logits have a standard deviation of one or more, and a
 dropped feature moves them by far more than `TOLERANCE`.
@@ -14,7 +14,12 @@ from collections.abc import Sequence
 import numpy as np
 import peft
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 from transformers.utils import logging
 
 from vigos_jax.processor import EncodedImage, Turn
@@ -66,18 +71,67 @@ def tiny_config(*, tied: bool) -> Qwen2_5_VLConfig:
     )
 
 
-def tiny_model(*, tied: bool, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
+def tiny_qwen3_config(*, tied: bool) -> Qwen3VLConfig:
+    """A 6 x 6 table of positions, DeepStack behind 2 of 4 vision blocks or 3 of 6; heads wider than the model / heads.
+
+    As of `tiny_config`, the tied model's stacks are short, the untied one's long.
+    """
+    return Qwen3VLConfig(
+        text_config={
+            "hidden_size": 64,
+            "num_hidden_layers": 3 if tied else 5,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "intermediate_size": 96,
+            "vocab_size": VOCAB,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e3,
+                "mrope_section": [6, 5, 5],
+                "mrope_interleaved": True,
+            },
+            "rms_norm_eps": 1e-3,  # unlike the tower's
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+        },
+        vision_config={
+            "depth": 4 if tied else 6,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "intermediate_size": 48,
+            "out_hidden_size": 64,
+            "patch_size": 16,
+            "num_position_embeddings": 36,
+            "deepstack_visual_indexes": [0, 2] if tied else [1, 2, 4],
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        tie_word_embeddings=tied,
+        attn_implementation="eager",
+    )
+
+
+def tiny_model(*, tied: bool, family: str = "qwen2_5_vl", seed: int = 0) -> torch.nn.Module:
     """A float32 model with random weights, in evaluation mode."""
-    model = Qwen2_5_VLForConditionalGeneration(tiny_config(tied=tied)).eval().requires_grad_(False)
+    if family == "qwen3_vl":
+        model = Qwen3VLForConditionalGeneration(tiny_qwen3_config(tied=tied))
+    else:
+        model = Qwen2_5_VLForConditionalGeneration(tiny_config(tied=tied))
+    model = model.eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
-        if name.endswith(("norm.weight", "ln_q.weight", "norm1.weight", "norm2.weight", "layernorm.weight")):
+        if p.ndim == 1 and name.endswith(("norm.weight", "ln_q.weight", "norm1.weight", "norm2.weight")):
             # Signed in the last norm, so that a tied head does not just repeat the token it reads.
             p.copy_(0.3 * noise if name.endswith("language_model.norm.weight") else 1 + 0.3 * noise)
         elif name.endswith(".bias"):
             p.copy_(0.3 * noise)
-        elif "embed_tokens" in name:
+        elif "embed_tokens" in name or "pos_embed" in name:
             p.copy_(noise)
         elif "lm_head" in name:
             p.copy_(0.8 * noise)
@@ -110,33 +164,59 @@ def text_ids(n: int, rng: np.random.Generator) -> tuple[int, ...]:
     return tuple(int(i) for i in rng.integers(FIRST_TEXT, LAST_TEXT, n))
 
 
-def make_sample(parts: Sequence[int | tuple[int, int, int]], seed: int) -> Sample:
-    """A sample of runs of text (a number of tokens) and images (a grid), in the order given."""
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """Frames of a video: patches in time, height and width, and the seconds from one of them to the next."""
+
+    grid: tuple[int, int, int]
+    seconds: float = 1.0
+
+
+def make_sample(parts: Sequence[int | tuple[int, int, int] | Video], seed: int, family: str = "qwen2_5_vl") -> Sample:
+    """A sample of runs of text (a number of tokens), images (a grid) and videos, in the order given."""
     rng = np.random.default_rng(seed)
+    size = 14 if family == "qwen2_5_vl" else 16
     ids, images = (), []
     for part in parts:
         if isinstance(part, int):
             ids += text_ids(part, rng)
             continue
-        patches = rng.normal(size=(int(np.prod(part)), 3 * 2 * 14 * 14)).astype(np.float32)
-        images.append(EncodedImage(patches, part))
-        ids += (VISION_START, *[IMAGE] * (len(patches) // 4), VISION_END)
+        grid = part.grid if isinstance(part, Video) else part
+        patches = rng.normal(size=(int(np.prod(grid)), 3 * 2 * size**2)).astype(np.float32)
+        if not isinstance(part, Video):
+            images.append(EncodedImage(patches, grid))
+            ids += (VISION_START, *[IMAGE] * (len(patches) // 4), VISION_END)
+        elif family == "qwen2_5_vl":
+            # The reference's default: 4 positions per second.
+            images.append(EncodedImage(patches, grid, "", 4 * part.seconds))
+            ids += (VISION_START, *[VIDEO] * (len(patches) // 4), VISION_END)
+        else:
+            for frame in np.split(patches, grid[0]):
+                images.append(EncodedImage(frame, (1, *grid[1:]), "a time stamp"))
+                ids += (*text_ids(3, rng), VISION_START, *[VIDEO] * (len(frame) // 4), VISION_END)
     return Sample(ids, tuple(images))
 
 
 def torch_batch(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    """The arguments of a forward pass or of `generate`, left-padded."""
+    """The arguments of a forward pass or of `generate`, left-padded. Each frame of Qwen3-VL is a video of its own."""
     length = max(len(s.ids) for s in samples)
     ids = torch.tensor([[0] * (length - len(s.ids)) + list(s.ids) for s in samples])
     mask = torch.tensor([[0] * (length - len(s.ids)) + [1] * len(s.ids) for s in samples])
     inputs = {"input_ids": ids, "attention_mask": mask}
-    images = [image for s in samples for image in s.images]
-    if images:
-        inputs |= {
-            "pixel_values": torch.tensor(np.concatenate([image.patches for image in images])),
-            "image_grid_thw": torch.tensor([image.grid for image in images]),
-            "mm_token_type_ids": (ids == IMAGE).int(),
-        }
+    images = [image for s in samples for image in s.images if image.label is None]
+    videos = [image for s in samples for image in s.images if image.label is not None]
+    for visuals, pixels, grids in (
+        (images, "pixel_values", "image_grid_thw"),
+        (videos, "pixel_values_videos", "video_grid_thw"),
+    ):
+        if visuals:
+            inputs |= {
+                pixels: torch.tensor(np.concatenate([v.patches for v in visuals])),
+                grids: torch.tensor([v.grid for v in visuals]),
+                "mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int(),
+            }
+    if any(v.label == "" for v in videos):
+        inputs["second_per_grid_ts"] = torch.tensor([v.time_step / 4 for v in videos])
     return inputs
 
 
@@ -147,15 +227,16 @@ def torch_logits(model: torch.nn.Module, samples: Sequence[Sample]) -> np.ndarra
 
 
 @torch.no_grad()
-def torch_images(model: Qwen2_5_VLForConditionalGeneration, sample: Sample) -> np.ndarray:
-    """Visual tokens of one sample's images, [M, D]."""
-    inputs = sample.torch_inputs()
-    features = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
-    return torch.cat(list(features)).float().numpy()
+def torch_images(model: torch.nn.Module, sample: Sample) -> np.ndarray:
+    """Visual tokens of one sample's pictures and frames, [M, (1 + n) D], DeepStack's features beside the last ones."""
+    pixels = torch.tensor(np.concatenate([image.patches for image in sample.images]))
+    out = model.model.get_image_features(pixels, torch.tensor(sample.grids))
+    features = [out.pooler_output, *getattr(out, "deepstack_features", ())]
+    return torch.cat([torch.cat(list(f)) for f in features], -1).float().numpy()
 
 
 @torch.no_grad()
-def with_adapter(model: Qwen2_5_VLForConditionalGeneration, *, seed: int = 0, **config) -> peft.PeftModel:
+def with_adapter(model: torch.nn.Module, *, seed: int = 0, **config) -> peft.PeftModel:
     """A copy of the model with a LoRA adapter of peft whose A and B are both random. `config`: of `LoraConfig`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers, not ours
@@ -168,9 +249,9 @@ def with_adapter(model: Qwen2_5_VLForConditionalGeneration, *, seed: int = 0, **
 
 
 @functools.cache
-def cached_model(*, tied: bool) -> Qwen2_5_VLForConditionalGeneration:
+def cached_model(*, tied: bool, family: str = "qwen2_5_vl") -> torch.nn.Module:
     """A model that tests share and must not change."""
-    return tiny_model(tied=tied)
+    return tiny_model(tied=tied, family=family)
 
 
 def save(model: torch.nn.Module, folder: pathlib.Path, **kwargs) -> pathlib.Path:

@@ -77,6 +77,11 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm of every query and key head
     mrope_interleaved: bool = False  # see layers.mrope_angles
 
+    @property
+    def visual_ids(self) -> tuple[int, int]:
+        """The tokens that stand for pieces of pictures and of videos."""
+        return self.image_token_id, self.video_token_id
+
     @classmethod
     def load(cls, folder: str | pathlib.Path) -> "ModelConfig":
         """Reads `folder/config.json`.

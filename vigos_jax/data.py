@@ -8,9 +8,11 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
+from PIL import Image
 
 from vigos_jax.errors import InputError
-from vigos_jax.processor import BadImage, EncodedImage, Processor, image_size, read_image
+from vigos_jax.images import BadImage, image_size, read_image
+from vigos_jax.processor import EncodedImage, Processor
 from vigos_jax.prompts import clean_problem, clean_reference
 from vigos_jax.sources import fingerprint, raw_row
 
@@ -51,9 +53,10 @@ def encode_row(
     """Reads a raw row's pictures and texts.
 
     Args:
-      row: a source's row; pictures are bytes, `{bytes, path}`, paths or PIL images, one or a list.
+      row: a source's row; pictures are bytes, `{bytes, path}`, paths or PIL images, one or a list; a video among
+        them is `{frames: pictures, fps: frames per second}`.
       index: the row's number.
-      max_images: more pictures than this make the row bad.
+      max_images: more pictures and videos than this make the row bad.
       image_roots: see `read_image`.
       fields: further columns of texts that prompts show; a row without one of them is bad.
       too_long: names the kind of a row that does not fit, None if it fits.
@@ -63,7 +66,8 @@ def encode_row(
         if row.get("bad_reason"):
             raise _BadRow(row["bad_reason"])
         problem, reference = _texts(own["problem"], own["answer"])
-        images = tuple(_encode(item, processor, image_roots) for item in _items(own["images"], max_images))
+        encoded = [_encode(item, processor, image_roots) for item in _items(own["images"], max_images)]
+        images = tuple(image for images in encoded for image in images)
         example = Example(own["id"], images, problem, reference, {name: _field(row, name) for name in fields})
         if too_long is not None and (kind := too_long(example)):
             raise _BadRow(kind)
@@ -112,11 +116,32 @@ def _items(images: object, max_images: int) -> list[object]:
     return items
 
 
-def _encode(item: object, processor: Processor, image_roots: Sequence[str]) -> EncodedImage:
-    image = read_image(item, image_roots=image_roots)
-    if min(image.size) < processor.merge_unit:  # the image processor would blow it up; too little to train on
-        raise BadImage("image_too_small", f"{image.width} x {image.height} pixels")
-    return processor.encode_image(image)
+def _encode(item: object, processor: Processor, image_roots: Sequence[str]) -> tuple[EncodedImage, ...]:
+    """A picture's patches, or those of a video's frames."""
+
+    def read(item: object) -> Image.Image:
+        image = read_image(item, image_roots=image_roots)
+        if min(image.size) < processor.merge_unit:  # the image processor would blow it up; too little to train on
+            raise BadImage("image_too_small", f"{image.width} x {image.height} pixels")
+        return image
+
+    if not _is_video(item):
+        return (processor.encode_image(read(item)),)
+    frames, fps = _frames(item), item.get("fps")
+    if not isinstance(fps, int | float):
+        raise BadImage("bad_video", f"fps {fps!r} must be the number of these frames per second")
+    return processor.encode_video([read(frame) for frame in frames], fps=fps)
+
+
+def _is_video(item: object) -> bool:
+    return isinstance(item, Mapping) and item.get("frames") is not None
+
+
+def _frames(video: Mapping[str, Any]) -> Sequence[object]:
+    frames = video["frames"]
+    if not isinstance(frames, list | tuple | np.ndarray) or not len(frames):
+        raise BadImage("bad_video", "its frames must be a list of pictures")
+    return frames
 
 
 def row_size(row: Mapping[str, Any], *, processor: Processor, image_roots: Sequence[str]) -> int:
@@ -126,7 +151,9 @@ def row_size(row: Mapping[str, Any], *, processor: Processor, image_roots: Seque
     tokens = 0
     for item in items:
         try:
-            tokens += processor.visual_tokens(*image_size(item, image_roots=image_roots))
+            frames = _frames(item) if _is_video(item) else [item]
+            blocks = -(-len(frames) // processor.frames_per_patch) if _is_video(item) else 1
+            tokens += blocks * processor.visual_tokens(*image_size(frames[0], image_roots=image_roots))
         except BadImage:  # a bad row, wherever it stands
             continue
     problem = row.get("problem")

@@ -20,11 +20,12 @@ from vigos_jax.data import encode_row
 from vigos_jax.demo.world import DemoSource
 from vigos_jax.errors import InputError
 from vigos_jax.graders import answer_kind
+from vigos_jax.images import read_image
 from vigos_jax.loading import Loaded, open_source, sampling_of
 from vigos_jax.metrics import bar, say, write_json
 from vigos_jax.models.variables import Variables
 from vigos_jax.packing import Row, pack_prompts, pack_scores
-from vigos_jax.processor import EncodedImage, read_image
+from vigos_jax.processor import EncodedImage
 from vigos_jax.prompts import clean_reference
 from vigos_jax.rollouts import Case, Reader, parse, read_cases, spans_json
 from vigos_jax.sampler import Sampler, row_keys

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 
 from vigos_jax.errors import InputError
+from vigos_jax.images import BadImage, read_image
 from vigos_jax.loading import Loaded, sampling_of
 from vigos_jax.models.variables import Variables
 from vigos_jax.packing import make_row, pack_prompts
-from vigos_jax.processor import BadImage, read_image
 from vigos_jax.prompts import clean_problem
 from vigos_jax.sampler import Sampler, completions, row_keys
 

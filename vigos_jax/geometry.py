@@ -75,30 +75,44 @@ def vision_layout(grids: Sequence[Grid], vision: VisionConfig) -> VisionLayout:
     return VisionLayout(*(np.concatenate(a).astype(np.int32) for a in (source, image_ids, hw, grid, token_unit)))
 
 
-def mrope_positions(ids: Sequence[int], grids: Sequence[Grid], *, image_token_id: int, merge_size: int) -> np.ndarray:
+def mrope_positions(
+    ids: Sequence[int],
+    grids: Sequence[Grid],
+    *,
+    visual_ids: Sequence[int],
+    merge_size: int,
+    time_steps: Sequence[float] | None = None,
+) -> np.ndarray:
     """M-RoPE positions of a token sequence: text counts up by one, an image spans a (time, height, width) box.
+
+    Text behind a box goes on at its start plus its larger side. As in transformers, its length in time does not count:
+    the positions of a long video may overlap those of the text behind it.
 
     Args:
       ids: T token ids with image tokens expanded.
       grids: the patch grids of the images, in order.
+      visual_ids: the tokens that stand for a piece of an image or of a video.
+      time_steps: per grid, positions from one of its frames to the next; default 1.
 
     Returns:
-      int32 [3, T]; the next text token after the sequence stands at `result.max() + 1` (0 for an empty one).
+      int32 [3, T].
     """
-    ids = np.asarray(ids, np.int64)
+    is_visual = np.isin(np.asarray(ids, np.int64), visual_ids)
     out = np.zeros((3, len(ids)), np.int32)
-    next_position, i, images = 0, 0, iter(grids)
+    boxes = iter(zip(grids, [1.0] * len(grids) if time_steps is None else time_steps, strict=True))
+    next_position, i = 0, 0
     while i < len(ids):
-        if ids[i] != image_token_id:
+        if not is_visual[i]:
             stop = i
-            while stop < len(ids) and ids[stop] != image_token_id:
+            while stop < len(ids) and not is_visual[stop]:
                 stop += 1
             out[:, i:stop] = next_position + np.arange(stop - i)
             next_position += stop - i
             i = stop
             continue
-        t, h, w = next(images)
+        (t, h, w), time_step = next(boxes)
         box = np.indices((t, h // merge_size, w // merge_size)).reshape(3, -1)
+        box[0] = np.floor(box[0] * time_step)
         out[:, i : i + box.shape[1]] = next_position + box
         next_position += max(h, w) // merge_size
         i += box.shape[1]

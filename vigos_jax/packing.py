@@ -94,10 +94,10 @@ def make_row(
       fields: texts of further columns that a role's template, but not the student's, may show.
       student: `user` and `assistant_prefill`, as in `config.prompts.student`.
     """
-    grids = [image.grid for image in images]
+    grids, labels = [image.grid for image in images], [image.label for image in images]
 
     def turn(text: str, prefill: str) -> Turn:
-        return processor.encode_turn(user_text=text, grids=grids, assistant_prefill=prefill)
+        return processor.encode_turn(user_text=text, grids=grids, labels=labels, assistant_prefill=prefill)
 
     shown = {"problem": problem, "reference": reference} | dict(fields or {})
     return Row(
@@ -165,10 +165,14 @@ def _sequence(row: Row, prompt: Sequence[int], config: ModelConfig, completion: 
 
     Only the prompt's image tokens stand for pictures: one that was sampled is a token like any other.
     """
-    grids = [i.grid for i in row.images]
-    merge = config.vision.spatial_merge_size
-    positions = mrope_positions(prompt, grids, image_token_id=config.image_token_id, merge_size=merge)
-    is_image = np.asarray(prompt, np.int32) == config.image_token_id
+    positions = mrope_positions(
+        prompt,
+        [i.grid for i in row.images],
+        visual_ids=config.visual_ids,
+        merge_size=config.vision.spatial_merge_size,
+        time_steps=[i.time_step for i in row.images],
+    )
+    is_image = np.isin(np.asarray(prompt, np.int32), config.visual_ids)
     image_index = np.where(is_image, np.cumsum(is_image) - 1, -1)
     after, n = _after(positions), len(completion)
     ids = np.asarray((*prompt, *completion), np.int32)
@@ -177,8 +181,8 @@ def _sequence(row: Row, prompt: Sequence[int], config: ModelConfig, completion: 
 
 
 def _after(positions: np.ndarray) -> int:
-    """Where text goes on behind a sequence with these positions."""
-    return int(positions.max(initial=-1)) + 1
+    """Where text goes on behind a sequence with these positions that ends with text."""
+    return int(positions[0, -1]) + 1 if positions.size else 0
 
 
 _EMPTY = (np.zeros(0, np.int32), np.zeros((3, 0), np.int32), np.zeros(0, np.int32), np.zeros(0, np.int32))

@@ -6,12 +6,10 @@ Both come from transformers and need neither torch nor torchvision. User text ne
 
 import dataclasses
 import functools
-import io
 import json
-import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import tokenizers
@@ -19,108 +17,30 @@ from PIL import Image, ImageOps
 
 from vigos_jax.architecture import ModelConfig
 from vigos_jax.errors import InputError
+from vigos_jax.images import BadImage
 
 MAX_ASPECT_RATIO = 200  # the image processor's own limit
 CONTROL_SHAPE = re.compile(r"<\|[^|<>]+\|>")  # added tokens of this shape steer the model, "special" or not
 TEXT_MARK = "@@vigos-user-text@@"  # where the user's text goes in a rendered chat
 
-MAX_PIXELS = 80_000_000  # a larger picture is refused unread; below the size at which PIL itself warns
-# Not all that PIL can read: some of its readers start other programs.
-_ORIENTATION = 0x0112  # of EXIF; from 5 on, width and height are exchanged
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-
 Grid = tuple[int, int, int]  # (t, h, w) in patches
-
-
-class BadImage(InputError):
-    """A picture that cannot be used.
-
-    Attributes:
-      kind: bad_image_type, image_missing, image_outside_folder, image_unreadable, image_too_large,
-        image_too_small or image_too_narrow.
-    """
-
-    def __init__(self, kind: str, detail: str):
-        super().__init__(f"{kind}: {detail}")
-        self.kind = kind
-
-
-def read_image(item: object, *, image_roots: Sequence[str]) -> Image.Image:
-    """A decoded, upright RGB picture (alpha dropped; the first frame of a moving one).
-
-    Args:
-      item: bytes of a picture file, a path, a dict of `bytes` or `path`, or a PIL image.
-      image_roots: folders that a path may lead into, links followed; a relative one starts at the first.
-        `("/folder", "/")` allows any absolute path, `()` no path at all.
-
-    Raises:
-      BadImage: what is wrong with it.
-    """
-    try:
-        image = _open(item, image_roots)
-        if image.width * image.height <= MAX_PIXELS:
-            return ImageOps.exif_transpose(image).convert("RGB")
-        size = f"{image.width} x {image.height}"
-    except BadImage:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        size = "far too many"
-    except Exception as e:  # a broken file makes PIL raise almost anything
-        raise BadImage("image_unreadable", f"{type(e).__name__}; choices: {', '.join(FORMATS)}") from e
-    raise BadImage("image_too_large", f"{size} pixels; at most {MAX_PIXELS} are read")
-
-
-def image_size(item: object, *, image_roots: Sequence[str]) -> tuple[int, int]:
-    """(width, height) of a picture as `read_image` would give it, from its header alone; BadImage if it has none."""
-    try:
-        image = _open(item, image_roots)
-        turned = image.getexif().get(_ORIENTATION, 1) >= 5
-    except BadImage:
-        raise
-    except Exception as e:
-        raise BadImage("image_unreadable", type(e).__name__) from e
-    return image.size[::-1] if turned else image.size
-
-
-def _open(item: object, image_roots: Sequence[str]) -> Image.Image:
-    """The picture, its header read and no more."""
-    if isinstance(item, Mapping):
-        item = item.get("path") if item.get("bytes") is None else item["bytes"]
-        if item is None:
-            raise BadImage("image_missing", "neither bytes nor a path")
-    if isinstance(item, str):
-        item = _read_file(item, image_roots)
-    if isinstance(item, bytes | bytearray):
-        return Image.open(io.BytesIO(item), formats=FORMATS)
-    if not isinstance(item, Image.Image):
-        raise BadImage(
-            "bad_image_type", f"{type(item).__name__}; choices: bytes, path, dict of them, PIL image"
-        )
-    return item
-
-
-def _read_file(path: str, image_roots: Sequence[str]) -> bytes:
-    roots = [os.path.realpath(root) for root in image_roots]
-    try:
-        real = os.path.realpath(os.path.join(*roots[:1], path))
-    except ValueError as e:  # a zero byte in the name
-        raise BadImage("image_missing", repr(path)) from e
-    if not any(real.startswith(os.path.join(root, "")) for root in roots):
-        raise BadImage("image_outside_folder", f"{path!r} must lie in {', '.join(roots) or 'no folder'}")
-    if not os.path.isfile(real):
-        raise BadImage("image_missing", f"{path!r} is no file")
-    try:
-        return pathlib.Path(real).read_bytes()
-    except OSError as e:
-        raise BadImage("image_unreadable", f"{path!r}: {e.strerror}") from e
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """One picture, cut into patches in the order the vision tower reads them (merge groups together)."""
+    """A picture, or frames of a video, cut into patches in the tower's order: those of a visual token together.
 
-    patches: np.ndarray  # float32 [P, patch_dim], P = t * h * w
+    Attributes:
+      patches: float32 [P, patch_dim], P = t * h * w.
+      grid: (t, h, w).
+      label: None for a picture; for frames of a video, the text in front of them: a timestamp, or nothing.
+      time_step: of frames, M-RoPE positions from one to the next.
+    """
+
+    patches: np.ndarray
     grid: Grid
+    label: str | None = None
+    time_step: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,10 +70,13 @@ class Processor:
     folder: str
     tokenizer: object  # transformers' tokenizer
     image_token_id: int
+    video_token_id: int
     eos_ids: tuple[int, ...]
     pad_id: int
     patch_size: int  # pixels
     merge_size: int  # patches along a side of one visual token
+    frames_per_patch: int  # of a video
+    tokens_per_second: float  # M-RoPE positions of a video; 0 where timestamps tell its frames apart
     _image_processor: object
     _text_tokenizer: tokenizers.Tokenizer  # a private copy in which control tokens are plain text
     _control_ids: dict[str, int]
@@ -194,18 +117,22 @@ class Processor:
                 raise InputError(f"{path}: {name} {found!r} must be {wanted}, as in config.json")
         text_tokenizer, added = _text_tokenizer(tokenizer)
         control_ids = {token: index for token, (index, is_control) in added.items() if is_control}
-        if model.image_token_id not in control_ids.values():
-            where = f"{root / 'config.json'}: image_token_id {model.image_token_id}"
-            raise InputError(f"{where} must be a control token of tokenizer.json")
+        for name in ("image_token_id", "video_token_id"):
+            if getattr(model, name) not in control_ids.values():
+                where = f"{root / 'config.json'}: {name} {getattr(model, name)}"
+                raise InputError(f"{where} must be a control token of tokenizer.json")
         eos_ids, pad_id = _end_and_pad(root, tokenizer)
         return cls(
             folder=str(root),
             tokenizer=tokenizer,
             image_token_id=model.image_token_id,
+            video_token_id=model.video_token_id,
             eos_ids=eos_ids,
             pad_id=pad_id,
             patch_size=model.vision.patch_size,
             merge_size=model.vision.spatial_merge_size,
+            frames_per_patch=model.vision.temporal_patch_size,
+            tokens_per_second=model.vision.tokens_per_second,
             _image_processor=image_processor,
             _text_tokenizer=text_tokenizer,
             _control_ids=control_ids,
@@ -215,6 +142,11 @@ class Processor:
 
     def __reduce__(self):
         return _load_once, (self.folder,)
+
+    @property
+    def visual_ids(self) -> tuple[int, int]:
+        """The tokens that stand for pieces of pictures and of videos."""
+        return self.image_token_id, self.video_token_id
 
     @property
     def merge_unit(self) -> int:
@@ -249,38 +181,76 @@ class Processor:
         t, h, w = (int(n) for n in out["image_grid_thw"][0])
         return EncodedImage(patches=np.asarray(out["pixel_values"], np.float32), grid=(t, h, w))
 
+    def encode_video(self, frames: Sequence[Image.Image], *, fps: float) -> tuple[EncodedImage, ...]:
+        """Frames of a video, in pairs (`frames_per_patch`); the last one stands in for those that lack for a pair.
+
+        Qwen2.5-VL reads them as one block whose positions tell the time, Qwen3-VL as blocks of a pair, each behind a
+        timestamp. They are resized as pictures are: choose their size and number to fit.
+
+        Args:
+          fps: frames per second of these frames (not of the file they were taken from).
+
+        Raises:
+          BadImage: "bad_video" if there are none, their sizes differ or fps is not positive; else as `encode_image`.
+        """
+        if not frames or len({f.size for f in frames}) > 1 or not 0 < fps < float("inf"):
+            sizes = sorted({f"{f.width} x {f.height}" for f in frames})
+            what = f"{len(frames)} frame(s) of {', '.join(sizes) or 'no size'} at {fps} a second"
+            raise BadImage("bad_video", f"{what}; a video needs frames of one size, and fps above 0")
+        n = self.frames_per_patch
+        encoded = [self.encode_image(frame) for frame in frames]
+        missing = -len(frames) % n
+        encoded += encoded[-1:] * missing
+        times = [i / fps for i in range(len(frames))]
+        times += times[-1:] * missing
+        # A picture's patch [C, n, p, p] shows the one frame n times: take the i-th time from the i-th frame.
+        split = [e.patches.reshape(len(e.patches), -1, n, self.patch_size**2) for e in encoded]
+        _, h, w = encoded[0].grid
+        groups = []
+        for first in range(0, len(encoded), n):
+            patches = np.stack([split[first + i][:, :, i] for i in range(n)], 2).reshape(encoded[0].patches.shape)
+            groups.append((patches, (times[first] + times[first + n - 1]) / 2))
+        if self.tokens_per_second:
+            patches = np.concatenate([patches for patches, _ in groups])
+            return (EncodedImage(patches, (len(groups), h, w), "", self.tokens_per_second * n / fps),)
+        return tuple(EncodedImage(patches, (1, h, w), f"<{time:.1f} seconds>") for patches, time in groups)
+
     def visual_tokens(self, width: int, height: int) -> int:
         """Visual tokens of a picture of so many pixels, without making it."""
         return self._image_processor.get_number_of_image_patches(height, width, {}) // self.merge_size**2
 
-    def encode_turn(self, *, user_text: str, grids: Sequence[Grid], assistant_prefill: str) -> Turn:
+    def encode_turn(
+        self, *, user_text: str, grids: Sequence[Grid], assistant_prefill: str, labels: Sequence[str | None] = ()
+    ) -> Turn:
         """Prompt of one user turn: the images, then the text; then the assistant's header and prefill.
 
         Args:
           user_text: exactly the text behind the images; may be empty.
           grids: one per image, from `EncodedImage.grid`.
+          labels: one per image, from `EncodedImage.label`; () if all are pictures.
           assistant_prefill: forced start of the answer, tokenised by itself; may be empty.
 
         Raises:
           InputError: the chat template does not put the images first and the text behind them, once.
         """
-        head, before, after, tail = self._chat_parts(len(grids))
+        head, before, after, tail = self._chat_parts(tuple(labels) or (None,) * len(grids))
         counts = iter(t * h * w // self.merge_size**2 for t, h, w in grids)
         prefix: list[int] = []
         for token in head:
-            prefix += [token] * next(counts) if token == self.image_token_id else [token]
+            prefix += [token] * next(counts) if token in self.visual_ids else [token]
         rest = self.encode_text(before + user_text + after) + tail + self.encode_text(assistant_prefill)
         return Turn(prefix_ids=tuple(prefix), rest_ids=tuple(rest))
 
     @functools.lru_cache(maxsize=64)  # noqa: B019  (processors live as long as the program)
-    def _chat_parts(self, num_images: int) -> tuple[list[int], str, str, list[int]]:
+    def _chat_parts(self, labels: tuple[str | None, ...]) -> tuple[list[int], str, str, list[int]]:
         """The model's own template around the text: (ids, template text before, template text after, ids).
 
-        Template text that touches the user's is tokenised together with it, the way the model was trained.
+        Template text that touches the user's is tokenised together with it, the way the model was trained; so is a
+        label with what stands before it.
         """
-        content = [{"type": "image"}] * num_images + [{"type": "text", "text": TEXT_MARK}]
+        content = [{"type": "image" if label is None else "video"} for label in labels]
         chat = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
+            [{"role": "user", "content": [*content, {"type": "text", "text": TEXT_MARK}]}],
             chat_template=self._chat_template,
             tokenize=False,
             add_generation_prompt=True,
@@ -291,13 +261,18 @@ class Processor:
         if len(marked) != 1 or pieces[marked[0]].count(TEXT_MARK) != 1:
             raise InputError(f"the chat template of {self.folder} must show the user's text once, unchanged")
         before, after = pieces[marked[0]].split(TEXT_MARK)
-        head = self._template_ids(pieces[: marked[0]])
-        tail = self._template_ids(pieces[marked[0] + 1 :])
-        if head.count(self.image_token_id) != num_images or self.image_token_id in tail:
+        first, last = pieces[: marked[0]], pieces[marked[0] + 1 :]
+        wanted = [self.visual_ids[label is not None] for label in labels]
+        places = [i for i, piece in enumerate(first) if self._control_ids.get(piece) in self.visual_ids]
+        others = [piece for piece in last if self._control_ids.get(piece) in self.visual_ids]
+        if others or [self._control_ids[first[i]] for i in places] != wanted:
             raise InputError(
-                f"the chat template of {self.folder} must show one image token per image, before the text"
+                f"the chat template of {self.folder} must show one image token per image, before the text, "
+                "and one video token per video"
             )
-        return head, before, after, tail
+        for place, label in zip(places, labels, strict=True):
+            first[place - 3] += label or ""  # in front of <|vision_start|>
+        return self._template_ids(first), before, after, self._template_ids(last)
 
     def _template_ids(self, pieces: Sequence[str]) -> list[int]:
         """Ids of template text that was split at its control tokens."""

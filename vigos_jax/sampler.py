@@ -187,7 +187,7 @@ def _prefill(
         cache=cache,
         visible=visible,
         logits=logits,
-        next_position=jnp.max(text.positions, (1, 2)) + 1,
+        next_position=text.positions[:, 0, -1] + 1,  # the last token is text
         keys=keys,
         tokens=jnp.zeros((b, sampling.max_tokens), jnp.int32),
         logps=jnp.zeros((b, sampling.max_tokens), jnp.float32),

@@ -1,0 +1,87 @@
+"""A torch model and ours with the same weights, and how far apart they are. For tests only."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+import torch_models as tm
+
+from vigos_jax.architecture import ModelConfig
+from vigos_jax.inputs import PromptBatch
+from vigos_jax.models import hf
+from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
+from vigos_jax.packing import Buckets, Row, pack_prompts
+
+NOTICEABLE = 1000 * tm.TOLERANCE  # a broken feature must show at least this much
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pair:
+    """`run` is (variables, vision, text) -> (visual tokens, logits)."""
+
+    torch: torch.nn.Module
+    config: ModelConfig
+    model: VisionLanguageModel
+    base: Any
+    run: Any
+
+
+def make_run(model: VisionLanguageModel):
+    @jax.jit
+    def run(variables, vision, text):
+        images = model.apply(variables, vision, method="encode_images")
+        hidden, _ = model.apply(variables, text, images)
+        return images, model.apply(variables, hidden, method="logits")
+
+    return run
+
+
+def make_pair(reference: torch.nn.Module, folder: pathlib.Path) -> Pair:
+    """Ours is loaded from what the torch model saves into the folder."""
+    tm.save(reference, folder)
+    config = ModelConfig.load(folder)
+    model = VisionLanguageModel(config)
+    base = hf.load_params(folder, config, abstract_variables(model)["params"], dtype=np.float32)
+    return Pair(reference, config, model, base, make_run(model))
+
+
+def pack(samples: Sequence[tm.Sample], config: ModelConfig, *, length: int, slots: int = 448) -> PromptBatch:
+    """The samples as left-padded prompts of one length."""
+    buckets = Buckets(patches=(64, slots), prompt=(length,), completion=(1,), sequence=(1,))
+    return pack_prompts([Row(s.images, s.turn) for s in samples], config=config, buckets=buckets)
+
+
+def worst(ours: np.ndarray, theirs: Sequence[np.ndarray], *, at_end: bool) -> list[float]:
+    """Largest difference of each row, at any position; rows of ours are padded, on the left if `at_end`."""
+    rows = zip(np.asarray(ours), theirs, strict=True)
+    return [tm.max_difference(a[-len(b) :] if at_end else a[: len(b)], b) for a, b in rows]
+
+
+def check_packed_row(pair: Pair) -> None:
+    """A prefix with an image and two branches in one sequence give the logits of prefix + branch, each by itself."""
+    rng, family = np.random.default_rng(5), pair.config.family
+    prefix = tm.make_sample([3, tm.TALL], seed=6, family=family)
+    first, second = tm.text_ids(9, rng), tm.text_ids(6, rng)
+    a, b = (tm.Sample(prefix.ids + branch, prefix.images) for branch in (first, second))
+    both = tm.Sample(prefix.ids + first + second, prefix.images)
+    rows = pack([both, a, b, both], pair.config, length=80)
+    p, n, m = len(prefix.ids), len(first), len(second)
+    positions, segments = np.array(rows.text.positions), np.array(rows.text.segment_ids)
+    positions[[0, 3], :, -m:] = positions[2, :, -m:]  # the second branch continues the prefix, not the first branch
+    segments[0, -n - m :] = [2] * n + [3] * m
+    text = rows.text.replace(positions=positions, segment_ids=segments)
+    _, logits = pair.run({"params": pair.base}, rows.vision, text)
+    packed, alone_a, alone_b, unmasked = (np.asarray(x) for x in logits)
+
+    for sample, alone in ((a, alone_a), (b, alone_b)):
+        expected = tm.torch_logits(pair.torch, [sample])[0]
+        assert tm.max_difference(alone[-len(sample.ids) :], expected) <= tm.TOLERANCE
+    assert tm.max_difference(packed[-p - n - m : -n - m], alone_b[-p - m : -m]) <= 2e-5
+    assert tm.max_difference(packed[-n - m : -m], alone_a[-n:]) <= 2e-5
+    assert tm.max_difference(packed[-m:], alone_b[-m:]) <= 2e-5
+    # The same positions without the branches' mask: the first branch leaks into the second.
+    assert tm.max_difference(unmasked[-m:], alone_b[-m:]) > NOTICEABLE

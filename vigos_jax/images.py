@@ -1,0 +1,98 @@
+"""Pictures from files, bytes and data sets: decoded and upright, or refused with the reason. Nothing is executed."""
+
+import io
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from PIL import Image, ImageOps
+
+from vigos_jax.errors import InputError
+
+MAX_PIXELS = 80_000_000  # a larger picture is refused unread; below the size at which PIL itself warns
+# Not all that PIL can read: some of its readers start other programs.
+_ORIENTATION = 0x0112  # of EXIF; from 5 on, width and height are exchanged
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+
+
+class BadImage(InputError):
+    """A picture that cannot be used.
+
+    Attributes:
+      kind: bad_image_type, image_missing, image_outside_folder, image_unreadable, image_too_large,
+        image_too_small or image_too_narrow.
+    """
+
+    def __init__(self, kind: str, detail: str):
+        super().__init__(f"{kind}: {detail}")
+        self.kind = kind
+
+
+def read_image(item: object, *, image_roots: Sequence[str]) -> Image.Image:
+    """A decoded, upright RGB picture (alpha dropped; the first frame of a moving one).
+
+    Args:
+      item: bytes of a picture file, a path, a dict of `bytes` or `path`, or a PIL image.
+      image_roots: folders that a path may lead into, links followed; a relative one starts at the first.
+        `("/folder", "/")` allows any absolute path, `()` no path at all.
+
+    Raises:
+      BadImage: what is wrong with it.
+    """
+    try:
+        image = _open(item, image_roots)
+        if image.width * image.height <= MAX_PIXELS:
+            return ImageOps.exif_transpose(image).convert("RGB")
+        size = f"{image.width} x {image.height}"
+    except BadImage:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        size = "far too many"
+    except Exception as e:  # a broken file makes PIL raise almost anything
+        raise BadImage("image_unreadable", f"{type(e).__name__}; choices: {', '.join(FORMATS)}") from e
+    raise BadImage("image_too_large", f"{size} pixels; at most {MAX_PIXELS} are read")
+
+
+def image_size(item: object, *, image_roots: Sequence[str]) -> tuple[int, int]:
+    """(width, height) of a picture as `read_image` would give it, from its header alone; BadImage if it has none."""
+    try:
+        image = _open(item, image_roots)
+        turned = image.getexif().get(_ORIENTATION, 1) >= 5
+    except BadImage:
+        raise
+    except Exception as e:
+        raise BadImage("image_unreadable", type(e).__name__) from e
+    return image.size[::-1] if turned else image.size
+
+
+def _open(item: object, image_roots: Sequence[str]) -> Image.Image:
+    """The picture, its header read and no more."""
+    if isinstance(item, Mapping):
+        item = item.get("path") if item.get("bytes") is None else item["bytes"]
+        if item is None:
+            raise BadImage("image_missing", "neither bytes nor a path")
+    if isinstance(item, str):
+        item = _read_file(item, image_roots)
+    if isinstance(item, bytes | bytearray):
+        return Image.open(io.BytesIO(item), formats=FORMATS)
+    if not isinstance(item, Image.Image):
+        raise BadImage(
+            "bad_image_type", f"{type(item).__name__}; choices: bytes, path, dict of them, PIL image"
+        )
+    return item
+
+
+def _read_file(path: str, image_roots: Sequence[str]) -> bytes:
+    roots = [os.path.realpath(root) for root in image_roots]
+    try:
+        real = os.path.realpath(os.path.join(*roots[:1], path))
+    except ValueError as e:  # a zero byte in the name
+        raise BadImage("image_missing", repr(path)) from e
+    if not any(real.startswith(os.path.join(root, "")) for root in roots):
+        raise BadImage("image_outside_folder", f"{path!r} must lie in {', '.join(roots) or 'no folder'}")
+    if not os.path.isfile(real):
+        raise BadImage("image_missing", f"{path!r} is no file")
+    try:
+        return pathlib.Path(real).read_bytes()
+    except OSError as e:
+        raise BadImage("image_unreadable", f"{path!r}: {e.strerror}") from e
