@@ -28,7 +28,7 @@ ROOMS = (
     ("roles.py",),
     ("prompts.py", "images.py"),
     ("config.py", "graders.py", "sharding.py", "metrics.py", "geometry.py", "palr.py", "report.py", "demo/"),
-    ("architecture.py", "inputs.py"),
+    ("architecture.py", "inputs.py", "published.py"),
     ("errors.py", "__init__.py"),
 )
 LEVELS = {room: level for level, row in enumerate(reversed(ROOMS)) for room in row}
