@@ -11,6 +11,8 @@ from oracles import objective as oracle
 from tiny import CONFIG, MIXES, MODEL, ROLES, pack
 
 from vigos_jax import losses, score
+from vigos_jax.models import decoder
+from vigos_jax.models.attention import Causal, attention
 from vigos_jax.models.layers import LoraSpec
 from vigos_jax.models.vlm import VisionLanguageModel
 
@@ -318,3 +320,20 @@ def test_fails_when_positions_run_on_from_branch_to_branch():
     after_prefix = np.max(np.where(in_branch, 0, t.positions), (1, 2), keepdims=True)
     moved = np.where(in_branch, after_prefix + np.cumsum(in_branch, -1), t.positions).astype(np.int32)
     assert compare(MIXES["mixed"], batch.replace(teacher=t.replace(positions=moved))) > 0.1
+
+
+def test_the_student_alone_is_one_causal_sequence(monkeypatch):
+    """What lets a device's fast attention serve it: its lengths, where the teachers' branches need a mask."""
+    asked = []
+
+    def spy(q, k, v, mask, *, implementation, mesh):
+        asked.append((isinstance(mask, Causal), q.shape[1], implementation))
+        return attention(q, k, v, mask)
+
+    monkeypatch.setattr(decoder, "attention", spy)
+    base, lora = tiny.weights()
+    batch = pack(MIXES["mixed"])
+    model = MODEL.clone(attention="cudnn")
+    jax.eval_shape(lambda b: score.score_batch(model, base, {"lora": lora}, b, roles=ROLES, chunk=5), batch)
+    student, teacher = batch.student.ids.shape[1], batch.teacher.ids.shape[1]
+    assert set(asked) == {(True, student, "cudnn"), (False, teacher, "cudnn")}

@@ -1,0 +1,16 @@
+"""Qwen2.5-VL-72B-Instruct with the paper's settings, which the paper did not run at this size.
+
+    python -m vigos_jax.main --config configs/qwen2_5_vl_72b.py
+
+73.4 B parameters: 137 GiB in bfloat16, split over 16 devices. Nothing is promised of the result.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.qwen2_5_vl_3b import of_the_paper
+
+
+def get_config() -> ConfigDict:
+    config = of_the_paper("Qwen/Qwen2.5-VL-72B-Instruct")
+    config.accumulation = 2
+    return config

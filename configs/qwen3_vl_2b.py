@@ -1,0 +1,14 @@
+"""Qwen3-VL-2B-Instruct with the paper's settings, which the paper did not run on this family.
+
+    python -m vigos_jax.main --config configs/qwen3_vl_2b.py
+
+2.1 B parameters. Nothing is promised of the result.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.qwen2_5_vl_3b import of_the_paper
+
+
+def get_config() -> ConfigDict:
+    return of_the_paper("Qwen/Qwen3-VL-2B-Instruct")
