@@ -330,9 +330,9 @@ def test_the_student_alone_is_one_causal_sequence(monkeypatch):
         asked.append((isinstance(mask, Causal), q.shape[1], implementation))
         return attention(q, k, v, mask)
 
-    monkeypatch.setattr(decoder, "attention", spy)
     base, lora = tiny.weights()
     batch = pack(MIXES["mixed"])
+    monkeypatch.setattr(decoder, "attention", spy)
     model = MODEL.clone(attention="cudnn")
     jax.eval_shape(lambda b: score.score_batch(model, base, {"lora": lora}, b, roles=ROLES, chunk=5), batch)
     student, teacher = batch.student.ids.shape[1], batch.teacher.ids.shape[1]
