@@ -18,7 +18,7 @@ from transformers import (
 from vigos_jax.architecture import ModelConfig
 from vigos_jax.config import validate
 from vigos_jax.loading import lora_spec
-from vigos_jax.models.names import canonical, tensor_table
+from vigos_jax.models.names import adapter_table, canonical, tensor_table
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.published import published_config
 
@@ -73,7 +73,7 @@ def test_tensors_are_those_of_transformers(name):
     validate(config)
     raw = published_config(config.model.path)
     model_config = ModelConfig.from_hf(raw)
-    lora = lora_spec(config)
+    lora = lora_spec(config, model_config)
     abstract = abstract_variables(VisionLanguageModel(model_config, lora=lora))
     settings, cls = FAMILIES[model_config.family]
     with torch.device("meta"):
@@ -116,3 +116,16 @@ def test_the_papers_runs_are_its_tables(name):
         "reference": (2.0, "reverse_kl", 0.05, "invalid"),
     }
     assert c.loss.temperature == 1.0 and c.loss.reduction == "tokens"
+
+
+@pytest.mark.parametrize("name, vision", [("qwen2_5_vl_3b", 3), ("qwen3_vl_2b", 0)])
+def test_the_official_scope_reaches_what_suffix_matching_hits(name, vision):
+    config = config_of(name)
+    config.lora.scope = "official"
+    model_config = ModelConfig.from_hf(published_config(config.model.path))
+    lora = lora_spec(config, model_config)
+    leaves = jax.tree_util.tree_leaves_with_path(
+        abstract_variables(VisionLanguageModel(model_config, lora=lora))["lora"]
+    )
+    assert sum("visual" in jax.tree_util.keystr(path) for path, _ in leaves) == 2 * vision
+    assert len(leaves) == len(adapter_table(model_config, lora)) == 2 * (7 + vision)

@@ -21,7 +21,7 @@ from vigos_jax import geometry
 from vigos_jax.architecture import FAMILIES, ModelConfig
 from vigos_jax.errors import InputError
 from vigos_jax.models import decoder, hf, layers, qwen3_vl, vlm
-from vigos_jax.models.names import VISION_PROJECTIONS
+from vigos_jax.models.names import MLP_PROJECTIONS
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.sampler import Sampler, Sampling, row_keys
 
@@ -305,7 +305,7 @@ def test_a_config_that_cannot_be_used(part, change, named):
 def test_adapter_parity(pairs, batch, tmp_path):
     """peft's adapter on every projection that suffix matching hits: none of this tower's."""
     pair = pairs["untied"]
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", *VISION_PROJECTIONS]
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", *MLP_PROJECTIONS]
     adapted = tm.with_adapter(pair.torch, r=4, lora_alpha=8, target_modules=targets)
     folder = pathlib.Path(tm.save(adapted, tmp_path / "adapter"))
     spec = hf.adapter_spec(folder, dropout=0.0)

@@ -105,7 +105,7 @@ def resolve_model(path: str) -> pathlib.Path:
         ) from e
 
 
-def lora_spec(config) -> LoraSpec | None:
+def lora_spec(config, model: ModelConfig) -> LoraSpec | None:
     """The adapters of a run: an adapter folder's own word, else `config.lora`; None for full fine-tuning."""
     if config.model.adapter:
         folder = pathlib.Path(config.model.adapter).expanduser()
@@ -114,7 +114,7 @@ def lora_spec(config) -> LoraSpec | None:
         return hf.adapter_spec(folder, dropout=config.lora.dropout)
     if not config.lora.rank:
         return None
-    vision = VISION_PROJECTIONS if config.lora.scope == "official" else ()
+    vision = VISION_PROJECTIONS[model.family] if config.lora.scope == "official" else ()
     return LoraSpec(
         rank=config.lora.rank,
         scale=config.lora.alpha / config.lora.rank,
@@ -165,7 +165,7 @@ def load(config, *, for_training: bool) -> Loaded:
     if dtype == jnp.float32:
         # Accelerators multiply float32 in fewer bits unless told otherwise; whoever asks for float32 wants it.
         jax.config.update("jax_default_matmul_precision", "float32")
-    spec = lora_spec(config)
+    spec = lora_spec(config, model_config)
     model = VisionLanguageModel(
         model_config,
         lora=spec,

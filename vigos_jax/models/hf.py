@@ -17,7 +17,7 @@ from vigos_jax.errors import InputError
 from vigos_jax.models.layers import LoraSpec
 from vigos_jax.models.names import (
     LANGUAGE_PROJECTIONS,
-    VISION_PROJECTIONS,
+    MLP_PROJECTIONS,
     Path,
     Tensor,
     adapter_table,
@@ -199,7 +199,7 @@ def adapter_spec(folder: pathlib.Path, *, dropout: float) -> LoraSpec:
             module = name.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight").rsplit(".", 1)[-1]
             if ".language_model.layers." in name and module in LANGUAGE_PROJECTIONS:
                 language.add(module)
-            elif ".visual.blocks." in name and ".mlp." in name and module in VISION_PROJECTIONS:
+            elif ".visual.blocks." in name and ".mlp." in name and module in MLP_PROJECTIONS:
                 vision.add(module)
             else:
                 raise InputError(f"{folder}: adapter tensor {name} is on a module that cannot carry one here")

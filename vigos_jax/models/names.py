@@ -12,7 +12,9 @@ from vigos_jax.architecture import ModelConfig
 from vigos_jax.models.layers import LoraSpec
 
 LANGUAGE_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-VISION_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")  # Qwen2.5-VL's; Qwen3-VL's tower has others
+MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# Projections of the towers' MLPs whose names end like the decoder's. Qwen3-VL's end otherwise.
+VISION_PROJECTIONS = {"qwen2_5_vl": MLP_PROJECTIONS, "qwen3_vl": ()}
 Path = tuple[str, ...]
 
 
@@ -128,13 +130,13 @@ def adapter_table(config: ModelConfig, lora: LoraSpec) -> list[Tensor]:
     rows: list[Tensor] = []
     prefix = "base_model.model.model"
     targets = [
-        (("layers", *(("mlp",) if n in VISION_PROJECTIONS else ()), n),
-         f"{prefix}.language_model.layers.{{i}}.{'mlp' if n in VISION_PROJECTIONS else 'self_attn'}.{n}",
+        (("layers", *(("mlp",) if n in MLP_PROJECTIONS else ()), n),
+         f"{prefix}.language_model.layers.{{i}}.{'mlp' if n in MLP_PROJECTIONS else 'self_attn'}.{n}",
          config.num_layers)
         for n in LANGUAGE_PROJECTIONS if n in lora.language
     ] + [
         (("visual", "blocks", "mlp", n), f"{prefix}.visual.blocks.{{i}}.mlp.{n}", config.vision.depth)
-        for n in VISION_PROJECTIONS if n in lora.vision
+        for n in VISION_PROJECTIONS[config.family] if n in lora.vision
     ]  # fmt: skip
     for path, name, layers in targets:
         rows.append(Tensor((*path, "a"), f"{name}.lora_A.weight", layers, "transposed"))
