@@ -27,6 +27,7 @@ RUN = [
     "datasets>=4.0",
     "pyarrow>=18",
     "tqdm>=4.66",
+    "math-verify>=0.8",  # compares expressions, in a process of its own
 ]
 
 EXTRAS = {

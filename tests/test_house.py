@@ -26,8 +26,11 @@ ROOMS = (
     ("processor.py", "spans.py", "sources.py"),
     ("losses.py",),
     ("roles.py",),
-    ("prompts.py", "images.py"),
-    ("config.py", "graders.py", "sharding.py", "metrics.py", "geometry.py", "palr.py", "report.py", "demo/"),
+    ("prompts.py", "images.py", "grading.py"),
+    (
+        *("config.py", "graders.py", "math_grader.py", "sharding.py", "metrics.py", "geometry.py", "palr.py"),
+        *("report.py", "demo/"),
+    ),
     ("architecture.py", "inputs.py", "published.py"),
     ("errors.py", "__init__.py"),
 )

@@ -106,6 +106,14 @@ def answer_kind(answer: str) -> str:
     return "text"
 
 
+def number_and_unit(answer: str) -> tuple[Fraction, str] | None:
+    """The exact value of an answer that is a number, and its unit or ""; None for any other answer."""
+    normal = normalize_answer(answer)
+    bare = _bare(normal)
+    value = _number(normal if bare is None else bare)
+    return None if value is None else (value, normal.partition(" ")[2] if bare is not None else "")
+
+
 def mentions(text: str, answer: str) -> bool | None:
     """Whether `text` contains the answer's words, whole and in order; None for a lone letter, which proves nothing.
 
