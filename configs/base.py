@@ -139,6 +139,22 @@ def get_config() -> ml_collections.ConfigDict:
     config.evaluate.batch_size = 250
     config.evaluate.seed = 42
 
+    config.eval = ConfigDict()  # --mode eval: the paper's protocol (Table A.V)
+    config.eval.tasks = ("demo",)  # names of vigos_jax/tasks
+    config.eval.sources = ConfigDict()  # per task, a folder of parquet or a hub data set instead of the task's own
+    config.eval.limit = 0  # rows of each task, from its first; 0 for all
+    config.eval.samples = 5  # answers per question
+    config.eval.temperature = 1.0  # 0 is greedy
+    config.eval.top_p = 0.9
+    config.eval.top_k = 20
+    config.eval.max_tokens = 48  # longest answer; the paper's is 4096
+    config.eval.seed = 42
+    config.eval.prompt = "structured"  # structured: the student's own | plain: the same-prompt control
+    config.eval.plain_prompt = "{problem}\nThink step by step, then give the final answer in \\boxed{}."
+    config.eval.demo_questions = 250  # questions of each kind of the demo
+    config.eval.batch_size = 32  # answers sampled at a time
+    config.eval.output = ""  # folder; "" is WORKDIR/eval
+
     config.score = ConfigDict()  # --mode score
     config.score.rollouts = ""  # .jsonl of rollouts, see README.md
     config.score.output = ""  # folder for scores.jsonl and summary.json
@@ -167,6 +183,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.lock()  # setting a field that is not here is an error, also in a file that imports this one
     config.prompts.unlock()
     config.roles.unlock()  # but roles and their prompts are for you to name
+    config.eval.sources.unlock()  # and so are sources
     return config
 
 

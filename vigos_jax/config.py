@@ -39,6 +39,11 @@ _RANGES = (
     ("evaluate.questions", 0, None),
     ("evaluate.batch_size", 1, None),
     ("evaluate.seed", 0, 2**31 - 1),
+    ("eval.limit", 0, None),
+    ("eval.samples", 1, None),
+    ("eval.seed", 0, 2**31 - 1),
+    ("eval.demo_questions", 1, None),
+    ("eval.batch_size", 1, None),
     ("score.batch_size", 1, None),
     ("diagnose.rows", 2, None),
     ("diagnose.wrong_answers", 1, None),
@@ -55,12 +60,13 @@ CHOICES = {
     "teacher.weights": ("frozen", "ema", "live"),
     "loss.reduction": ("tokens", "sequences"),
     "optimizer.schedule": ("constant", "linear"),
+    "eval.prompt": ("structured", "plain"),
     "export.kind": ("merged", "adapter"),
     "export.dtype": ("float32", "bfloat16"),
 }
 _PROMPT_FIELDS = ("user", "assistant_prefill")
 # They say what to do with a run, or where, not what the run is.
-_MODE_SECTIONS = ("score", "diagnose", "generate", "export", "compilation_cache")
+_MODE_SECTIONS = ("eval", "score", "diagnose", "generate", "export", "compilation_cache")
 
 
 def get(config: Mapping[str, Any], field: str) -> Any:

@@ -20,7 +20,7 @@ from vigos_jax.errors import InputError  # noqa: E402
 
 # Flags put the traceback of a config file's error into their own message.
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(\s.*\n)*")
-MODES = ("train", "generate", "score", "diagnose", "export")
+MODES = ("train", "generate", "score", "diagnose", "eval", "export")
 HELP = """\
 usage: python -m vigos_jax.main --config FILE [--mode MODE] [--workdir DIR] [--config.FIELD=VALUE ...]
 
@@ -30,6 +30,7 @@ modes
   score     score rollouts made by any engine: --config.score.rollouts=FILE.jsonl --config.score.output=DIR
   diagnose  how much of the teachers' correction the answer made, and how much the image (PALR): on rollouts of the
             student, or --config.diagnose.rollouts=FILE.jsonl; writes palr.jsonl and palr.html
+  eval      answer benchmark questions and grade them: --config.eval.tasks="('vilp_f', 'cv_bench')"; goes on where it stopped
   export    write a Hugging Face folder: --config.export.output=DIR --config.export.kind=merged|adapter
 
 --workdir is where a training run keeps its files (default runs/NAME for configs/NAME.py). The other modes read the
@@ -121,7 +122,7 @@ def _config_of_run(config, workdir: pathlib.Path | None):
     if workdir is None:
         return config
     saved = read_json(workdir / "config.json")
-    for section in ("generate", "score", "diagnose", "export", "mesh"):
+    for section in ("generate", "score", "diagnose", "eval", "export", "mesh"):
         saved[section] = config[section]
     return saved
 
@@ -141,7 +142,7 @@ def _run(config, mode: str, workdir: pathlib.Path | None) -> int:
     trained = average = loaded.trained
     if workdir is not None:
         with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
-            _, trained = checkpoints.restore_trained(loaded.trained)
+            step, trained = checkpoints.restore_trained(loaded.trained)
             if config.teacher.weights == "ema":
                 _, average = checkpoints.restore_trained(loaded.trained, item="average")
     overlay = teacher_overlay(config.teacher.weights, trained=trained, average=average)
@@ -170,6 +171,20 @@ def _run(config, mode: str, workdir: pathlib.Path | None) -> int:
         for line in bad_lines:
             print(line, file=sys.stderr)
         return 1 if bad_lines else 0
+    elif mode == "eval":
+        from vigos_jax.evaluate_tasks import evaluate_tasks, fingerprint_of, table_text
+
+        output = pathlib.Path(config.eval.output).expanduser() if config.eval.output else None
+        if output is None and workdir is None:
+            raise InputError("--mode eval needs --workdir of a run, or --config.eval.output=DIR")
+        adapter = [pathlib.Path(config.model.adapter).expanduser()] if config.model.adapter else []
+        steps = [workdir / "checkpoints" / str(step)] if workdir is not None else []
+        fingerprint = fingerprint_of([loaded.folder, *adapter, *steps], config.model.dtype)
+        results = evaluate_tasks(
+            loaded, loaded.student(trained), config, output=output or workdir / "eval", fingerprint=fingerprint
+        )
+        print(table_text(results))
+        return 1 if any(r.errors for r in results) else 0
     elif mode == "export":
         from vigos_jax.export import export
 

@@ -24,15 +24,7 @@ class TableSource:
     """Rows of a `datasets.Dataset` (memory-mapped), pictures left undecoded; `image_roots` as of `read_image`."""
 
     def __init__(self, table, *, name: str, image_roots: Sequence[str], fields: Sequence[str] = ()):
-        import datasets
-
         images = _check_columns(table.column_names, name, fields)
-        undecoded = datasets.Image(decode=False)
-        feature = table.features[images]
-        if isinstance(feature, datasets.Image):
-            table = table.cast_column(images, undecoded)
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            table = table.cast_column(images, datasets.List(undecoded))
         wanted = ("problem", "answer", images, "problem_id", "id", "options", "wrong_answers", *fields)
         self._table = table.select_columns([c for c in wanted if c in table.column_names])
         self.image_roots = tuple(image_roots)
@@ -102,27 +94,35 @@ def load_source(data) -> TableSource | JsonlSource:
     path = pathlib.Path(name).expanduser()
     if name and path.suffix == ".jsonl" and path.is_file():
         return JsonlSource(path, fields=data.fields)
+    table, roots = open_table(name, split=data.split)
+    return TableSource(table, name=name, image_roots=roots, fields=data.fields)
+
+
+def open_table(name: str, *, split: str) -> tuple[Any, tuple[str, ...]]:
+    """(a `datasets.Dataset` with pictures left undecoded, its image roots) of parquet or a hub data set.
+
+    Raises:
+      InputError: there is no such thing, it cannot be read, or it has no rows.
+    """
+    path = pathlib.Path(name).expanduser()
     if name and path.suffix == ".parquet" and path.is_file():
         file = path.resolve()
-        options = {"split": "train", "data_files": {"train": [str(file)]}, "fields": data.fields}
-        return _load_table(name, "parquet", image_roots=[str(file.parent)], **options)
+        options = {"split": "train", "data_files": {"train": [str(file)]}}
+        return _load_table(name, "parquet", **options), (str(file.parent),)
     if name and path.is_dir() and next(path.rglob("*.parquet"), None):
         folder = str(path.resolve())
-        options = {"split": data.split, "data_dir": folder, "fields": data.fields}
-        return _load_table(name, "parquet", image_roots=[folder], **options)
+        return _load_table(name, "parquet", split=split, data_dir=folder), (folder,)
     if path.exists() or path.suffix in (".jsonl", ".parquet") or not HUB_ID.fullmatch(name):
         found = "holds no such data" if name and path.exists() else "does not exist"
         raise InputError(f"data.source {name!r} {found}; choices: {SOURCE_CHOICES}")
     import datasets
     import huggingface_hub.constants
 
-    caches = [str(datasets.config.HF_DATASETS_CACHE), huggingface_hub.constants.HF_HUB_CACHE]
-    return _load_table(name, name, split=data.split, image_roots=caches, fields=data.fields)
+    caches = (str(datasets.config.HF_DATASETS_CACHE), huggingface_hub.constants.HF_HUB_CACHE)
+    return _load_table(name, name, split=split), caches
 
 
-def _load_table(
-    name: str, path: str, *, split: str, image_roots: Sequence[str], fields: Sequence[str], **options
-) -> TableSource:
+def _load_table(name: str, path: str, *, split: str, **options) -> Any:
     import datasets
 
     if not sys.stderr.isatty():
@@ -138,7 +138,13 @@ def _load_table(
         raise InputError(f"{what}: {reason}; choices: {SOURCE_CHOICES}") from e
     if len(table) == 0:
         raise InputError(f"data.source {name!r}, split {split!r}, has no rows")
-    return TableSource(table, name=name, image_roots=image_roots, fields=fields)
+    undecoded = datasets.Image(decode=False)
+    for column, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(column, undecoded)
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            table = table.cast_column(column, datasets.List(undecoded))
+    return table
 
 
 def _check_columns(columns: Sequence[str], name: str, fields: Sequence[str]) -> str:
