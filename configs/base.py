@@ -141,7 +141,9 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.eval = ConfigDict()  # --mode eval: the paper's protocol (Table A.V)
     config.eval.tasks = ("demo",)  # names of vigos_jax/tasks
-    config.eval.sources = ConfigDict()  # per task, a folder of parquet or a hub data set instead of the task's own
+    names = ("mm_vet", "mmmu", "mmmu_pro", "mmmu_pro_vision", "mathverse", "mathvista", "mmsi", "realworldqa")
+    names = (*names, "cv_bench", "vilp_f", "vilp_p", "vlind", "demo")
+    config.eval.sources = ConfigDict(dict.fromkeys(names, ""))  # a folder or hub data set instead of the task's own
     config.eval.limit = 0  # rows of each task, from its first; 0 for all
     config.eval.samples = 5  # answers per question
     config.eval.temperature = 1.0  # 0 is greedy
@@ -183,7 +185,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.lock()  # setting a field that is not here is an error, also in a file that imports this one
     config.prompts.unlock()
     config.roles.unlock()  # but roles and their prompts are for you to name
-    config.eval.sources.unlock()  # and so are sources
     return config
 
 

@@ -16,7 +16,10 @@ ROOMS = (
     ("main.py",),
     ("train.py",),
     ("diagnose.py",),
-    ("checkpoint.py", "evaluate.py", "evaluate_tasks.py", "export.py", "generate.py", "score_file.py", "wrong_answers.py"),
+    (
+        *("checkpoint.py", "evaluate.py", "evaluate_tasks.py", "export.py", "generate.py", "score_file.py"),
+        "wrong_answers.py",
+    ),
     ("rollouts.py",),
     ("loading.py",),
     ("sampler.py", "step.py"),
@@ -28,8 +31,8 @@ ROOMS = (
     ("roles.py",),
     ("prompts.py", "images.py", "grading.py"),
     (
-        *("config.py", "graders.py", "math_grader.py", "sharding.py", "metrics.py", "geometry.py", "palr.py", "journal.py"),
-        *("report.py", "demo/"),
+        *("config.py", "graders.py", "math_grader.py", "sharding.py", "metrics.py", "geometry.py", "palr.py"),
+        *("report.py", "journal.py", "demo/"),
     ),
     ("architecture.py", "inputs.py", "published.py"),
     ("errors.py", "__init__.py"),

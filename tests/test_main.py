@@ -14,7 +14,7 @@ import transformers
 from vigos_jax import main
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-MODES = ("train", "generate", "score", "diagnose", "export")
+MODES = ("train", "generate", "score", "diagnose", "eval", "export")
 
 
 @pytest.fixture(scope="module", autouse=True)

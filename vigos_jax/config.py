@@ -97,6 +97,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 f"config.sampling.max_tokens={config.sampling.max_tokens} must be at most the largest "
                 f"config.buckets.completion, {max(config.buckets.completion)}"
             )
+        if config.eval.max_tokens > max(config.buckets.completion):
+            raise InputError(
+                f"config.eval.max_tokens={config.eval.max_tokens} must be at most the largest "
+                f"config.buckets.completion, {max(config.buckets.completion)}"
+            )
         for name, entry in config.prompts.items():
             if set(entry) != set(_PROMPT_FIELDS):
                 fields = ", ".join(entry) or "none"

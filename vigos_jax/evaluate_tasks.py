@@ -26,10 +26,11 @@ from vigos_jax.prompts import fill
 from vigos_jax.sampler import Sampler, Sampling
 from vigos_jax.spans import find_spans
 from vigos_jax.task_rows import TaskRows, open_rows, questions_of
-from vigos_jax.task_scores import Answer, summarise
+from vigos_jax.task_scores import COMMON, Answer, summarise
 from vigos_jax.tasks import find_task
 from vigos_jax.tasks.task import Question, Task
 
+_WIDTHS = (10, 8, 8, 17, 9, 8, 7, 8)  # of the table's columns
 GRADING = 1  # raised when the rules change: verdicts of other rules are not reused
 _ANSWER_IS = re.compile(r"(?:answer|option)(?: is)?[: ]+\**([^\n]{1,200})", re.IGNORECASE)
 
@@ -117,7 +118,8 @@ class _Asking:
 
     def prompt(self) -> Mapping[str, str]:
         e = self.config.eval
-        return self.config.prompts.student if e.prompt == "structured" else {"user": e.plain_prompt, "assistant_prefill": ""}
+        plain = {"user": e.plain_prompt, "assistant_prefill": ""}
+        return self.config.prompts.student if e.prompt == "structured" else plain
 
     def jobs(self, questions: Sequence[Question]) -> tuple[list[Job], list[tuple[Question, str]]]:
         """Every answer to be had, with its key; and the questions that cannot be asked."""
@@ -242,7 +244,7 @@ def named_keys(seed: int, names: Sequence[str]) -> jax.Array:
 
 
 def lenient_answer(text: str) -> str | None:
-    """What a reader would take for the answer: the last box, else what follows the last "answer is", else the last line."""
+    """What a reader takes for the answer: the last box, else what follows the last "answer is", else the last line."""
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed
@@ -294,24 +296,18 @@ def fingerprint_of(folders: Sequence[pathlib.Path], *facts: Any) -> str:
 
 def table_text(results: Sequence[TaskResult]) -> str:
     """The numbers for a terminal, a line per task."""
-    head = f"{'':26}{'questions':>10}{'pass':>8}{'avg':>8}{'95 % interval':>17}{'lenient':>9}{'valid':>8}{'cut':>7}{'tokens':>8}"
-    lines = [head]
+    head = ("questions", "pass", "avg", "95 % interval", "lenient", "valid", "cut", "tokens")
+    lines = [" " * 26 + "".join(f"{name:>{width}}" for name, width in zip(head, _WIDTHS, strict=True))]
     for r in results:
         n = r.numbers
         spread = f"{n['avg_low']:.2f} - {n['avg_high']:.2f}"
-        lines.append(
-            f"{r.task.title:26}{n['questions']:>10}{n['pass']:>8.2f}{n['avg']:>8.2f}{spread:>17}{n['avg_lenient']:>9.2f}"
-            f"{n['format_valid']:>8.1f}{n['truncated']:>7.1f}{n['tokens']:>8.0f}"
-        )
-        known = {f.name for f in dataclasses.fields(Answer)} | set(_COMMON)
-        own = "  ".join(f"{k} {v:.2f}" for k, v in n.items() if k not in known and isinstance(v, float))
+        cells = [f"{n['questions']}", f"{n['pass']:.2f}", f"{n['avg']:.2f}", spread, f"{n['avg_lenient']:.2f}"]
+        cells += [f"{n['format_valid']:.1f}", f"{n['truncated']:.1f}", f"{n['tokens']:.0f}"]
+        lines.append(f"{r.task.title:26}" + "".join(f"{c:>{w}}" for c, w in zip(cells, _WIDTHS, strict=True)))
+        own = "  ".join(f"{k} {v:.2f}" for k, v in n.items() if k not in COMMON and isinstance(v, float))
         lines += [f"    {own}"] if own else []
         lines += [f"    {len(r.errors)} question(s) could not be asked"] if r.errors else []
         lines += [f"    {n['unjudged']} answer(s) still to be judged"] if n["unjudged"] else []
     return "\n".join(lines)
 
 
-_COMMON = (
-    *("questions", "samples", "unjudged", "pass", "avg", "avg_low", "avg_high", "avg_lenient", "format_valid"),
-    *("truncated", "tokens", "errors"),
-)

@@ -66,7 +66,7 @@ def image_size(item: object, *, image_roots: Sequence[str]) -> tuple[int, int]:
 
 
 def image_bytes(item: object, *, image_roots: Sequence[str]) -> bytes:
-    """The bytes a picture is made of, undecoded where they are a file's; raises as `read_image`, but not for content."""
+    """The bytes a picture is made of, undecoded where they are a file's; BadImage if there are none."""
     if isinstance(item, Mapping):
         item = item.get("path") if item.get("bytes") is None else item["bytes"]
     if isinstance(item, str):

@@ -30,7 +30,8 @@ modes
   score     score rollouts made by any engine: --config.score.rollouts=FILE.jsonl --config.score.output=DIR
   diagnose  how much of the teachers' correction the answer made, and how much the image (PALR): on rollouts of the
             student, or --config.diagnose.rollouts=FILE.jsonl; writes palr.jsonl and palr.html
-  eval      answer benchmark questions and grade them: --config.eval.tasks="('vilp_f', 'cv_bench')"; goes on where it stopped
+  eval      answer benchmark questions and grade them, --config.eval.tasks="('vilp_f', 'cv_bench')"; goes on where an
+            earlier one stopped
   export    write a Hugging Face folder: --config.export.output=DIR --config.export.kind=merged|adapter
 
 --workdir is where a training run keeps its files (default runs/NAME for configs/NAME.py). The other modes read the

@@ -53,7 +53,8 @@ def open_rows(task: Task, source: str, *, demo_questions: int, seed: int) -> Tas
     """
     source = source or task.source
     if source == "demo":
-        out = TaskRows("demo", _DemoRows(count=demo_questions, seed=seed), ("image", "question", "answer", "setting"), ())
+        rows = _DemoRows(count=demo_questions, seed=seed)
+        out = TaskRows("demo", rows, tuple(rows[0]), ())
     elif task.split == "data.json":
         out = _open_json(source)
     else:
@@ -68,7 +69,8 @@ def _open_json(source: str) -> TaskRows:
     folder = pathlib.Path(source).expanduser()
     if not folder.is_dir():
         if not HUB_ID.fullmatch(source):
-            raise InputError(f"{source!r} is no folder with data.json; choices: such a folder, a hub data set (owner/name)")
+            choices = "a folder with data.json, a hub data set (owner/name)"
+            raise InputError(f"{source!r} is no folder with data.json; choices: {choices}")
         import huggingface_hub
 
         try:

@@ -10,6 +10,11 @@ import numpy as np
 from vigos_jax.tasks.task import Graded, Question, Task
 
 BOOTSTRAPS = 2000
+# What every task has; the rest of its numbers are its own.
+COMMON = (
+    *("questions", "samples", "unjudged", "pass", "avg", "avg_low", "avg_high", "avg_lenient", "format_valid"),
+    *("truncated", "tokens", "errors", "groups"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,228 @@
+"""`--mode eval` from the command line on a tiny random model: resumable, graded, counted, never silent."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import tiny_runs as runs
+from task_files import make_all, write_table
+
+from vigos_jax import evaluate_tasks as lib
+from vigos_jax.errors import InputError
+from vigos_jax.journal import Journal, content_key
+
+SAMPLES = 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = str(tmp_path_factory.mktemp("cache"))
+    with runs.compile_once(tmp_path_factory):
+        yield
+    datasets.config.HF_DATASETS_CACHE = before
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return runs.make_world(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    return make_all(tmp_path_factory.mktemp("tasks"))
+
+
+def run(world, output, tasks, sources, *more) -> int:
+    named = [f"--config.eval.sources.{t}={sources[t]}" for t in tasks if t in sources]
+    fixed = ["--config.eval.max_tokens=12", "--config.eval.batch_size=8", f"--config.eval.samples={SAMPLES}"]
+    fixed += ["--config.buckets.patches=(128,)", "--config.buckets.prompt=(128,)", "--config.eval.demo_questions=3"]
+    listed = f"--config.eval.tasks={tuple(tasks)!r}"
+    return world.run("--mode=eval", f"--config.eval.output={output}", listed, *fixed, *named, *more)
+
+
+def results(output) -> dict:
+    return json.loads((output / "results.json").read_text())
+
+
+def responses(output) -> list[dict]:
+    return runs.read_rows(output / "responses.jsonl")
+
+
+@pytest.fixture(scope="module")
+def finished(world, sources, tmp_path_factory):
+    """All benchmarks with a file in one run."""
+    output = tmp_path_factory.mktemp("eval") / "all"
+    assert run(world, output, list(sources), sources) == 0
+    return output
+
+
+def test_every_task_is_answered(finished, sources):
+    numbers = results(finished)
+    assert set(numbers) == set(sources)
+    fixed = ("vilp_f", "vilp_p", "vlind")
+    for name, n in numbers.items():
+        assert n["samples"] == n["questions"] * (1 if name in fixed else SAMPLES) and n["errors"] == n["unjudged"] == 0
+        assert all(0 <= n[k] <= 100 for k in ("pass", "avg", "avg_low", "avg_high", "avg_lenient", "format_valid"))
+        assert 0 < n["tokens"] <= 12 and n["source"] == sources[name]
+    assert "rows; CV-Bench is published with 2638" in numbers["cv_bench"]["notes"][0]
+    assert len(responses(finished)) == sum(n["samples"] for n in numbers.values())
+
+
+def test_the_samples_of_a_question_differ(finished):
+    texts = {}
+    for r in responses(finished):
+        texts.setdefault((r["task"], r["id"]), []).append(r["text"])
+    several = [t for t in texts.values() if len(t) == SAMPLES]
+    assert several and all(len(set(t)) == SAMPLES for t in several)
+
+
+def test_nothing_is_done_twice(finished, world, sources, monkeypatch):
+    """A finished evaluation is only read: no sampler, no grader."""
+    before, numbers = runs.bytes_of(finished), results(finished)
+    monkeypatch.setattr(lib._Asking, "_sample_batch", lambda *args: pytest.fail("sampled again"))
+    monkeypatch.setattr(lib.MathGrader, "is_equal", lambda *args: pytest.fail("graded again"))
+    assert run(world, finished, list(sources), sources) == 0
+    assert runs.bytes_of(finished) == before and results(finished) == numbers
+
+
+@pytest.mark.parametrize("cut", [0, 1, 700, 1500])
+def test_an_evaluation_goes_on_where_it_was_cut(finished, world, sources, tmp_path, cut):
+    """Files as a kill leaves them, mid-line: the same answers in the end, whatever batches the rest was sampled in."""
+    names = ["mmmu", "vilp_f", "mathverse"]
+    output = tmp_path / "cut"
+    output.mkdir()
+    chosen = [r for r in responses(finished) if r["task"] in names]
+    whole = "".join(json.dumps(r) + "\n" for r in chosen).encode()
+    (output / "responses.jsonl").write_bytes(whole[:cut])
+    assert run(world, output, names, sources) == 0
+    key = lambda r: r["key"]  # noqa: E731
+    assert sorted(responses(output), key=key) == sorted(chosen, key=key)
+    assert {k: results(output)[k] for k in names} == {k: results(finished)[k] for k in names}
+
+
+def test_greedy_samples_are_equal_and_keys_know_the_sampling(finished, world, sources, tmp_path):
+    output = tmp_path / "greedy"
+    assert run(world, output, ["mathverse"], sources, "--config.eval.temperature=0.0") == 0
+    texts = {}
+    for r in responses(output):
+        texts.setdefault(r["id"], set()).add(r["text"])
+    assert all(len(t) == 1 for t in texts.values())
+    assert not {r["key"] for r in responses(output)} & {r["key"] for r in responses(finished)}
+
+
+def test_the_plain_prompt_is_another_question(world, sources, tmp_path, finished):
+    output = tmp_path / "plain"
+    assert run(world, output, ["mathverse"], sources, "--config.eval.prompt=plain") == 0
+    ours, theirs = (
+        {(r["id"], r["sample"]): r for r in responses(o) if r["task"] == "mathverse"} for o in (output, finished)
+    )
+    assert ours.keys() == theirs.keys() and any(ours[k]["text"] != theirs[k]["text"] for k in ours)
+    assert not {r["key"] for r in ours.values()} & {r["key"] for r in theirs.values()}
+
+
+def test_another_model_is_asked_anew(world, sources, tmp_path):
+    output = tmp_path / "two"
+    assert run(world, output, ["realworldqa"], sources) == 0
+    assert run(world, output, ["realworldqa"], sources, f"--config.model.adapter={world.adapter}") == 0
+    assert len(responses(output)) == 2 * SAMPLES and len({r["key"] for r in responses(output)}) == 2 * SAMPLES
+
+
+def test_questions_that_cannot_be_asked_are_counted(world, sources, tmp_path, capsys):
+    """No silent text-only question: the row is an error, the exit code says so, the others are answered."""
+    picture = {"bytes": b"no picture", "path": None}
+    good = {"bytes": (world.folder / "pictures" / "0.png").read_bytes(), "path": None}
+    rows = [{"question": "Q?", "answer": "1", "image": x} for x in (good, picture, None)]
+    rows += [{"question": "long " * 500, "answer": "1", "image": good}, {"question": "", "answer": "1", "image": good}]
+    folder = write_table(tmp_path / "bad", "test", rows, image=datasets.Image())
+    assert run(world, tmp_path / "out", ["mmmu"], {"mmmu": str(folder)}) == 1
+    n = results(tmp_path / "out")["mmmu"]
+    assert (n["questions"], n["errors"], n["samples"]) == (1, 4, SAMPLES)
+    assert "4 question(s) could not be asked" in capsys.readouterr().out
+
+
+def test_the_demo(world, tmp_path, capsys):
+    assert run(world, tmp_path / "demo", ["demo"], {}) == 0
+    n = results(tmp_path / "demo")["demo"]
+    assert n["questions"] == 6 and {"score", "prior"} <= set(n)
+    said = capsys.readouterr().out
+    assert "Demo" in said and "score" in said
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--config.eval.tasks=('nothing',)"], ["'nothing' is unknown", "mm_vet"]),
+        (["--config.eval.samples=0"], ["config.eval.samples=0", "at least 1"]),
+        (["--config.eval.tasks=('mmmu',)", "--config.eval.sources.mmmu=/nowhere"], ["/nowhere", "does not exist"]),
+        (["--config.eval.max_tokens=100000"], ["config.eval.max_tokens=100000", "config.buckets.completion"]),
+        (["--config.eval.prompt=free"], ["config.eval.prompt='free'", "structured, plain"]),
+        (["--config.eval.output="], ["--config.eval.output=DIR"]),
+        (["--config.eval.sources.nothing=x"], ["no field 'nothing'", "vilp_f"]),
+    ],
+)
+def test_bad_input(world, tmp_path, capsys, options, words):
+    assert world.run("--mode=eval", f"--config.eval.output={tmp_path / 'out'}", *options) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.count("\n") == 0 and all(word in said for word in words), said
+    assert not (tmp_path / "out").exists()
+
+
+# -- parts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        (r"so \boxed{3}. The answer is 4", "3"),
+        ("The answer is **4**.", "4"),
+        ("Answer: red\nbecause", "red"),
+        ("the option is B", "B"),
+        ("I think\nblue\n", "blue"),
+        ("", None),
+    ],
+)
+def test_lenient_answer(text, answer):
+    assert lib.lenient_answer(text) == answer
+
+
+def test_named_keys_depend_on_name_and_seed_alone():
+    data = lambda seed, names: np.asarray(lib.jax.random.key_data(lib.named_keys(seed, names)))  # noqa: E731
+    a, b = data(0, ["x", "y"]), data(0, ["y", "z", "x"])
+    assert (a[0] == b[2]).all() and (a[1] == b[0]).all() and (a[0] != a[1]).any() and (data(1, ["x"]) != a[:1]).any()
+
+
+def test_fingerprint(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(100_000))
+    first = lib.fingerprint_of([tmp_path], "float32")
+    assert lib.fingerprint_of([tmp_path], "float32") == first != lib.fingerprint_of([tmp_path], "bfloat16")
+    content = bytearray(100_000)
+    content[99_999] = 1
+    (tmp_path / "a").write_bytes(content)
+    assert lib.fingerprint_of([tmp_path], "float32") != first
+
+
+def test_journal(tmp_path):
+    path = tmp_path / "sub" / "j.jsonl"
+    with Journal(path) as journal:
+        journal.append("a", {"x": "\ud800é"})
+        journal.append("b", {"x": 2})
+        journal.append("a", {"x": 3})
+    with path.open("ab") as file:
+        file.write(b'{"key": "c", "x"')
+    with Journal(path) as journal:
+        assert list(journal) == ["a", "b"] and journal["a"]["x"] == 3 and "c" not in journal
+        journal.append("c", {"x": 4})
+    with Journal(path) as journal:
+        assert journal["c"] == {"key": "c", "x": 4} and len(journal) == 3
+    path.write_bytes(b"no json\n" + path.read_bytes())
+    with pytest.raises(InputError, match="line 1, is no record"):
+        Journal(path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        Journal(tmp_path / "file" / "j.jsonl")
+
+
+def test_content_key():
+    assert content_key({"a": 1, "b": (2,)}) == content_key({"b": [2], "a": 1}) != content_key({"a": 1, "b": [3]})
