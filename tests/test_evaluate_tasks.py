@@ -37,7 +37,7 @@ def sources(tmp_path_factory):
 def run(world, output, tasks, sources, *more) -> int:
     named = [f"--config.eval.sources.{t}={sources[t]}" for t in tasks if t in sources]
     fixed = ["--config.eval.max_tokens=12", "--config.eval.batch_size=8", f"--config.eval.samples={SAMPLES}"]
-    fixed += ["--config.buckets.patches=(128,)", "--config.buckets.prompt=(128,)", "--config.eval.demo_questions=3"]
+    fixed += ["--config.buckets.patches=(128,)", "--config.buckets.prompt=(192,)", "--config.eval.demo_questions=3"]
     listed = f"--config.eval.tasks={tuple(tasks)!r}"
     return world.run("--mode=eval", f"--config.eval.output={output}", listed, *fixed, *named, *more)
 

@@ -118,6 +118,12 @@ def test_vlind_counts_a_stage_where_those_before_it_passed(sources):
     assert (blind["a"], blind["b"], blind["c"], blind["d"], blind["c_ungated"]) == (0.0, 100.0, 0.0, 0.0, 100.0)
 
 
+def test_vlind_leaves_out_what_is_incomplete(sources):
+    graded = verdicts(questions(sources, "vlind"), lambda q: True)
+    assert TASKS["vlind"].summarise(graded[2:])["d"] == 0.0
+    assert TASKS["vlind"].summarise([*graded[1:], Graded(graded[0].question, 0, None)])["a"] == 0.0
+
+
 @pytest.mark.parametrize(
     "answer, right",
     [("-1", True), ("minus one", True), ("it is minus one", True), ("1", False), ("minus", False), (None, False)],

@@ -54,14 +54,19 @@ def ask(row: Mapping[str, Any], index: int) -> list[Question]:
 
 
 def summarise(graded: Sequence[Graded]) -> dict[str, float]:
-    """Pipeline scores in percent: a and b over all, c where a passed, d where b and c passed; ungated c and d too."""
-    rows: dict[int, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    """Pipeline scores in percent: a and b over all, c where a passed, d where b and c passed; ungated c and d too.
+
+    An instance of which a stage is missing (a picture that could not be read, a verdict still to come) is left out.
+    """
+    rows: dict[int, dict[str, list[bool | None]]] = defaultdict(lambda: defaultdict(list))
     for g in graded:
-        rows[g.question.row][g.question.part].append(bool(g.is_correct))
+        rows[g.question.row][g.question.part].append(g.is_correct)
     a, b, c, c_gated, d, d_gated = [], [], [], [], [], []
     for parts in rows.values():
         passed = {stage: all(values) for stage, values in parts.items()}  # both statements, in every sample
         pictures = [passed[s] for s in passed if s.startswith("d")]
+        if not {"a", "b", "c"} <= passed.keys() or not pictures or any(None in values for values in parts.values()):
+            continue
         a.append(passed["a"])
         b.append(passed["b"])
         c.append(passed["c"])
