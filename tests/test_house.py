@@ -32,7 +32,7 @@ ROOMS = (
     ("prompts.py", "images.py", "grading.py"),
     (
         *("config.py", "graders.py", "math_grader.py", "sharding.py", "metrics.py", "geometry.py", "palr.py"),
-        *("report.py", "journal.py", "demo/"),
+        *("report.py", "journal.py", "judge.py", "demo/"),
     ),
     ("architecture.py", "inputs.py", "published.py"),
     ("errors.py", "__init__.py"),
