@@ -156,6 +156,15 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval.demo_questions = 250  # questions of each kind of the demo
     config.eval.batch_size = 32  # answers sampled at a time
     config.eval.output = ""  # folder; "" is WORKDIR/eval
+    config.eval.judge = ConfigDict()  # a server that speaks OpenAI's protocol, for what rules cannot decide
+    config.eval.judge.mode = "off"  # off | on_failure: what a rule calls wrong | always
+    config.eval.judge.url = ""  # its base, like http://localhost:8000/v1
+    config.eval.judge.model = ""
+    config.eval.judge.key_env = "OPENAI_API_KEY"  # environment variable that holds the key
+    config.eval.judge.batch = 8  # answers per call
+    config.eval.judge.concurrency = 8  # calls at a time
+    config.eval.judge.timeout = 60.0  # seconds of one call
+    config.eval.judge.retries = 4  # further attempts; what fails then stays unjudged
 
     config.score = ConfigDict()  # --mode score
     config.score.rollouts = ""  # .jsonl of rollouts, see README.md

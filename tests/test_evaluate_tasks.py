@@ -1,16 +1,23 @@
 """`--mode eval` from the command line on a tiny random model: resumable, graded, counted, never silent."""
 
+import dataclasses
 import json
 
 import datasets
 import numpy as np
 import pytest
 import tiny_runs as runs
+from browser import dump, needs_browser
 from task_files import make_all, write_table
+from test_judge import serving, unauthorised
 
 from vigos_jax import evaluate_tasks as lib
 from vigos_jax.errors import InputError
+from vigos_jax.eval_report import coloured, write_report
 from vigos_jax.journal import Journal, content_key
+from vigos_jax.task_scores import Answer, summarise
+from vigos_jax.tasks import TASKS
+from vigos_jax.tasks.task import Question
 
 SAMPLES = 3
 
@@ -167,6 +174,95 @@ def test_bad_input(world, tmp_path, capsys, options, words):
     said = capsys.readouterr().err.strip()
     assert said.count("\n") == 0 and all(word in said for word in words), said
     assert not (tmp_path / "out").exists()
+
+
+# -- judge and report ---------------------------------------------------------------------------------------------
+
+
+def test_a_judge_decides_what_rules_call_wrong(world, sources, tmp_path, monkeypatch, capsys):
+    """Failed calls leave answers unjudged and out of the numbers; run again, only they are asked about."""
+    monkeypatch.setenv("JUDGE_KEY", "sk-secret-123")
+
+    def always_true(handler, items):
+        handler.reply(json.dumps({"verdicts": [True] * len(items)}))
+
+    output = tmp_path / "judged"
+    with serving(always_true, unauthorised) as server:
+        options = [f"--config.eval.judge.{k}={v}" for k, v in {"url": server.url, "model": "m", "batch": 1}.items()]
+        options += ["--config.eval.judge.mode=on_failure", "--config.eval.judge.concurrency=1"]
+        options += ["--config.eval.judge.key_env=JUDGE_KEY"]
+        assert run(world, output, ["realworldqa"], sources, *options) == 1
+        n = results(output)["realworldqa"]
+        assert n["unjudged"] == 1 and n["samples"] == SAMPLES and len(server.seen) == SAMPLES
+        assert "1 answer(s) still to be judged" in capsys.readouterr().out
+        server.script = [always_true]
+        assert run(world, output, ["realworldqa"], sources, *options) == 0
+        assert results(output)["realworldqa"]["unjudged"] == 0 and len(server.seen) == SAMPLES + 1
+        assert run(world, output, ["realworldqa"], sources, *options) == 0 and len(server.seen) == SAMPLES + 1
+    written = b"".join(runs.bytes_of(output).values())
+    assert b"sk-secret-123" not in written and b'"judge"' in written
+    before = runs.bytes_of(output)
+    assert run(world, output, ["realworldqa"], sources, *options) == 2  # nobody listens any more
+    assert "cannot be reached" in capsys.readouterr().err and runs.bytes_of(output) == before
+
+
+def test_the_report_has_every_task_and_the_published_rows(finished):
+    page, text = (finished / "report.html").read_text(), (finished / "report.md").read_text()
+    for name in results(finished):
+        assert TASKS[name].title in page and TASKS[name].title in text
+    assert (
+        "published, 7B ViGOS" in page
+        and "| published, 3B base | 60.86 | 27.91 | 59.50 | 93.33 | 55.67 | 80.67 |" in text
+    )
+    assert "CV-Bench is published with 2638" in text and "this is a lower bound" in text
+    assert page.count("data:image/png;base64,") >= 12
+
+
+HOSTILE = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
+
+
+@pytest.fixture(scope="module")
+def hostile_report(tmp_path_factory):
+    output = tmp_path_factory.mktemp("report")
+    question = Question(HOSTILE, (b"no picture",), HOSTILE, HOSTILE, group=HOSTILE, part=HOSTILE)
+    other = dataclasses.replace(question, id="other", group="b|c")
+    text = f"{HOSTILE}</description><think>{HOSTILE}</think>\\boxed{{{HOSTILE}}}"
+    answers = [
+        Answer(q, 0, text, HOSTILE, right, "text", right, 5, True, False)
+        for q, right in ((question, True), (other, None))
+    ]
+    numbers = summarise(TASKS["mmmu"], answers, seed=0) | {"errors": 1}
+    result = lib.TaskResult(TASKS["mmmu"], HOSTILE, numbers, answers, [(question, HOSTILE)], [HOSTILE], ())
+    write_report([result], output=output, name=HOSTILE, protocol={"x": HOSTILE})
+    return output
+
+
+def test_text_is_escaped(hostile_report):
+    page, text = (hostile_report / "report.html").read_text(), (hostile_report / "report.md").read_text()
+    for written in (page, text):
+        assert (
+            "<script" not in written
+            and "<img src=x" not in written
+            and "&lt;script&gt;" in written.replace("&lt;script>", "&lt;script&gt;")
+        )
+    assert "b\\|c" in text
+
+
+@needs_browser
+def test_a_browser_shows_the_report(hostile_report, finished, tmp_path):
+    for folder in (hostile_report, finished):
+        document, said = dump(folder / "report.html", tmp_path / "profile")
+        assert "<title>Evaluation of" in document and "taken" not in document.split("</title>")[0].replace(
+            "&#39;taken&#39;", ""
+        ).replace("'taken'", "")
+        assert said == ""
+
+
+def test_parts_are_coloured():
+    tokens = coloured("a </description> <think> b </think> \\boxed{c}")
+    assert "".join(t.text for t in tokens) == "a </description> <think> b </think> \\boxed{c}"
+    assert [t.text for t in tokens if t.strength] == ["a </description>", " <think> b </think>", "\\boxed{c}"]
+    assert [t.strength for t in coloured("no parts at all")] == [0.0]
 
 
 # -- parts --------------------------------------------------------------------------------------------------------

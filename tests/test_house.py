@@ -15,7 +15,7 @@ ROOMS = (
     ("demo/card.py",),
     ("main.py",),
     ("train.py",),
-    ("diagnose.py",),
+    ("diagnose.py", "eval_report.py"),
     (
         *("checkpoint.py", "evaluate.py", "evaluate_tasks.py", "export.py", "generate.py", "score_file.py"),
         "wrong_answers.py",

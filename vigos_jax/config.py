@@ -44,6 +44,10 @@ _RANGES = (
     ("eval.seed", 0, 2**31 - 1),
     ("eval.demo_questions", 1, None),
     ("eval.batch_size", 1, None),
+    ("eval.judge.batch", 1, None),
+    ("eval.judge.concurrency", 1, None),
+    ("eval.judge.timeout", 0.1, None),
+    ("eval.judge.retries", 0, None),
     ("score.batch_size", 1, None),
     ("diagnose.rows", 2, None),
     ("diagnose.wrong_answers", 1, None),
@@ -61,6 +65,7 @@ CHOICES = {
     "loss.reduction": ("tokens", "sequences"),
     "optimizer.schedule": ("constant", "linear"),
     "eval.prompt": ("structured", "plain"),
+    "eval.judge.mode": ("off", "on_failure", "always"),
     "export.kind": ("merged", "adapter"),
     "export.dtype": ("float32", "bfloat16"),
 }

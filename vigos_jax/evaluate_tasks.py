@@ -17,9 +17,10 @@ from vigos_jax.data import row_size
 from vigos_jax.graders import last_boxed
 from vigos_jax.images import BadImage, image_bytes, read_image
 from vigos_jax.journal import Journal, content_key
+from vigos_jax.judge import PROMPT, Item, Judge
 from vigos_jax.loading import Loaded
 from vigos_jax.math_grader import MathGrader
-from vigos_jax.metrics import Progress, say, write_json
+from vigos_jax.metrics import Progress, bar, say, write_json
 from vigos_jax.models.variables import Variables
 from vigos_jax.packing import Row, make_row, pack_prompts, slot_count
 from vigos_jax.prompts import fill
@@ -54,6 +55,7 @@ class TaskResult:
     answers: list[Answer]
     errors: list[tuple[Question, str]]
     notes: list[str]
+    image_roots: tuple[str, ...]
 
 
 def evaluate_tasks(
@@ -73,6 +75,7 @@ def evaluate_tasks(
     # All sources are opened before the first answer is sampled.
     options = {"demo_questions": e.demo_questions, "seed": e.seed}
     opened = [(task, open_rows(task, e.sources.get(task.name, ""), **options)) for task in tasks]
+    judge = _open_judge(e.judge)
     sampler = Sampler(
         loaded.model,
         Sampling(max_tokens=e.max_tokens, temperature=e.temperature, top_k=e.top_k, top_p=e.top_p),
@@ -91,11 +94,13 @@ def evaluate_tasks(
                 answers = [
                     _grade(task, job, responses[job.key], verdicts, math) for job in jobs if job.key in responses
                 ]
+            if judge is not None:
+                answers = _judged(answers, judge, verdicts, mode=e.judge.mode)
             notes = []
             if task.rows is not None and not e.limit and len(rows.rows) != task.rows:
                 notes.append(f"{rows.name} has {len(rows.rows)} rows; {task.title} is published with {task.rows}")
             numbers = summarise(task, answers, seed=e.seed) | {"errors": len(errors)}
-            results.append(TaskResult(task, rows.name, numbers, answers, errors, notes))
+            results.append(TaskResult(task, rows.name, numbers, answers, errors, notes, rows.image_roots))
             for note in notes:
                 say(note)
     write_json(
@@ -278,6 +283,38 @@ def _grade(task: Task, job: Job, response: Mapping[str, Any], verdicts: Journal,
         is_valid=response["is_valid"],
         is_truncated=response["is_truncated"],
     )
+
+
+def _open_judge(settings) -> Judge | None:
+    """The judge of `config.eval.judge`, found to be there; None for "off"."""
+    if settings.mode == "off":
+        return None
+    judge = Judge(**{k: v for k, v in settings.items() if k != "mode"})
+    judge.check()
+    return judge
+
+
+def _judged(answers: Sequence[Answer], judge: Judge, verdicts: Journal, *, mode: str) -> list[Answer]:
+    """The answers with the judge's verdicts, stored ones where there are any; None where its call failed."""
+    asked: dict[str, Item] = {}
+    keys: list[str | None] = []
+    for a in answers:
+        is_asked = bool(a.text.strip()) and (mode == "always" or not a.is_correct)
+        item = Item(a.question.text, a.question.reference, a.answer or a.text)
+        key = content_key("judge", judge.model, PROMPT, item.shown())
+        keys.append(key if is_asked else None)
+        if is_asked and key not in verdicts:
+            asked[key] = item
+    numbered = list(asked)
+    for number, is_right in bar(judge.verdicts(list(asked.values())), title="judge"):
+        verdicts.append(numbered[number], {"is_correct": is_right, "grader": "judge"})
+    out = []
+    for a, key in zip(answers, keys, strict=True):
+        if key is not None:
+            said = verdicts[key]["is_correct"] if key in verdicts else None
+            a = dataclasses.replace(a, is_correct=said, grader="judge")
+        out.append(a)
+    return out
 
 
 def fingerprint_of(folders: Sequence[pathlib.Path], *facts: Any) -> str:

@@ -60,7 +60,7 @@ class Judge:
         except ImportError as e:
             raise InputError("config.eval.judge needs the extra: pip install 'vigos-jax[judge]'") from e
         if not url or not model:
-            raise InputError(f"config.eval.judge.url={url!r} and judge.model={model!r} must name a server and its model")
+            raise InputError(f"config.eval.judge.url={url!r} and .model={model!r} must name a server and its model")
         key = os.environ.get(key_env)
         if not key:
             raise InputError(f"config.eval.judge.key_env={key_env!r}: this environment variable must hold the key")

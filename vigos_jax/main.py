@@ -173,19 +173,25 @@ def _run(config, mode: str, workdir: pathlib.Path | None) -> int:
             print(line, file=sys.stderr)
         return 1 if bad_lines else 0
     elif mode == "eval":
+        from vigos_jax.eval_report import write_report
         from vigos_jax.evaluate_tasks import evaluate_tasks, fingerprint_of, table_text
 
-        output = pathlib.Path(config.eval.output).expanduser() if config.eval.output else None
-        if output is None and workdir is None:
+        if not config.eval.output and workdir is None:
             raise InputError("--mode eval needs --workdir of a run, or --config.eval.output=DIR")
+        output = pathlib.Path(config.eval.output).expanduser() if config.eval.output else workdir / "eval"
         adapter = [pathlib.Path(config.model.adapter).expanduser()] if config.model.adapter else []
         steps = [workdir / "checkpoints" / str(step)] if workdir is not None else []
         fingerprint = fingerprint_of([loaded.folder, *adapter, *steps], config.model.dtype)
         results = evaluate_tasks(
-            loaded, loaded.student(trained), config, output=output or workdir / "eval", fingerprint=fingerprint
+            loaded, loaded.student(trained), config, output=output, fingerprint=fingerprint
         )
         print(table_text(results))
-        return 1 if any(r.errors for r in results) else 0
+        e = config.eval
+        protocol = {k: e[k] for k in ("samples", "temperature", "top_p", "top_k", "max_tokens", "seed", "prompt", "limit")}
+        name = loaded.name if workdir is None else f"{workdir} (step {step}, from {loaded.name})"
+        write_report(results, output=output, name=name, protocol=protocol)
+        print(output / "report.html")
+        return 1 if any(r.errors or r.numbers["unjudged"] for r in results) else 0
     elif mode == "export":
         from vigos_jax.export import export
 

@@ -1,0 +1,166 @@
+"""report.md and report.html of an evaluation: our numbers beside the published ones, and answers to look through."""
+
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+
+from vigos_jax.evaluate_tasks import TaskResult
+from vigos_jax.images import BadImage, read_image
+from vigos_jax.report import Rollout, Table, Text, Token, picture_uri, write_page
+from vigos_jax.task_scores import COMMON, Answer
+
+SHOWN_PER_TASK = 24
+EIGHT = (
+    *("mm_vet", "mmmu", "mmmu_pro", "mmmu_pro_vision"),
+    *("mathverse", "mathvista", "mmsi", "realworldqa"),
+)
+# As the paper reports them. Columns: mean Pass@5 and Avg@5 of EIGHT, then Score and Prior of ViLP-F and ViLP-P.
+PUBLISHED = {
+    "3B base": (60.86, 27.91, 59.50, 93.33, 55.67, 80.67),
+    "3B OPSD": (72.08, 41.13, 67.17, 97.33, 66.83, 92.00),
+    "3B ViGOS": (71.97, 41.35, 70.17, 97.67, 69.50, 90.00),
+    "7B base": (68.13, 45.38, 42.00, 73.33, 37.00, 58.67),
+    "7B OPSD": (74.11, 51.12, 58.00, 97.67, 57.00, 91.67),
+    "7B ViGOS": (75.60, 50.99, 62.67, 97.00, 61.67, 91.67),
+}
+_PARTS = (  # in the order of a response: what ends a part, and its colour
+    ("</description>", (60, 130, 220)),
+    ("</think>", (230, 150, 40)),
+)
+_ANSWER_COLOR = (60, 170, 90)
+_BOX = re.compile(r"\\boxed\{")
+
+
+def coloured(text: str) -> list[Token]:
+    """A response in pieces: description, reasoning and box coloured, as far as they are there."""
+    tokens, rest = [], text
+    for tag, color in _PARTS:
+        before, found, after = rest.partition(tag)
+        if not found:
+            break
+        tokens.append(Token(before + found, color, 0.25))
+        rest = after
+    box = next((m.start() for m in reversed(list(_BOX.finditer(rest)))), None)
+    if box is None:
+        return [*tokens, Token(rest)]
+    return [*tokens, Token(rest[:box]), Token(rest[box:], _ANSWER_COLOR, 0.35)]
+
+
+def published_table(results: Sequence[TaskResult], *, name: str) -> Table:
+    """The paper's rows, and ours where its tasks were run."""
+    numbers = {r.task.name: r.numbers for r in results}
+
+    def mean(key: str) -> float | None:
+        values = [numbers[t][key] for t in EIGHT if t in numbers]
+        return sum(values) / len(values) if len(values) == len(EIGHT) else None
+
+    ours = [mean("pass"), mean("avg")]
+    for task in ("vilp_f", "vilp_p"):
+        ours += [numbers.get(task, {}).get(key) for key in ("score", "prior")]
+    rows = [[f"published, {label}", *map(_percent, row)] for label, row in PUBLISHED.items()]
+    head = ["", "8 tasks, pass@5", "8 tasks, avg@5", "ViLP-F Score", "ViLP-F Prior", "ViLP-P Score", "ViLP-P Prior"]
+    note = "The mean over eight tasks is given when all eight were run. Published numbers are the paper's own."
+    return Table("Beside the paper", head, [*rows, [name, *map(_percent, ours)]], note)
+
+
+def task_table(results: Sequence[TaskResult]) -> Table:
+    """A row per task."""
+    head = ["task", "questions", "pass@k", "avg@k", "95 % interval", "lenient avg", "format valid", "truncated", "tokens"]
+    rows = []
+    for r in results:
+        n = r.numbers
+        spread = f"{n['avg_low']:.2f} - {n['avg_high']:.2f}"
+        cells = [_percent(n[k]) for k in ("avg_lenient", "format_valid", "truncated")]
+        first = [r.task.title, str(n["questions"]), _percent(n["pass"]), _percent(n["avg"]), spread]
+        rows.append([*first, *cells, f"{n['tokens']:.0f}"])
+    note = "Percent. An answer is the last closed box; lenient: also one outside a box. Intervals: bootstrap over questions."
+    return Table("Tasks", head, rows, note)
+
+
+def detail_tables(results: Sequence[TaskResult]) -> list[Table]:
+    """What a task has beyond the common numbers, and its categories."""
+    tables = []
+    for r in results:
+        own = {k: v for k, v in r.numbers.items() if k not in COMMON and isinstance(v, float)}
+        if own:
+            tables.append(Table(r.task.title, list(own), [[_percent(v) for v in own.values()]]))
+        groups = r.numbers.get("groups", {})
+        if groups:
+            rows = [[name or "none", str(g["questions"]), _percent(g["avg"])] for name, g in groups.items()]
+            tables.append(Table(f"{r.task.title} by category", ["category", "questions", "avg@k"], rows))
+    return tables
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _remarks(results: Sequence[TaskResult]) -> list[str]:
+    lines = []
+    for r in results:
+        lines += [f"{r.task.title}: {note}" for note in r.notes]
+        if r.errors:
+            kinds = sorted({reason for _, reason in r.errors})
+            lines.append(f"{r.task.title}: {len(r.errors)} question(s) could not be asked ({', '.join(kinds)})")
+        if r.numbers["unjudged"]:
+            lines.append(f"{r.task.title}: {r.numbers['unjudged']} answer(s) are still to be judged, and in no number")
+        if r.task.judged and not any(a.grader == "judge" for a in r.answers):
+            lines.append(f"{r.task.title}: the official protocol asks a judge; graded by rules, this is a lower bound")
+    return lines
+
+
+def markdown(tables: Sequence[Table], remarks: Sequence[str], *, name: str) -> str:
+    """The same tables as text; a pipe or a line break in a cell cannot break them."""
+
+    def cell(text: str) -> str:
+        return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+    lines = [f"# Evaluation of {cell(name)}", ""]
+    for table in tables:
+        lines += [f"## {cell(table.title)}", "", "| " + " | ".join(map(cell, table.head)) + " |"]
+        lines += ["|" + "---|" * len(table.head)]
+        lines += ["| " + " | ".join(map(cell, row)) + " |" for row in table.rows] + [""]
+        lines += [cell(table.note), ""] if table.note else []
+    return "\n".join(lines + [f"- {cell(remark)}" for remark in remarks]) + "\n"
+
+
+def _shown(answers: Sequence[Answer]) -> list[Answer]:
+    """First samples only, wrong and right ones in turn, as many as are shown of a task."""
+    firsts = [a for a in answers if a.sample == 0]
+    wrong, right = [a for a in firsts if not a.is_correct], [a for a in firsts if a.is_correct]
+    half = SHOWN_PER_TASK // 2
+    take = max(half, SHOWN_PER_TASK - len(right))
+    return [*wrong[:take], *right[: SHOWN_PER_TASK - len(wrong[:take])]]
+
+
+def _rollouts(result: TaskResult) -> list[Rollout]:
+    out = []
+    for a in _shown(result.answers):
+        verdict = {True: "right", False: "wrong", None: "not judged"}[a.is_correct]
+        parts = [result.task.title, a.question.id, a.question.part, f"{verdict} (by {a.grader})"]
+        title = ", ".join(p for p in parts if p) + f"; answer {a.answer!r}, reference {a.question.reference!r}"
+        try:
+            picture = picture_uri(read_image(a.question.images[0], image_roots=result.image_roots))
+        except BadImage:
+            picture = ""
+        out.append(Rollout(title, a.question.text, coloured(a.text), picture))
+    return out
+
+
+def write_report(results: Sequence[TaskResult], *, output: pathlib.Path, name: str, protocol: dict) -> None:
+    """Writes report.md and report.html into `output`.
+
+    Args:
+      name: of what was evaluated.
+      protocol: how, for the page's head.
+    """
+    tables = [published_table(results, name=name), task_table(results), *detail_tables(results)]
+    remarks = _remarks(results)
+    (output / "report.md").write_text(
+        markdown(tables, remarks, name=name), encoding="utf-8", errors="replace"
+    )
+    head = Text([f"Protocol: {json.dumps(protocol, sort_keys=True)}", *remarks])
+    rollouts = [rollout for result in results for rollout in _rollouts(result)]
+    legend = Text(["Answers: description blue, reasoning orange, box green. Wrong and right ones in turn, first samples."])
+    write_page(output / "report.html", f"Evaluation of {name}", [head, *tables, legend, *rollouts])
