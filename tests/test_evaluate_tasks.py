@@ -229,7 +229,7 @@ def hostile_report(tmp_path_factory):
     text = f"{HOSTILE}</description><think>{HOSTILE}</think>\\boxed{{{HOSTILE}}}"
     answers = [
         Answer(q, 0, text, HOSTILE, right, "text", right, 5, True, False)
-        for q, right in ((question, True), (other, None))
+        for q, right in ((question, True), (other, False))
     ]
     numbers = summarise(TASKS["mmmu"], answers, seed=0) | {"errors": 1}
     result = lib.TaskResult(TASKS["mmmu"], HOSTILE, numbers, answers, [(question, HOSTILE)], [HOSTILE], ())
@@ -238,24 +238,18 @@ def hostile_report(tmp_path_factory):
 
 
 def test_text_is_escaped(hostile_report):
-    page, text = (hostile_report / "report.html").read_text(), (hostile_report / "report.md").read_text()
-    for written in (page, text):
-        assert (
-            "<script" not in written
-            and "<img src=x" not in written
-            and "&lt;script&gt;" in written.replace("&lt;script>", "&lt;script&gt;")
-        )
-    assert "b\\|c" in text
+    for name in ("report.html", "report.md"):
+        text = (hostile_report / name).read_text()
+        assert "<script" not in text and "<img src=x" not in text and "&lt;script" in text
+    assert "b\\|c" in (hostile_report / "report.md").read_text()
 
 
 @needs_browser
 def test_a_browser_shows_the_report(hostile_report, finished, tmp_path):
-    for folder in (hostile_report, finished):
+    for folder, pictures in ((hostile_report, 0), (finished, 12)):
         document, said = dump(folder / "report.html", tmp_path / "profile")
-        assert "<title>Evaluation of" in document and "taken" not in document.split("</title>")[0].replace(
-            "&#39;taken&#39;", ""
-        ).replace("'taken'", "")
-        assert said == ""
+        assert "<title>Evaluation of" in document and "<script" not in document and said == ""
+        assert document.count("<img") >= pictures and (pictures or "<img" not in document)
 
 
 def test_parts_are_coloured():

@@ -66,7 +66,7 @@ def published_table(results: Sequence[TaskResult], *, name: str) -> Table:
 
 def task_table(results: Sequence[TaskResult]) -> Table:
     """A row per task."""
-    head = ["task", "questions", "pass@k", "avg@k", "95 % interval", "lenient avg", "format valid", "truncated", "tokens"]
+    head = ["task", "questions", "pass@k", "avg@k", "95 % interval", "lenient", "valid", "truncated", "tokens"]
     rows = []
     for r in results:
         n = r.numbers
@@ -74,7 +74,7 @@ def task_table(results: Sequence[TaskResult]) -> Table:
         cells = [_percent(n[k]) for k in ("avg_lenient", "format_valid", "truncated")]
         first = [r.task.title, str(n["questions"]), _percent(n["pass"]), _percent(n["avg"]), spread]
         rows.append([*first, *cells, f"{n['tokens']:.0f}"])
-    note = "Percent. An answer is the last closed box; lenient: also one outside a box. Intervals: bootstrap over questions."
+    note = "Percent. An answer is the last closed box, leniently also one outside a box. Bootstrap over questions."
     return Table("Tasks", head, rows, note)
 
 
@@ -126,7 +126,7 @@ def markdown(tables: Sequence[Table], remarks: Sequence[str], *, name: str) -> s
 
 
 def _shown(answers: Sequence[Answer]) -> list[Answer]:
-    """First samples only, wrong and right ones in turn, as many as are shown of a task."""
+    """First samples only, wrong ones and then right ones, as many as are shown of a task."""
     firsts = [a for a in answers if a.sample == 0]
     wrong, right = [a for a in firsts if not a.is_correct], [a for a in firsts if a.is_correct]
     half = SHOWN_PER_TASK // 2
@@ -162,5 +162,5 @@ def write_report(results: Sequence[TaskResult], *, output: pathlib.Path, name: s
     )
     head = Text([f"Protocol: {json.dumps(protocol, sort_keys=True)}", *remarks])
     rollouts = [rollout for result in results for rollout in _rollouts(result)]
-    legend = Text(["Answers: description blue, reasoning orange, box green. Wrong and right ones in turn, first samples."])
+    legend = Text(["First samples, wrong ones first. Description blue, reasoning orange, box green."])
     write_page(output / "report.html", f"Evaluation of {name}", [head, *tables, legend, *rollouts])

@@ -186,8 +186,8 @@ def _run(config, mode: str, workdir: pathlib.Path | None) -> int:
             loaded, loaded.student(trained), config, output=output, fingerprint=fingerprint
         )
         print(table_text(results))
-        e = config.eval
-        protocol = {k: e[k] for k in ("samples", "temperature", "top_p", "top_k", "max_tokens", "seed", "prompt", "limit")}
+        fields = ("samples", "temperature", "top_p", "top_k", "max_tokens", "seed", "prompt", "limit")
+        protocol = {k: config.eval[k] for k in fields}
         name = loaded.name if workdir is None else f"{workdir} (step {step}, from {loaded.name})"
         write_report(results, output=output, name=name, protocol=protocol)
         print(output / "report.html")
