@@ -1,5 +1,6 @@
 """The tensors of a checkpoint's files by name, and leaves read from them shard by shard."""
 
+import gc
 import json
 import os
 import pathlib
@@ -100,9 +101,10 @@ def read_leaf(
     arrays = []
     for bounds, devices in holders.items():
         shard = read_shard(files, row, tuple(slice(*b) for b in bounds), dtype=dtype)
-        # The next shard's memory is taken when this one's is free, and no sooner.
         arrays += [jax.device_put(shard, device).block_until_ready() for device in devices]
+        # The next shard's memory is taken when this one's is free: jax lets go of it when Python collects garbage.
         del shard
+        gc.collect(0)
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
