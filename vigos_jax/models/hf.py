@@ -238,6 +238,12 @@ def _in_file(leaf, adapter, layer, scale, *, transposed: bool, dtype: np.dtype):
     return (x.T if transposed else x).astype(dtype)
 
 
+def gather(tensors: Iterable[tuple[str, Any]]) -> None:
+    """The part in writing tensors of a process that does not write."""
+    for _, x in tensors:
+        np.asarray(x)
+
+
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|shard-\d+\.tmp")
 
 
@@ -261,8 +267,7 @@ def save_sharded(folder: pathlib.Path, tensors: Iterable[tuple[str, Any]], *, ma
         size, total = size + n, total + n
     if jax.process_index() != 0:
         for shard in shards:
-            for _, x in shard:
-                np.asarray(x)  # its part in gathering the tensor
+            gather(shard)
         return
     temporary = [folder / f"shard-{i}.tmp" for i in range(len(shards))]
     for path, shard in zip(temporary, shards, strict=True):
