@@ -31,6 +31,7 @@ modes
   diagnose  how much of the teachers' correction the answer made, and how much the image (PALR): on rollouts of the
             student, or --config.diagnose.rollouts=FILE.jsonl; writes palr.jsonl and palr.html
   export    write a Hugging Face folder: --config.export.output=DIR --config.export.kind=merged|adapter
+            (--config.export.check=true loads it again and compares; --config.export.step=N takes an older checkpoint)
 
 --workdir is where a training run keeps its files (default runs/NAME for configs/NAME.py). The other modes read the
 trained student and the config from it if it is given; without it they use config.model.path and config.model.adapter.
@@ -133,17 +134,24 @@ def _run(config, mode: str, workdir: pathlib.Path | None) -> int:
         train(config, workdir)
         return 0
 
+    if mode == "export" and not config.export.output:
+        raise InputError("--mode export needs --config.export.output=DIR")
+    if mode == "export" and config.export.step and workdir is None:
+        raise InputError(f"config.export.step={config.export.step} needs --workdir of a run, whose checkpoint it is")
+
     from vigos_jax.checkpoint import Checkpoints
-    from vigos_jax.loading import load
+    from vigos_jax.loading import load, trained_shapes
     from vigos_jax.models.variables import teacher_overlay
 
-    loaded = load(config, for_training=workdir is not None)
+    loaded = load(config, for_training=False)
     trained = average = loaded.trained
+    step = 0
     if workdir is not None:
+        like, wanted = trained_shapes(loaded), config.export.step if mode == "export" else 0
         with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
-            _, trained = checkpoints.restore_trained(loaded.trained)
+            step, trained = checkpoints.restore_trained(like, step=wanted)
             if config.teacher.weights == "ema":
-                _, average = checkpoints.restore_trained(loaded.trained, item="average")
+                _, average = checkpoints.restore_trained(like, item="average", step=wanted)
     overlay = teacher_overlay(config.teacher.weights, trained=trained, average=average)
     if mode == "generate":
         from vigos_jax.generate import stream
@@ -172,12 +180,11 @@ def _run(config, mode: str, workdir: pathlib.Path | None) -> int:
         return 1 if bad_lines else 0
     elif mode == "export":
         from vigos_jax.export import export
+        from vigos_jax.model_card import Run
 
-        e = config.export
-        if not e.output:
-            raise InputError("--mode export needs --config.export.output=DIR")
-        output = pathlib.Path(e.output).expanduser()
-        print(export(loaded, trained, output, kind=e.kind, dtype=e.dtype, max_shard_gb=e.max_shard_gb))
+        output = pathlib.Path(config.export.output).expanduser()
+        export(loaded, trained, config, output, run=Run.of(workdir, step) if workdir else None)
+        print(output)
     return 0
 
 
