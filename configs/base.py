@@ -187,8 +187,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.export = ConfigDict()  # --mode export, and the end of a run
     config.export.output = ""  # folder; "" is WORKDIR/export at the end of a run
     config.export.kind = "merged"  # merged: full checkpoint | adapter: PEFT LoRA
-    config.export.dtype = "float32"  # float32 | bfloat16
+    config.export.dtype = "float32"  # of a merged export: float32 | bfloat16, which rounds, and says what that costs
+    config.export.step = 0  # of the checkpoint that --mode export takes; 0 is the newest
     config.export.max_shard_gb = 5.0
+    config.export.check = False  # load what was written again and compare; needs memory for the weights once more
+    config.export.push_to = ""  # owner/name on the hub, made private; the token is HF_TOKEN's. "" pushes nothing
     config.export.after_training = True
 
     config.lock()  # setting a field that is not here is an error, also in a file that imports this one

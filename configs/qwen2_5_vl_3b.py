@@ -49,6 +49,9 @@ def of_the_paper(model: str) -> ConfigDict:
     config.sampling.top_p = 0.95
     config.sampling.top_k = 20
 
+    config.eval.tasks = tuple(name for name in config.eval.sources if name != "demo")
+    config.eval.max_tokens = 4096  # the rest of Table A.V is configs/base.py's
+
     config.mesh.data = 1
     config.mesh.fsdp = 8
     config.buckets.prompt = base.sizes(64, 32768)

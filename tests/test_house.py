@@ -20,6 +20,7 @@ ROOMS = (
         *("checkpoint.py", "evaluate.py", "evaluate_tasks.py", "export.py", "generate.py", "score_file.py"),
         "wrong_answers.py",
     ),
+    ("export_check.py", "model_card.py"),
     ("rollouts.py",),
     ("loading.py",),
     ("sampler.py", "step.py"),
@@ -34,7 +35,7 @@ ROOMS = (
         *("config.py", "graders.py", "math_grader.py", "sharding.py", "metrics.py", "geometry.py", "palr.py"),
         *("report.py", "journal.py", "judge.py", "demo/"),
     ),
-    ("architecture.py", "inputs.py", "published.py"),
+    ("architecture.py", "inputs.py", "published.py", "hub.py"),
     ("errors.py", "__init__.py"),
 )
 LEVELS = {room: level for level, row in enumerate(reversed(ROOMS)) for room in row}

@@ -21,6 +21,7 @@ from vigos_jax.loading import lora_spec
 from vigos_jax.models.names import adapter_table, canonical, tensor_table
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.published import published_config
+from vigos_jax.tasks import TASKS
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 # Parameters of the whole model, and of the paper's adapter for it: rank 64 on seven projections per layer.
@@ -99,7 +100,7 @@ def test_a_wrong_size_is_noticed(name):
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl_3b", "qwen2_5_vl_7b"])
 def test_the_papers_runs_are_its_tables(name):
-    """Table A.IV, line by line."""
+    """Tables A.IV and A.V, line by line."""
     c = config_of(name)
     assert (c.data.source, c.steps, c.batch_size) == ("LMMs-Lab-Turtle/Vision-SR1-47K", 1488, 32)
     o = c.optimizer
@@ -116,6 +117,9 @@ def test_the_papers_runs_are_its_tables(name):
         "reference": (2.0, "reverse_kl", 0.05, "invalid"),
     }
     assert c.loss.temperature == 1.0 and c.loss.reduction == "tokens"
+    e = c.eval
+    assert (e.samples, e.temperature, e.top_p, e.top_k, e.max_tokens, e.seed) == (5, 1.0, 0.9, 20, 4096, 42)
+    assert set(e.tasks) == set(TASKS) - {"demo"} and e.prompt == "structured"
 
 
 @pytest.mark.parametrize("name, vision", [("qwen2_5_vl_3b", 3), ("qwen3_vl_2b", 0)])

@@ -62,15 +62,21 @@ class Checkpoints:
         average = restored["average"] if like.average else {}
         return TrainState(step_array, restored["trained"], restored["opt_state"], average), restored["data"]
 
-    def restore_trained(self, like: Any, *, item: str = "trained") -> tuple[int, Any]:
-        """(step, weights) of the newest checkpoint; raises InputError if there is none.
+    def restore_trained(self, like: Any, *, item: str = "trained", step: int = 0) -> tuple[int, Any]:
+        """(step, weights) of a checkpoint; raises InputError if there is none, or none of that step.
 
         Args:
+          like: shapes and shardings, as arrays or `jax.ShapeDtypeStruct`; those of the run that saved may differ.
           item: "trained", or "average" for the weights of a run's "ema" teachers.
+          step: 0 for the newest.
         """
-        step = self.latest_step()
-        if step is None:
+        steps = sorted(self._manager.all_steps())
+        if not steps:
             raise InputError(f"{self._folder} holds no checkpoint; train first, or give no --workdir to use the base")
+        if step and step not in steps:
+            choices = ", ".join(str(s) for s in steps)
+            raise InputError(f"{self._folder} holds no checkpoint of step {step}; choices: {choices}")
+        step = step or steps[-1]
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(_abstract(like))})
         return step, self._manager.restore(step, args=args)[item]
 

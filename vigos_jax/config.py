@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,6 +54,7 @@ _RANGES = (
     ("diagnose.wrong_answers", 1, None),
     ("diagnose.batch_size", 1, None),
     ("diagnose.seed", 0, 2**31 - 1),
+    ("export.step", 0, None),
     ("export.max_shard_gb", 1e-9, None),
 )
 CHOICES = {
@@ -70,6 +72,7 @@ CHOICES = {
     "export.dtype": ("float32", "bfloat16"),
 }
 _PROMPT_FIELDS = ("user", "assistant_prefill")
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 # They say what to do with a run, or where, not what the run is.
 _MODE_SECTIONS = ("eval", "score", "diagnose", "generate", "export", "compilation_cache")
 
@@ -114,6 +117,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
             for field in _PROMPT_FIELDS:
                 if not isinstance(entry[field], str):
                     raise InputError(f"config.prompts.{name}.{field}={entry[field]!r} must be a text")
+        push_to = config.export.push_to
+        if not isinstance(push_to, str) or (push_to and not _REPOSITORY.fullmatch(push_to)):
+            raise InputError(f"config.export.push_to={push_to!r} must be owner/name on the hub, or empty")
         for name in config.data.fields:
             if not isinstance(name, str) or not name.isidentifier() or name in ("problem", "reference"):
                 fields = tuple(config.data.fields)

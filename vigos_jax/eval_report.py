@@ -5,12 +5,16 @@ import pathlib
 import re
 from collections.abc import Sequence
 
-from vigos_jax.evaluate_tasks import TaskResult
+from vigos_jax.errors import InputError
+from vigos_jax.evaluate_tasks import TaskResult, evaluate_tasks, fingerprint_of, table_text
 from vigos_jax.images import BadImage, read_image
+from vigos_jax.loading import Loaded
+from vigos_jax.models.variables import Variables
 from vigos_jax.report import Rollout, Table, Text, Token, picture_uri, write_page
 from vigos_jax.task_scores import COMMON, Answer
 
 SHOWN_PER_TASK = 24
+_PROTOCOL = ("samples", "temperature", "top_p", "top_k", "max_tokens", "seed", "prompt", "limit")
 EIGHT = (
     *("mm_vet", "mmmu", "mmmu_pro", "mmmu_pro_vision"),
     *("mathverse", "mathvista", "mmsi", "realworldqa"),
@@ -30,6 +34,36 @@ _PARTS = (  # in the order of a response: what ends a part, and its colour
 )
 _ANSWER_COLOR = (60, 170, 90)
 _BOX = re.compile(r"\\boxed\{")
+
+
+def evaluate(
+    loaded: Loaded, trained: Variables, config, *, workdir: pathlib.Path | None, step: int
+) -> tuple[str, bool]:
+    """Evaluates a student on `config.eval.tasks` and writes the report.
+
+    Args:
+      workdir, step: the run and the checkpoint that `trained` comes from; None and 0 for the config's own model.
+
+    Returns:
+      (the table for a terminal, whether every question was asked and every answer judged).
+
+    Raises:
+      InputError: nowhere to write, or as `evaluate_tasks`.
+    """
+    if not config.eval.output and workdir is None:
+        raise InputError("--mode eval needs --workdir of a run, or --config.eval.output=DIR")
+    output = pathlib.Path(config.eval.output).expanduser() if config.eval.output else workdir / "eval"
+    folders = [loaded.folder]
+    if config.model.adapter:
+        folders.append(pathlib.Path(config.model.adapter).expanduser())
+    if workdir is not None:
+        folders.append(workdir / "checkpoints" / str(step))
+    fingerprint = fingerprint_of(folders, config.model.dtype)
+    results = evaluate_tasks(loaded, loaded.student(trained), config, output=output, fingerprint=fingerprint)
+    name = loaded.name if workdir is None else f"{workdir} (step {step}, from {loaded.name})"
+    write_report(results, output=output, name=name, protocol={k: config.eval[k] for k in _PROTOCOL})
+    is_complete = not any(r.errors or r.numbers["unjudged"] for r in results)
+    return f"{table_text(results)}\n{output / 'report.html'}", is_complete
 
 
 def coloured(text: str) -> list[Token]:

@@ -1,101 +1,162 @@
-"""Hugging Face checkpoints out: a full (merged) model or a PEFT adapter."""
+"""Hugging Face checkpoints out: a full (merged) model or a PEFT adapter, in a folder that is whole or not there.
+
+Everything is written into a hidden folder beside the final one, checked if asked for, brought to the disk, and renamed.
+Of several processes the first writes; all take part in gathering the tensors, and all stop if one step fails there.
+"""
 
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
+from jax.experimental import multihost_utils
 
+from vigos_jax import hub
 from vigos_jax.errors import InputError
+from vigos_jax.export_check import compare
 from vigos_jax.loading import Loaded
+from vigos_jax.metrics import say
+from vigos_jax.model_card import Run, card_text
 from vigos_jax.models import hf
 from vigos_jax.models.names import adapter_table, tensor_table
+from vigos_jax.models.safetensors_io import byte_count, write_file
 from vigos_jax.models.variables import Variables
 
-# Copied from the base as they are: rewriting them through a library would change what other programs read.
-_COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.model")
-_WEIGHTS = ("model.safetensors.index.json", "adapter_config.json")
+# What of a base folder is about text, pictures and shapes. Copied byte for byte: rewriting these files through a
+# library would change what other programs read. Weights and cards of the base, and whatever else lies there, stay.
+_COMPANIONS = (
+    *("config.json", "*_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.json", "*.jinja", "LICENSE*", "NOTICE*"),
+    "additional_chat_templates/*.jinja",
+)
+_NO_COMPANIONS = ("adapter_config.json",)
+
+
+def check_options(config, *, has_adapter: bool) -> None:
+    """Raises InputError for what is bound to fail, before it has cost anything."""
+    if config.export.kind == "adapter" and not has_adapter:
+        raise InputError("config.export.kind=adapter needs an adapter, and this student has none; choices: merged")
+    if config.export.push_to:
+        hub.token_for(config.export.push_to)
 
 
 def export(
-    loaded: Loaded, trained: Variables, output: pathlib.Path, *, kind: str, dtype: str, max_shard_gb: float
-) -> pathlib.Path:
-    """Writes the student as a Hugging Face folder, under a temporary name first.
+    loaded: Loaded, trained: Variables, config, output: pathlib.Path, *, run: Run | None = None
+) -> dict[str, Any] | None:
+    """Writes the student as a Hugging Face folder, as `config.export` says.
 
     Args:
-      kind: "merged" for a full checkpoint, "adapter" for a PEFT LoRA (always float32).
-      dtype: of a merged checkpoint's tensors. A bfloat16 merge rounds small updates away; float32 keeps them.
+      trained: what lies over the base; `{}` for the base itself.
+      output: the folder; not there yet, or empty.
+      run: the training behind it, for the model card.
+
+    Returns:
+      What `export_check.compare` found, where `config.export.check` asks for it or an adapter was merged into
+      bfloat16; else None.
 
     Raises:
-      InputError: an adapter is asked for where none was trained, or the folder exists and is not empty.
+      InputError: an adapter is asked for where none was trained, the folder exists and is not empty or cannot be
+        written, the check fails, or the hub refuses.
     """
-    if kind == "adapter" and "lora" not in trained:
-        raise InputError("config.export.kind=adapter needs an adapter, and this student has none; choices: merged")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"config.export.output={str(output)!r} exists and is not an empty folder; choose another")
-    temporary = output.with_name(output.name + ".tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
+    e = config.export
+    check_options(config, has_adapter="lora" in trained)
+    target = output.resolve()
+    temporary = target.with_name(f".{target.name}.exporting")
+    lora = loaded.model.lora if "lora" in trained else None
+    tensors = list(_tensors(loaded, trained, kind=e.kind, dtype=e.dtype))
+    _on_first(lambda: _prepare(output, target, temporary, size=sum(byte_count(x) for _, x in tensors)))
     try:
+        if e.kind == "adapter":
+            if jax.process_index() == 0:
+                write_file(temporary / "adapter_model.safetensors", tensors)
+            else:
+                hf.gather(tensors)
+            _on_first(lambda: _write_adapter_config(loaded, temporary))
+        else:
+            hf.save_sharded(temporary, tensors, max_shard_bytes=int(e.max_shard_gb * 2**30))
+            _on_first(lambda: _copy_companions(loaded.folder, temporary, dtype=e.dtype))
+        rounds = e.kind == "merged" and e.dtype == "bfloat16" and lora is not None
+        report = compare(loaded, trained, config, temporary) if e.check or rounds else None
+        card = card_text(config, base=loaded.folder, lora=lora, run=run, report=report)
+        _on_first(lambda: _finish(card, temporary, target, output))
+    except Exception:
+        if jax.process_index() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if jax.process_index() == 0:
+        if report:
+            print(json.dumps(report))
+        if e.push_to:
+            say(f"pushed to {hub.push(target, e.push_to)}")
+    return report
+
+
+def _finish(card: str, temporary: pathlib.Path, target: pathlib.Path, output: pathlib.Path) -> None:
+    """Adds the card, brings all to the disk, and gives the folder its name."""
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+    _sync(temporary)
+    try:
+        os.rename(temporary, target)  # onto an empty folder too, and onto nothing else
+    except OSError as e:
+        raise InputError(f"cannot rename to config.export.output={str(output)!r}: {e.strerror}") from e
+    _sync_one(target.parent)
+
+
+def first_says(value: bool) -> bool:
+    """The first process's `value`, on all of them: what is there may look different from each."""
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def _on_first(do: Callable[[], None]) -> None:
+    """Runs `do` on the first process while the others wait. Where it fails there, it fails everywhere."""
+    error: Exception | None = None
+    if jax.process_index() == 0:
+        try:
+            do()
+        except Exception as e:
+            error = e
+    failed = first_says(error is not None)
+    if error is not None:
+        raise error
+    if failed:
+        raise InputError("the export failed on the first process, which says why")
+
+
+def _prepare(output: pathlib.Path, target: pathlib.Path, temporary: pathlib.Path, *, size: int) -> None:
+    """An empty temporary folder; what an export that was killed left there is removed."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"config.export.output={str(output)!r} exists and is not an empty folder; choose another")
+    try:
+        if temporary.exists():
+            shutil.rmtree(temporary)
         temporary.mkdir(parents=True)
+        free = shutil.disk_usage(temporary).free
     except OSError as e:
         raise InputError(f"cannot write config.export.output={str(output)!r}: {e.strerror}; choose another") from e
-    if kind == "adapter":
-        _write_adapter(loaded, trained["lora"], temporary)
-    else:
-        for pattern in _COMPANIONS:
-            for file in sorted(loaded.folder.glob(pattern)):
-                if file.name not in _WEIGHTS:
-                    shutil.copyfile(file, temporary / file.name)
-        _set_dtype(temporary / "config.json", dtype)
-        tensors = merged_tensors(loaded, trained, dtype=jnp.dtype(dtype))
-        hf.save_sharded(temporary, tensors, max_shard_bytes=int(max_shard_gb * 2**30))
-    if output.exists():
-        output.rmdir()
-    os.replace(temporary, output)
-    return output
+    if size > free:
+        temporary.rmdir()
+        raise InputError(
+            f"config.export.output={str(output)!r} needs {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB; "
+            "choose another, or config.export.kind=adapter, or config.export.dtype=bfloat16"
+        )
 
 
-def merged_tensors(loaded: Loaded, trained: Variables, *, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """The student's tensors by file name; W + scale * A B is added in float32 and rounded once, to `dtype`."""
-    table = tensor_table(loaded.config)
+def _tensors(loaded: Loaded, trained: Variables, *, kind: str, dtype: str) -> Iterator[tuple[str, hf.FileTensor]]:
+    config, spec = loaded.config, loaded.model.lora
+    if kind == "adapter":  # always float32: rounded, it would be another one
+        return hf.stream_tensors(trained["lora"], adapter_table(config, spec), config, dtype=np.float32)
     params = trained.get("params", loaded.base)
-    if "lora" not in trained:
-        yield from hf.file_tensors(params, table, loaded.config, dtype=dtype)
-        return
-    for row in table:
-        tree, adapter = params, trained["lora"]
-        for key in row.path:
-            tree = tree[key]
-        for key in row.path[:-1]:
-            adapter = adapter.get(key, {})
-        if row.path[-1] == "kernel" and "a" in adapter:
-            tree = _merge(tree, adapter["a"], adapter["b"], loaded.model.lora.scale)
-        nested: dict[str, Any] = {}
-        node = nested
-        for key in row.path[:-1]:
-            node = node.setdefault(key, {})
-        node[row.path[-1]] = tree
-        yield from hf.file_tensors(nested, [row], loaded.config, dtype=dtype)
+    merged = {"lora": trained["lora"], "scale": spec.scale} if "lora" in trained else {}
+    return hf.stream_tensors(params, tensor_table(config), config, dtype=jnp.dtype(dtype), **merged)
 
 
-@jax.jit
-def _merge(kernel, a, b, scale):  # [L, in, out], [L, in, r], [L, r, out]
-    return kernel.astype(jnp.float32) + scale * jnp.einsum("lir,lro->lio", a, b, precision="highest")
-
-
-def _write_adapter(loaded: Loaded, lora: Any, folder: pathlib.Path) -> None:
+def _write_adapter_config(loaded: Loaded, folder: pathlib.Path) -> None:
     spec = loaded.model.lora
-    table = adapter_table(loaded.config, spec)
-    tensors = dict(hf.file_tensors(lora, table, loaded.config, dtype=np.float32))
-    safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_model.safetensors").chmod(0o644)
     parts = []
     if spec.language:
         parts.append(rf"language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(sorted(spec.language))})")
@@ -117,6 +178,16 @@ def _write_adapter(loaded: Loaded, lora: Any, folder: pathlib.Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def _copy_companions(base: pathlib.Path, folder: pathlib.Path, *, dtype: str) -> None:
+    for pattern in _COMPANIONS:
+        for file in sorted(base.glob(pattern)):
+            if file.is_file() and file.name not in _NO_COMPANIONS:
+                copy = folder / file.relative_to(base)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
+    _set_dtype(folder / "config.json", dtype)
+
+
 def _set_dtype(path: pathlib.Path, dtype: str) -> None:
     """Says the written dtype where the base's config names one; everything else stays as it was."""
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -128,4 +199,19 @@ def _set_dtype(path: pathlib.Path, dtype: str) -> None:
                 section[key] = dtype
                 changed = True
     if changed:
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sync(folder: pathlib.Path) -> None:
+    """Brings a folder and all below it to the disk."""
+    for path in sorted(folder.rglob("*")):
+        _sync_one(path)
+    _sync_one(folder)
+
+
+def _sync_one(path: pathlib.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

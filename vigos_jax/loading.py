@@ -95,7 +95,7 @@ def resolve_model(path: str) -> pathlib.Path:
     import huggingface_hub
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "README.md", "LICENSE*", "NOTICE*"]
         return pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=patterns))
     except Exception as e:
         reason = " ".join(str(e).split())[:200]
@@ -192,3 +192,12 @@ def load(config, *, for_training: bool) -> Loaded:
         trained = {"params": jax.jit(copy, out_shardings=shardings["params"])(base)}
     name = str(folder) if config.model.path == "demo" else config.model.path
     return Loaded(name, folder, model_config, model, processor, roles, buckets, config.span_rule, mesh, base, trained)
+
+
+def trained_shapes(loaded: Loaded) -> Variables:
+    """Shapes and shardings of what a run of this model trains: what its checkpoints are restored onto."""
+    abstract = abstract_variables(loaded.model)
+    part = "params" if loaded.model.lora is None else "lora"
+    tree = {part: abstract[part]}
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=sharding)  # noqa: E731
+    return jax.tree.map(place, tree, tree_shardings(tree, loaded.mesh))

@@ -33,6 +33,7 @@ modes
   eval      answer benchmark questions and grade them, --config.eval.tasks="('vilp_f', 'cv_bench')"; goes on where an
             earlier one stopped
   export    write a Hugging Face folder: --config.export.output=DIR --config.export.kind=merged|adapter
+            (--config.export.check=true loads it again and compares; --config.export.step=N takes an older checkpoint)
 
 --workdir is where a training run keeps its files (default runs/NAME for configs/NAME.py). The other modes read the
 trained student and the config from it if it is given; without it they use config.model.path and config.model.adapter.
@@ -135,17 +136,24 @@ def _run(config, mode: str, workdir: pathlib.Path | None) -> int:
         train(config, workdir)
         return 0
 
+    if mode == "export" and not config.export.output:
+        raise InputError("--mode export needs --config.export.output=DIR")
+    if mode == "export" and config.export.step and workdir is None:
+        raise InputError(f"config.export.step={config.export.step} needs --workdir of a run, whose checkpoint it is")
+
     from vigos_jax.checkpoint import Checkpoints
-    from vigos_jax.loading import load
+    from vigos_jax.loading import load, trained_shapes
     from vigos_jax.models.variables import teacher_overlay
 
-    loaded = load(config, for_training=workdir is not None)
+    loaded = load(config, for_training=False)
     trained = average = loaded.trained
+    step = 0
     if workdir is not None:
+        like, wanted = trained_shapes(loaded), config.export.step if mode == "export" else 0
         with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
-            step, trained = checkpoints.restore_trained(loaded.trained)
+            step, trained = checkpoints.restore_trained(like, step=wanted)
             if config.teacher.weights == "ema":
-                _, average = checkpoints.restore_trained(loaded.trained, item="average")
+                _, average = checkpoints.restore_trained(like, item="average", step=wanted)
     overlay = teacher_overlay(config.teacher.weights, trained=trained, average=average)
     if mode == "generate":
         from vigos_jax.generate import stream
@@ -173,33 +181,18 @@ def _run(config, mode: str, workdir: pathlib.Path | None) -> int:
             print(line, file=sys.stderr)
         return 1 if bad_lines else 0
     elif mode == "eval":
-        from vigos_jax.eval_report import write_report
-        from vigos_jax.evaluate_tasks import evaluate_tasks, fingerprint_of, table_text
+        from vigos_jax.eval_report import evaluate
 
-        if not config.eval.output and workdir is None:
-            raise InputError("--mode eval needs --workdir of a run, or --config.eval.output=DIR")
-        output = pathlib.Path(config.eval.output).expanduser() if config.eval.output else workdir / "eval"
-        adapter = [pathlib.Path(config.model.adapter).expanduser()] if config.model.adapter else []
-        steps = [workdir / "checkpoints" / str(step)] if workdir is not None else []
-        fingerprint = fingerprint_of([loaded.folder, *adapter, *steps], config.model.dtype)
-        results = evaluate_tasks(
-            loaded, loaded.student(trained), config, output=output, fingerprint=fingerprint
-        )
-        print(table_text(results))
-        fields = ("samples", "temperature", "top_p", "top_k", "max_tokens", "seed", "prompt", "limit")
-        protocol = {k: config.eval[k] for k in fields}
-        name = loaded.name if workdir is None else f"{workdir} (step {step}, from {loaded.name})"
-        write_report(results, output=output, name=name, protocol=protocol)
-        print(output / "report.html")
-        return 1 if any(r.errors or r.numbers["unjudged"] for r in results) else 0
+        table, is_complete = evaluate(loaded, trained, config, workdir=workdir, step=step)
+        print(table)
+        return 0 if is_complete else 1
     elif mode == "export":
         from vigos_jax.export import export
+        from vigos_jax.model_card import Run
 
-        e = config.export
-        if not e.output:
-            raise InputError("--mode export needs --config.export.output=DIR")
-        output = pathlib.Path(e.output).expanduser()
-        print(export(loaded, trained, output, kind=e.kind, dtype=e.dtype, max_shard_gb=e.max_shard_gb))
+        output = pathlib.Path(config.export.output).expanduser()
+        export(loaded, trained, config, output, run=Run.of(workdir, step) if workdir else None)
+        print(output)
     return 0
 
 

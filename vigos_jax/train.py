@@ -15,10 +15,11 @@ from vigos_jax.checkpoint import Checkpoints
 from vigos_jax.config import differences, read_json, to_json
 from vigos_jax.data import BadRows, data_state, make_batches, resume_batch
 from vigos_jax.errors import InputError
-from vigos_jax.export import export
+from vigos_jax.export import check_options, export, first_says
 from vigos_jax.inputs import ScoreBatch
 from vigos_jax.loading import Loaded, load, open_source, sampling_of
 from vigos_jax.metrics import CompileCounter, MetricsFile, Progress, say, write_json
+from vigos_jax.model_card import Run
 from vigos_jax.models.variables import shares_vision
 from vigos_jax.packing import Rollout, Row, length_groups, pack_prompts, pack_scores
 from vigos_jax.rollouts import Reader, parse, rollout_metrics
@@ -51,8 +52,7 @@ def _open_workdir(config, workdir: pathlib.Path) -> None:
 
 def _check_export(config, workdir: pathlib.Path, output: pathlib.Path, *, has_adapter: bool) -> None:
     """Raises InputError if the export at the end of the run is bound to fail, before the run has cost anything."""
-    if config.export.kind == "adapter" and not has_adapter:
-        raise InputError("config.export.kind=adapter needs an adapter, and config.lora.rank=0; choices: merged")
+    check_options(config, has_adapter=has_adapter)
     if output.exists() and not (workdir / "config.json").exists():
         raise InputError(f"config.export.output={str(output)!r} exists already; choose another folder")
 
@@ -111,15 +111,8 @@ def train(config, workdir: pathlib.Path) -> None:
             )
     if has_results and not (workdir / "results.json").exists():
         _evaluate(config, workdir, loaded, state.trained)
-    if config.export.after_training and jax.process_index() == 0 and not output.exists():
-        export(
-            loaded,
-            state.trained,
-            output,
-            kind=config.export.kind,
-            dtype=config.export.dtype,
-            max_shard_gb=config.export.max_shard_gb,
-        )
+    if config.export.after_training and not first_says(output.exists()):
+        export(loaded, state.trained, config, output, run=Run.of(workdir, int(state.step)))
     _show(workdir, output)
 
 

@@ -1,16 +1,17 @@
-"""Hugging Face checkpoints in and out: read tensor by tensor, written sharded, by the tables of `names`."""
+"""Hugging Face checkpoints in and out, by the tables of `names`: shard by shard in, layer by layer out."""
 
-import contextlib
+import dataclasses
+import functools
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
+from jax.experimental import multihost_utils
 
 from vigos_jax.architecture import ModelConfig
 from vigos_jax.errors import InputError
@@ -24,65 +25,15 @@ from vigos_jax.models.names import (
     canonical,
     tensor_table,
 )
+from vigos_jax.models.safetensors_io import DTYPES, byte_count, write_file
+from vigos_jax.models.weight_files import WeightFiles, open_weights, read_leaf, some
 
 # -- reading ----------------------------------------------------------------------------------------------------
 
-_FILE_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
 
-
-class _Files:
-    """The tensors of one or more safetensors files, by canonical name. Use as a context manager."""
-
-    def __init__(self, paths: list[pathlib.Path]):
-        self._stack = contextlib.ExitStack()
-        self._where: dict[str, tuple[Any, str]] = {}
-        for path in paths:
-            try:
-                file = self._stack.enter_context(safetensors.safe_open(path, framework="numpy"))
-            except (OSError, safetensors.SafetensorError) as e:
-                raise InputError(f"cannot read {path}: {e}; it must be a complete safetensors file") from e
-            for name in file.keys():  # noqa: SIM118 - a safetensors handle, not a dict
-                if canonical(name) in self._where:
-                    raise InputError(f"{path}: {name} is there twice, under two spellings or in two files")
-                self._where[canonical(name)] = (file, name)
-
-    def __enter__(self) -> "_Files":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stack.close()
-
-    def names(self) -> set[str]:
-        return set(self._where)
-
-    def header(self, name: str) -> tuple[tuple[int, ...], str]:
-        file, original = self._where[canonical(name)]
-        piece = file.get_slice(original)
-        return tuple(piece.get_shape()), piece.get_dtype()
-
-    def read(self, name: str) -> np.ndarray:
-        file, original = self._where[canonical(name)]
-        return file.get_tensor(original)
-
-
-def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            paths = [folder / n for n in names]
-        except (ValueError, KeyError, AttributeError, TypeError) as e:
-            raise InputError(f"{index} is not a safetensors index: {e!r}") from e
-        missing = [p.name for p in paths if not p.is_file()]
-        if missing:
-            raise InputError(f"{index} names shards that are not in the folder: {', '.join(missing)}")
-        return paths
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    raise InputError(f"{folder} holds no weights; it needs model.safetensors or model.safetensors.index.json")
-
-
-def _check(files: _Files, table: list[Tensor], shapes: Mapping[Path, tuple[int, ...]], where: str, ignore=()) -> None:
+def _check(
+    files: WeightFiles, table: list[Tensor], shapes: Mapping[Path, tuple[int, ...]], where: str, ignore=()
+) -> None:
     """Compares all names, shapes and dtypes with the table and reports every mismatch at once."""
     problems = []
     rows = {canonical(name): row for row in table for name in row.names()}
@@ -91,34 +42,31 @@ def _check(files: _Files, table: list[Tensor], shapes: Mapping[Path, tuple[int, 
     problems += [f"missing {named[n]}" for n in sorted(rows.keys() - present)]
     problems += [f"unexpected {n}" for n in sorted(present - rows.keys())]
     for name in sorted(rows.keys() & present):
-        row = rows[name]
-        shape, dtype = files.header(name)
-        if dtype not in _FILE_DTYPES:
-            problems.append(f"{name} has dtype {dtype}, not one of {', '.join(_FILE_DTYPES)}")
-        flat = (shape[0], int(np.prod(shape[1:]))) if row.layout == "conv" else shape
-        ours = tuple(reversed(flat)) if row.layout != "same" else flat
+        row, stored = rows[name], files.stored(name)
+        if stored.dtype not in DTYPES:
+            problems.append(f"{name} has dtype {stored.dtype}, not one of {', '.join(DTYPES)}")
+        shape = stored.shape
+        flat = (shape[0], int(np.prod(shape[1:]))) if row.layout == "conv" and shape else shape
+        ours = flat if row.layout == "same" else flat[::-1]
         want = shapes[row.path][1:] if row.stacked else shapes[row.path]
         if ours != want:
-            wanted = tuple(reversed(want)) if row.layout != "same" else want
+            wanted = want if row.layout == "same" else want[::-1]
             problems.append(f"{name} has shape {list(flat)}, expected {list(wanted)}")
     if problems:
-        shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise InputError(f"{where} does not fit the model: {len(problems)} problem(s): {shown}")
+        raise InputError(f"{where} does not fit the model: {len(problems)} problem(s): {some(problems, '; ')}")
 
 
-def _read_tree(files: _Files, table: list[Tensor], abstract: Any, *, dtype: Any, shardings: Any) -> Any:
-    """Reads leaf by leaf; only one stacked leaf is in host memory at a time."""
+def _read_tree(files: WeightFiles, table: list[Tensor], abstract: Any, *, dtype: Any, shardings: Any) -> Any:
+    """Reads leaf by leaf, and each leaf shard by shard."""
     shardings_by_path = dict(_leaves(shardings)) if shardings is not None else {}
-    out: dict[str, Any] = {}
     shapes = {path: leaf.shape for path, leaf in _leaves(abstract)}
+    out: dict[str, Any] = {}
     for row in table:
-        buffer = np.empty(shapes[row.path], np.dtype(dtype))
-        for i, name in enumerate(row.names()):
-            buffer[i if row.stacked else ...] = row.to_ours(files.read(name))
         node = out
         for key in row.path[:-1]:
             node = node.setdefault(key, {})
-        node[row.path[-1]] = jax.device_put(buffer, shardings_by_path.get(row.path))
+        sharding = shardings_by_path.get(row.path)
+        node[row.path[-1]] = read_leaf(files, row, shapes[row.path], dtype=np.dtype(dtype), sharding=sharding)
     return out
 
 
@@ -128,7 +76,9 @@ def _leaves(tree: Any) -> Iterator[tuple[Path, Any]]:
 
 
 def load_params(folder: pathlib.Path, config: ModelConfig, abstract: Any, *, dtype: Any, shardings: Any = None) -> Any:
-    """Reads the base parameters of a Hugging Face folder.
+    """Reads the base parameters of a Hugging Face folder, each process the bytes of its own devices' shards.
+
+    Beside what the devices hold, host memory holds one shard of one stacked leaf.
 
     Args:
       folder: holds model.safetensors, or shards and their index; float32, bfloat16 or float16.
@@ -137,15 +87,16 @@ def load_params(folder: pathlib.Path, config: ModelConfig, abstract: Any, *, dty
       shardings: a tree of Shardings like `abstract`, or None for the default device.
 
     Raises:
-      InputError: lists every missing, extra and wrong-shaped tensor.
+      InputError: before any weight is read, if a file is missing or broken; one error lists every missing, extra and
+        wrong-shaped tensor.
     """
     table = tensor_table(config)
     shapes = {path: leaf.shape for path, leaf in _leaves(abstract)}
     # A tied checkpoint may still carry a copy of its embedding as lm_head.
     ignore = ("lm_head.weight",) if config.tie_embeddings else ()
-    with _Files(_weight_files(folder)) as files:
-        _check(files, table, shapes, str(folder), ignore)
-        return _read_tree(files, table, abstract, dtype=dtype, shardings=shardings)
+    files = open_weights(folder)
+    _check(files, table, shapes, str(folder), ignore)
+    return _read_tree(files, table, abstract, dtype=dtype, shardings=shardings)
 
 
 # What would change the forward pass without a trace in the tensors, or ask for more than this program does.
@@ -194,15 +145,17 @@ def adapter_spec(folder: pathlib.Path, *, dropout: float) -> LoraSpec:
             f"choices: true, false, {', '.join(_PLAIN_INITS)}"
         )
     language, vision = set(), set()
-    with _Files([folder / "adapter_model.safetensors"]) as files:
-        for name in files.names():
-            module = name.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight").rsplit(".", 1)[-1]
-            if ".language_model.layers." in name and module in LANGUAGE_PROJECTIONS:
-                language.add(module)
-            elif ".visual.blocks." in name and ".mlp." in name and module in MLP_PROJECTIONS:
-                vision.add(module)
-            else:
-                raise InputError(f"{folder}: adapter tensor {name} is on a module that cannot carry one here")
+    for name in WeightFiles([folder / "adapter_model.safetensors"]).names():
+        module = name.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight").rsplit(".", 1)[-1]
+        if ".language_model.layers." in name and module in LANGUAGE_PROJECTIONS:
+            language.add(module)
+        elif ".visual.blocks." in name and ".mlp." in name and module in MLP_PROJECTIONS:
+            vision.add(module)
+        else:
+            raise InputError(
+                f"{folder}: adapter tensor {name} is on a module that cannot carry one here; choices: the decoder's "
+                f"{', '.join(LANGUAGE_PROJECTIONS)}, and {', '.join(MLP_PROJECTIONS)} of Qwen2.5-VL's vision blocks"
+            )
     if not language | vision:
         raise InputError(f"{folder}/adapter_model.safetensors holds no adapter tensor; it must hold lora_A and lora_B")
     scale = alpha / rank**0.5 if raw.get("use_rslora") else alpha / rank
@@ -213,54 +166,122 @@ def load_adapter(folder: pathlib.Path, config: ModelConfig, lora: LoraSpec, abst
     """Reads a PEFT adapter as a float32 `lora` collection of the shapes in `abstract`."""
     table = adapter_table(config, lora)
     shapes = {path: leaf.shape for path, leaf in _leaves(abstract)}
-    with _Files([folder / "adapter_model.safetensors"]) as files:
-        _check(files, table, shapes, str(folder))
-        return _read_tree(files, table, abstract, dtype=np.float32, shardings=shardings)
+    files = WeightFiles([folder / "adapter_model.safetensors"])
+    _check(files, table, shapes, str(folder))
+    return _read_tree(files, table, abstract, dtype=np.float32, shardings=shardings)
 
 
 # -- writing ----------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class FileTensor:
+    """A tensor as a checkpoint will hold it, made anew each time it is asked for and kept by nobody.
+
+    Where its leaf is spread over several processes, all of them must ask for it, in the same order.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.make(), dtype)
+
+
+def stream_tensors(
+    tree: Any, table: list[Tensor], config: ModelConfig, *, dtype: Any, lora: Any = None, scale: float = 1.0
+) -> Iterator[tuple[str, FileTensor]]:
+    """Yields (file name, tensor to be) for every tensor of the table.
+
+    Args:
+      lora: adapters of some of the tree's kernels, merged into them: W + scale * A B is added in float32 and rounded
+        once, to `dtype`.
+    """
+    by_path, adapters = dict(_leaves(tree)), dict(_leaves(lora or {}))
+    for row in table:
+        leaf, module = by_path[row.path], row.path[:-1]
+        adapted = row.path[-1] == "kernel" and (*module, "a") in adapters
+        adapter = (adapters[*module, "a"], adapters[*module, "b"]) if adapted else None
+        shape = row.shape_in_file(leaf.shape[1:] if row.stacked else leaf.shape, config)
+        for i, name in enumerate(row.names()):
+            make = functools.partial(
+                _make, leaf, adapter, i if row.stacked else None, scale,
+                transposed=row.layout != "same", dtype=np.dtype(dtype), shape=shape,
+            )  # fmt: skip
+            yield name, FileTensor(shape, np.dtype(dtype), make)
+
+
 def file_tensors(
     tree: Any, table: list[Tensor], config: ModelConfig, *, dtype: Any
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (file name, array) for every tensor of the table, one leaf on the host at a time."""
-    by_path = dict(_leaves(tree))
-    for row in table:
-        leaf = by_path[row.path]
-        for i, name in enumerate(row.names()):
-            x = np.asarray(jax.device_get(leaf[i] if row.stacked else leaf))
-            yield name, np.ascontiguousarray(row.to_file(x, config).astype(np.dtype(dtype)))
+    """Yields (file name, array) for every tensor of the table."""
+    for name, x in stream_tensors(tree, table, config, dtype=dtype):
+        yield name, np.asarray(x)
 
 
-def save_sharded(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]], *, max_shard_bytes: int) -> None:
-    """Writes model.safetensors, or numbered shards and their index when the tensors exceed one shard."""
-    shards: list[list[str]] = []
-    pending: dict[str, np.ndarray] = {}
-    total = size = 0
+def _make(leaf, adapter, layer: int | None, scale: float, *, transposed: bool, dtype: np.dtype, shape) -> np.ndarray:
+    x = _in_file(leaf, adapter, layer, scale, transposed=transposed, dtype=dtype)
+    if not (x.is_fully_addressable or x.is_fully_replicated):
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x).reshape(shape)
 
-    def flush() -> None:
-        path = folder / f"shard-{len(shards)}.tmp"
-        safetensors.numpy.save_file(pending, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # the library makes files that only their owner can read
-        shards.append(list(pending))
-        pending.clear()
 
+@functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
+def _in_file(leaf, adapter, layer, scale, *, transposed: bool, dtype: np.dtype):
+    """One layer of a leaf ([L, ...]; None: the leaf itself), with its adapter, in the file's layout and dtype."""
+    take = lambda x: x if layer is None else jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)  # noqa: E731
+    x = take(leaf)
+    if adapter is not None:
+        a, b = take(adapter[0]), take(adapter[1])  # [in, r], [r, out]
+        x = x.astype(jnp.float32) + scale * jnp.matmul(a, b, precision="highest")
+    return (x.T if transposed else x).astype(dtype)
+
+
+def gather(tensors: Iterable[tuple[str, Any]]) -> None:
+    """The part in writing tensors of a process that does not write."""
+    for _, x in tensors:
+        np.asarray(x)
+
+
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|shard-\d+\.tmp")
+
+
+def save_sharded(folder: pathlib.Path, tensors: Iterable[tuple[str, Any]], *, max_shard_bytes: int) -> None:
+    """Writes model.safetensors, or numbered shards and their index when the tensors exceed one shard.
+
+    The folder's earlier weights give way when all of the new ones are written. Of several processes the first writes,
+    and all must call this.
+
+    Args:
+      tensors: (name, array or `FileTensor`), written in this order, one of them in memory at a time.
+    """
+    shards: list[list[tuple[str, Any]]] = [[]]
+    size = total = 0
     for name, x in tensors:
-        if pending and size + x.nbytes > max_shard_bytes:
-            flush()
+        n = byte_count(x)
+        if shards[-1] and size + n > max_shard_bytes:
+            shards.append([])
             size = 0
-        pending[name] = x
-        size += x.nbytes
-        total += x.nbytes
-    flush()
+        shards[-1].append((name, x))
+        size, total = size + n, total + n
+    if jax.process_index() != 0:
+        for shard in shards:
+            gather(shard)
+        return
+    temporary = [folder / f"shard-{i}.tmp" for i in range(len(shards))]
+    for path, shard in zip(temporary, shards, strict=True):
+        write_file(path, shard)
+    for path in folder.iterdir():
+        if _WEIGHTS.fullmatch(path.name) and path not in temporary:
+            path.unlink()
     if len(shards) == 1:
-        (folder / "shard-0.tmp").rename(folder / "model.safetensors")
+        temporary[0].rename(folder / "model.safetensors")
         return
     weight_map = {}
-    for i, names in enumerate(shards):
+    for i, (path, shard) in enumerate(zip(temporary, shards, strict=True)):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{i}.tmp").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
+        path.rename(folder / file)
+        weight_map |= {name: file for name, _ in shard}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

@@ -37,19 +37,18 @@ class Tensor:
     def names(self) -> list[str]:
         return [self.name.format(i=i) for i in range(self.stacked)] if self.stacked else [self.name]
 
-    def to_ours(self, x: np.ndarray) -> np.ndarray:
+    def from_file(self, x: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+        """What lies at `index` of our leaf (its layer axis left out) in the file's tensor: a view, in our layout."""
         if self.layout == "same":
-            return x
-        return x.reshape(x.shape[0], -1).T
+            return x[index]
+        return x.reshape(x.shape[0], -1)[index[::-1]].T
 
-    def to_file(self, x: np.ndarray, config: ModelConfig) -> np.ndarray:
-        if self.layout == "same":
-            return x
-        x = np.ascontiguousarray(x.T)
+    def shape_in_file(self, shape: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
+        """The shape of the file's tensor for a leaf of this shape (its layer axis left out)."""
         if self.layout == "conv":
             v = config.vision
-            x = x.reshape(x.shape[0], v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
-        return x
+            return (shape[1], v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
+        return shape if self.layout == "same" else shape[::-1]
 
 
 def tensor_table(config: ModelConfig) -> list[Tensor]:

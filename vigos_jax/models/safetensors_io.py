@@ -1,0 +1,147 @@
+"""Safetensors files, byte by byte: headers checked before a weight is read, mapped tensors, files written in a stream.
+
+A file is 8 bytes with the length of its header, the header (JSON: dtype, shape and bytes of every tensor), and the
+tensors' bytes, without gaps. A mapped tensor is read where it is touched and nowhere else, and what is read of it is
+the system's to keep or drop: it is no memory of this program's own.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from vigos_jax.errors import InputError
+
+DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Bytes of an entry, of what a file may hold beside what is read here.
+_ITEM_BYTES = {
+    **{name: 1 for name in ("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0")},
+    **{name: 2 for name in ("U16", "I16", "F16", "BF16")},
+    **{name: 4 for name in ("U32", "I32", "F32")},
+    **{name: 8 for name in ("U64", "I64", "F64", "C64")},
+}
+_MAX_HEADER = 100_000_000  # bytes; the format's own limit
+_POINTER = b"version https://git-lfs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: its file, dtype as the header spells it, shape, and first byte in the file."""
+
+    path: pathlib.Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+
+def read_header(path: pathlib.Path) -> dict[str, Stored]:
+    """The tensors of a file by name; none of them is read.
+
+    Raises:
+      InputError: the file is missing, empty, cut short, no safetensors file, or its header does not fit its size.
+    """
+
+    def broken(problem: str) -> InputError:
+        return InputError(f"cannot read {path}: {problem}; it must be a complete safetensors file, fetch it again")
+
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            first = file.read(len(_POINTER))
+            if first == _POINTER:
+                raise broken("it is a git-lfs pointer, which names the weights and has none (`git lfs pull` gets them)")
+            if len(first) < 8:
+                raise broken("it is empty" if not first else f"it ends after {len(first)} bytes")
+            length = int.from_bytes(first[:8], "little")
+            if length > _MAX_HEADER:
+                raise broken("it does not begin with the length of a header")
+            if length > size - 8:
+                raise broken(f"it ends inside its header, after {size} of at least {8 + length} bytes")
+            file.seek(8)
+            raw = json.loads(file.read(length))
+    except OSError as e:
+        raise broken(e.strerror or str(e)) from e
+    except ValueError as e:
+        if isinstance(e, InputError):
+            raise
+        raise broken(f"its header is no JSON ({' '.join(str(e).split())[:100]})") from e
+    try:
+        raw.pop("__metadata__", None)
+        out = {name: _stored(path, 8 + length, value) for name, value in raw.items()}
+        ranges = {name: tuple(value["data_offsets"]) for name, value in raw.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise broken(f"its header does not describe tensors ({e})") from e
+    if problem := _misfit(ranges, size - 8 - length):
+        raise broken(problem)
+    return out
+
+
+def _stored(path: pathlib.Path, data_start: int, value: dict[str, Any]) -> Stored:
+    """One entry of a header; ValueError or the like if it contradicts itself."""
+    dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+    numbers = (*shape, begin, end)
+    if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in numbers) or begin > end:
+        raise ValueError(f"a tensor of dtype {dtype!r}, shape {list(shape)} and bytes {begin} to {end}")
+    if dtype in _ITEM_BYTES and end - begin != math.prod(shape) * _ITEM_BYTES[dtype]:
+        raise ValueError(f"{end - begin} bytes for a tensor of dtype {dtype} and shape {list(shape)}")
+    return Stored(path, dtype, shape, data_start + begin)
+
+
+def _misfit(ranges: dict[str, tuple[int, int]], size: int) -> str:
+    """What is wrong with byte ranges that must fill `size` bytes without gap or overlap; "" if they do."""
+    at = 0
+    for name, (begin, end) in sorted(ranges.items(), key=lambda item: item[1]):
+        if begin != at:
+            return f"its tensors overlap or leave a gap before {name}"
+        at = end
+    if at > size:
+        return f"it is cut short, {size} bytes of tensors where its header promises {at}"
+    return f"it has {size - at} bytes behind its last tensor" if at < size else ""
+
+
+class MappedTensors:
+    """Maps each file once. The arrays stay valid as long as anyone holds them."""
+
+    def __init__(self):
+        self._maps: dict[pathlib.Path, np.memmap] = {}
+
+    def __call__(self, stored: Stored) -> np.ndarray:
+        """The tensor, read-only, of a dtype among DTYPES; no byte is read before it is looked at."""
+        if stored.path not in self._maps:
+            self._maps[stored.path] = np.memmap(stored.path, mode="r")
+        dtype = DTYPES[stored.dtype]
+        return np.ndarray(stored.shape, dtype, buffer=self._maps[stored.path], offset=stored.start)
+
+
+def write_file(path: pathlib.Path, tensors: Sequence[tuple[str, Any]]) -> None:
+    """Writes a file tensor by tensor.
+
+    Args:
+      tensors: (name, array), or in an array's place anything with its `shape` and `dtype` that `np.asarray` makes one
+        of; it is asked when its turn comes, and let go before the next.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, x in tensors:
+        begin, end = end, end + byte_count(x)
+        header[name] = {"dtype": _NAMES[np.dtype(x.dtype)], "shape": list(x.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, planned in tensors:
+            x = np.asarray(planned)
+            if x.shape != tuple(planned.shape) or x.dtype != planned.dtype:
+                raise ValueError(f"{name} became {x.dtype}{x.shape}, planned as {planned.dtype}{planned.shape}")
+            file.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+
+
+def byte_count(x: Any) -> int:
+    """Bytes of an array, or of what has its shape and dtype."""
+    return math.prod(x.shape) * np.dtype(x.dtype).itemsize
