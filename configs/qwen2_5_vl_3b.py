@@ -50,7 +50,7 @@ def of_the_paper(model: str) -> ConfigDict:
     config.sampling.top_k = 20
 
     config.mesh.data = 1
-    config.mesh.fsdp = 8
+    config.mesh.fsdp = -1
     config.buckets.prompt = base.sizes(64, 32768)
     config.buckets.completion = base.sizes(64, 4096)
     return config

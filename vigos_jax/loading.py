@@ -175,7 +175,7 @@ def load(config, *, for_training: bool) -> Loaded:
         mesh=mesh,
     )
     abstract = abstract_variables(model)
-    shardings = tree_shardings(abstract, mesh)
+    shardings = tree_shardings(abstract, mesh, config.mesh.rules)
     base = hf.load_params(folder, model_config, abstract["params"], dtype=dtype, shardings=shardings["params"])
 
     if config.model.adapter:

@@ -58,7 +58,8 @@ def _check_export(config, workdir: pathlib.Path, output: pathlib.Path, *, has_ad
 
 
 def _initial_state(config, loaded: Loaded, tx: Any) -> TrainState:
-    shardings = tree_shardings(jax.eval_shape(tx.init, loaded.trained), loaded.mesh)
+    abstract = jax.eval_shape(tx.init, loaded.trained)
+    shardings = tree_shardings(abstract, loaded.mesh, config.mesh.rules)
     follows = config.teacher.weights == "ema"
     return TrainState(
         step=jax.device_put(jnp.int32(0), replicated(loaded.mesh)),
