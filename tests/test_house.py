@@ -17,6 +17,7 @@ ROOMS = (
     ("train.py",),
     ("diagnose.py",),
     ("checkpoint.py", "evaluate.py", "export.py", "generate.py", "score_file.py", "wrong_answers.py"),
+    ("batches.py",),
     ("rollouts.py",),
     ("loading.py",),
     ("sampler.py", "step.py"),
@@ -28,7 +29,7 @@ ROOMS = (
     ("roles.py",),
     ("prompts.py", "images.py"),
     ("config.py", "graders.py", "sharding.py", "metrics.py", "geometry.py", "palr.py", "report.py", "demo/"),
-    ("architecture.py", "inputs.py", "published.py"),
+    ("architecture.py", "inputs.py", "published.py", "distributed.py"),
     ("errors.py", "__init__.py"),
 )
 LEVELS = {room: level for level, row in enumerate(reversed(ROOMS)) for room in row}

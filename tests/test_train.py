@@ -16,7 +16,7 @@ import pytest
 import tiny_runs as runs
 from tiny_runs import STEPS
 
-from vigos_jax import main, train
+from vigos_jax import batches, main, train
 from vigos_jax.metrics import MetricsFile
 from vigos_jax.models import hf
 
@@ -133,7 +133,7 @@ def test_a_further_column_is_shown_to_the_role_that_names_it(world, tmp_path):
     data = runs.write_rows(tmp_path / "data.jsonl", rows)
     runs.write_pictures(tmp_path / "pictures", len(rows))
     own = [f"--config.data.source={data}", "--config.data.fields=('caption',)", "--config.steps=1"]
-    with mock.patch.object(train, "pack_scores", side_effect=train.pack_scores) as pack:
+    with mock.patch.object(batches, "pack_scores", side_effect=batches.pack_scores) as pack:
         assert world.run(f"--workdir={tmp_path / 'run'}", "--config.prompts.reference.user=<{caption}>", *own) == 0
     decode = runs.processor(world.model).decode
     seen = [[decode(t.rest_ids) for t in (r.student, *r.teachers)] for r in pack.call_args.args[0] if r.student]
