@@ -17,7 +17,7 @@ from vigos_jax import losses
 from vigos_jax.config import CHOICES
 from vigos_jax.inputs import Entries
 from vigos_jax.losses import EntryScores, RoleStats
-from vigos_jax.models import qwen2_5_vl
+from vigos_jax.models import vlm
 from vigos_jax.packing import Buckets
 from vigos_jax.step import TrainState, make_train_step
 
@@ -257,8 +257,8 @@ def most_rows_beside_the_vocabulary(text):
 
 def compiled_step(kind, chunk, roles=ROLES):
     """HLO of the train step for two rows of 96 entries each."""
-    model = qwen2_5_vl.VisionLanguageModel(HLO_CONFIG, lora=tiny.LORA)
-    abstract = qwen2_5_vl.abstract_variables(model)
+    model = vlm.VisionLanguageModel(HLO_CONFIG, lora=tiny.LORA)
+    abstract = vlm.abstract_variables(model)
     trained = {"lora": abstract["lora"]} if kind == "lora" else {"params": abstract["params"]}
     tx = optax.adamw(1e-3)
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, jax.eval_shape(tx.init, trained), {})
