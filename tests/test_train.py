@@ -76,6 +76,23 @@ def test_a_finished_run_changes_nothing(undisturbed, world):
     assert runs.bytes_of(undisturbed.workdir) == before
 
 
+def test_the_next_batch_is_packed_while_the_step_runs(world, tmp_path):
+    """What comes next is on the mesh before anything of the running step is waited for."""
+    events, fetch, pack = [], jax.device_get, batches.pack_prompts
+
+    def note_fetch(x):
+        events.extend(["metrics"] * (isinstance(x, dict) and "loss" in x))
+        return fetch(x)
+
+    def note_pack(*args, **kwargs):
+        events.append("packed")
+        return pack(*args, **kwargs)
+
+    with mock.patch.object(jax, "device_get", note_fetch), mock.patch.object(batches, "pack_prompts", note_pack):
+        assert world.run(f"--workdir={tmp_path / 'run'}", "--config.steps=3") == 0
+    assert events == ["packed", "packed", "metrics", "packed", "metrics", "metrics"]
+
+
 class Killed(BaseException):
     """Not an error that anything could handle."""
 

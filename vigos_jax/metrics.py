@@ -122,6 +122,8 @@ class RunLog:
 
     def begin(self, phase: str, arrays: Any = None) -> None:
         """A step's phase begins; says so if `arrays` have shapes not met before, as a program is compiled for them."""
+        if not self._phases:
+            self._programs = self._compiled.programs
         self._phases.append((phase, time.monotonic()))
         shapes = (phase, *(x.shape for x in jax.tree.leaves(arrays)))
         if arrays is not None and shapes not in self._met:
@@ -139,7 +141,7 @@ class RunLog:
         seconds = [b - a for a, b in itertools.pairwise([*times, time.monotonic()])]
         row = {**row, "compilations": self._compiled.programs - self._programs}
         row |= {f"seconds/{name}": s for name, s in zip(names, seconds, strict=True)}
-        self._phases, self._programs = [], self._compiled.programs
+        self._phases = []
         if self._file:
             self._file.write(row)
         values = {k.removesuffix("/loss").removesuffix("_rate"): row.get(k, 0.0) for k in shown}
