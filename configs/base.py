@@ -51,10 +51,33 @@ def get_config() -> ml_collections.ConfigDict:
     config.lora.dropout = 0.05  # of an adapter's input, while training
     config.lora.scope = "language"  # language: q,k,v,o,gate,up,down of the decoder | official: vision MLPs too
 
-    config.mesh = ConfigDict()
-    config.mesh.data = -1  # ways to split the batch alone; -1 takes the devices the other axes leave
+    config.distributed = "off"  # several processes: off | auto (SLURM, Open MPI, TPU pods) | env; docs/multihost.md
+
+    config.mesh = ConfigDict()  # over all devices of all processes; one axis may be -1: what the others leave
+    config.mesh.data = -1  # ways to split the batch alone
     config.mesh.fsdp = 1  # ways to split batch and parameters
     config.mesh.tensor = 1  # ways to split heads and hidden widths
+    # How leaves lie on the mesh: the first pattern found in a leaf's path (params/layers/q_proj/kernel) gives the
+    # axis that splits each dimension, None and those left out for none. Leaves of stacked layers have the layer
+    # first. Optimizer state has the paths of its weights. The vision towers, whose published widths (3420, 4304)
+    # do not divide well, are split over fsdp alone.
+    config.mesh.rules = (
+        (r"visual/.*/(a|b)$", ()),
+        (r"visual/blocks/.*(qkv|gate_proj|up_proj|mlp_in)/kernel", (None, "fsdp", None)),
+        (r"visual/blocks/.*(proj|mlp_out)/kernel", (None, None, "fsdp")),
+        (r"visual/.*(kernel|positions)", (None, "fsdp")),
+        (r"visual/", ()),
+        (r"layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/kernel", (None, "fsdp", "tensor")),
+        (r"layers/.*(o_proj|down_proj)/kernel", (None, "tensor", "fsdp")),
+        (r"layers/.*/bias", (None, "tensor")),
+        (r"layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/a", (None, "fsdp", None)),
+        (r"layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/b", (None, None, "tensor")),
+        (r"layers/.*(o_proj|down_proj)/a", (None, "tensor", None)),
+        (r"layers/.*(o_proj|down_proj)/b", (None, None, "fsdp")),
+        (r"embedding", ("tensor", "fsdp")),
+        (r"lm_head", ("fsdp", "tensor")),
+        (r"", ()),
+    )
 
     config.data = ConfigDict()
     config.data.source = "demo"  # demo | a .jsonl | a .parquet | a folder of .parquet | a hub data set (owner/name)

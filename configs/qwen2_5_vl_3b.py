@@ -53,7 +53,7 @@ def of_the_paper(model: str) -> ConfigDict:
     config.eval.max_tokens = 4096  # the rest of Table A.V is configs/base.py's
 
     config.mesh.data = 1
-    config.mesh.fsdp = 8
+    config.mesh.fsdp = -1
     config.buckets.prompt = base.sizes(64, 32768)
     config.buckets.completion = base.sizes(64, 4096)
     return config

@@ -83,7 +83,7 @@ def test_processes_and_workers_see_the_same_grouped_batches(processor):
 
     whole = ids(6, workers=0)
     assert sorted(sum(whole, [])) == sorted(str(i) for i in range(24))
-    halves = [ids(6, workers=0, process_index=p, process_count=2) for p in range(2)]
+    halves = [ids(6, workers=0, rows=[2 * p, 2 * p + 1]) for p in range(2)]
     assert [a + b for a, b in zip(*halves, strict=True)] == whole
     assert ids(2, workers=0, start_batch=4) == whole[4:]
     assert whole != ids(6, workers=0, window=1)

@@ -21,6 +21,7 @@ ROOMS = (
         "wrong_answers.py",
     ),
     ("export_check.py", "model_card.py"),
+    ("batches.py",),
     ("rollouts.py",),
     ("loading.py",),
     ("sampler.py", "step.py"),
@@ -35,7 +36,7 @@ ROOMS = (
         *("config.py", "graders.py", "math_grader.py", "sharding.py", "metrics.py", "geometry.py", "palr.py"),
         *("report.py", "journal.py", "judge.py", "demo/"),
     ),
-    ("architecture.py", "inputs.py", "published.py", "hub.py"),
+    ("architecture.py", "inputs.py", "published.py", "hub.py", "distributed.py"),
     ("errors.py", "__init__.py"),
 )
 LEVELS = {room: level for level, row in enumerate(reversed(ROOMS)) for room in row}

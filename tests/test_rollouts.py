@@ -2,6 +2,7 @@
 
 import pickle
 import types
+from collections import Counter
 
 import ml_collections
 import numpy as np
@@ -14,7 +15,7 @@ from vigos_jax.data import Example
 from vigos_jax.packing import Buckets, Rollout, Row
 from vigos_jax.processor import Processor
 from vigos_jax.roles import TeacherRole
-from vigos_jax.rollouts import Reader, parse, read_cases, rollout_metrics, spans_json
+from vigos_jax.rollouts import Reader, parse, read_cases, rollout_counts, rollout_metrics, spans_json
 from vigos_jax.sampler import Completions
 from vigos_jax.sources import JsonlSource
 from vigos_jax.spans import find_spans
@@ -63,6 +64,10 @@ def pairs(loaded, *rows, rule="paper"):
     return examples, made
 
 
+def metrics(loaded, examples, rollouts):
+    return rollout_metrics(rollout_counts(loaded, examples, rollouts))
+
+
 def test_metrics(loaded):
     examples, rollouts = pairs(
         loaded,
@@ -90,18 +95,23 @@ def test_metrics(loaded):
         "invalid/no_description_close": 2 / 6,
         "leak_rate": 1 / 2,  # of those that can be told
     } | {f"length/{part}": np.mean(values) for part, values in lengths.items()}
-    got = rollout_metrics(loaded, examples, rollouts)
+    got = metrics(loaded, examples, rollouts)
     assert got == pytest.approx(expected)
     assert all(type(x) is float for x in got.values())
+    # Those of several processes: the sum of what each counted.
+    sums = Counter()
+    for part in (slice(0, 1), slice(1, 6), slice(6, 8)):
+        sums.update(rollout_counts(loaded, examples[part], rollouts[part]))
+    assert rollout_metrics(sums) == got
 
 
 def test_metrics_of_nothing(loaded):
-    assert rollout_metrics(loaded, *pairs(loaded, ("red", None, True))) == {}
-    assert rollout_metrics(loaded, [], []) == {}
+    assert metrics(loaded, *pairs(loaded, ("red", None, True))) == {}
+    assert metrics(loaded, [], []) == {}
 
 
 def test_metrics_without_a_valid_rollout(loaded):
-    got = rollout_metrics(loaded, *pairs(loaded, ("red", "red", True), ("red", "no", True)))
+    got = metrics(loaded, *pairs(loaded, ("red", "red", True), ("red", "no", True)))
     assert got.keys() == {
         "valid_rate", "accuracy", "completion_tokens", "truncated_rate", "invalid/no_description_close",
     }  # fmt: skip
@@ -111,16 +121,16 @@ def test_metrics_without_a_valid_rollout(loaded):
 def test_an_end_token_inside_is_no_end(loaded):
     examples, (whole,) = pairs(loaded, ("red", VALID, True))
     moved = Rollout((whole.ids[-1], *whole.ids[:-1]), whole.spans)
-    assert rollout_metrics(loaded, examples, [whole])["truncated_rate"] == 0
-    assert rollout_metrics(loaded, examples, [moved])["truncated_rate"] == 1
+    assert metrics(loaded, examples, [whole])["truncated_rate"] == 0
+    assert metrics(loaded, examples, [moved])["truncated_rate"] == 1
     other_end = Rollout((*whole.ids[:-1], loaded.processor.eos_ids[1]), whole.spans)
-    assert rollout_metrics(loaded, examples, [other_end])["truncated_rate"] == 0
+    assert metrics(loaded, examples, [other_end])["truncated_rate"] == 0
 
 
 def test_metrics_by_the_released_rule(loaded):
     rows = [("red", "red </description> and <think> r </think> \\boxed{red}", True)]
-    assert rollout_metrics(loaded, *pairs(loaded, *rows))["invalid/text_between_parts"] == 1
-    got = rollout_metrics(loaded, *pairs(loaded, *rows, rule="released"))
+    assert metrics(loaded, *pairs(loaded, *rows))["invalid/text_between_parts"] == 1
+    got = metrics(loaded, *pairs(loaded, *rows, rule="released"))
     assert (got["valid_rate"], got["leak_rate"], got["length/answer"]) == (1, 1, 0)
 
 

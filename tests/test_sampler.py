@@ -412,7 +412,7 @@ def test_float32_master_weights_decode_in_the_models_type():
 
 def test_a_mesh_gives_the_same_tokens():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    variables = jax.device_put(student(), tree_shardings(student(), mesh))
+    variables = jax.device_put(student(), tree_shardings(student(), mesh, tiny.RULES))
     by_row = batch_sharding(mesh)
     out = sampler()(
         variables, jax.device_put(prompts(), by_row), jax.device_put(row_keys(0, 0, len(ROWS)), by_row)

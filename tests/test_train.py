@@ -13,10 +13,11 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny_runs as runs
 from tiny_runs import STEPS
 
-from vigos_jax import main, train
+from vigos_jax import batches, main, train
 from vigos_jax.metrics import MetricsFile
 from vigos_jax.models import hf
 
@@ -74,6 +75,23 @@ def test_a_finished_run_changes_nothing(undisturbed, world):
     before = runs.bytes_of(undisturbed.workdir)
     assert world.run(f"--workdir={undisturbed.workdir}") == 0
     assert runs.bytes_of(undisturbed.workdir) == before
+
+
+def test_the_next_batch_is_packed_while_the_step_runs(world, tmp_path):
+    """What comes next is on the mesh before anything of the running step is waited for."""
+    events, fetch, pack = [], jax.device_get, batches.pack_prompts
+
+    def note_fetch(x):
+        events.extend(["metrics"] * (isinstance(x, dict) and "loss" in x))
+        return fetch(x)
+
+    def note_pack(*args, **kwargs):
+        events.append("packed")
+        return pack(*args, **kwargs)
+
+    with mock.patch.object(jax, "device_get", note_fetch), mock.patch.object(batches, "pack_prompts", note_pack):
+        assert world.run(f"--workdir={tmp_path / 'run'}", "--config.steps=3") == 0
+    assert events == ["packed", "packed", "metrics", "packed", "metrics", "metrics"]
 
 
 class Killed(BaseException):
@@ -134,7 +152,7 @@ def test_a_further_column_is_shown_to_the_role_that_names_it(world, tmp_path):
     data = runs.write_rows(tmp_path / "data.jsonl", rows)
     runs.write_pictures(tmp_path / "pictures", len(rows))
     own = [f"--config.data.source={data}", "--config.data.fields=('caption',)", "--config.steps=1"]
-    with mock.patch.object(train, "pack_scores", side_effect=train.pack_scores) as pack:
+    with mock.patch.object(batches, "pack_scores", side_effect=batches.pack_scores) as pack:
         assert world.run(f"--workdir={tmp_path / 'run'}", "--config.prompts.reference.user=<{caption}>", *own) == 0
     decode = runs.processor(world.model).decode
     seen = [[decode(t.rest_ids) for t in (r.student, *r.teachers)] for r in pack.call_args.args[0] if r.student]
@@ -160,10 +178,9 @@ def test_training_starts_from_a_given_adapter(world, tmp_path):
     still = ["--config.optimizer.learning_rate=0.0", "--config.steps=1", "--config.lora.dropout=0.0"]
     assert world.run(f"--workdir={workdir}", f"--config.model.adapter={world.adapter}", *still) == 0
     saved = runs.saved_state(workdir, 1)["trained"]["lora"]
-    tensors = hf._Files([world.adapter / "adapter_model.safetensors"])  # what the file holds, tensor by tensor
+    tensors = safetensors.numpy.load_file(world.adapter / "adapter_model.safetensors")
     name = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
-    with tensors as files:
-        np.testing.assert_array_equal(np.asarray(saved["layers"]["q_proj"]["a"])[0], files.read(name).T)
+    np.testing.assert_array_equal(np.asarray(saved["layers"]["q_proj"]["a"])[0], tensors[name].T)
     assert np.asarray(saved["layers"]["q_proj"]["a"]).shape[-1] == runs.SPEC.rank
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from configs import base
 from vigos_jax.architecture import ModelConfig, VisionConfig
 from vigos_jax.models.layers import LoraSpec
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
@@ -38,6 +39,8 @@ def known(options: dict) -> dict:
 # Tiny programs spend their time in the compiler: this is five times faster.
 FAST = known({"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False})
 jit = functools.partial(jax.jit, compiler_options=FAST)
+
+RULES = base.get_config().mesh.rules
 
 # Every size that a mesh axis may split is a multiple of 8.
 CONFIG = ModelConfig(

@@ -58,6 +58,7 @@ _RANGES = (
     ("export.max_shard_gb", 1e-9, None),
 )
 CHOICES = {
+    "distributed": ("off", "auto", "env"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "model.attention": ("auto", "xla", "cudnn", "splash"),
@@ -74,7 +75,7 @@ CHOICES = {
 _PROMPT_FIELDS = ("user", "assistant_prefill")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 # They say what to do with a run, or where, not what the run is.
-_MODE_SECTIONS = ("eval", "score", "diagnose", "generate", "export", "compilation_cache")
+_MODE_SECTIONS = ("eval", "score", "diagnose", "generate", "export", "compilation_cache", "mesh", "distributed")
 
 
 def get(config: Mapping[str, Any], field: str) -> Any:

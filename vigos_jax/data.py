@@ -209,11 +209,11 @@ class _EncodeBatch:
     """Row numbers of a global batch -> Examples of this process's part. Runs in grain's workers."""
 
     source: Any
-    rows: slice  # this process's part of the global batch
+    rows: tuple[int, ...]  # this process's part of the global batch
     options: Mapping[str, Any]  # keyword arguments of encode_row
 
     def __call__(self, indices: np.ndarray) -> list[Example]:
-        return [encode_row(self.source[int(i)], int(i), **self.options) for i in indices[self.rows]]
+        return [encode_row(self.source[int(i)], int(i), **self.options) for i in indices[list(self.rows)]]
 
 
 def make_batches(
@@ -228,19 +228,18 @@ def make_batches(
     window: int = 1,
     fields: Sequence[str] = (),
     too_long: Callable[[Example], str | None] | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     start_batch: int = 0,
 ) -> Iterator[list[Example]]:
     """An endless iterator over this process's part of every global batch, from number `start_batch` on.
 
     The rows are shuffled anew in every epoch, and a batch may reach over an epoch's end: no row is dropped.
-    Global batch i depends on (source, batch_size, seed, shuffle, window) alone. Process p of n holds the p-th n-th of
-    it: the parts put together, in order, are the batch that one process would see.
+    Global batch i depends on (source, batch_size, seed, shuffle, window) alone, whatever part of it a process reads.
 
     Args:
       source: `load_source`, or any object with `__len__` and `__getitem__` that gives such rows.
-      batch_size: rows of a global batch; a multiple of process_count.
+      batch_size: rows of a global batch.
+      rows: numbers, within a global batch, of the rows this process reads, in this order; None for all.
       seed: 0 .. 2**32 - 1.
       workers: processes that read and encode, 0 for threads of this one; the batches are the same.
         With workers, source and too_long must be picklable and the main module importable; the iterator's
@@ -251,10 +250,8 @@ def make_batches(
     Raises:
       InputError: a value is out of its range, or the source is empty.
     """
-    if batch_size < 1 or batch_size % process_count:
-        raise InputError(
-            f"batch_size {batch_size} must be a positive multiple of {process_count} (processes)"
-        )
+    if batch_size < 1:
+        raise InputError(f"batch_size {batch_size} must be at least 1")
     if not 0 <= seed < 2**32:
         raise InputError(f"seed {seed} must be from 0 to 2**32 - 1")
     least_of = {"data.workers": (workers, 0), "data.max_images": (max_images, 1), "data.window": (window, 1)}
@@ -269,10 +266,9 @@ def make_batches(
     roots = tuple(getattr(source, "image_roots", ()))
     size_of = _SizeOf(source, processor, roots)
     numbers = _Batches(order, batch_size=batch_size, window=window, seed=seed, size_of=size_of)
-    part = batch_size // process_count
     encode = _EncodeBatch(
         source=source,
-        rows=slice(process_index * part, (process_index + 1) * part),
+        rows=tuple(range(batch_size) if rows is None else rows),
         options={
             "processor": processor,
             "max_images": max_images,
@@ -310,7 +306,7 @@ def resume_batch(saved: Mapping[str, Any], current: Mapping[str, Any]) -> int:
 
 
 class BadRows:
-    """Counts unusable rows by reason, and says when there are too many. Every process counts its own."""
+    """Counts unusable rows of all processes by reason, and says when there are too many."""
 
     def __init__(self):
         self.rows = 0
@@ -320,9 +316,10 @@ class BadRows:
     def bad(self) -> int:
         return self.reasons.total()
 
-    def update(self, examples: Sequence[Example]) -> None:
-        self.rows += len(examples)
-        self.reasons.update(e.bad_reason for e in examples if e.bad_reason is not None)
+    def update(self, rows: int, reasons: Mapping[str, int]) -> None:
+        """Adds `rows` more, and how many of them are bad for which reason."""
+        self.rows += rows
+        self.reasons.update(reasons)
 
     def summary(self) -> str:
         """One line: "3 of 64 rows bad: image_unreadable 2, empty_answer 1"."""

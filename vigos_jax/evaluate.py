@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from vigos_jax.demo import world
+from vigos_jax.distributed import exchange
 from vigos_jax.graders import is_correct, last_boxed
 from vigos_jax.loading import Loaded
 from vigos_jax.metrics import bar
@@ -72,9 +73,13 @@ def answer_items(
     for first in bar(range(0, len(items), size), title=title):
         part = rows[first : first + size]
         part = part + [Row()] * (size - len(part))
-        prompts = loaded.put_batch(pack_prompts(part, config=loaded.config, buckets=loaded.buckets))
-        sampled = sampler(variables, prompts, row_keys(config.evaluate.seed, first, size))
-        for item, ids in zip(items[first : first + size], sampled.ids, strict=False):
+        own = loaded.own_rows(size)
+        packed = pack_prompts([part[i] for i in own], config=loaded.config, buckets=loaded.buckets)
+        sampled = sampler(variables, loaded.put_batch(packed), row_keys(config.evaluate.seed, first, size))
+        everyone = [pair for pairs in exchange(list(zip(own, sampled.ids, strict=True))) for pair in pairs]
+        ids_of_row = dict(everyone)  # several processes may hold a row
+        for row, item in enumerate(items[first : first + size]):
+            ids = ids_of_row[row]
             spans = find_spans(loaded.processor.token_bytes(ids), rule=loaded.span_rule)
             text = loaded.processor.decode([i for i in ids if i not in loaded.processor.eos_ids])
             out.append(Answered(item, text, loaded.processor.decode(ids[slice(*spans.description)]), spans))

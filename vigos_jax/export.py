@@ -8,15 +8,14 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from vigos_jax import hub
+from vigos_jax.distributed import first_decides, is_first
 from vigos_jax.errors import InputError
 from vigos_jax.export_check import compare
 from vigos_jax.loading import Loaded
@@ -69,26 +68,26 @@ def export(
     temporary = target.with_name(f".{target.name}.exporting")
     lora = loaded.model.lora if "lora" in trained else None
     tensors = list(_tensors(loaded, trained, kind=e.kind, dtype=e.dtype))
-    _on_first(lambda: _prepare(output, target, temporary, size=sum(byte_count(x) for _, x in tensors)))
+    first_decides(lambda: _prepare(output, target, temporary, size=sum(byte_count(x) for _, x in tensors)))
     try:
         if e.kind == "adapter":
-            if jax.process_index() == 0:
+            if is_first():
                 write_file(temporary / "adapter_model.safetensors", tensors)
             else:
                 hf.gather(tensors)
-            _on_first(lambda: _write_adapter_config(loaded, temporary))
+            first_decides(lambda: _write_adapter_config(loaded, temporary))
         else:
             hf.save_sharded(temporary, tensors, max_shard_bytes=int(e.max_shard_gb * 2**30))
-            _on_first(lambda: _copy_companions(loaded.folder, temporary, dtype=e.dtype))
+            first_decides(lambda: _copy_companions(loaded.folder, temporary, dtype=e.dtype))
         rounds = e.kind == "merged" and e.dtype == "bfloat16" and lora is not None
         report = compare(loaded, trained, config, temporary) if e.check or rounds else None
         card = card_text(config, base=loaded.folder, lora=lora, run=run, report=report)
-        _on_first(lambda: _finish(card, temporary, target, output))
+        first_decides(lambda: _finish(card, temporary, target, output))
     except Exception:
-        if jax.process_index() == 0:
+        if is_first():
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if jax.process_index() == 0:
+    if is_first():
         if report:
             print(json.dumps(report))
         if e.push_to:
@@ -105,26 +104,6 @@ def _finish(card: str, temporary: pathlib.Path, target: pathlib.Path, output: pa
     except OSError as e:
         raise InputError(f"cannot rename to config.export.output={str(output)!r}: {e.strerror}") from e
     _sync_one(target.parent)
-
-
-def first_says(value: bool) -> bool:
-    """The first process's `value`, on all of them: what is there may look different from each."""
-    return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
-
-
-def _on_first(do: Callable[[], None]) -> None:
-    """Runs `do` on the first process while the others wait. Where it fails there, it fails everywhere."""
-    error: Exception | None = None
-    if jax.process_index() == 0:
-        try:
-            do()
-        except Exception as e:
-            error = e
-    failed = first_says(error is not None)
-    if error is not None:
-        raise error
-    if failed:
-        raise InputError("the export failed on the first process, which says why")
 
 
 def _prepare(output: pathlib.Path, target: pathlib.Path, temporary: pathlib.Path, *, size: int) -> None:

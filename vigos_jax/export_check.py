@@ -58,7 +58,7 @@ def compare(loaded: Loaded, trained: Variables, config, folder: pathlib.Path) ->
         written, dtype = ModelConfig.load(folder), e.dtype
     model = _float32_model(written, spec)
     abstract = abstract_variables(model)
-    shardings = tree_shardings(abstract, loaded.mesh)
+    shardings = tree_shardings(abstract, loaded.mesh, config.mesh.rules)
     if spec is None:
         params = hf.load_params(
             folder, written, abstract["params"], dtype=jnp.dtype(dtype), shardings=shardings["params"]

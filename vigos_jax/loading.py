@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from vigos_jax import distributed
 from vigos_jax.architecture import ModelConfig
 from vigos_jax.demo.world import DemoSource
 from vigos_jax.errors import InputError
@@ -24,7 +25,7 @@ from vigos_jax.packing import Buckets
 from vigos_jax.processor import Processor
 from vigos_jax.roles import TeacherRole, role_table
 from vigos_jax.sampler import Sampling
-from vigos_jax.sharding import batch_sharding, make_mesh, tree_shardings
+from vigos_jax.sharding import batch_sharding, make_mesh, own_rows, tree_shardings
 from vigos_jax.sources import load_source
 
 DEMO_FOLDER = pathlib.Path(__file__).parent / "demo" / "base"
@@ -62,8 +63,12 @@ class Loaded:
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         return -(-size // ways) * ways
 
+    def own_rows(self, size: int) -> list[int]:
+        """Which rows of a global batch of `size` this process reads and puts on the mesh."""
+        return own_rows(self.mesh, size)
+
     def put_batch(self, batch: Any) -> Any:
-        """Host arrays to the mesh, rows over its data axes."""
+        """Host arrays of this process's rows to the mesh, rows over its data axes."""
         return put_batch(batch, self.mesh)
 
 
@@ -154,7 +159,7 @@ def load(config, *, for_training: bool) -> Loaded:
         any, a full copy. Otherwise only a loaded adapter is trained weights, and `{}` means the base itself.
     """
     roles = role_table(config.roles, config.prompts, data_fields=tuple(config.data.fields))
-    buckets = Buckets(**{kind: tuple(sizes) for kind, sizes in config.buckets.items()})
+    buckets = Buckets(**{kind: tuple(sizes) for kind, sizes in config.buckets.items()}, agree=distributed.largest)
     sampling_of(config)
     use_compilation_cache(config.compilation_cache)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
@@ -175,7 +180,7 @@ def load(config, *, for_training: bool) -> Loaded:
         mesh=mesh,
     )
     abstract = abstract_variables(model)
-    shardings = tree_shardings(abstract, mesh)
+    shardings = tree_shardings(abstract, mesh, config.mesh.rules)
     base = hf.load_params(folder, model_config, abstract["params"], dtype=dtype, shardings=shardings["params"])
 
     if config.model.adapter:
@@ -194,10 +199,10 @@ def load(config, *, for_training: bool) -> Loaded:
     return Loaded(name, folder, model_config, model, processor, roles, buckets, config.span_rule, mesh, base, trained)
 
 
-def trained_shapes(loaded: Loaded) -> Variables:
+def trained_shapes(loaded: Loaded, *, rules: Any) -> Variables:
     """Shapes and shardings of what a run of this model trains: what its checkpoints are restored onto."""
     abstract = abstract_variables(loaded.model)
     part = "params" if loaded.model.lora is None else "lora"
     tree = {part: abstract[part]}
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=sharding)  # noqa: E731
-    return jax.tree.map(place, tree, tree_shardings(tree, loaded.mesh))
+    return jax.tree.map(place, tree, tree_shardings(tree, loaded.mesh, rules))

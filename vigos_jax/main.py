@@ -15,12 +15,14 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+from vigos_jax import distributed  # noqa: E402
 from vigos_jax.config import read_json, validate  # noqa: E402
 from vigos_jax.errors import InputError  # noqa: E402
 
 # Flags put the traceback of a config file's error into their own message.
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(\s.*\n)*")
 MODES = ("train", "generate", "score", "diagnose", "eval", "export")
+SEVERAL = ("train", "export")  # modes that several processes may run together
 HELP = """\
 usage: python -m vigos_jax.main --config FILE [--mode MODE] [--workdir DIR] [--config.FIELD=VALUE ...]
 
@@ -124,12 +126,14 @@ def _config_of_run(config, workdir: pathlib.Path | None):
     if workdir is None:
         return config
     saved = read_json(workdir / "config.json")
-    for section in ("generate", "score", "diagnose", "eval", "export", "mesh"):
+    for section in ("generate", "score", "diagnose", "eval", "export", "mesh", "distributed"):
         saved[section] = config[section]
     return saved
 
 
 def _run(config, mode: str, workdir: pathlib.Path | None) -> int:
+    if distributed.several() and mode not in SEVERAL:
+        raise InputError(f"--mode {mode} runs in one process (config.distributed=off); several: {', '.join(SEVERAL)}")
     if mode == "train":
         from vigos_jax.train import train
 
@@ -149,7 +153,7 @@ def _run(config, mode: str, workdir: pathlib.Path | None) -> int:
     trained = average = loaded.trained
     step = 0
     if workdir is not None:
-        like, wanted = trained_shapes(loaded), config.export.step if mode == "export" else 0
+        like, wanted = trained_shapes(loaded, rules=config.mesh.rules), config.export.step if mode == "export" else 0
         with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
             step, trained = checkpoints.restore_trained(like, step=wanted)
             if config.teacher.weights == "ema":
@@ -206,7 +210,8 @@ def main(argv: list[str]) -> int:
         if mode != "train":
             config = _config_of_run(config, workdir)
         validate(config)
-        return _run(config, mode, workdir)
+        with distributed.joined(config.distributed):
+            return _run(config, mode, workdir)
     except InputError as e:
         print(f"vigos_jax: {e}", file=sys.stderr)
         return 2

@@ -1,15 +1,18 @@
 """What a run says while it runs: one JSON row per step in metrics.jsonl, and progress for the person watching."""
 
+import itertools
 import json
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from tqdm import tqdm
+
+from vigos_jax.distributed import is_first
 
 
 class MetricsFile:
@@ -52,8 +55,9 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def say(text: str) -> None:
-    """A line for the person watching; keeps a progress bar intact."""
-    tqdm.write(text, file=sys.stderr)
+    """A line for the person watching, by the first process; keeps a progress bar intact."""
+    if is_first():
+        tqdm.write(text, file=sys.stderr)
 
 
 class CompileCounter:
@@ -75,10 +79,10 @@ class CompileCounter:
 
 
 class Progress:
-    """A progress bar on a terminal, else a plain line every `every` steps."""
+    """A progress bar on a terminal, else a plain line every `every` steps; the first process's alone."""
 
     def __init__(self, *, total: int, start: int, title: str, every: int):
-        self._bar = tqdm(total=total, initial=start, desc=title, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self._bar = tqdm(total=total, initial=start, desc=title, disable=_is_silent(), dynamic_ncols=True)
         self._title, self._total, self._every = title, total, every
         self._started, self._first = time.monotonic(), start
 
@@ -91,7 +95,7 @@ class Progress:
         text = " ".join(f"{name} {value:.3g}" for name, value in values.items())
         self._bar.update()
         self._bar.set_postfix_str(text)
-        if self._bar.disable and (step % self._every == 0 or step == self._total):
+        if self._bar.disable and is_first() and (step % self._every == 0 or step == self._total):
             rate = (time.monotonic() - self._started) / max(1, step - self._first)
             print(f"{self._title} {step}/{self._total}  {text}  {rate:.2f} s/step", file=sys.stderr, flush=True)
 
@@ -99,6 +103,61 @@ class Progress:
         self._bar.close()
 
 
+class RunLog:
+    """What a run says: a row per step with the seconds of its phases, and progress. The first process's word alone.
+
+    Args:
+      path: of metrics.jsonl.
+      first: steps done before.
+      total: steps of the whole run.
+      every: see `Progress`.
+    """
+
+    def __init__(self, path: pathlib.Path, *, first: int, total: int, every: int):
+        self._file = MetricsFile(path, next_step=first + 1) if is_first() else None
+        self._progress = Progress(total=total, start=first, title="train", every=every)
+        self._compiled, self._programs = CompileCounter(), 0
+        self._met: set[Any] = set()
+        self._phases: list[tuple[str, float]] = []
+
+    def begin(self, phase: str, arrays: Any = None) -> None:
+        """A step's phase begins; says so if `arrays` have shapes not met before, as a program is compiled for them."""
+        if not self._phases:
+            self._programs = self._compiled.programs
+        self._phases.append((phase, time.monotonic()))
+        shapes = (phase, *(x.shape for x in jax.tree.leaves(arrays)))
+        if arrays is not None and shapes not in self._met:
+            self._met.add(shapes)
+            self._progress.note(f"compiling the {phase} (shapes not met before)")
+
+    def write(self, row: Mapping[str, float], *, shown: Sequence[str]) -> None:
+        """Ends a step: writes its row, with phases and compilations, and shows some of it.
+
+        Args:
+          row: has `step`, counted from 1.
+          shown: keys of the row; those it lacks are 0.
+        """
+        names, times = zip(*self._phases, strict=True)
+        seconds = [b - a for a, b in itertools.pairwise([*times, time.monotonic()])]
+        row = {**row, "compilations": self._compiled.programs - self._programs}
+        row |= {f"seconds/{name}": s for name, s in zip(names, seconds, strict=True)}
+        self._phases = []
+        if self._file:
+            self._file.write(row)
+        values = {k.removesuffix("/loss").removesuffix("_rate"): row.get(k, 0.0) for k in shown}
+        self._progress.update(row["step"], values)
+
+    def close(self) -> None:
+        self._progress.close()
+        self._compiled.close()
+        if self._file:
+            self._file.close()
+
+
 def bar(items: Iterable[Any], *, title: str) -> Iterator[Any]:
     """Iterates with a bar on a terminal, silently elsewhere."""
-    return tqdm(items, desc=title, disable=not sys.stderr.isatty(), leave=False, dynamic_ncols=True)
+    return tqdm(items, desc=title, disable=_is_silent(), leave=False, dynamic_ncols=True)
+
+
+def _is_silent() -> bool:
+    return not (is_first() and sys.stderr.isatty())

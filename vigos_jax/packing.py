@@ -12,7 +12,7 @@ Each branch holds only what its entries need: its prompt and the student's compl
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -35,15 +35,18 @@ class Buckets:
       prompt: student prompt tokens.
       completion: completion tokens.
       sequence: tokens of a student's prompt and completion, or of all teacher branches of a row.
+      agree: makes the size that is needed here the one that every process needs.
     """
 
     patches: tuple[int, ...]
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
     sequence: tuple[int, ...]
+    agree: Callable[[int], int] = int
 
     def fit(self, kind: str, n: int) -> int:
-        """The smallest declared size that holds n."""
+        """The smallest declared size that holds n, in all processes; those must call it in the same order."""
+        n = self.agree(n)
         for size in getattr(self, kind):
             if n <= size:
                 return size

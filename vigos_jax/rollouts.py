@@ -5,8 +5,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from vigos_jax.architecture import ModelConfig
 from vigos_jax.data import Example, encode_row
 from vigos_jax.graders import is_correct, last_boxed, mentions
@@ -17,6 +15,8 @@ from vigos_jax.roles import TeacherRole
 from vigos_jax.sampler import Completions
 from vigos_jax.sources import JsonlSource
 from vigos_jax.spans import find_spans
+
+_PARTS = ("description", "reasoning", "answer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,14 +128,40 @@ def _completion_ids(raw: dict[str, Any], loaded: Loaded) -> list[int] | str:
 
 def spans_json(rollout: Rollout) -> dict[str, list[list[int]]]:
     """Token ranges [start, end) of the parts; an empty part has none."""
-    parts = {name: getattr(rollout.spans, name) for name in ("description", "reasoning", "answer")}
+    parts = {name: getattr(rollout.spans, name) for name in _PARTS}
     return {name: [list(span)] if span[1] > span[0] else [] for name, span in parts.items()}
 
 
-def rollout_metrics(
+def rollout_counts(
     loaded: Loaded, examples: Sequence[Example], rollouts: Sequence[Rollout | None]
-) -> dict[str, float]:
-    """How a step's rollouts look; rates are over the usable rows unless said otherwise.
+) -> dict[str, int]:
+    """What `rollout_metrics` is made of; the counts of several processes add up, name by name."""
+    decode, eos = loaded.processor.decode, set(loaded.processor.eos_ids)
+    out: Counter[str] = Counter()
+    for example, rollout in zip(examples, rollouts, strict=True):
+        if rollout is None:
+            continue
+        answer, spans = last_boxed(decode(rollout.ids)), rollout.spans
+        out["rollouts"] += 1
+        out["correct"] += is_correct(answer, example.reference)
+        out["tokens"] += len(rollout.ids)
+        out["truncated"] += not rollout.ids or rollout.ids[-1] not in eos
+        if not spans.is_valid:
+            out[f"invalid/{spans.invalid_reason}"] += 1
+            continue
+        out["valid"] += 1
+        for part in _PARTS:
+            start, end = getattr(spans, part)
+            out[f"length/{part}"] += end - start
+        told = mentions(decode(rollout.ids[slice(*spans.description)]), answer) if answer else None
+        if told is not None:
+            out["can_be_told"] += 1
+            out["told"] += told
+    return {name: int(n) for name, n in out.items()}
+
+
+def rollout_metrics(counts: Mapping[str, float]) -> dict[str, float]:
+    """How a step's rollouts look, from `rollout_counts`; rates are over the usable rows unless said otherwise.
 
     valid_rate, accuracy (of the last closed box), truncated_rate (no end token), completion_tokens (mean);
     invalid/REASON: share of rollouts that break this rule first;
@@ -143,26 +169,16 @@ def rollout_metrics(
     leak_rate: share of valid rollouts whose description already contains their final answer. Not only a leak makes
       that so: an answer that can be seen belongs into a description. Watch where it goes.
     """
-    pairs = [(e, r) for e, r in zip(examples, rollouts, strict=True) if r is not None]
-    if not pairs:
+    rollouts, valid = counts.get("rollouts", 0), counts.get("valid", 0)
+    if not rollouts:
         return {}
-    decode, eos = loaded.processor.decode, set(loaded.processor.eos_ids)
-    answers = [last_boxed(decode(r.ids)) for _, r in pairs]
     out = {
-        "valid_rate": _mean([r.spans.is_valid for _, r in pairs]),
-        "accuracy": _mean([is_correct(a, e.reference) for a, (e, _) in zip(answers, pairs, strict=True)]),
-        "completion_tokens": _mean([len(r.ids) for _, r in pairs]),
-        "truncated_rate": _mean([not r.ids or r.ids[-1] not in eos for _, r in pairs]),
+        "valid_rate": valid / rollouts,
+        "accuracy": counts["correct"] / rollouts,
+        "completion_tokens": counts["tokens"] / rollouts,
+        "truncated_rate": counts["truncated"] / rollouts,
     }
-    reasons = Counter(r.spans.invalid_reason for _, r in pairs if not r.spans.is_valid)
-    out |= {f"invalid/{reason}": n / len(pairs) for reason, n in sorted(reasons.items())}
-    valid = [(a, r) for a, (_, r) in zip(answers, pairs, strict=True) if r.spans.is_valid]
-    for part in ("description", "reasoning", "answer") if valid else ():
-        out[f"length/{part}"] = _mean([end - start for _, r in valid for start, end in [getattr(r.spans, part)]])
-    told = [mentions(decode(r.ids[slice(*r.spans.description)]), a) for a, r in valid if a]
-    told = [x for x in told if x is not None]
-    return out | ({"leak_rate": _mean(told)} if told else {})
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values))
+    out |= {name: n / rollouts for name, n in sorted(counts.items()) if name.startswith("invalid/")}
+    if valid:
+        out |= {f"length/{part}": counts[f"length/{part}"] / valid for part in _PARTS}
+    return out | ({"leak_rate": counts["told"] / counts["can_be_told"]} if "can_be_told" in counts else {})

@@ -14,13 +14,14 @@ from collections.abc import Sequence
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh
 
 from vigos_jax.errors import InputError
 from vigos_jax.inputs import PromptBatch, TextInputs, VisionInputs
 from vigos_jax.models.decoder import KVCache, empty_cache
 from vigos_jax.models.variables import Variables, cast_floats
 from vigos_jax.models.vlm import VisionLanguageModel
+from vigos_jax.sharding import read_rows
 
 Array = jax.Array
 _MASKED = -1e30
@@ -270,6 +271,7 @@ class Sampler:
         # Float32 master weights of full fine-tuning are cast once, not at every token.
         self._cast = jax.jit(functools.partial(cast_floats, dtype=model.dtype))
         self._dtype = model.dtype
+        self._mesh = model.mesh
         self._encode = jax.jit(functools.partial(model.apply, method="encode_images"))
         self._prefill = jax.jit(functools.partial(_prefill, model, sampling, self.capacities[0]))
         self._decode = jax.jit(functools.partial(_decode, model, sampling, tuple(eos_ids)), donate_argnums=(1,))
@@ -307,15 +309,20 @@ class Sampler:
     def __call__(
         self, variables: Variables, prompts: PromptBatch, keys: Array, images: Array | None = None
     ) -> Completions:
-        """Samples a completion for every row."""
+        """Samples a completion for every row; returns those of this process's rows."""
         variables = self.ready(variables)
         state = self.advance(variables, self.start(variables, prompts, keys, images), self.sampling.max_tokens)
-        return completions(state)
+        return completions(state, self._mesh)
 
 
-def completions(state: DecodeState) -> Completions:
-    """Copies the tokens sampled so far to the host."""
-    tokens, logps, lengths = (np.asarray(x) for x in jax.device_get((state.tokens, state.logps, state.lengths)))
+def completions(state: DecodeState, mesh: Mesh | None = None) -> Completions:
+    """Copies the tokens sampled so far to the host.
+
+    Args:
+      mesh: where the rows lie, to copy this process's own; None copies all, which one process alone can.
+    """
+    arrays = state.tokens, state.logps, state.lengths
+    tokens, logps, lengths = jax.device_get(arrays) if mesh is None else (read_rows(x, mesh) for x in arrays)
     return Completions(
         ids=tuple(tuple(int(t) for t in row[:n]) for row, n in zip(tokens, lengths, strict=True)),
         logps=tuple(tuple(float(p) for p in row[:n]) for row, n in zip(logps, lengths, strict=True)),

@@ -2,29 +2,27 @@
 
 import functools
 import pathlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vigos_jax import evaluate
+from vigos_jax.batches import Batches
 from vigos_jax.checkpoint import Checkpoints
 from vigos_jax.config import differences, read_json, to_json
-from vigos_jax.data import BadRows, data_state, make_batches, resume_batch
+from vigos_jax.data import BadRows, data_state, resume_batch
+from vigos_jax.distributed import first_decides, is_first
 from vigos_jax.errors import InputError
-from vigos_jax.export import check_options, export, first_says
-from vigos_jax.inputs import ScoreBatch
+from vigos_jax.export import check_options, export
 from vigos_jax.loading import Loaded, load, open_source, sampling_of
-from vigos_jax.metrics import CompileCounter, MetricsFile, Progress, say, write_json
+from vigos_jax.metrics import RunLog, say, write_json
 from vigos_jax.model_card import Run
 from vigos_jax.models.variables import shares_vision
-from vigos_jax.packing import Rollout, Row, length_groups, pack_prompts, pack_scores
-from vigos_jax.rollouts import Reader, parse, rollout_metrics
+from vigos_jax.rollouts import parse, rollout_counts, rollout_metrics
 from vigos_jax.sampler import Sampler, row_keys
-from vigos_jax.sharding import batch_sharding, check_batch, replicated, tree_shardings
+from vigos_jax.sharding import check_batch, replicated, tree_shardings
 from vigos_jax.step import TrainState, make_optimizer, make_train_step
 
 
@@ -58,7 +56,8 @@ def _check_export(config, workdir: pathlib.Path, output: pathlib.Path, *, has_ad
 
 
 def _initial_state(config, loaded: Loaded, tx: Any) -> TrainState:
-    shardings = tree_shardings(jax.eval_shape(tx.init, loaded.trained), loaded.mesh)
+    abstract = jax.eval_shape(tx.init, loaded.trained)
+    shardings = tree_shardings(abstract, loaded.mesh, config.mesh.rules)
     follows = config.teacher.weights == "ema"
     return TrainState(
         step=jax.device_put(jnp.int32(0), replicated(loaded.mesh)),
@@ -72,16 +71,34 @@ def _initial_state(config, loaded: Loaded, tx: Any) -> TrainState:
 def train(config, workdir: pathlib.Path) -> None:
     """Runs `config.steps` optimizer steps in `workdir`, going on from its newest checkpoint if there is one.
 
-    Writes config.json, metrics.jsonl, checkpoints/, at the end export/ and, on the demo, results.json.
+    Writes config.json, metrics.jsonl, checkpoints/, at the end export/ and, on the demo, results.json. With several
+    processes all call it, on the same workdir: the first writes, all write the checkpoints.
     """
-    _check_workdir(config, workdir)
+    first_decides(lambda: _check_workdir(config, workdir))
     source = open_source(config)
     loaded = load(config, for_training=True)
     check_batch(loaded.mesh, batch_size=config.batch_size, accumulation=config.accumulation)
     has_results = config.data.source == "demo" and config.evaluate.questions > 0
+    output = pathlib.Path(config.export.output).expanduser() if config.export.output else workdir / "export"
+    if config.export.after_training:
+        first_decides(lambda: _check_export(config, workdir, output, has_adapter="lora" in loaded.trained))
+    first_decides(lambda: _open_workdir(config, workdir))
+    if not (workdir / "config.json").exists():
+        raise InputError(f"--workdir {workdir} is not the first process's; choose a folder that all hosts share")
+
+    trained = _steps(config, workdir, loaded, source)
+    if has_results and first_decides(lambda: not (workdir / "results.json").exists()):
+        _evaluate(config, workdir, loaded, trained)
+    if config.export.after_training and first_decides(lambda: not output.exists()):
+        export(loaded, trained, config, output, run=Run.of(workdir, config.steps))
+    if is_first():
+        _show(workdir, output)
+
+
+def _steps(config, workdir: pathlib.Path, loaded: Loaded, source: Any) -> Any:
+    """All steps that are not in the newest checkpoint; returns the trained weights."""
     options = {k: v for k, v in config.optimizer.items()}
     tx, learning_rate = make_optimizer(steps=config.steps, **options)
-    reader = Reader.of(loaded, config)
     place = functools.partial(
         data_state,
         source,
@@ -90,168 +107,80 @@ def train(config, workdir: pathlib.Path) -> None:
         shuffle=config.data.shuffle,
         window=config.data.window,
     )
-
-    output = pathlib.Path(config.export.output).expanduser() if config.export.output else workdir / "export"
-    if config.export.after_training:
-        _check_export(config, workdir, output, has_adapter="lora" in loaded.trained)
-    _open_workdir(config, workdir)
     with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
-        state = _initial_state(config, loaded, tx)
-        first = checkpoints.latest_step() or 0
-        bad_rows = BadRows()
+        state, bad_rows = _initial_state(config, loaded, tx), BadRows()
+        first = first_decides(checkpoints.latest_step) or 0
         if first:
             state, saved = checkpoints.restore(first, state)
             resume_batch(saved, place(next_batch=first))
-            bad_rows.rows = saved["rows_seen"]
-            bad_rows.reasons.update(saved["bad_rows"])
+            bad_rows.update(saved["rows_seen"], saved["bad_rows"])
             say(f"going on from step {first} of {config.steps} in {workdir}")
-        if first < config.steps:
-            state = _steps(
-                config, workdir, loaded, tx, learning_rate, source, reader, place, checkpoints, state, bad_rows
-            )
-    if has_results and not (workdir / "results.json").exists():
-        _evaluate(config, workdir, loaded, state.trained)
-    if config.export.after_training and not first_says(output.exists()):
-        export(loaded, state.trained, config, output, run=Run.of(workdir, int(state.step)))
-    _show(workdir, output)
+        if first == config.steps:
+            return state.trained
+
+        train_step = _train_step(config, loaded, tx, state)
+        sampler = Sampler(
+            loaded.model,
+            sampling_of(config),
+            eos_ids=loaded.processor.eos_ids,
+            cache_sizes=loaded.buckets.completion,
+        )
+        one_tower = shares_vision(state.trained)
+        dropout_key = jax.random.fold_in(jax.random.key(config.seed), 2)
+        batches = Batches(config, loaded, source, first=first)
+        log = RunLog(workdir / "metrics.jsonl", first=first, total=config.steps, every=config.log_every)
+        upcoming = batches.next()
+        for step in range(first, config.steps):
+            batch = upcoming
+            bad_rows.update(config.batch_size, batch.bad_rows)
+            bad_rows.check(config.data.max_bad_fraction)
+            log.begin("rollout", batch.prompts)
+
+            keys = row_keys(config.seed, step, config.batch_size)
+            student = sampler.ready(loaded.student(state.trained))
+            images = sampler.encode(student, batch.prompts.vision)
+            sampled = sampler(student, batch.prompts, keys, images)
+            log.begin("pack")
+
+            rollouts = parse(loaded, batch.rows, sampled)
+            # Where student, teachers and rollouts see with the same eyes, the tower need not run again.
+            micro_batches = batches.micro_batches(batch.rows, rollouts, images if one_tower else None)
+            log.begin("update", micro_batches)
+
+            state, values = train_step(state, loaded.base, micro_batches, jax.random.fold_in(dropout_key, step))
+            # The devices are at work: time to grade what was sampled, and to read and pack what comes next.
+            counts = batches.total(rollout_counts(loaded, batch.examples, rollouts))
+            upcoming = batches.next() if step + 1 < config.steps else None
+            values = {k: float(v) for k, v in jax.device_get(values).items()}
+
+            row = {"step": step + 1, "learning_rate": float(learning_rate(step))} | values
+            row |= rollout_metrics(counts) | {"bad_rows": bad_rows.bad}
+            row |= {"seconds/data": batch.seconds}  # during the last step's update, but for the first
+            log.write(row, shown=("loss", *(f"{r.name}/loss" for r in loaded.roles), "valid_rate", "accuracy"))
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+                seen = {"rows_seen": bad_rows.rows, "bad_rows": dict(bad_rows.reasons)}
+                checkpoints.save(state, place(next_batch=step + 1) | seen)
+        log.close()
+        batches.close()
+    if bad_rows.bad:
+        say(bad_rows.summary())
+    return state.trained
 
 
-def _steps(
-    config, workdir, loaded, tx, learning_rate, source, reader, place, checkpoints, state, bad_rows
-) -> TrainState:
-    """The loop itself, from the state's step to the last."""
-    first = int(state.step)
-    has_adapter_dropout = "lora" in state.trained and loaded.model.lora.dropout > 0
+def _train_step(config, loaded: Loaded, tx: Any, state: TrainState) -> Callable:
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    train_step = make_train_step(
+    return make_train_step(
         loaded.model,
         tx,
         roles=loaded.roles,
         chunk=config.loss.chunk,
-        use_dropout=has_adapter_dropout,
+        use_dropout="lora" in state.trained and loaded.model.lora.dropout > 0,
         temperature=config.loss.temperature,
         reduction=config.loss.reduction,
         teacher_weights=config.teacher.weights,
         ema_rate=config.teacher.ema_rate,
         shardings=(shardings, replicated(loaded.mesh)),
     )
-    one_tower = shares_vision(state.trained)
-    take = jax.jit(lambda x, rows: x[rows], out_shardings=batch_sharding(loaded.mesh))
-    pack = functools.partial(_micro_batches, loaded, take, config.accumulation)
-    sampler = Sampler(
-        loaded.model,
-        sampling_of(config),
-        eos_ids=loaded.processor.eos_ids,
-        cache_sizes=loaded.buckets.completion,
-    )
-    batches = make_batches(
-        source,
-        processor=loaded.processor,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
-        max_images=config.data.max_images,
-        fields=tuple(config.data.fields),
-        window=config.data.window,
-        workers=config.data.workers,
-        too_long=functools.partial(reader.too_long, max_completion=config.sampling.max_tokens),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        start_batch=first,
-    )
-    compiled = CompileCounter()
-    metrics_file = MetricsFile(workdir / "metrics.jsonl", next_step=first + 1)
-    progress = Progress(total=config.steps, start=first, title="train", every=config.log_every)
-    shapes = _Shapes()
-    dropout_key = jax.random.fold_in(jax.random.key(config.seed), 2)
-
-    def prepare() -> tuple[Any, ...]:
-        """The next batch: its examples, rows, prompts on the mesh, and the seconds that took."""
-        start = time.monotonic()
-        examples = next(batches)
-        rows = [reader.row(e) for e in examples]
-        prompts = loaded.put_batch(pack_prompts(rows, config=loaded.config, buckets=loaded.buckets))
-        return examples, rows, prompts, time.monotonic() - start
-
-    upcoming = prepare()
-    for step in range(first, config.steps):
-        examples, rows, prompts, data_seconds = upcoming
-        programs = compiled.programs
-        bad_rows.update(examples)
-        bad_rows.check(config.data.max_bad_fraction)
-        shapes.note(progress, "rollout", prompts)
-        times = [time.monotonic()]
-
-        keys = row_keys(config.seed, step, config.batch_size)
-        student = sampler.ready(loaded.student(state.trained))
-        images = sampler.encode(student, prompts.vision)
-        sampled = sampler(student, prompts, keys, images)
-        times.append(time.monotonic())
-
-        rollouts = parse(loaded, rows, sampled)
-        # Where student, teachers and rollouts see with the same eyes, the tower need not run again.
-        micro_batches = pack(rows, rollouts, images if one_tower else None)
-        shapes.note(progress, "update", micro_batches)
-        times.append(time.monotonic())
-
-        state, values = train_step(state, loaded.base, micro_batches, jax.random.fold_in(dropout_key, step))
-        # The devices are at work: time to grade what was sampled, and to read and pack what comes next.
-        sampled_metrics = rollout_metrics(loaded, examples, rollouts)
-        upcoming = prepare() if step + 1 < config.steps else None
-        values = {k: float(v) for k, v in jax.device_get(values).items()}
-        times.append(time.monotonic())
-
-        row = {"step": step + 1, "learning_rate": float(learning_rate(step))} | values
-        row |= sampled_metrics | {"bad_rows": bad_rows.bad, "compilations": compiled.programs - programs}
-        phases = ("rollout", "pack", "update")
-        row |= {"seconds/data": data_seconds}  # during the last step's update, but for the first
-        row |= {f"seconds/{p}": b - a for p, a, b in zip(phases, times[:-1], times[1:], strict=True)}
-        if jax.process_index() == 0:
-            metrics_file.write(row)
-        shown = {"loss": row["loss"]} | {r.name: row[f"{r.name}/loss"] for r in loaded.roles}
-        progress.update(step + 1, shown | {"valid": row.get("valid_rate", 0.0), "accuracy": row.get("accuracy", 0.0)})
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-            seen = {"rows_seen": bad_rows.rows, "bad_rows": dict(bad_rows.reasons)}
-            checkpoints.save(state, place(next_batch=step + 1) | seen)
-    progress.close()
-    compiled.close()
-    metrics_file.close()
-    if hasattr(batches, "close"):
-        batches.close()
-    if bad_rows.bad:
-        say(bad_rows.summary())
-    return state
-
-
-def _micro_batches(
-    loaded: Loaded,
-    take: Callable[[jax.Array, np.ndarray], jax.Array],
-    count: int,
-    rows: list[Row],
-    rollouts: list[Rollout | None],
-    images: jax.Array | None,
-) -> list[ScoreBatch]:
-    """The step's rows in `count` micro-batches by length, on the mesh.
-
-    Args:
-      take: picks rows of `images`.
-      images: [B, M, D], the rows' visual tokens if they serve everyone; else each micro-batch brings its pictures.
-    """
-    out = []
-    for group in length_groups(rows, rollouts, count):
-        batch = pack_scores(
-            [rows[i] for i in group],
-            [rollouts[i] for i in group],
-            roles=loaded.roles,
-            config=loaded.config,
-            buckets=loaded.buckets,
-            with_images=images is None,
-        )
-        batch = loaded.put_batch(batch)
-        if images is not None:
-            batch = batch.replace(image_embeds=images if count == 1 else take(images, np.array(group)))
-        out.append(batch)
-    return out
 
 
 def declared_programs(buckets: Mapping[str, Sequence[int]], *, max_tokens: int) -> dict[str, int]:
@@ -273,22 +202,11 @@ def declared_programs(buckets: Mapping[str, Sequence[int]], *, max_tokens: int) 
     }
 
 
-class _Shapes:
-    """Says on the progress bar that a program is about to be compiled: when a batch has shapes not met before."""
-
-    def __init__(self):
-        self._met: set[Any] = set()
-
-    def note(self, progress: Progress, what: str, batch: Any) -> None:
-        shapes = (what, *(x.shape for x in jax.tree.leaves(batch)))
-        if shapes not in self._met:
-            self._met.add(shapes)
-            progress.note(f"compiling the {what} (shapes not met before)")
-
-
 def _evaluate(config, workdir: pathlib.Path, loaded: Loaded, trained: Any) -> None:
     students = {"base": loaded.student({}), "trained": loaded.student(trained)}
     results, answers = evaluate.evaluate_demo(loaded, students, config, sampling=sampling_of(config))
+    if not is_first():
+        return
     write_json(workdir / "results.json", results)
     print(evaluate.samples_text(answers["base"], answers["trained"]))
     print()
