@@ -15,6 +15,7 @@ import time
 import jax
 import jax.numpy as jnp
 
+from configs import base
 from vigos_jax.architecture import ModelConfig
 from vigos_jax.models import hf
 from vigos_jax.models.names import tensor_table
@@ -55,7 +56,7 @@ class Peak:
 def main(folder: pathlib.Path, output: pathlib.Path, fsdp: int) -> None:
     config = ModelConfig.load(folder)
     abstract = {"params": abstract_variables(VisionLanguageModel(config))["params"]}
-    shardings = tree_shardings(abstract, make_mesh(data=1, fsdp=fsdp, tensor=1))
+    shardings = tree_shardings(abstract, make_mesh(data=1, fsdp=fsdp, tensor=1), base.get_config().mesh.rules)
     real = jax.device_put
 
     with Peak() as load:

@@ -163,7 +163,7 @@ def test_the_demo(world, tmp_path, capsys):
         (["--config.eval.tasks=('nothing',)"], ["'nothing' is unknown", "mm_vet"]),
         (["--config.eval.samples=0"], ["config.eval.samples=0", "at least 1"]),
         (["--config.eval.tasks=('mmmu',)", "--config.eval.sources.mmmu=/nowhere"], ["/nowhere", "does not exist"]),
-        (["--config.eval.max_tokens=100000"], ["config.eval.max_tokens=100000", "config.buckets.completion"]),
+        (["--config.eval.max_tokens=0"], ["config.eval.max_tokens=0", "at least 1"]),
         (["--config.eval.prompt=free"], ["config.eval.prompt='free'", "structured, plain"]),
         (["--config.eval.output="], ["--config.eval.output=DIR"]),
         (["--config.eval.sources.nothing=x"], ["no field 'nothing'", "vilp_f"]),

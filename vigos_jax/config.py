@@ -42,6 +42,7 @@ _RANGES = (
     ("evaluate.seed", 0, 2**31 - 1),
     ("eval.limit", 0, None),
     ("eval.samples", 1, None),
+    ("eval.max_tokens", 1, None),
     ("eval.seed", 0, 2**31 - 1),
     ("eval.demo_questions", 1, None),
     ("eval.batch_size", 1, None),
@@ -104,11 +105,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
         if config.sampling.max_tokens > max(config.buckets.completion):
             raise InputError(
                 f"config.sampling.max_tokens={config.sampling.max_tokens} must be at most the largest "
-                f"config.buckets.completion, {max(config.buckets.completion)}"
-            )
-        if config.eval.max_tokens > max(config.buckets.completion):
-            raise InputError(
-                f"config.eval.max_tokens={config.eval.max_tokens} must be at most the largest "
                 f"config.buckets.completion, {max(config.buckets.completion)}"
             )
         for name, entry in config.prompts.items():
