@@ -157,6 +157,16 @@ def get_config() -> ml_collections.ConfigDict:
     config.buckets.completion = (48, *sizes(64, 4096))  # completion tokens, and what the cache grows by
     config.buckets.sequence = sizes(64, 65536)  # a student's prompt and completion, or all teacher branches of a row
 
+    # A step whose loss or gradient is not finite changes nothing; its rows and rollouts are written into WORKDIR/sick.
+    # A policy that collapses shows it: where a mean over the last steps leaves its bounds, a warning says so.
+    config.guards = ConfigDict()
+    config.guards.max_skipped = 5  # such steps in a row that end the run
+    config.guards.window = 20  # steps that the following are averaged over
+    config.guards.valid_rate = (0.0, 1.0)  # lowest and highest
+    config.guards.completion_tokens = (2.0, 1e9)
+    config.guards.entropy = (1e-3, 1e9)  # nats per supervised token
+    config.guards.stop = False  # save and end the run then, instead of warning only
+
     config.evaluate = ConfigDict()  # before and after a run on the demo
     config.evaluate.questions = 1000  # questions of each kind (conflict, prior); 0 for no evaluation
     config.evaluate.batch_size = 250

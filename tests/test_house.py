@@ -36,7 +36,8 @@ ROOMS = (
         *("config.py", "graders.py", "math_grader.py", "sharding.py", "metrics.py", "geometry.py", "palr.py"),
         *("report.py", "journal.py", "judge.py", "demo/"),
     ),
-    ("architecture.py", "inputs.py", "published.py", "hub.py", "distributed.py"),
+    ("health.py",),
+    ("architecture.py", "inputs.py", "published.py", "hub.py", "distributed.py", "interrupt.py"),
     ("errors.py", "__init__.py"),
 )
 LEVELS = {room: level for level, row in enumerate(reversed(ROOMS)) for room in row}

@@ -77,7 +77,7 @@ def test_metrics_are_those_of_the_plain_objective():
         assert metrics[f"{name}/tokens"] == part["tokens"]
         assert metrics[f"{name}/clipped_fraction"] == pytest.approx(part["clipped"] / part["tokens"])
     of_role = ("loss", "tokens", "clipped_fraction", "loss_share", "grad_share")
-    assert set(metrics) == {"loss", "grad_norm", "sampler_logp_gap", "entropy"} | {
+    assert set(metrics) == {"loss", "grad_norm", "skipped", "sampler_logp_gap", "entropy"} | {
         f"{name}/{x}" for name in parts for x in of_role
     }
 

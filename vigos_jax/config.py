@@ -10,6 +10,7 @@ from typing import Any
 import ml_collections
 
 from vigos_jax.errors import InputError
+from vigos_jax.health import GUARDED
 
 # (field, smallest, largest or None). What other rooms check for themselves (roles, sampling, mesh) is not here.
 _RANGES = (
@@ -55,6 +56,8 @@ _RANGES = (
     ("diagnose.wrong_answers", 1, None),
     ("diagnose.batch_size", 1, None),
     ("diagnose.seed", 0, 2**31 - 1),
+    ("guards.max_skipped", 1, None),
+    ("guards.window", 1, None),
     ("export.step", 0, None),
     ("export.max_shard_gb", 1e-9, None),
 )
@@ -76,7 +79,10 @@ CHOICES = {
 _PROMPT_FIELDS = ("user", "assistant_prefill")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 # They say what to do with a run, or where, not what the run is.
-_MODE_SECTIONS = ("eval", "score", "diagnose", "generate", "export", "compilation_cache", "mesh", "distributed")
+_MODE_SECTIONS = (
+    *("eval", "score", "diagnose", "generate", "export", "guards"),
+    *("compilation_cache", "mesh", "distributed"),
+)
 
 
 def get(config: Mapping[str, Any], field: str) -> Any:
@@ -107,6 +113,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 f"config.sampling.max_tokens={config.sampling.max_tokens} must be at most the largest "
                 f"config.buckets.completion, {max(config.buckets.completion)}"
             )
+        for name in GUARDED:
+            low_high = config.guards[name]
+            numbers = [x for x in low_high if isinstance(x, int | float)] if hasattr(low_high, "__len__") else []
+            if len(numbers) != 2 or len(low_high) != 2 or not numbers[0] <= numbers[1]:
+                raise InputError(f"config.guards.{name}={low_high!r} must be a lowest and a highest value: (0.2, 1.0)")
         for name, entry in config.prompts.items():
             if set(entry) != set(_PROMPT_FIELDS):
                 fields = ", ".join(entry) or "none"

@@ -12,6 +12,7 @@ from PIL import Image
 
 from vigos_jax.errors import InputError
 from vigos_jax.images import BadImage, image_size, read_image
+from vigos_jax.interrupt import deaf_worker
 from vigos_jax.processor import EncodedImage, Processor
 from vigos_jax.prompts import clean_problem, clean_reference
 from vigos_jax.sources import fingerprint, raw_row
@@ -284,7 +285,8 @@ def make_batches(
     if workers:
         if not flags.FLAGS.is_parsed():  # grain reads absl flags, and outside absl.app nobody parses them
             flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=1))
+        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=1)
+        batches = batches.mp_prefetch(options, worker_init_fn=deaf_worker)
     return iter(batches)
 
 

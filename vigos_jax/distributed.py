@@ -20,7 +20,7 @@ import jax
 # The store has no public name; orbax's checkpoints use it by this one too.
 from jax._src import distributed as jax_distributed
 
-from vigos_jax.errors import InputError
+from vigos_jax.errors import InputError, Stopped
 
 _JOIN_SECONDS = 300  # for all processes to be there
 _PATIENCE_MS = 24 * 60 * 60 * 1000  # a process that died is noticed by its heartbeats; this is for one that is slow
@@ -50,9 +50,14 @@ def joined(mode: str) -> Iterator[None]:
         raise
 
 
+def process() -> int:
+    """This process's number, from 0."""
+    return jax_distributed.global_state.process_id
+
+
 def is_first() -> bool:
     """Whether this process writes the files and talks: always, if it is the only one."""
-    return jax_distributed.global_state.process_id == 0
+    return process() == 0
 
 
 def several() -> bool:
@@ -67,6 +72,7 @@ def exchange(value: Any) -> list[Any]:
 
     Raises:
       InputError: a process has stopped, and what it says.
+      Stopped: a process was asked to stop.
     """
     return _round({"value": value})
 
@@ -96,7 +102,7 @@ def _round(message: dict[str, Any]) -> list[Any]:
     if not several():
         return [message["value"]]
     state, number = jax_distributed.global_state, next(_rounds)
-    patience = _FAREWELL_MS if "failure" in message else _PATIENCE_MS
+    patience = _PATIENCE_MS if "value" in message else _FAREWELL_MS
     state.client.key_value_set(_key(number, state.process_id), json.dumps(message))
     try:
         state.client.wait_at_barrier("vigos_jax", patience)
@@ -104,10 +110,13 @@ def _round(message: dict[str, Any]) -> list[Any]:
     except jax.errors.JaxRuntimeError as e:  # out of patience, or another was
         barrier_error = e
     said = {int(k.rpartition("/")[2]): json.loads(v) for k, v in state.client.key_value_dir_get(_key(number, ""))}
-    if "failure" in message:
+    if "value" not in message:
         if barrier_error:
             raise barrier_error
         return []
+    if reasons := [m["stopped"] for m in said.values() if "stopped" in m]:
+        _has_failed = True
+        raise Stopped(reasons[0])
     if failures := [f"process {i} stopped: {m['failure']}" for i, m in sorted(said.items()) if "failure" in m]:
         _has_failed = True
         raise InputError("; ".join(failures))
@@ -132,9 +141,10 @@ def _say_why(error: BaseException) -> None:
     if not several() or _has_failed:
         return
     _has_failed = True
-    is_known = isinstance(error, InputError)
+    is_known = isinstance(error, InputError | Stopped)
+    kind = "stopped" if isinstance(error, Stopped) else "failure"
     try:
-        _round({"failure": str(error) if is_known else f"{type(error).__name__}: {error}"})
+        _round({kind: str(error) if is_known else f"{type(error).__name__}: {error}"})
     except jax.errors.JaxRuntimeError:
         if is_known:
             print(f"vigos_jax: {error}", file=sys.stderr)
@@ -142,7 +152,7 @@ def _say_why(error: BaseException) -> None:
             traceback.print_exception(error)
         print("vigos_jax: the other processes do not answer; jax will end them", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(2 if is_known else 1)
+        os._exit({"stopped": 0, "failure": 2}[kind] if is_known else 1)
 
 
 # -- joining ----------------------------------------------------------------------------------------------------

@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     `vigos_jax.main` prints the message and exits with code 2.
     """
+
+
+class Stopped(BaseException):
+    """The run stops because it was asked to, and can be gone on with: no error, and nothing to handle on the way."""

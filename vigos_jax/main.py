@@ -17,7 +17,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from vigos_jax import distributed  # noqa: E402
 from vigos_jax.config import read_json, validate  # noqa: E402
-from vigos_jax.errors import InputError  # noqa: E402
+from vigos_jax.errors import InputError, Stopped  # noqa: E402
 
 # Flags put the traceback of a config file's error into their own message.
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(\s.*\n)*")
@@ -215,6 +215,10 @@ def main(argv: list[str]) -> int:
     except InputError as e:
         print(f"vigos_jax: {e}", file=sys.stderr)
         return 2
+    except Stopped as e:
+        if distributed.is_first():
+            print(f"vigos_jax: {e}", file=sys.stderr)
+        return 0
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import jax
 from tqdm import tqdm
 
 from vigos_jax.distributed import is_first
+from vigos_jax.health import finite_or_none
 
 
 class MetricsFile:
@@ -39,9 +40,13 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Writes one row at once; it must have `step`."""
-        self._file.write(json.dumps(row) + "\n")
+        """Writes one row at once; it must have `step`. Numbers that are not finite become null."""
+        self._file.write(json.dumps({k: finite_or_none(v) for k, v in row.items()}) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Brings the rows to the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -146,6 +151,11 @@ class RunLog:
             self._file.write(row)
         values = {k.removesuffix("/loss").removesuffix("_rate"): row.get(k, 0.0) for k in shown}
         self._progress.update(row["step"], values)
+
+    def sync(self) -> None:
+        """Brings all rows to the disk: a checkpoint that follows must not be newer than they are."""
+        if self._file:
+            self._file.sync()
 
     def close(self) -> None:
         self._progress.close()

@@ -8,6 +8,7 @@ from typing import Any
 from vigos_jax.architecture import ModelConfig
 from vigos_jax.data import Example, encode_row
 from vigos_jax.graders import is_correct, last_boxed, mentions
+from vigos_jax.health import finite_or_none
 from vigos_jax.loading import Loaded
 from vigos_jax.packing import Buckets, Rollout, Row, make_row, too_long
 from vigos_jax.processor import EncodedImage, Processor
@@ -130,6 +131,22 @@ def spans_json(rollout: Rollout) -> dict[str, list[list[int]]]:
     """Token ranges [start, end) of the parts; an empty part has none."""
     parts = {name: getattr(rollout.spans, name) for name in _PARTS}
     return {name: [list(span)] if span[1] > span[0] else [] for name, span in parts.items()}
+
+
+def records(
+    loaded: Loaded, examples: Sequence[Example], rollouts: Sequence[Rollout | None]
+) -> list[dict[str, Any]]:
+    """JSON of each row and its rollout, to look at or to score again; a bad row has its reason instead."""
+    out = []
+    for example, rollout in zip(examples, rollouts, strict=True):
+        row = {"id": example.id}
+        if rollout is None:
+            out.append(row | {"bad_reason": example.bad_reason})
+            continue
+        row |= {"problem": example.problem, "answer": example.reference, "completion_ids": list(rollout.ids)}
+        row |= {"completion": loaded.processor.decode(rollout.ids), "is_valid": rollout.spans.is_valid}
+        out.append(row | {"sampled_logps": [finite_or_none(p) for p in rollout.logps or ()]})
+    return out
 
 
 def rollout_counts(

@@ -86,7 +86,10 @@ def make_train_step(
     The micro-batches may have shapes of their own: a program is compiled for each shape, and one for the update.
     Every term is divided by its shares in all of them together, never per micro-batch.
 
+    A step whose loss or gradient is not finite changes nothing but the number of steps.
+
     Metrics, beside loss and gradient norm:
+      skipped: 1 for such a step, else 0.
       sampler_logp_gap: mean |logp by the sampler - logp by the student| of the supervised tokens: float noise if
         both are the same model, plus the adapter's dropout, which only the student has.
       entropy: mean over the supervised tokens of the student's distribution, in nats.
@@ -137,12 +140,17 @@ def make_train_step(
 
     def update(state: TrainState, sums: Any, shares: Array):
         loss, stats, gaps, state_squares, grads = sums
+        grad_norm = optax.tree.norm(grads)
+        is_sound = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         average = optax.incremental_update(trained, state.average, ema_rate) if state.average else state.average
+        new, old = (trained, opt_state, average), (state.trained, state.opt_state, state.average)
+        trained, opt_state, average = jax.tree.map(lambda a, b: jnp.where(is_sound, a, b), new, old)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": grad_norm,
+            "skipped": jnp.float32(~is_sound),
             "sampler_logp_gap": gaps[0] / jnp.maximum(gaps[1], 1.0),
             "entropy": jnp.sum(stats.entropy) / jnp.maximum(jnp.sum(stats.tokens), 1.0),
         }

@@ -13,14 +13,16 @@ from vigos_jax.batches import Batches
 from vigos_jax.checkpoint import Checkpoints
 from vigos_jax.config import differences, read_json, to_json
 from vigos_jax.data import BadRows, data_state, resume_batch
-from vigos_jax.distributed import first_decides, is_first
-from vigos_jax.errors import InputError
+from vigos_jax.distributed import exchange, first_decides, is_first
+from vigos_jax.errors import InputError, Stopped
 from vigos_jax.export import check_options, export
+from vigos_jax.health import Health, write_sick
+from vigos_jax.interrupt import Interrupt
 from vigos_jax.loading import Loaded, load, open_source, sampling_of
 from vigos_jax.metrics import RunLog, say, write_json
 from vigos_jax.model_card import Run
 from vigos_jax.models.variables import shares_vision
-from vigos_jax.rollouts import parse, rollout_counts, rollout_metrics
+from vigos_jax.rollouts import parse, records, rollout_counts, rollout_metrics
 from vigos_jax.sampler import Sampler, row_keys
 from vigos_jax.sharding import check_batch, replicated, tree_shardings
 from vigos_jax.step import TrainState, make_optimizer, make_train_step
@@ -73,29 +75,36 @@ def train(config, workdir: pathlib.Path) -> None:
 
     Writes config.json, metrics.jsonl, checkpoints/, at the end export/ and, on the demo, results.json. With several
     processes all call it, on the same workdir: the first writes, all write the checkpoints.
-    """
-    first_decides(lambda: _check_workdir(config, workdir))
-    source = open_source(config)
-    loaded = load(config, for_training=True)
-    check_batch(loaded.mesh, batch_size=config.batch_size, accumulation=config.accumulation)
-    has_results = config.data.source == "demo" and config.evaluate.questions > 0
-    output = pathlib.Path(config.export.output).expanduser() if config.export.output else workdir / "export"
-    if config.export.after_training:
-        first_decides(lambda: _check_export(config, workdir, output, has_adapter="lora" in loaded.trained))
-    first_decides(lambda: _open_workdir(config, workdir))
-    if not (workdir / "config.json").exists():
-        raise InputError(f"--workdir {workdir} is not the first process's; choose a folder that all hosts share")
 
-    trained = _steps(config, workdir, loaded, source)
-    if has_results and first_decides(lambda: not (workdir / "results.json").exists()):
-        _evaluate(config, workdir, loaded, trained)
-    if config.export.after_training and first_decides(lambda: not output.exists()):
-        export(loaded, trained, config, output, run=Run.of(workdir, config.steps))
+    Raises:
+      Stopped: a signal came, and everything that was done is saved.
+      InputError: bad config or data, or a run that is not well (`config.guards`), which is saved too.
+    """
+    with Interrupt() as interrupt:
+        with interrupt.at_once():
+            first_decides(lambda: _check_workdir(config, workdir))
+            source = open_source(config)
+            loaded = load(config, for_training=True)
+            check_batch(loaded.mesh, batch_size=config.batch_size, accumulation=config.accumulation)
+            has_results = config.data.source == "demo" and config.evaluate.questions > 0
+            output = pathlib.Path(config.export.output).expanduser() if config.export.output else workdir / "export"
+            if config.export.after_training:
+                first_decides(lambda: _check_export(config, workdir, output, has_adapter="lora" in loaded.trained))
+            first_decides(lambda: _open_workdir(config, workdir))
+            if not (workdir / "config.json").exists():
+                raise InputError(f"--workdir {workdir} is not the first process's; choose a folder all hosts share")
+
+        trained = _steps(config, workdir, loaded, source, interrupt)
+        with interrupt.at_once():
+            if has_results and first_decides(lambda: not (workdir / "results.json").exists()):
+                _evaluate(config, workdir, loaded, trained)
+            if config.export.after_training and first_decides(lambda: not output.exists()):
+                export(loaded, trained, config, output, run=Run.of(workdir, config.steps))
     if is_first():
         _show(workdir, output)
 
 
-def _steps(config, workdir: pathlib.Path, loaded: Loaded, source: Any) -> Any:
+def _steps(config, workdir: pathlib.Path, loaded: Loaded, source: Any, interrupt: Interrupt) -> Any:
     """All steps that are not in the newest checkpoint; returns the trained weights."""
     options = {k: v for k, v in config.optimizer.items()}
     tx, learning_rate = make_optimizer(steps=config.steps, **options)
@@ -108,12 +117,13 @@ def _steps(config, workdir: pathlib.Path, loaded: Loaded, source: Any) -> Any:
         window=config.data.window,
     )
     with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
-        state, bad_rows = _initial_state(config, loaded, tx), BadRows()
-        first = first_decides(checkpoints.latest_step) or 0
-        if first:
-            state, saved = checkpoints.restore(first, state)
+        state, bad_rows, health = _initial_state(config, loaded, tx), BadRows(), Health(config.guards)
+        first = 0
+        if found := checkpoints.restore_newest(state):
+            first, state, saved = found
             resume_batch(saved, place(next_batch=first))
             bad_rows.update(saved["rows_seen"], saved["bad_rows"])
+            health = Health(config.guards, saved["health"])
             say(f"going on from step {first} of {config.steps} in {workdir}")
         if first == config.steps:
             return state.trained
@@ -129,7 +139,7 @@ def _steps(config, workdir: pathlib.Path, loaded: Loaded, source: Any) -> Any:
         dropout_key = jax.random.fold_in(jax.random.key(config.seed), 2)
         batches = Batches(config, loaded, source, first=first)
         log = RunLog(workdir / "metrics.jsonl", first=first, total=config.steps, every=config.log_every)
-        upcoming = batches.next()
+        sick, upcoming = workdir / "sick", batches.next()
         for step in range(first, config.steps):
             batch = upcoming
             bad_rows.update(config.batch_size, batch.bad_rows)
@@ -153,17 +163,34 @@ def _steps(config, workdir: pathlib.Path, loaded: Loaded, source: Any) -> Any:
             upcoming = batches.next() if step + 1 < config.steps else None
             values = {k: float(v) for k, v in jax.device_get(values).items()}
 
-            row = {"step": step + 1, "learning_rate": float(learning_rate(step))} | values
+            row = {"step": step + 1, "learning_rate": float(learning_rate(step - health.skipped))} | values
             row |= rollout_metrics(counts) | {"bad_rows": bad_rows.bad}
+            health.update(row)
+            row |= {"skipped_steps": health.skipped, "alerts": len(health.alerts)}
             row |= {"seconds/data": batch.seconds}  # during the last step's update, but for the first
             log.write(row, shown=("loss", *(f"{r.name}/loss" for r in loaded.roles), "valid_rate", "accuracy"))
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-                seen = {"rows_seen": bad_rows.rows, "bad_rows": dict(bad_rows.reasons)}
+            if row["skipped"]:
+                write_sick(sick, row, records(loaded, batch.examples, rollouts))
+            for text in health.news:
+                say(f"warning: {text}")
+            # Every process hears here of a signal that any of them got, and of one that has failed.
+            signals = sorted(filter(None, exchange(interrupt.asked)))
+            unwell = health.reason_to_stop(sick)
+            ends = bool(signals or unwell)
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or ends:
+                seen = {"rows_seen": bad_rows.rows, "bad_rows": dict(bad_rows.reasons), "health": health.state()}
+                log.sync()
                 checkpoints.save(state, place(next_batch=step + 1) | seen)
+            if ends:
+                break
         log.close()
         batches.close()
     if bad_rows.bad:
         say(bad_rows.summary())
+    if unwell:
+        raise InputError(f"{unwell}; saved at step {step + 1} of {config.steps}")
+    if signals:
+        raise Stopped(f"{signals[0]}: stopped, saved at step {step + 1} of {config.steps}; the same command goes on")
     return state.trained
 
 
