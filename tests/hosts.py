@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -62,6 +63,7 @@ def launch(folder: pathlib.Path, jobs: list[dict[str, Any]], *, processes: int, 
     end_below: every token id below this ends a completion, instead of the model's own.
     interleaved: the mesh takes devices two by two from the processes in turn.
     fails: number of a process that cannot read its second batch.
+    signalled: number of a process that gets SIGTERM in its second step.
     """
     folder.mkdir()
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -116,6 +118,8 @@ def run(job: dict[str, Any], process: int) -> dict[str, Any]:
         return sampled
 
     def on_parse(rollouts: Any, loaded: Any, rows: Any, sampled: Completions) -> Any:
+        if job.get("signalled") == process and len(seen["parsed"]) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         seen["parsed"].append(len(rows))
         seen["ids"].append(sampled.ids)
         seen["logps"].append(sampled.logps)

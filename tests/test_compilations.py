@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs as runs
@@ -48,3 +50,19 @@ def test_two_hundred_steps_of_mixed_sizes(tmp_path_factory, tmp_path):
     # The shapes are met early: what comes later compiles next to nothing.
     assert sum(row["compilations"] for row in found[STEPS // 2 :]) <= 0.2 * compiled
     assert counter.programs >= compiled
+
+
+@pytest.mark.parametrize("keep", [0, 7, 0.5])
+def test_a_torn_cache_is_compiled_again(tmp_path, keep):
+    """A kill can leave half a program in the compilation cache, a full disk none of it."""
+    options = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    with runs.configured(options):
+        compile_anew = lambda: jax.jit(lambda x: jnp.sin(x) * keep + 1)(jnp.arange(5.0))  # noqa: E731
+        want = compile_anew()
+        files = [p for p in tmp_path.rglob("*") if p.is_file()]
+        assert files
+        for path in files:
+            data = path.read_bytes()
+            path.write_bytes(data[: keep if isinstance(keep, int) else int(len(data) * keep)])
+        with pytest.warns(UserWarning, match="Error reading persistent compilation cache"):
+            np.testing.assert_array_equal(compile_anew(), want)

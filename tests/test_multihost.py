@@ -231,10 +231,16 @@ def one(tmp_path_factory, world, unequal):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, world, unequal):
-    """(folder of workdirs, what each of two processes with four devices saw); the last job fails in the second."""
+    """(folder of workdirs, what each of two processes with four devices saw).
+
+    One job is sent a signal and gone on with by the next; the last one fails in the second process.
+    """
     folder = tmp_path_factory.mktemp("two")
+    listed = jobs(world, unequal, folder)
+    again = listed[0]["args"][:-1] + [f"--workdir={folder / 'signalled'}", "--config.checkpoint_every=4"]
+    listed += [{"name": "signalled", "args": again, "signalled": 1}, {"name": "gone_on", "args": again}]
     fails = {"name": "fails", "args": [f"--config={world.config}", f"--workdir={folder / 'fails'}"], "fails": 1}
-    return folder, hosts.launch(folder / "launch", [*jobs(world, unequal, folder), fails], processes=2, devices=4)
+    return folder, hosts.launch(folder / "launch", [*listed, fails], processes=2, devices=4)
 
 
 def rows_of(workdir: pathlib.Path) -> list[dict]:
@@ -315,6 +321,16 @@ def test_only_the_first_process_talks(two):
     said = [(two[0] / "launch" / f"output-{i}.txt").read_text() for i in range(2)]
     assert "the run is complete" in said[0] and "train 4/4" in said[0]
     assert "complete" not in said[1] and "train " not in said[1]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_all_after_the_same_step(one, two):
+    for result in two[1]:
+        assert result["signalled"]["code"] == 0 and len(result["signalled"]["parsed"]) == 2
+        assert result["gone_on"]["code"] == 0 and len(result["gone_on"]["parsed"]) == runs.STEPS - 2
+    said = (two[0] / "launch" / "output-0.txt").read_text()
+    assert f"SIGTERM: stopped, saved at step 2 of {runs.STEPS}" in said and "going on from step 2" in said
+    assert_same_rows(one[0] / "whole", two[0] / "signalled")
 
 
 @pytest.mark.slow

@@ -117,17 +117,25 @@ def compile_once(tmp_path_factory) -> Iterator[None]:
         "jax_compilation_cache_dir": str(_cache_folder(tmp_path_factory)),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
     }
-    before = {name: getattr(jax.config, name) for name in options}
-    with mock.patch.object(jax, "jit", tiny.jit):
-        _configure(options)
+    with mock.patch.object(jax, "jit", tiny.jit), configured(options):
         yield
-        _configure(before)
 
 
-def _configure(options: dict[str, Any]) -> None:
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+@contextlib.contextmanager
+def configured(options: dict[str, Any]) -> Iterator[None]:
+    """jax's options of compilation and its cache, for as long as the context lasts."""
+    before = {name: getattr(jax.config, name) for name in options}
+
+    def configure(values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+    configure(options)
+    try:
+        yield
+    finally:
+        configure(before)
 
 
 @once

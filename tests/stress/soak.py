@@ -1,0 +1,62 @@
+"""Trains the demo for 500 steps and samples the memory of the process and the programs it has compiled.
+
+    python tests/stress/soak.py             # 500 steps, about five minutes on two cores
+    python tests/stress/soak.py --steps 2000
+
+Exits with 1 if memory grows by 2 % or more after step 50, or a program is compiled after it.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+os.environ["JAX_PLATFORMS"] = "cpu"
+SETTLED = 50  # steps after which nothing may grow
+WINDOW = 25  # steps whose median is compared: what a save holds for a moment is no growth
+
+
+def resident() -> int:
+    """Bytes of this process that no file stands behind."""
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("this system does not say what RssAnon is")
+
+
+def main(steps: int, folder: pathlib.Path) -> int:
+    from vigos_jax import main as command_line
+    from vigos_jax.metrics import MetricsFile
+
+    memory, write = [], MetricsFile.write
+
+    def sampled(self, row):
+        write(self, row)
+        memory.append(resident())
+
+    MetricsFile.write = sampled
+    flags = [f"--config.steps={steps}", "--config.evaluate.questions=0", "--config.export.after_training=False"]
+    if command_line.main(["vigos_jax", "--config=configs/base.py", f"--workdir={folder / 'run'}", *flags]):
+        return 1
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    early = statistics.median(memory[SETTLED : SETTLED + WINDOW])
+    late = statistics.median(memory[-WINDOW:])
+    compiled = sum(row["compilations"] for row in rows[SETTLED:])
+    growth = late / early - 1
+    print(f"{len(rows)} steps; memory after step {SETTLED}: {early / 1e6:.1f} MB, at the end {late / 1e6:.1f} MB")
+    print(f"growth {growth:+.2%} (must stay under 2 %); programs compiled after step {SETTLED}: {compiled}")
+    return int(growth >= 0.02 or compiled > 0 or len(rows) != steps)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=500)
+    arguments = parser.parse_args()
+    os.chdir(ROOT)
+    with tempfile.TemporaryDirectory() as folder:
+        sys.exit(main(arguments.steps, pathlib.Path(folder)))

@@ -1,0 +1,31 @@
+"""The scripts of tests/stress, at the size their promise names."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def script(name: str, *arguments: str) -> str:
+    """What a script printed; it must have ended well."""
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, f"tests/stress/{name}.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1800)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_twenty_kills():
+    said = script("kills", "--kills=20")
+    assert "20 kills survived" in said and "the same to the bit" in said
+
+
+@pytest.mark.slow
+def test_five_hundred_steps_do_not_grow():
+    assert "500 steps" in script("soak", "--steps=500")
