@@ -4,10 +4,13 @@ import dataclasses
 import json
 
 import datasets
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs as runs
 from browser import dump, needs_browser
+from jax.sharding import NamedSharding, PartitionSpec
 from task_files import make_all, write_table
 from test_judge import serving, unauthorised
 
@@ -15,6 +18,7 @@ from vigos_jax import evaluate_tasks as lib
 from vigos_jax.errors import InputError
 from vigos_jax.eval_report import coloured, write_report
 from vigos_jax.journal import Journal, content_key
+from vigos_jax.task_answers import named_keys
 from vigos_jax.task_scores import Answer, summarise
 from vigos_jax.tasks import TASKS
 from vigos_jax.tasks.task import Question
@@ -88,7 +92,7 @@ def test_the_samples_of_a_question_differ(finished):
 def test_nothing_is_done_twice(finished, world, sources, monkeypatch):
     """A finished evaluation is only read: no sampler, no grader."""
     before, numbers = runs.bytes_of(finished), results(finished)
-    monkeypatch.setattr(lib._Asking, "_sample_batch", lambda *args: pytest.fail("sampled again"))
+    monkeypatch.setattr(lib.Asker, "_sample_batch", lambda *args: pytest.fail("sampled again"))
     monkeypatch.setattr(lib.MathGrader, "is_equal", lambda *args: pytest.fail("graded again"))
     assert run(world, finished, list(sources), sources) == 0
     assert runs.bytes_of(finished) == before and results(finished) == numbers
@@ -109,13 +113,12 @@ def test_an_evaluation_goes_on_where_it_was_cut(finished, world, sources, tmp_pa
     assert {k: results(output)[k] for k in names} == {k: results(finished)[k] for k in names}
 
 
-def test_greedy_samples_are_equal_and_keys_know_the_sampling(finished, world, sources, tmp_path):
-    output = tmp_path / "greedy"
-    assert run(world, output, ["mathverse"], sources, "--config.eval.temperature=0.0") == 0
-    texts = {}
-    for r in responses(output):
-        texts.setdefault(r["id"], set()).add(r["text"])
-    assert all(len(t) == 1 for t in texts.values())
+def test_greedy_is_one_answer_whatever_the_seed(finished, world, sources, tmp_path):
+    output, greedy = tmp_path / "greedy", "--config.eval.temperature=0.0"
+    assert run(world, output, ["mathverse"], sources, greedy) == 0
+    assert run(world, tmp_path / "other", ["mathverse"], sources, greedy, "--config.eval.seed=7") == 0
+    texts, others = ({r["id"]: r["text"] for r in responses(o)} for o in (output, tmp_path / "other"))
+    assert texts == others and len(responses(output)) == len(texts) == 4
     assert not {r["key"] for r in responses(output)} & {r["key"] for r in responses(finished)}
 
 
@@ -278,7 +281,7 @@ def test_lenient_answer(text, answer):
 
 
 def test_named_keys_depend_on_name_and_seed_alone():
-    data = lambda seed, names: np.asarray(lib.jax.random.key_data(lib.named_keys(seed, names)))  # noqa: E731
+    data = lambda seed, names: np.asarray(jax.random.key_data(named_keys(seed, names)))  # noqa: E731
     a, b = data(0, ["x", "y"]), data(0, ["y", "z", "x"])
     assert (a[0] == b[2]).all() and (a[1] == b[0]).all() and (a[0] != a[1]).any() and (data(1, ["x"]) != a[:1]).any()
 
@@ -291,6 +294,21 @@ def test_fingerprint(tmp_path):
     content[99_999] = 1
     (tmp_path / "a").write_bytes(content)
     assert lib.fingerprint_of([tmp_path], "float32") != first
+
+
+def test_a_digest_knows_every_bit_and_place_but_not_the_mesh():
+    x = np.random.default_rng(0).normal(size=(8, 4, 6)).astype(np.float32)
+    digest = lambda *leaves: np.asarray(jax.jit(lib._digest)(list(leaves))).tolist()  # noqa: E731
+    spread = jax.device_put(x, NamedSharding(jax.make_mesh((4, 2), ("a", "b")), PartitionSpec("a", "b")))
+    assert digest(x) == digest(spread) == digest(x.copy())
+    seen = [digest(x)]
+    for change in (np.swapaxes(x, 1, 2), x[::-1], x.reshape(4, 8, 6)[[1, 0, 2, 3]], -x, np.nextafter(x, 9)):
+        seen.append(digest(change))
+    one = x.copy()
+    one[3, 2, 1] = np.nextafter(one[3, 2, 1], 9)
+    seen += [digest(one), digest(x.astype(jnp.bfloat16))]
+    assert len({str(d) for d in seen}) == len(seen)
+    assert digest(x, one) != digest(one, x)
 
 
 def test_journal(tmp_path):

@@ -20,6 +20,7 @@ _RANGES = (
     ("checkpoint_every", 1, None),
     ("keep_checkpoints", 1, None),
     ("log_every", 1, None),
+    ("eval_every", 0, None),
     ("lora.rank", 0, None),
     ("lora.alpha", 0, None),
     ("lora.dropout", 0, 0.999),
@@ -75,7 +76,10 @@ CHOICES = {
 _PROMPT_FIELDS = ("user", "assistant_prefill")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 # They say what to do with a run, or where, not what the run is.
-_MODE_SECTIONS = ("eval", "score", "diagnose", "generate", "export", "compilation_cache", "mesh", "distributed")
+_MODE_SECTIONS = (
+    *("eval", "eval_every", "score", "diagnose", "generate", "export"),
+    *("compilation_cache", "mesh", "distributed"),
+)
 
 
 def get(config: Mapping[str, Any], field: str) -> Any:
@@ -111,6 +115,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 f"config.eval.max_tokens={config.eval.max_tokens} must be at most the largest "
                 f"config.buckets.completion, {max(config.buckets.completion)}"
             )
+        if not isinstance(config.eval.plain_prompt, str) or "{problem}" not in config.eval.plain_prompt:
+            raise InputError(f"config.eval.plain_prompt={config.eval.plain_prompt!r} must be a text with {{problem}}")
         for name, entry in config.prompts.items():
             if set(entry) != set(_PROMPT_FIELDS):
                 fields = ", ".join(entry) or "none"

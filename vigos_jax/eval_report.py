@@ -5,10 +5,10 @@ import pathlib
 import re
 from collections.abc import Sequence
 
-from vigos_jax.errors import InputError
-from vigos_jax.evaluate_tasks import TaskResult, evaluate_tasks, fingerprint_of, table_text
+from vigos_jax.evaluate_tasks import Evaluation, TaskResult, output_of, table_text
 from vigos_jax.images import BadImage, read_image
 from vigos_jax.loading import Loaded
+from vigos_jax.metrics import write_json
 from vigos_jax.models.variables import Variables
 from vigos_jax.report import Rollout, Table, Text, Token, picture_uri, write_page
 from vigos_jax.task_scores import COMMON, Answer
@@ -39,7 +39,7 @@ _BOX = re.compile(r"\\boxed\{")
 def evaluate(
     loaded: Loaded, trained: Variables, config, *, workdir: pathlib.Path | None, step: int
 ) -> tuple[str, bool]:
-    """Evaluates a student on `config.eval.tasks` and writes the report.
+    """Evaluates a student on `config.eval.tasks` and writes results.json and the report.
 
     Args:
       workdir, step: the run and the checkpoint that `trained` comes from; None and 0 for the config's own model.
@@ -48,18 +48,13 @@ def evaluate(
       (the table for a terminal, whether every question was asked and every answer judged).
 
     Raises:
-      InputError: nowhere to write, or as `evaluate_tasks`.
+      InputError: as `Evaluation`, or nowhere to write.
     """
-    if not config.eval.output and workdir is None:
-        raise InputError("--mode eval needs --workdir of a run, or --config.eval.output=DIR")
-    output = pathlib.Path(config.eval.output).expanduser() if config.eval.output else workdir / "eval"
-    folders = [loaded.folder]
-    if config.model.adapter:
-        folders.append(pathlib.Path(config.model.adapter).expanduser())
-    if workdir is not None:
-        folders.append(workdir / "checkpoints" / str(step))
-    fingerprint = fingerprint_of(folders, config.model.dtype)
-    results = evaluate_tasks(loaded, loaded.student(trained), config, output=output, fingerprint=fingerprint)
+    output = output_of(config, workdir)
+    results = Evaluation(loaded, config).run(trained, output=output)
+    write_json(
+        output / "results.json", {r.task.name: r.numbers | {"source": r.source, "notes": r.notes} for r in results}
+    )
     name = loaded.name if workdir is None else f"{workdir} (step {step}, from {loaded.name})"
     write_report(results, output=output, name=name, protocol={k: config.eval[k] for k in _PROTOCOL})
     is_complete = not any(r.errors or r.numbers["unjudged"] for r in results)

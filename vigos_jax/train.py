@@ -15,6 +15,7 @@ from vigos_jax.config import differences, read_json, to_json
 from vigos_jax.data import BadRows, data_state, resume_batch
 from vigos_jax.distributed import first_decides, is_first
 from vigos_jax.errors import InputError
+from vigos_jax.eval_steps import StepEvaluations
 from vigos_jax.export import check_options, export
 from vigos_jax.loading import Loaded, load, open_source, sampling_of
 from vigos_jax.metrics import RunLog, say, write_json
@@ -71,8 +72,9 @@ def _initial_state(config, loaded: Loaded, tx: Any) -> TrainState:
 def train(config, workdir: pathlib.Path) -> None:
     """Runs `config.steps` optimizer steps in `workdir`, going on from its newest checkpoint if there is one.
 
-    Writes config.json, metrics.jsonl, checkpoints/, at the end export/ and, on the demo, results.json. With several
-    processes all call it, on the same workdir: the first writes, all write the checkpoints.
+    Writes config.json, metrics.jsonl, checkpoints/, with `config.eval_every` eval.jsonl and eval/, at the end export/
+    and, on the demo, results.json. With several processes all call it, on the same workdir: the first writes, all write
+    the checkpoints.
     """
     first_decides(lambda: _check_workdir(config, workdir))
     source = open_source(config)
@@ -115,6 +117,8 @@ def _steps(config, workdir: pathlib.Path, loaded: Loaded, source: Any) -> Any:
             resume_batch(saved, place(next_batch=first))
             bad_rows.update(saved["rows_seen"], saved["bad_rows"])
             say(f"going on from step {first} of {config.steps} in {workdir}")
+        evaluations = StepEvaluations(config, loaded, workdir)
+        evaluations.at(first, state.trained)  # the step may have been saved, but not evaluated
         if first == config.steps:
             return state.trained
 
@@ -160,6 +164,7 @@ def _steps(config, workdir: pathlib.Path, loaded: Loaded, source: Any) -> Any:
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
                 seen = {"rows_seen": bad_rows.rows, "bad_rows": dict(bad_rows.reasons)}
                 checkpoints.save(state, place(next_batch=step + 1) | seen)
+            evaluations.at(step + 1, state.trained)
         log.close()
         batches.close()
     if bad_rows.bad:
@@ -216,7 +221,7 @@ def _evaluate(config, workdir: pathlib.Path, loaded: Loaded, trained: Any) -> No
 
 def _show(workdir: pathlib.Path, output: pathlib.Path) -> None:
     print(f"the run is complete: {workdir}")
-    parts = ("config.json", "metrics.jsonl", "results.json", "checkpoints")
+    parts = ("config.json", "metrics.jsonl", "eval.jsonl", "results.json", "checkpoints")
     for path in [*(workdir / p for p in parts), output]:
         if path.exists():
             print(f"  {path}")
