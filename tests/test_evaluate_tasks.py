@@ -77,7 +77,7 @@ def test_every_task_is_answered(finished, sources):
         assert n["samples"] == n["questions"] * (1 if name in fixed else SAMPLES) and n["errors"] == n["unjudged"] == 0
         assert all(0 <= n[k] <= 100 for k in ("pass", "avg", "avg_low", "avg_high", "avg_lenient", "format_valid"))
         assert 0 < n["tokens"] <= 12 and n["source"] == sources[name]
-    assert "rows; CV-Bench is published with 2638" in numbers["cv_bench"]["notes"][0]
+    assert "has 5 rows, not the published 2638" in numbers["cv_bench"]["notes"][0]
     assert len(responses(finished)) == sum(n["samples"] for n in numbers.values())
 
 
@@ -217,7 +217,7 @@ def test_the_report_has_every_task_and_the_published_rows(finished):
         "published, 7B ViGOS" in page
         and "| published, 3B base | 60.86 | 27.91 | 59.50 | 93.33 | 55.67 | 80.67 |" in text
     )
-    assert "CV-Bench is published with 2638" in text and "this is a lower bound" in text
+    assert "has 5 rows, not the published 2638" in text and "this is a lower bound" in text
     assert page.count("data:image/png;base64,") >= 12
 
 
@@ -236,7 +236,7 @@ def hostile_report(tmp_path_factory):
     ]
     numbers = summarise(TASKS["mmmu"], answers, seed=0) | {"errors": 1}
     result = lib.TaskResult(TASKS["mmmu"], HOSTILE, numbers, answers, [(question, HOSTILE)], [HOSTILE], ())
-    write_report([result], output=output, name=HOSTILE, protocol={"x": HOSTILE})
+    write_report([result], output=output, name=HOSTILE, protocol=HOSTILE)
     return output
 
 
@@ -259,6 +259,9 @@ def test_parts_are_coloured():
     tokens = coloured("a </description> <think> b </think> \\boxed{c}")
     assert "".join(t.text for t in tokens) == "a </description> <think> b </think> \\boxed{c}"
     assert [t.text for t in tokens if t.strength] == ["a </description>", " <think> b </think>", "\\boxed{c}"]
+    tokens = coloured("b </think> \\boxed{x} \\boxed{\\frac{1}{2}} and more")
+    assert [t.text for t in tokens if t.strength] == ["b </think>", "\\boxed{\\frac{1}{2}}"]
+    assert [t.text for t in coloured("\\boxed{never {closed}") if t.strength] == ["\\boxed{never {closed}"]
     assert [t.strength for t in coloured("no parts at all")] == [0.0]
 
 
@@ -324,9 +327,14 @@ def test_journal(tmp_path):
         journal.append("c", {"x": 4})
     with Journal(path) as journal:
         assert journal["c"] == {"key": "c", "x": 4} and len(journal) == 3
-    path.write_bytes(b"no json\n" + path.read_bytes())
-    with pytest.raises(InputError, match="line 1, is no record"):
-        Journal(path)
+        with pytest.raises(InputError, match="another process is writing"):
+            Journal(path)
+    whole = path.read_bytes()
+    for garbage in (b"no json", b"{}", b"[1]", b"7", b"\x00\xff", b'{"key": ["a"]}', b'{"key": 1}', b"[" * 9999, b""):
+        path.write_bytes(whole + garbage + b"\n" + whole)
+        with pytest.raises(InputError, match="line 5, is no record with a key; move the file away"):
+            Journal(path)
+        assert path.read_bytes() == whole + garbage + b"\n" + whole  # nothing is lost
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
         Journal(tmp_path / "file" / "j.jsonl")

@@ -121,9 +121,9 @@ class Evaluation:
             answers = _judged(answers, self._judge, verdicts, mode=e.judge.mode)
         notes = []
         if task.rows is not None and not e.limit and len(rows.rows) != task.rows:
-            notes.append(f"{rows.name} has {len(rows.rows)} rows; {task.title} is published with {task.rows}")
+            notes.append(f"{rows.name} has {len(rows.rows)} rows, not the published {task.rows}")
         for note in notes:
-            say(note)
+            say(f"{task.title}: {note}")
         numbers = summarise(task, answers, seed=e.seed) | {"errors": len(errors)}
         return TaskResult(task, rows.name, numbers, answers, errors, notes, rows.image_roots)
 
