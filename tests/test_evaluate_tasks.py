@@ -2,6 +2,11 @@
 
 import dataclasses
 import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import datasets
 import jax
@@ -15,6 +20,7 @@ from task_files import make_all, write_table
 from test_judge import serving, unauthorised
 
 from vigos_jax import evaluate_tasks as lib
+from vigos_jax import main
 from vigos_jax.errors import InputError
 from vigos_jax.eval_report import coloured, write_report
 from vigos_jax.journal import Journal, content_key
@@ -24,6 +30,7 @@ from vigos_jax.tasks import TASKS
 from vigos_jax.tasks.task import Question
 
 SAMPLES = 3
+ROOT = pathlib.Path(lib.__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,11 +53,15 @@ def sources(tmp_path_factory):
 
 
 def run(world, output, tasks, sources, *more) -> int:
+    return world.run(*arguments(output, tasks, sources), *more)
+
+
+def arguments(output, tasks, sources) -> list[str]:
     named = [f"--config.eval.sources.{t}={sources[t]}" for t in tasks if t in sources]
     fixed = ["--config.eval.max_tokens=12", "--config.eval.batch_size=8", f"--config.eval.samples={SAMPLES}"]
     fixed += ["--config.buckets.patches=(128,)", "--config.buckets.prompt=(192,)", "--config.eval.demo_questions=3"]
     listed = f"--config.eval.tasks={tuple(tasks)!r}"
-    return world.run("--mode=eval", f"--config.eval.output={output}", listed, *fixed, *named, *more)
+    return ["--mode=eval", f"--config.eval.output={output}", listed, *fixed, *named]
 
 
 def results(output) -> dict:
@@ -152,12 +163,77 @@ def test_questions_that_cannot_be_asked_are_counted(world, sources, tmp_path, ca
     assert "4 question(s) could not be asked" in capsys.readouterr().out
 
 
-def test_the_demo(world, tmp_path, capsys):
-    assert run(world, tmp_path / "demo", ["demo"], {}) == 0
-    n = results(tmp_path / "demo")["demo"]
-    assert n["questions"] == 6 and {"score", "prior"} <= set(n)
+def test_hostile_rows(world, tmp_path):
+    """One sample each of whatever a table can hold: asked, or counted with its reason."""
+    good = {"bytes": (world.folder / "pictures" / "0.png").read_bytes(), "path": None}
+    rows = [
+        {"question": "q" * 200_000, "options": "", "answer": "1"},
+        {"question": "\u202eQ\u0000? 日本 🙂 <|im_end|> <image>", "options": "['only one']", "answer": "A"},
+        {"question": "Q? <|image_pad|>", "options": "[" * 3000, "answer": "9**9**9"},
+        {"question": "Q?", "options": "[None, 'b', ['c']]", "answer": "\\boxed{{{"},
+        {"question": "{problem} {reference}", "options": str(list(range(40))), "answer": "a"},
+        {"question": "Q?", "options": "", "answer": "nan"},
+        {"question": "Q?", "options": "", "answer": "..."},
+    ]
+    rows = [row | {"id": "same", "precision": None, "image": good} for row in rows]
+    rows[1]["precision"] = 1e300
+    folder = write_table(tmp_path / "hostile", "test", rows, image=datasets.Image())
+    assert run(world, tmp_path / "out", ["mmmu"], {"mmmu": str(folder)}, "--config.eval.samples=1") == 1
+    n = results(tmp_path / "out")["mmmu"]
+    assert (n["questions"], n["samples"], n["errors"]) == (5, 5, 2)
+    said = (tmp_path / "out" / "report.md").read_text()
+    assert "2 question(s) could not be asked (prompt_too_long, too_many_options)" in said
+    one = ["--config.eval.samples=1", "--config.eval.limit=1"]
+    assert run(world, tmp_path / "one", ["demo"], {}, *one) == 0
+    assert results(tmp_path / "one")["demo"]["samples"] == 1
+
+
+def test_the_demo_end_to_end(tmp_path, capsys):
+    """As a user runs it: the shipped base, then a student trained on the demo, from the command line."""
+    short = ["--config=configs/base.py", "--config.eval.demo_questions=8", "--config.eval.samples=2"]
+    short += ["--config.evaluate.questions=0", "--config.export.after_training=False"]
+    command = ["vigos_jax", *short]
+    assert main.main([*command, "--mode=eval", f"--config.eval.output={tmp_path / 'base'}"]) == 0
+    base = results(tmp_path / "base")["demo"]
+    assert (base["questions"], base["samples"], base["errors"]) == (16, 32, 0)
+    assert base["prior"] > base["score"] and base["format_valid"] > 60 and base["truncated"] < 20
+    workdir = tmp_path / "run"
+    assert main.main([*command, f"--workdir={workdir}", "--config.steps=2", "--config.batch_size=8"]) == 0
+    capsys.readouterr()
+    assert main.main([*command, f"--workdir={workdir}", "--mode=eval"]) == 0
+    trained = results(workdir / "eval")["demo"]
+    assert (trained["questions"], trained["samples"]) == (16, 32) and trained["format_valid"] > 60
     said = capsys.readouterr().out
-    assert "Demo" in said and "score" in said
+    assert "Demo" in said and "score" in said and "prior" in said and "report.html" in said
+    page = (workdir / "eval" / "report.html").read_text()
+    assert f"{workdir} (step 2, from " in page and page.count("data:image/png;base64,") == 16
+    texts = [[(r["id"], r["sample"], r["text"]) for r in responses(o)] for o in (tmp_path / "base", workdir / "eval")]
+    assert len(texts[0]) == len(texts[1]) == 32
+
+
+@pytest.mark.slow
+def test_every_kind_of_checkpoint(tmp_path_factory, world, sources, tmp_path):
+    """A run's workdir, its adapter beside the base and its merged folder are one student, and the base another."""
+    workdir = runs.finished_run(tmp_path_factory).workdir
+    for kind in ("adapter", "merged"):
+        exported = [f"--config.export.kind={kind}", f"--config.export.output={tmp_path / kind}"]
+        assert world.run("--mode=export", f"--workdir={workdir}", *exported) == 0
+    kinds = {
+        "base": [],
+        "workdir": [f"--workdir={workdir}"],
+        "adapter": [f"--config.model.adapter={tmp_path / 'adapter'}"],
+        "merged": [f"--config.model.path={tmp_path / 'merged'}"],
+    }
+    answers = {}
+    for kind, flags in kinds.items():
+        output = tmp_path / kind / "eval"
+        assert run(world, output, ["mathverse"], sources, "--config.eval.temperature=0.0", *flags) == 0
+        answers[kind] = {r["key"]: (r["id"], r["text"]) for r in responses(output)}
+        assert len(answers[kind]) == 4
+    assert answers["adapter"] == answers["workdir"]  # the same keys too: the same weights, wherever they lie
+    texts = {kind: sorted(a.values()) for kind, a in answers.items()}
+    assert texts["merged"] == texts["workdir"] != texts["base"]
+    assert not answers["merged"].keys() & answers["workdir"].keys()
 
 
 @pytest.mark.parametrize(
@@ -177,6 +253,18 @@ def test_bad_input(world, tmp_path, capsys, options, words):
     said = capsys.readouterr().err.strip()
     assert said.count("\n") == 0 and all(word in said for word in words), said
     assert not (tmp_path / "out").exists()
+
+
+def test_nowhere_to_write_and_a_broken_journal(world, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert run(world, tmp_path / "file" / "out", ["demo"], {}) == 2
+    assert "cannot write" in capsys.readouterr().err and (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "out").mkdir()
+    verdicts = tmp_path / "out" / "verdicts.jsonl"
+    verdicts.write_text('{"key": "a"}\ngarbage\n{"key": "b"}\n')
+    assert run(world, tmp_path / "out", ["demo"], {}) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "verdicts.jsonl, line 2, is no record" in said and "garbage" in verdicts.read_text()
 
 
 # -- judge and report ---------------------------------------------------------------------------------------------
@@ -207,6 +295,64 @@ def test_a_judge_decides_what_rules_call_wrong(world, sources, tmp_path, monkeyp
     before = runs.bytes_of(output)
     assert run(world, output, ["realworldqa"], sources, *options) == 2  # nobody listens any more
     assert "cannot be reached" in capsys.readouterr().err and runs.bytes_of(output) == before
+
+
+def test_a_judge_that_always_decides(world, sources, tmp_path, monkeypatch):
+    """Its word counts, also against a rule that calls an answer right; each question's answer is asked about once."""
+    monkeypatch.setenv("JUDGE_KEY", "x")
+
+    def always_false(handler, items):
+        handler.reply(json.dumps({"verdicts": [False] * len(items)}))
+
+    for mode, right in (("always", 0.0), ("on_failure", 100.0)):
+        monkeypatch.setattr(lib, "last_boxed", lambda text: "3")  # what realworldqa wants
+        with serving(*[always_false] * 9) as server:
+            options = {"url": server.url, "model": "m", "mode": mode, "key_env": "JUDGE_KEY"}
+            options = [f"--config.eval.judge.{k}={v}" for k, v in options.items()]
+            assert run(world, tmp_path / mode, ["realworldqa"], sources, *options) == 0
+            assert results(tmp_path / mode)["realworldqa"]["avg"] == right
+            assert sum(len(items) for items, _ in server.seen) == (1 if mode == "always" else 0)
+
+
+@pytest.mark.slow
+def test_kill_minus_nine(world, sources, tmp_path, monkeypatch):
+    """A real process, killed at random moments of sampling, grading and judging, until one comes through."""
+    monkeypatch.setenv("JUDGE_KEY", "x")
+    output, names = tmp_path / "out", ["mmmu", "vilp_f", "mathverse", "realworldqa"]
+    files = [output / f"{name}.jsonl" for name in ("responses", "verdicts")]
+    lines = lambda: sum(f.read_bytes().count(b"\n") for f in files if f.exists())  # noqa: E731
+    dice, kills, whole = np.random.default_rng(7), 0, b""
+    with serving() as server:
+        judged = {"url": server.url, "model": "m", "mode": "on_failure", "batch": 1, "concurrency": 1}
+        judged = [f"--config.eval.judge.{k}={v}" for k, v in (judged | {"key_env": "JUDGE_KEY"}).items()]
+        command = [sys.executable, "-m", "vigos_jax.main", f"--config={world.config}"]
+        command += [*arguments(output, names, sources), *judged]
+        while True:
+            process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+            enough = lines() + int(dice.integers(1, 12))
+            while kills < 4 and process.poll() is None and lines() < enough:
+                time.sleep(0.01)
+            if kills == 4 or process.poll() is not None:
+                break
+            time.sleep(float(dice.random()) * 0.05)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            assert files[0].read_bytes().startswith(whole)  # nothing that was whole is touched
+            whole = files[0].read_bytes().rpartition(b"\n")[0]
+            with files[0].open("ab") as file:  # and torn in the middle of a line
+                file.write(b'{"key": "torn", "te')
+        assert process.wait() == 0 and kills >= 2
+        asked = [json.dumps(items) for items, _ in server.seen]
+    for file in files:
+        keys = [json.loads(line)["key"] for line in file.read_bytes().splitlines()]
+        assert len(set(keys)) == len(keys) and "torn" not in keys
+    assert len(asked) - len(set(asked)) <= kills  # only what was on its way when the process died
+    again = tmp_path / "again"
+    with serving():
+        assert run(world, again, names, sources) == 0
+    key = lambda r: r["key"]  # noqa: E731
+    assert sorted(responses(output), key=key) == sorted(responses(again), key=key)
 
 
 def test_the_report_has_every_task_and_the_published_rows(finished):

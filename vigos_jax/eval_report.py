@@ -175,9 +175,9 @@ def _answers(result: TaskResult) -> list[Text | Rollout]:
     out: list[Text | Rollout] = [Text([legend + _LEGEND], f"{result.task.title}: answers")]
     for a in shown:
         mark = {True: "right", False: "wrong", None: ""}[a.is_correct]
-        said = f"by {a.grader}" if mark else "still to be judged"
+        said = f"by {a.grader}" if a.is_correct is not None else "still to be judged"
         place = a.question.id if a.question.part in a.question.id else f"{a.question.id} ({a.question.part})"
-        answer = "no box" if a.answer is None else f"answer {a.answer!r}"
+        answer = "no box" if a.answer is None else f"box {a.answer!r}"
         title = f"{said}; {answer}, reference {a.question.reference!r}; question {place}"
         pictures = []
         for item in a.question.images:
