@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import datasets
 import jax
@@ -23,7 +24,9 @@ from vigos_jax import evaluate_tasks as lib
 from vigos_jax import main
 from vigos_jax.errors import InputError
 from vigos_jax.eval_report import coloured, write_report
+from vigos_jax.grading import GRADERS
 from vigos_jax.journal import Journal, content_key
+from vigos_jax.models.layers import LoraSpec
 from vigos_jax.task_answers import named_keys
 from vigos_jax.task_scores import Answer, summarise
 from vigos_jax.tasks import TASKS
@@ -90,6 +93,11 @@ def test_every_task_is_answered(finished, sources):
         assert 0 < n["tokens"] <= 12 and n["source"] == sources[name]
     assert "has 5 rows, not the published 2638" in numbers["cv_bench"]["notes"][0]
     assert len(responses(finished)) == sum(n["samples"] for n in numbers.values())
+
+
+def test_every_verdict_says_who_gave_it(finished):
+    verdicts = runs.read_rows(finished / "verdicts.jsonl")
+    assert verdicts and all(v["grader"] in GRADERS and isinstance(v["is_correct"], bool) for v in verdicts)
 
 
 def test_the_samples_of_a_question_differ(finished):
@@ -188,6 +196,7 @@ def test_hostile_rows(world, tmp_path):
     assert results(tmp_path / "one")["demo"]["samples"] == 1
 
 
+@pytest.mark.slow
 def test_the_demo_end_to_end(tmp_path, capsys):
     """As a user runs it: the shipped base, then a student trained on the demo, from the command line."""
     short = ["--config=configs/base.py", "--config.eval.demo_questions=8", "--config.eval.samples=2"]
@@ -443,6 +452,18 @@ def test_fingerprint(tmp_path):
     content[99_999] = 1
     (tmp_path / "a").write_bytes(content)
     assert lib.fingerprint_of([tmp_path], "float32") != first
+
+
+def test_the_fingerprint_knows_the_scale_of_an_adapter():
+    evaluation, seen = object.__new__(lib.Evaluation), set()
+    trained = {"lora": {"a": jnp.ones((2, 2))}}
+    for scale in (1.0, 2.0):
+        spec = LoraSpec(rank=2, scale=scale, language=frozenset(("q_proj", "k_proj")))
+        model = types.SimpleNamespace(lora=spec)
+        evaluation._base = "base"
+        evaluation._loaded = types.SimpleNamespace(model=model, mesh=jax.make_mesh((2,), ("data",)))
+        seen |= {evaluation.fingerprint(trained), evaluation.fingerprint({})}
+    assert len(seen) == 3  # the base is one, whatever adapters it could have
 
 
 def test_a_digest_knows_every_bit_and_place_but_not_the_mesh():

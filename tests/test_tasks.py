@@ -39,6 +39,28 @@ def test_the_config_names_every_task():
         find_task("mmvet")
 
 
+PUBLISHED = {
+    "mm_vet": ("zli12321/mm-vet", "test", 218),
+    "mmmu": ("zli12321/MMMU", "test", 900),
+    "mmmu_pro": ("zli12321/mmmu_pro_10options", "test", None),
+    "mmmu_pro_vision": ("zli12321/mmmu-pro-vision", "test", None),
+    "mathverse": ("zli12321/mathverse", "test", 3940),
+    "mathvista": ("zli12321/mathvista", "test", 1000),
+    "mmsi": ("zli12321/MMSI", "test", 1000),
+    "realworldqa": ("zli12321/realWorldQA", "test", 765),
+    "cv_bench": ("nyu-visionx/CV-Bench", "test", 2638),
+    "vilp_f": ("ViLP/ViLP", "train", 300),  # of three questions each: 900
+    "vilp_p": ("ViLP/ViLP", "train", 300),
+    "vlind": ("klee972/VLind-Bench", "data.json", None),
+    "demo": ("demo", "test", None),
+}
+
+
+def test_where_the_benchmarks_are_and_how_large():
+    assert {name: (t.source, t.split, t.rows) for name, t in TASKS.items()} == PUBLISHED
+    assert [name for name, t in TASKS.items() if t.samples == 1] == ["vilp_f", "vilp_p", "vlind"]
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_every_question_can_be_asked(sources, name):
     asked = questions(sources, name)
