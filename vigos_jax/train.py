@@ -84,11 +84,12 @@ def train(config, workdir: pathlib.Path) -> None:
     output = pathlib.Path(config.export.output).expanduser() if config.export.output else workdir / "export"
     if config.export.after_training:
         first_decides(lambda: _check_export(config, workdir, output, has_adapter="lora" in loaded.trained))
+    evaluations = StepEvaluations(config, loaded, workdir)
     first_decides(lambda: _open_workdir(config, workdir))
     if not (workdir / "config.json").exists():
         raise InputError(f"--workdir {workdir} is not the first process's; choose a folder that all hosts share")
 
-    trained = _steps(config, workdir, loaded, source)
+    trained = _steps(config, workdir, loaded, source, evaluations)
     if has_results and first_decides(lambda: not (workdir / "results.json").exists()):
         _evaluate(config, workdir, loaded, trained)
     if config.export.after_training and first_decides(lambda: not output.exists()):
@@ -97,7 +98,7 @@ def train(config, workdir: pathlib.Path) -> None:
         _show(workdir, output)
 
 
-def _steps(config, workdir: pathlib.Path, loaded: Loaded, source: Any) -> Any:
+def _steps(config, workdir: pathlib.Path, loaded: Loaded, source: Any, evaluations: StepEvaluations) -> Any:
     """All steps that are not in the newest checkpoint; returns the trained weights."""
     options = {k: v for k, v in config.optimizer.items()}
     tx, learning_rate = make_optimizer(steps=config.steps, **options)
@@ -117,7 +118,6 @@ def _steps(config, workdir: pathlib.Path, loaded: Loaded, source: Any) -> Any:
             resume_batch(saved, place(next_batch=first))
             bad_rows.update(saved["rows_seen"], saved["bad_rows"])
             say(f"going on from step {first} of {config.steps} in {workdir}")
-        evaluations = StepEvaluations(config, loaded, workdir)
         evaluations.at(first, state.trained)  # the step may have been saved, but not evaluated
         if first == config.steps:
             return state.trained
