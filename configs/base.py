@@ -34,6 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.accumulation = 1  # micro-batches a step's gradient is summed over; they are formed by length
     config.checkpoint_every = 20  # optimizer steps between checkpoints; the last step is always saved
     config.keep_checkpoints = 2  # newest ones kept
+    config.eval_every = 0  # optimizer steps between evaluations by config.eval, rows of eval.jsonl; 0 for none
     config.log_every = 10  # steps between progress lines where there is no terminal
 
     config.compilation_cache = "~/.cache/vigos_jax"  # folder of compiled programs, for the next run; "" keeps none
@@ -172,13 +173,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.evaluate.batch_size = 250
     config.evaluate.seed = 42
 
-    config.eval = ConfigDict()  # --mode eval: the paper's protocol (Table A.V)
+    config.eval = ConfigDict()  # --mode eval and config.eval_every: the paper's protocol (Table A.V)
     config.eval.tasks = ("demo",)  # names of vigos_jax/tasks
     names = ("mm_vet", "mmmu", "mmmu_pro", "mmmu_pro_vision", "mathverse", "mathvista", "mmsi", "realworldqa")
     names = (*names, "cv_bench", "vilp_f", "vilp_p", "vlind", "demo")
     config.eval.sources = ConfigDict(dict.fromkeys(names, ""))  # a folder or hub data set instead of the task's own
-    config.eval.limit = 0  # rows of each task, from its first; 0 for all
-    config.eval.samples = 5  # answers per question
+    config.eval.limit = 0  # rows of each task, evenly spread over it; 0 for all
+    config.eval.samples = 5  # answers per question; greedy, and for ViLP and VLind, it is one
     config.eval.temperature = 1.0  # 0 is greedy
     config.eval.top_p = 0.9
     config.eval.top_k = 20

@@ -83,6 +83,15 @@ def test_a_worker_that_hangs_is_killed_and_replaced():
     assert math._worker is None
 
 
+@pytest.mark.parametrize("text", ["{}", "${}$", "1+{}", r"\text{{{}}}", "(lambda: {})()", "2*3;{}"])
+def test_an_answer_is_never_run(math, tmp_path, text):
+    file = tmp_path / "made"
+    for code in (f"open('{file}','w')", f"__import__('os').system('touch {file}')"):
+        for reference in ("7", "x=7", r"\sqrt{2}"):
+            assert not math.is_equal(text.format(code), reference) and not math.is_equal(reference, text.format(code))
+    assert not file.exists()
+
+
 def test_threads_share_a_worker():
     with MathGrader() as math:
         pairs = [(f"{n}+{n}", str(2 * n + n % 2)) for n in range(20)]

@@ -4,6 +4,7 @@ import contextlib
 import http.server
 import json
 import threading
+import time
 
 import pytest
 
@@ -85,6 +86,22 @@ def unauthorised(handler, items):
     handler.send(401, {"error": {"message": "no"}})
 
 
+def slow_down(handler, items):
+    handler.send(429, {"error": {"message": "slow down"}}, Retry_After="1.5")
+
+
+def half_a_body(handler, items):
+    handler.send_response(200)
+    handler.send_header("Content-Type", "application/json")
+    handler.send_header("Content-Length", "9")
+    handler.end_headers()
+    handler.wfile.write(b'{"choices')
+
+
+def value(reply):
+    return lambda handler, items: handler.send(200, reply)
+
+
 def reset(handler, items):
     handler.connection.close()
 
@@ -142,8 +159,17 @@ def test_verdicts_come_in_batches_with_the_key():
         text("yes"),
         text('{"verdicts": [true]}'),
         text(""),
+        half_a_body,
+        value({}),
+        value([1]),
+        value({"choices": [{}]}),
+        value({"choices": "none"}),
+        value({"choices": [{"message": {"content": [1]}}]}),
     ],
-    ids=["429", "500", "reset", "hang", "fenced", "broken", "prose", "wrong count", "empty"],
+    ids=[
+        *("429", "500", "reset", "hang", "fenced", "broken", "prose", "wrong count", "empty", "no JSON", "object"),
+        *("list", "no message", "no list", "no text"),
+    ],
 )
 def test_trouble_that_passes(trouble):
     with serving(trouble) as server:
@@ -153,10 +179,24 @@ def test_trouble_that_passes(trouble):
 @pytest.mark.parametrize("trouble", [too_many_requests, reset, unauthorised, text("no json")])
 def test_a_call_that_fails_for_good_gives_no_verdict(trouble):
     """The first call's items are missing; the others' are there."""
-    with serving(*[trouble] * 9) as server:
-        server.script = [trouble] * (1 if trouble is unauthorised else 3)
+    with serving(*[trouble] * (1 if trouble is unauthorised else 3)) as server:
         verdicts = dict(judge(server, concurrency=1, retries=2).verdicts(ITEMS))
         assert verdicts == {i: v for i, v in ALL.items() if i >= 3}
+
+
+def test_retry_after_is_waited_for():
+    with serving(slow_down) as server:
+        start = time.monotonic()
+        assert dict(judge(server, batch=7).verdicts(ITEMS)) == ALL
+        assert time.monotonic() - start >= 1.5 and len(server.seen) == 2
+
+
+def test_a_listener_that_leaves_cancels_the_calls_to_come():
+    with serving() as server:
+        verdicts = judge(server, batch=1, concurrency=1).verdicts(ITEMS * 20)
+        next(verdicts)
+        verdicts.close()
+        assert len(server.seen) < 20
 
 
 def test_concurrency_is_bounded():

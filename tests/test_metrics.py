@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from vigos_jax import metrics
 from vigos_jax.metrics import MetricsFile, Progress, bar, say, write_json
 
 
@@ -67,6 +68,14 @@ def test_json_is_whole_or_not_there(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_progress_says_how_much_time_is_left(capsys, monkeypatch):
+    now = iter((100.0, 700.0))  # 3 of 12 steps, one done before, in ten minutes
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(now))
+    progress = Progress(total=12, start=1, title="train", every=1)
+    progress.update(3, {})
+    assert capsys.readouterr().err.endswith("300.00 s/step, 45:00 left\n")
+
+
 def test_progress_without_a_terminal_is_a_few_plain_lines(capsys):
     progress = Progress(total=5, start=0, title="train", every=2)
     progress.note("compiling")
@@ -74,7 +83,7 @@ def test_progress_without_a_terminal_is_a_few_plain_lines(capsys):
         progress.update(step, {"loss": 1 / step, "valid": 0.25})
     progress.close()
     lines = capsys.readouterr().err.splitlines()
-    assert [re.sub(r" [\d.]+ s/step", "", line) for line in lines] == [
+    assert [re.sub(r" [\d.]+ s/step, 00:00 left", "", line) for line in lines] == [
         "train 2/5  loss 0.5 valid 0.25 ",
         "train 4/5  loss 0.25 valid 0.25 ",
         "train 5/5  loss 0.2 valid 0.25 ",  # the last one always

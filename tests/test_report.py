@@ -16,7 +16,7 @@ def page(text=HOSTILE):
     picture = picture_uri(Image.fromarray(np.full((9, 12, 3), 200, np.uint8)))
     tokens = [Token("plain "), Token(text, (255, 0, 10), 0.5, text)]
     table = Table(text, ["name", text], [[text, "1.5"], ["row", "22.25"]], note=text)
-    return [Text(["A line.", text]), table, Rollout(text, text, tokens, picture)]
+    return [Text(["A line.", text]), table, Rollout(text, text, tokens, [picture], "wrong")]
 
 
 def test_text_is_escaped():

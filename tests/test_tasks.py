@@ -1,6 +1,7 @@
 """Every benchmark on small files of its published schema: what is asked, what is right, how it is summed up."""
 
 import json
+import pathlib
 
 import datasets
 import numpy as np
@@ -38,6 +39,28 @@ def test_the_config_names_every_task():
         find_task("mmvet")
 
 
+PUBLISHED = {
+    "mm_vet": ("zli12321/mm-vet", "test", 218),
+    "mmmu": ("zli12321/MMMU", "test", 900),
+    "mmmu_pro": ("zli12321/mmmu_pro_10options", "test", None),
+    "mmmu_pro_vision": ("zli12321/mmmu-pro-vision", "test", None),
+    "mathverse": ("zli12321/mathverse", "test", 3940),
+    "mathvista": ("zli12321/mathvista", "test", 1000),
+    "mmsi": ("zli12321/MMSI", "test", 1000),
+    "realworldqa": ("zli12321/realWorldQA", "test", 765),
+    "cv_bench": ("nyu-visionx/CV-Bench", "test", 2638),
+    "vilp_f": ("ViLP/ViLP", "train", 300),  # of three questions each: 900
+    "vilp_p": ("ViLP/ViLP", "train", 300),
+    "vlind": ("klee972/VLind-Bench", "data.json", None),
+    "demo": ("demo", "test", None),
+}
+
+
+def test_where_the_benchmarks_are_and_how_large():
+    assert {name: (t.source, t.split, t.rows) for name, t in TASKS.items()} == PUBLISHED
+    assert [name for name, t in TASKS.items() if t.samples == 1] == ["vilp_f", "vilp_p", "vlind"]
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_every_question_can_be_asked(sources, name):
     asked = questions(sources, name)
@@ -66,9 +89,9 @@ def test_what_is_asked(sources):
     assert (length.id, length.precision, which.options) == ("7", 1, ("no", "yes")) and which.precision is None
     assert TASKS["mathvista"].grade(length, "1.24", None).is_correct
     assert TASKS["mathvista"].grade(which, "B", None).is_correct
-    assert (
-        questions(sources, "mathverse", limit=2)[1].group == "V1" and len(questions(sources, "mathverse", limit=2)) == 2
-    )
+    assert [q.row for q in questions(sources, "mathverse", limit=2)] == [0, 2]  # spread over the source
+    assert [q.group for q in questions(sources, "mathverse", limit=9)] == ["V0", "V1"] * 2
+    assert [q.part for q in questions(sources, "demo", limit=2)] == ["conflict", "prior"]
 
 
 def test_vilp_drops_the_fact_where_it_must(sources):
@@ -97,6 +120,8 @@ def test_cv_bench_averages_sources(sources):
     asked = questions(sources, "cv_bench")
     numbers = TASKS["cv_bench"].summarise(verdicts(asked, lambda q: q.id in ("0", "1", "3")))
     assert numbers == {"micro": 60.0, "2d": 50.0, "3d": 50.0, "official": 50.0}
+    # A subset without a source has no official number.
+    assert TASKS["cv_bench"].summarise(verdicts(asked[:2], lambda q: True)) == {"micro": 100.0}
 
 
 def test_vlind_counts_a_stage_where_those_before_it_passed(sources):
@@ -181,7 +206,7 @@ def test_a_broken_data_json(tmp_path, text):
 @pytest.mark.parametrize(
     "row, images",
     [
-        ({"images": ["a", None, "b"]}, ("a", "b")),
+        ({"images": ["a", None, "b"]}, ("a", None, "b")),  # cannot be read, and so is an error
         ({"images": "a"}, ("a",)),
         ({"image": {"bytes": b"x"}}, ({"bytes": b"x"},)),
         ({"image_2": "b", "image_10": "c", "image_1": "a", "image_3": None}, ("a", "b", "c")),
@@ -204,6 +229,11 @@ def test_images_of_a_row(row, images):
         ("[__import__('os')]", ()),
         ("[" * 5000, ()),
         (None, ()),
+        (["a", None, "c", None, ""], ("a", "", "c")),  # C is the third
+        (["<image 2>", "x"], ("image 2", "x")),
+        ([["a", "b"], {"c": 1}], ("['a', 'b']", "{'c': 1}")),
+        (["only one"], ("only one",)),
+        ("(" * 300 + ")" * 300, ()),
     ],
 )
 def test_options_of_a_row(value, options):
@@ -214,15 +244,86 @@ def test_texts():
     assert plain_text("<image>\nWhat <image 2> shows, <image_3>?") == "What image 2 shows, image 3?"
     assert with_options("Q?\nA. x\nB. y", ["x", "y"]) == "Q?\nA. x\nB. y"
     assert with_options("Q?", ["x", "y"]) == "Q?\nA. x\nB. y"
+    assert with_options("(A) x (B) y?", ["x", "y"]) == "(A) x (B) y?"
+    # The texts of the options stand in the question, but not as options.
+    assert with_options("Of 12 cats, how many?", ["1", "2"]) == "Of 12 cats, how many?\nA. 1\nB. 2"
+    assert with_options("Q?", ["(.*"]) == "Q?\nA. (.*" and with_options("Q?", []) == "Q?"
+    assert plain_text(None) == plain_text(["x"]) == plain_text(float("nan")) == ""
 
 
 @pytest.mark.parametrize(
     "change, error",
-    [({"question": " <image> "}, "empty_problem"), ({"answer": None}, "empty_answer"), ({"image": None}, "no_image")],
+    [
+        ({"question": " <image> "}, "empty_problem"),
+        ({"question": ["Q?"]}, "empty_problem"),
+        ({"answer": None}, "empty_answer"),
+        ({"answer": float("nan")}, "empty_answer"),
+        ({"answer": ["1", ["2"]]}, "empty_answer"),
+        ({"image": None}, "no_image"),
+        ({"options": [str(i) for i in range(27)]}, "too_many_options"),
+    ],
 )
 def test_a_row_that_cannot_be_asked(change, error):
     (question,) = TASKS["mmmu"].ask({"question": "Q?", "answer": "1", "image": image(1)} | change, 0)
     assert question.error == error
+
+
+@pytest.mark.parametrize(
+    "value, precision",
+    [(1.0, 1), (0, 0), (1e9, None), (float("inf"), None), (float("nan"), None), (-1, None), ("2", None)],
+)
+def test_precision_of_a_row(value, precision):
+    row = {"question": "Q?", "answer": 2.0, "image": image(1), "precision": value}
+    assert TASKS["mathvista"].ask(row, 0)[0].precision == precision
+    assert TASKS["mathvista"].ask(row, 0)[0].reference == "2"
+
+
+def test_ids_that_are_there_twice_are_told_apart(tmp_path):
+    rows = [{"id": i, "question": "Q?", "answer": "1", "image": image(n)} for n, i in enumerate(("x", "y", "x", "x"))]
+    folder = write_table(tmp_path, "test", rows, image=datasets.Image())
+    asked = questions_of(TASKS["mmmu"], open_rows(TASKS["mmmu"], str(folder), **OPTIONS), limit=0)
+    assert [q.id for q in asked] == ["x", "y", "x#2", "x#3"]
+
+
+@pytest.mark.parametrize("change", [{"aggregated_human_label_good_images": "2"}, {"context": None}, {"concept": 1}])
+def test_a_broken_row_of_vlind(sources, change):
+    row = json.loads((pathlib.Path(sources["vlind"]) / "data.json").read_text())[0]
+    assert [q.error for q in TASKS["vlind"].ask(row | change, 0)] == ["bad_row"]
+    votes = {"aggregated_human_label_good_images": {"0": "many", "1": None, "4": 2}}
+    assert {q.part for q in TASKS["vlind"].ask(row | votes, 0)} == {"a", "b", "c", "d4"}
+
+
+def test_pictures_come_in_every_form(tmp_path):
+    """The same picture as bytes, as a path in the folder, in a list, numbered: read from parquet to the same pixels."""
+    data = image(7)["bytes"]
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "7.png").write_bytes(data)
+    of_bytes, of_path = {"bytes": data, "path": None}, {"bytes": None, "path": "pictures/7.png"}
+    forms = {
+        "bytes": ("image", datasets.Image(), of_bytes),
+        "path": ("image", datasets.Value("string"), "pictures/7.png"),
+        "struct": ("image", {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}, of_path),
+        "binary": ("image", datasets.Value("binary"), data),
+        "list": ("images", datasets.List(datasets.Image()), [of_bytes]),
+        "paths": ("images", datasets.List(datasets.Value("string")), ["pictures/7.png"]),
+        "numbered": ("image_1", datasets.Image(), of_bytes),
+    }
+    seen = set()
+    for name, (column, feature, value) in forms.items():
+        folder = tmp_path / name
+        columns = {"question": ["Q?"], "answer": ["1"], column: [value]}
+        text = datasets.Value("string")
+        features = datasets.Features({"question": text, "answer": text, column: feature})
+        folder.mkdir()
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / "test-0.parquet")
+        if "path" in name or name == "struct":
+            (folder / "pictures").symlink_to(tmp_path / "pictures")
+        rows = open_rows(TASKS["mmmu"], str(folder), **OPTIONS)
+        (question,) = questions_of(TASKS["mmmu"], rows, limit=0)
+        assert question.error is None and len(question.images) == 1, name
+        roots = (*rows.image_roots, str(tmp_path))  # where the link leads
+        seen.add(np.asarray(images_lib.read_image(question.images[0], image_roots=roots)).tobytes())
+    assert len(seen) == 1
 
 
 # -- numbers ------------------------------------------------------------------------------------------------------

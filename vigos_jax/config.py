@@ -21,6 +21,7 @@ _RANGES = (
     ("checkpoint_every", 1, None),
     ("keep_checkpoints", 1, None),
     ("log_every", 1, None),
+    ("eval_every", 0, None),
     ("lora.rank", 0, None),
     ("lora.alpha", 0, None),
     ("lora.dropout", 0, 0.999),
@@ -80,7 +81,7 @@ _PROMPT_FIELDS = ("user", "assistant_prefill")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 # They say what to do with a run, or where, not what the run is.
 _MODE_SECTIONS = (
-    *("eval", "score", "diagnose", "generate", "export", "guards"),
+    *("eval", "eval_every", "score", "diagnose", "generate", "export", "guards"),
     *("compilation_cache", "mesh", "distributed"),
 )
 
@@ -118,6 +119,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
             numbers = [x for x in low_high if isinstance(x, int | float)] if hasattr(low_high, "__len__") else []
             if len(numbers) != 2 or len(low_high) != 2 or not numbers[0] <= numbers[1]:
                 raise InputError(f"config.guards.{name}={low_high!r} must be a lowest and a highest value: (0.2, 1.0)")
+        if not isinstance(config.eval.plain_prompt, str) or "{problem}" not in config.eval.plain_prompt:
+            raise InputError(f"config.eval.plain_prompt={config.eval.plain_prompt!r} must be a text with {{problem}}")
         for name, entry in config.prompts.items():
             if set(entry) != set(_PROMPT_FIELDS):
                 fields = ", ".join(entry) or "none"

@@ -317,7 +317,7 @@ def _page_rollout(item: _Counterfactuals, scores: palr.TokenScores, source: Any,
         hover = f"{record['role'][j]}: s {s:.3f}, answer {a:.3f}, image {i:.3f}"
         tokens.append(report.Token(text, color, 0.75 * float(weight[j] / strongest) ** 0.5, hover))
     title = f"{example.id} · reference {example.reference!r}, wrong {', '.join(item.wrong_answers)}"
-    return report.Rollout(title, example.problem, tokens, _picture(source, item.case.index))
+    return report.Rollout(title, example.problem, tokens, [_picture(source, item.case.index)])
 
 
 def _picture(source: Any, index: int) -> str:

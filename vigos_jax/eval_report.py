@@ -1,20 +1,20 @@
 """report.md and report.html of an evaluation: our numbers beside the published ones, and answers to look through."""
 
-import json
+import contextlib
 import pathlib
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from vigos_jax.errors import InputError
-from vigos_jax.evaluate_tasks import TaskResult, evaluate_tasks, fingerprint_of, table_text
+from vigos_jax.evaluate_tasks import Evaluation, TaskResult, output_of, table_text
 from vigos_jax.images import BadImage, read_image
 from vigos_jax.loading import Loaded
+from vigos_jax.metrics import write_json
 from vigos_jax.models.variables import Variables
 from vigos_jax.report import Rollout, Table, Text, Token, picture_uri, write_page
 from vigos_jax.task_scores import COMMON, Answer
 
 SHOWN_PER_TASK = 24
-_PROTOCOL = ("samples", "temperature", "top_p", "top_k", "max_tokens", "seed", "prompt", "limit")
+_LEGEND = "Description blue, reasoning orange, box green."
 EIGHT = (
     *("mm_vet", "mmmu", "mmmu_pro", "mmmu_pro_vision"),
     *("mathverse", "mathvista", "mmsi", "realworldqa"),
@@ -33,13 +33,13 @@ _PARTS = (  # in the order of a response: what ends a part, and its colour
     ("</think>", (230, 150, 40)),
 )
 _ANSWER_COLOR = (60, 170, 90)
-_BOX = re.compile(r"\\boxed\{")
+_BOX = "\\boxed{"
 
 
 def evaluate(
     loaded: Loaded, trained: Variables, config, *, workdir: pathlib.Path | None, step: int
 ) -> tuple[str, bool]:
-    """Evaluates a student on `config.eval.tasks` and writes the report.
+    """Evaluates a student on `config.eval.tasks` and writes results.json and the report.
 
     Args:
       workdir, step: the run and the checkpoint that `trained` comes from; None and 0 for the config's own model.
@@ -48,20 +48,15 @@ def evaluate(
       (the table for a terminal, whether every question was asked and every answer judged).
 
     Raises:
-      InputError: nowhere to write, or as `evaluate_tasks`.
+      InputError: as `Evaluation`, or nowhere to write.
     """
-    if not config.eval.output and workdir is None:
-        raise InputError("--mode eval needs --workdir of a run, or --config.eval.output=DIR")
-    output = pathlib.Path(config.eval.output).expanduser() if config.eval.output else workdir / "eval"
-    folders = [loaded.folder]
-    if config.model.adapter:
-        folders.append(pathlib.Path(config.model.adapter).expanduser())
-    if workdir is not None:
-        folders.append(workdir / "checkpoints" / str(step))
-    fingerprint = fingerprint_of(folders, config.model.dtype)
-    results = evaluate_tasks(loaded, loaded.student(trained), config, output=output, fingerprint=fingerprint)
+    output = output_of(config, workdir)
+    results = Evaluation(loaded, config).run(trained, output=output)
+    write_json(
+        output / "results.json", {r.task.name: r.numbers | {"source": r.source, "notes": r.notes} for r in results}
+    )
     name = loaded.name if workdir is None else f"{workdir} (step {step}, from {loaded.name})"
-    write_report(results, output=output, name=name, protocol={k: config.eval[k] for k in _PROTOCOL})
+    write_report(results, output=output, name=name, protocol=protocol_text(config.eval))
     is_complete = not any(r.errors or r.numbers["unjudged"] for r in results)
     return f"{table_text(results)}\n{output / 'report.html'}", is_complete
 
@@ -71,18 +66,21 @@ def coloured(text: str) -> list[Token]:
     tokens, rest = [], text
     for tag, color in _PARTS:
         before, found, after = rest.partition(tag)
-        if not found:
-            break
-        tokens.append(Token(before + found, color, 0.25))
-        rest = after
-    box = next((m.start() for m in reversed(list(_BOX.finditer(rest)))), None)
-    if box is None:
+        if found:
+            tokens.append(Token(before + found, color, 0.25))
+            rest = after
+    start = rest.rfind(_BOX)
+    if start < 0:
         return [*tokens, Token(rest)]
-    return [*tokens, Token(rest[:box]), Token(rest[box:], _ANSWER_COLOR, 0.35)]
+    end, depth = start + len(_BOX), 1
+    while end < len(rest) and depth:
+        depth += (rest[end] == "{") - (rest[end] == "}")
+        end += 1
+    return [*tokens, Token(rest[:start]), Token(rest[start:end], _ANSWER_COLOR, 0.35), Token(rest[end:])]
 
 
-def published_table(results: Sequence[TaskResult], *, name: str) -> Table:
-    """The paper's rows, and ours where its tasks were run."""
+def published_table(results: Sequence[TaskResult], *, name: str) -> Table | None:
+    """The paper's rows, and ours; None if none of its tasks was run."""
     numbers = {r.task.name: r.numbers for r in results}
 
     def mean(key: str) -> float | None:
@@ -92,9 +90,11 @@ def published_table(results: Sequence[TaskResult], *, name: str) -> Table:
     ours = [mean("pass"), mean("avg")]
     for task in ("vilp_f", "vilp_p"):
         ours += [numbers.get(task, {}).get(key) for key in ("score", "prior")]
+    if all(value is None for value in ours):
+        return None
     rows = [[f"published, {label}", *map(_percent, row)] for label, row in PUBLISHED.items()]
-    head = ["", "8 tasks, pass@5", "8 tasks, avg@5", "ViLP-F Score", "ViLP-F Prior", "ViLP-P Score", "ViLP-P Prior"]
-    note = "The mean over eight tasks is given when all eight were run. Published numbers are the paper's own."
+    head = ["", "8 tasks, pass@k", "8 tasks, avg@k", "ViLP-F Score", "ViLP-F Prior", "ViLP-P Score", "ViLP-P Prior"]
+    note = "Published: the paper's own numbers, with k = 5. The mean over eight tasks is given when all eight were run."
     return Table("Beside the paper", head, [*rows, [name, *map(_percent, ours)]], note)
 
 
@@ -127,7 +127,7 @@ def detail_tables(results: Sequence[TaskResult]) -> list[Table]:
 
 
 def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _remarks(results: Sequence[TaskResult]) -> list[str]:
@@ -168,33 +168,46 @@ def _shown(answers: Sequence[Answer]) -> list[Answer]:
     return [*wrong[:take], *right[: SHOWN_PER_TASK - len(wrong[:take])]]
 
 
-def _rollouts(result: TaskResult) -> list[Rollout]:
-    out = []
-    for a in _shown(result.answers):
-        verdict = {True: "right", False: "wrong", None: "not judged"}[a.is_correct]
-        parts = [result.task.title, a.question.id, a.question.part, f"{verdict} (by {a.grader})"]
-        title = ", ".join(p for p in parts if p) + f"; answer {a.answer!r}, reference {a.question.reference!r}"
-        try:
-            picture = picture_uri(read_image(a.question.images[0], image_roots=result.image_roots))
-        except BadImage:
-            picture = ""
-        out.append(Rollout(title, a.question.text, coloured(a.text), picture))
+def _answers(result: TaskResult) -> list[Text | Rollout]:
+    """What is shown of a task's answers, under a heading."""
+    shown = _shown(result.answers)
+    legend = f"{len(shown)} of {len(result.answers)} answers: first samples, wrong ones first. "
+    out: list[Text | Rollout] = [Text([legend + _LEGEND], f"{result.task.title}: answers")]
+    for a in shown:
+        mark = {True: "right", False: "wrong", None: ""}[a.is_correct]
+        said = f"by {a.grader}" if a.is_correct is not None else "still to be judged"
+        place = a.question.id if a.question.part in a.question.id else f"{a.question.id} ({a.question.part})"
+        answer = "no box" if a.answer is None else f"box {a.answer!r}"
+        title = f"{said}; {answer}, reference {a.question.reference!r}; question {place}"
+        pictures = []
+        for item in a.question.images:
+            with contextlib.suppress(BadImage):
+                pictures.append(picture_uri(read_image(item, image_roots=result.image_roots)))
+        out.append(Rollout(title, a.question.text, coloured(a.text), pictures, mark))
     return out
 
 
-def write_report(results: Sequence[TaskResult], *, output: pathlib.Path, name: str, protocol: dict) -> None:
+def protocol_text(settings: Mapping[str, Any]) -> str:
+    """How answers were sampled, in words."""
+    greedy = f"temperature {settings['temperature']:g}, top-p {settings['top_p']:g}, top-k {settings['top_k']}"
+    greedy = greedy if settings["temperature"] else "greedy"
+    samples = f"{settings['samples'] if settings['temperature'] else 1} sample(s) a question, one for ViLP and VLind"
+    rows = f"{settings['limit']} rows a task" if settings["limit"] else "all rows"
+    limits = f"at most {settings['max_tokens']} tokens, seed {settings['seed']}, {settings['prompt']} prompt, {rows}"
+    return f"Protocol: {samples}; {greedy}, {limits}."
+
+
+def write_report(results: Sequence[TaskResult], *, output: pathlib.Path, name: str, protocol: str) -> None:
     """Writes report.md and report.html into `output`.
 
     Args:
       name: of what was evaluated.
-      protocol: how, for the page's head.
+      protocol: how, a line for the head.
     """
-    tables = [published_table(results, name=name), task_table(results), *detail_tables(results)]
+    published = published_table(results, name=name)
+    tables = [*([published] if published else []), task_table(results), *detail_tables(results)]
     remarks = _remarks(results)
-    (output / "report.md").write_text(
-        markdown(tables, remarks, name=name), encoding="utf-8", errors="replace"
-    )
-    head = Text([f"Protocol: {json.dumps(protocol, sort_keys=True)}", *remarks])
-    rollouts = [rollout for result in results for rollout in _rollouts(result)]
-    legend = Text(["First samples, wrong ones first. Description blue, reasoning orange, box green."])
-    write_page(output / "report.html", f"Evaluation of {name}", [head, *tables, legend, *rollouts])
+    text = markdown(tables, [protocol, *remarks], name=name)
+    (output / "report.md").write_text(text, encoding="utf-8", errors="replace")
+    answers = [section for result in results for section in _answers(result)]
+    write_page(output / "report.html", f"Evaluation of {name}", [Text([protocol, *remarks]), *tables, *answers])

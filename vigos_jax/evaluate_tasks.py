@@ -1,48 +1,38 @@
-"""`--mode eval`: answers to benchmark questions, sampled once, graded by rules, summed up. Resumable at any point."""
+"""Benchmarks: answers to their questions, sampled once, graded by rules and a judge, summed up. Resumable."""
 
-import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
 import pathlib
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from vigos_jax.data import row_size
+from vigos_jax.distributed import is_first
+from vigos_jax.errors import InputError
 from vigos_jax.graders import last_boxed
-from vigos_jax.images import BadImage, image_bytes, read_image
 from vigos_jax.journal import Journal, content_key
 from vigos_jax.judge import PROMPT, Item, Judge
 from vigos_jax.loading import Loaded
 from vigos_jax.math_grader import MathGrader
-from vigos_jax.metrics import Progress, bar, say, write_json
+from vigos_jax.metrics import Progress, say
 from vigos_jax.models.variables import Variables
-from vigos_jax.packing import Row, make_row, pack_prompts, slot_count
-from vigos_jax.prompts import fill
 from vigos_jax.sampler import Sampler, Sampling
-from vigos_jax.spans import find_spans
+from vigos_jax.sharding import replicated
+from vigos_jax.task_answers import Asker, Job
 from vigos_jax.task_rows import TaskRows, open_rows, questions_of
 from vigos_jax.task_scores import COMMON, Answer, summarise
 from vigos_jax.tasks import find_task
 from vigos_jax.tasks.task import Question, Task
 
 _WIDTHS = (10, 8, 8, 17, 9, 8, 7, 8)  # of the table's columns
-GRADING = 1  # raised when the rules change: verdicts of other rules are not reused
-_ANSWER_IS = re.compile(r"(?:answer|option)(?: is)?[: ]+\**([^\n]{1,200})", re.IGNORECASE)
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One answer to sample: a question, which of its samples, and the key of its content."""
-
-    question: Question
-    sample: int
-    key: str
+GRADING = 2  # raised when the rules change: verdicts of other rules are not reused
+_ANSWER_IS = re.compile(r"(?:answer|option)(?: is:?|:)[ *]*([^\n]{1,200})", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,194 +48,101 @@ class TaskResult:
     image_roots: tuple[str, ...]
 
 
-def evaluate_tasks(
-    loaded: Loaded, variables: Variables, config, *, output: pathlib.Path, fingerprint: str
-) -> list[TaskResult]:
-    """Runs `config.eval` on a student, and writes responses.jsonl, verdicts.jsonl and results.json into `output`.
+class Evaluation:
+    """`config.eval` made ready: sources opened, the judge found, the sampler compiled once for all students.
 
-    Args:
-      variables: what the model is applied with, from `loaded.student`.
-      fingerprint: tells this model's answers from any other's.
+    With several processes all make one and run it; the first one alone keeps files, grades and has results.
 
     Raises:
-      InputError: an unknown task, a source that cannot be read or lacks columns. Nothing written is lost.
+      InputError: an unknown task, a source that cannot be read or lacks columns, a judge that cannot be reached.
     """
-    e = config.eval
-    tasks = [find_task(name) for name in e.tasks]
-    # All sources are opened before the first answer is sampled.
-    options = {"demo_questions": e.demo_questions, "seed": e.seed}
-    opened = [(task, open_rows(task, e.sources.get(task.name, ""), **options)) for task in tasks]
-    judge = _open_judge(e.judge)
-    sampler = Sampler(
-        loaded.model,
-        Sampling(max_tokens=e.max_tokens, temperature=e.temperature, top_k=e.top_k, top_p=e.top_p),
-        eos_ids=loaded.processor.eos_ids,
-        cache_sizes=loaded.buckets.completion,
-    )
-    variables = sampler.ready(variables)
-    results = []
-    with Journal(output / "responses.jsonl") as responses, Journal(output / "verdicts.jsonl") as verdicts:
-        for task, rows in opened:
-            asking = _Asking(loaded, config, sampler, fingerprint, task, rows)
-            jobs, errors = asking.jobs(questions_of(task, rows, limit=e.limit))
-            errors += asking.sample(variables, jobs, responses)
-            responses.sync()
-            with MathGrader() as math:
-                answers = [
-                    _grade(task, job, responses[job.key], verdicts, math) for job in jobs if job.key in responses
-                ]
-            if judge is not None:
-                answers = _judged(answers, judge, verdicts, mode=e.judge.mode)
-            notes = []
-            if task.rows is not None and not e.limit and len(rows.rows) != task.rows:
-                notes.append(f"{rows.name} has {len(rows.rows)} rows; {task.title} is published with {task.rows}")
-            numbers = summarise(task, answers, seed=e.seed) | {"errors": len(errors)}
-            results.append(TaskResult(task, rows.name, numbers, answers, errors, notes, rows.image_roots))
-            for note in notes:
-                say(note)
-    write_json(
-        output / "results.json",
-        {r.task.name: r.numbers | {"source": r.source, "notes": r.notes} for r in results},
-    )
-    return results
 
-
-@dataclasses.dataclass(frozen=True)
-class _Asking:
-    """Samples one task's answers."""
-
-    loaded: Loaded
-    config: Any
-    sampler: Sampler
-    fingerprint: str
-    task: Task
-    rows: TaskRows
-
-    def prompt(self) -> Mapping[str, str]:
-        e = self.config.eval
-        plain = {"user": e.plain_prompt, "assistant_prefill": ""}
-        return self.config.prompts.student if e.prompt == "structured" else plain
-
-    def jobs(self, questions: Sequence[Question]) -> tuple[list[Job], list[tuple[Question, str]]]:
-        """Every answer to be had, with its key; and the questions that cannot be asked."""
-        e, prompt = self.config.eval, self.prompt()
-        samples = self.task.samples or e.samples
-        how = dataclasses.asdict(self.sampler.sampling) | {"seed": e.seed}
-        jobs, errors = [], []
-        for question in questions:
-            try:
-                if question.error:
-                    raise _CannotAsk(question.error)
-                pictures = [
-                    hashlib.sha256(image_bytes(item, image_roots=self.rows.image_roots)).hexdigest()
-                    for item in question.images
-                ]
-            except (_CannotAsk, BadImage) as error:
-                errors.append((question, getattr(error, "kind", str(error))))
-                continue
-            text = [fill(prompt["user"], problem=question.text), prompt["assistant_prefill"]]
-            for sample in range(samples):
-                key = content_key(self.fingerprint, self.task.name, question.id, text, pictures, how, sample)
-                jobs.append(Job(question, sample, key))
-        return jobs, errors
-
-    def sample(self, variables: Variables, jobs: Sequence[Job], responses: Journal) -> list[tuple[Question, str]]:
-        """Answers what is not answered yet; returns the questions that turned out not to be askable."""
-        pending = [job for job in jobs if job.key not in responses]
-        if len(pending) < len(jobs):
-            say(f"{self.task.name}: {len(jobs) - len(pending)} of {len(jobs)} answers are there already")
-        sizes = {job.question.id: self._size(job.question) for job in pending}
-        pending.sort(key=lambda job: sizes[job.question.id])  # rows of a batch need about the same padding
-        size = self.loaded.whole_batch(self.config.eval.batch_size)
-        batches = [pending[i : i + size] for i in range(0, len(pending), size)]
-        progress = Progress(total=len(batches), start=0, title=f"eval {self.task.name}", every=self.config.log_every)
-        errors: dict[str, tuple[Question, str]] = {}
-        for number, (batch, rows) in enumerate(self._read_ahead(batches), start=1):
-            start = time.monotonic()
-            good = [(job, row) for job, row in zip(batch, rows, strict=True) if isinstance(row, Row)]
-            errors |= {
-                job.question.id: (job.question, row)
-                for job, row in zip(batch, rows, strict=True)
-                if not isinstance(row, Row)
-            }
-            if good:
-                self._sample_batch(variables, good, size, responses)
-            progress.update(number, {"answers/s": len(good) / (time.monotonic() - start)})
-        progress.close()
-        return list(errors.values())
-
-    def _read_ahead(self, batches: Sequence[Sequence[Job]]) -> Iterator[tuple[Sequence[Job], list[Row | str]]]:
-        """Each batch with its rows; the next one is read while this one is sampled."""
-        with concurrent.futures.ThreadPoolExecutor(1) as reader:
-            upcoming = None
-            for i, batch in enumerate(batches):
-                rows = (upcoming or reader.submit(self._rows, batch)).result()
-                upcoming = reader.submit(self._rows, batches[i + 1]) if i + 1 < len(batches) else None
-                yield batch, rows
-
-    def _rows(self, batch: Sequence[Job]) -> list[Row | str]:
-        made: dict[str, Row | str] = {}
-        for job in batch:
-            if job.question.id not in made:
-                made[job.question.id] = self._row(job.question)
-        return [made[job.question.id] for job in batch]
-
-    def _row(self, question: Question) -> Row | str:
-        """The question as the model reads it, or why it cannot."""
-        loaded = self.loaded
-        try:
-            images = tuple(
-                loaded.processor.encode_image(read_image(item, image_roots=self.rows.image_roots))
-                for item in question.images
-            )
-        except BadImage as e:
-            return e.kind
-        row = make_row(
-            images, problem=question.text, reference="", student=self.prompt(), roles=(), processor=loaded.processor
+    def __init__(self, loaded: Loaded, config):
+        e = config.eval
+        tasks = [find_task(name) for name in dict.fromkeys(e.tasks)]
+        if not tasks:
+            raise InputError("config.eval.tasks=() must name a task")
+        options = {"demo_questions": e.demo_questions, "seed": e.seed}
+        self._opened = [(task, open_rows(task, e.sources.get(task.name, ""), **options)) for task in tasks]
+        self._judge = _open_judge(e.judge) if is_first() else None
+        self._sampler = Sampler(
+            loaded.model,
+            Sampling(max_tokens=e.max_tokens, temperature=e.temperature, top_k=e.top_k, top_p=e.top_p),
+            eos_ids=loaded.processor.eos_ids,
+            cache_sizes=loaded.buckets.completion,
         )
-        for kind, n in (("patches", slot_count(row, loaded.config)), ("prompt", len(row.student.ids))):
-            if n > max(getattr(loaded.buckets, kind)):
-                return f"{kind}_too_long"
-        return row
+        self._loaded, self._config = loaded, config
+        self._base = fingerprint_of([loaded.folder], config.model.dtype)
 
-    def _size(self, question: Question) -> int:
-        row = {"images": list(question.images), "problem": question.text}
-        return row_size(row, processor=self.loaded.processor, image_roots=self.rows.image_roots)
+    def fingerprint(self, trained: Variables) -> str:
+        """Tells a student from any other: its base's files, and the bits of what was trained."""
+        spec = self._loaded.model.lora if "lora" in trained else None
+        adapter = [spec.rank, spec.scale, sorted(spec.language), sorted(spec.vision)] if spec else []
+        bits = jax.jit(_digest, out_shardings=replicated(self._loaded.mesh))(trained) if trained else []
+        return content_key(self._base, adapter, np.asarray(bits).tolist())
 
-    def _sample_batch(
-        self, variables: Variables, good: Sequence[tuple[Job, Row]], size: int, responses: Journal
-    ) -> None:
-        loaded, e = self.loaded, self.config.eval
-        rows = [row for _, row in good] + [Row()] * (size - len(good))
-        prompts = loaded.put_batch(pack_prompts(rows, config=loaded.config, buckets=loaded.buckets))
-        # By question and sample, not by place: the same answer whatever is sampled beside it.
-        names = [f"{self.task.name}/{job.question.id}/{job.sample}" for job, _ in good] + [""] * (size - len(good))
-        sampled = self.sampler(variables, prompts, named_keys(e.seed, names))
-        for (job, _), ids in zip(good, sampled.ids, strict=False):
-            text = loaded.processor.decode([i for i in ids if i not in loaded.processor.eos_ids])
-            spans = find_spans(loaded.processor.token_bytes(ids), rule=loaded.span_rule)
-            responses.append(
-                job.key,
-                {
-                    "task": self.task.name,
-                    "id": job.question.id,
-                    "sample": job.sample,
-                    "text": text,
-                    "tokens": len(ids),
-                    "is_valid": spans.is_valid if e.prompt == "structured" else last_boxed(text) is not None,
-                    "is_truncated": not ids or ids[-1] not in loaded.processor.eos_ids,
-                },
-            )
+    def run(self, trained: Variables, *, output: pathlib.Path) -> list[TaskResult]:
+        """Evaluates a student; appends to responses.jsonl and verdicts.jsonl in `output` what is not there yet.
+
+        Args:
+          trained: as `Loaded.student` takes it.
+
+        Returns:
+          A result per task; none in all processes but the first.
+
+        Raises:
+          InputError: nowhere to write, or another process is writing there. Nothing written is lost.
+        """
+        fingerprint = self.fingerprint(trained)
+        variables = self._sampler.ready(self._loaded.student(trained))
+        results = []
+        with _journals(output) as (responses, verdicts):
+            for task, rows in self._opened:
+                asker = Asker(self._loaded, self._config, self._sampler, fingerprint, task, rows)
+                jobs, errors = asker.jobs(questions_of(task, rows, limit=self._config.eval.limit))
+                errors += asker.sample(variables, jobs, responses)
+                if responses is not None:
+                    results.append(self._result(task, rows, jobs, errors, responses, verdicts))
+        return results
+
+    def _result(
+        self,
+        task: Task,
+        rows: TaskRows,
+        jobs: Sequence[Job],
+        errors: list[tuple[Question, str]],
+        responses: Journal,
+        verdicts: Journal,
+    ) -> TaskResult:
+        e = self._config.eval
+        with MathGrader() as math:
+            answers = [_grade(task, job, responses[job.key], verdicts, math) for job in jobs if job.key in responses]
+        if self._judge is not None:
+            answers = _judged(answers, self._judge, verdicts, mode=e.judge.mode)
+        notes = []
+        if task.rows is not None and not e.limit and len(rows.rows) != task.rows:
+            notes.append(f"{rows.name} has {len(rows.rows)} rows, not the published {task.rows}")
+        for note in notes:
+            say(f"{task.title}: {note}")
+        numbers = summarise(task, answers, seed=e.seed) | {"errors": len(errors)}
+        return TaskResult(task, rows.name, numbers, answers, errors, notes, rows.image_roots)
 
 
-class _CannotAsk(Exception):
-    """The question has no text, no picture or no answer."""
+@contextlib.contextmanager
+def _journals(output: pathlib.Path) -> Iterator[tuple[Journal | None, Journal | None]]:
+    """Responses and verdicts, in the first process."""
+    if not is_first():
+        yield None, None
+        return
+    with Journal(output / "responses.jsonl") as responses, Journal(output / "verdicts.jsonl") as verdicts:
+        yield responses, verdicts
 
 
-def named_keys(seed: int, names: Sequence[str]) -> jax.Array:
-    """One random key per name: a function of seed and name alone."""
-    numbers = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") for name in names]
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.array(numbers, np.uint32))
+def output_of(config, workdir: pathlib.Path | None) -> pathlib.Path:
+    """Where answers are kept: `config.eval.output`, else the run's eval/."""
+    if not config.eval.output and workdir is None:
+        raise InputError("--mode eval needs --workdir of a run, or --config.eval.output=DIR")
+    return pathlib.Path(config.eval.output).expanduser() if config.eval.output else workdir / "eval"
 
 
 def lenient_answer(text: str) -> str | None:
@@ -306,8 +203,11 @@ def _judged(answers: Sequence[Answer], judge: Judge, verdicts: Journal, *, mode:
         if is_asked and key not in verdicts:
             asked[key] = item
     numbered = list(asked)
-    for number, is_right in bar(judge.verdicts(list(asked.values())), title="judge"):
+    progress = Progress(total=len(asked), start=0, title="judge", every=max(1, len(asked) // 20))
+    for done, (number, is_right) in enumerate(judge.verdicts(list(asked.values())), start=1):
         verdicts.append(numbered[number], {"is_correct": is_right, "grader": "judge"})
+        progress.update(done, {})
+    progress.close()
     out = []
     for a, key in zip(answers, keys, strict=True):
         if key is not None:
@@ -329,6 +229,28 @@ def fingerprint_of(folders: Sequence[pathlib.Path], *facts: Any) -> str:
                     file.seek(place)
                     digest.update(file.read(4096))
     return digest.hexdigest()[:16]
+
+
+def _digest(tree: Variables) -> jax.Array:
+    """Two numbers per leaf that change with any of its bits and with their places, whatever the mesh: uint32 [n, 2]."""
+
+    def of(x: jax.Array) -> list[jax.Array]:
+        unsigned = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+        place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+        for axis in reversed(range(x.ndim)):
+            place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+            stride *= x.shape[axis]
+        return [jnp.sum(_mix(bits ^ _mix(place ^ jnp.uint32(salt))), dtype=jnp.uint32) for salt in (0, 0x9E3779B9)]
+
+    return jnp.array([of(x) for x in jax.tree.leaves(tree)])
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """A bijection of 32-bit numbers in which every bit of the input moves about half of the output's."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 def table_text(results: Sequence[TaskResult]) -> str:

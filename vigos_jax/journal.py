@@ -1,13 +1,25 @@
 """Records that are never lost and never made twice: a .jsonl to which each is appended under a key of its content."""
 
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 from vigos_jax.errors import InputError
+
+
+def _lock(file: BinaryIO, path: pathlib.Path) -> None:
+    """Keeps the file for this process until it is closed, where the file system can."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        file.close()
+        raise InputError(f"another process is writing {path}; wait for it, or choose another folder") from e
+    except OSError:  # some network file systems know no locks
+        pass
 
 
 def content_key(*parts: Any) -> str:
@@ -26,9 +38,10 @@ class Journal:
         self._records: dict[str, dict[str, Any]] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            whole = self._read(path) if path.exists() else 0
             self._file = path.open("ab")
-            self._file.truncate(whole)
+            _lock(self._file, path)
+            # Only now: what another process is writing is not torn.
+            self._file.truncate(self._read(path))
         except OSError as e:
             raise InputError(f"cannot write {path}: {e.strerror}; choose a writable folder") from e
 
@@ -41,8 +54,10 @@ class Journal:
                     break
                 try:
                     record = json.loads(line)
+                    if not isinstance(record["key"], str):
+                        raise ValueError("the key is no text")
                     self._records[record["key"]] = record
-                except (ValueError, KeyError, TypeError) as e:
+                except (ValueError, KeyError, TypeError, RecursionError) as e:
                     raise InputError(f"{path}, line {number}, is no record with a key; move the file away") from e
                 whole += len(line)
         return whole

@@ -126,7 +126,7 @@ def _config_of_run(config, workdir: pathlib.Path | None):
     if workdir is None:
         return config
     saved = read_json(workdir / "config.json")
-    for section in ("generate", "score", "diagnose", "eval", "export", "mesh", "distributed"):
+    for section in ("generate", "score", "diagnose", "eval", "eval_every", "export", "mesh", "distributed"):
         saved[section] = config[section]
     return saved
 

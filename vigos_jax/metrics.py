@@ -102,7 +102,9 @@ class Progress:
         self._bar.set_postfix_str(text)
         if self._bar.disable and is_first() and (step % self._every == 0 or step == self._total):
             rate = (time.monotonic() - self._started) / max(1, step - self._first)
-            print(f"{self._title} {step}/{self._total}  {text}  {rate:.2f} s/step", file=sys.stderr, flush=True)
+            left = tqdm.format_interval(rate * (self._total - step))
+            words = f"{self._title} {step}/{self._total}  {text}  {rate:.2f} s/step, {left} left"
+            print(words, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self._bar.close()

@@ -16,9 +16,10 @@ from PIL import Image
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Paragraphs, one per line."""
+    """Paragraphs, one per line, under a heading if there is a title."""
 
     lines: Sequence[str]
+    title: str = ""
 
     kind = "text"
 
@@ -67,12 +68,13 @@ class Token:
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """One picture, what was asked, and the tokens of a response; `picture` is a data URI or ""."""
+    """Pictures (data URIs), what was asked, and the tokens of a response; `mark` is "right", "wrong" or ""."""
 
     title: str
     question: str
     tokens: Sequence[Token]
-    picture: str = ""
+    pictures: Sequence[str] = ()
+    mark: str = ""
 
     kind = "rollout"
 

@@ -89,6 +89,18 @@ def _open_json(source: str) -> TaskRows:
 
 
 def questions_of(task: Task, rows: TaskRows, *, limit: int) -> list[Question]:
-    """All questions of the first `limit` rows (0: of all), in order."""
-    count = min(limit, len(rows.rows)) if limit else len(rows.rows)
-    return [question for i in range(count) for question in task.ask(rows.rows[i], i)]
+    """The questions of `limit` rows that are evenly spread over the source (0: of all rows), in order.
+
+    An id that was there before gets its row's number behind it.
+    """
+    size = len(rows.rows)
+    count = min(limit, size) if limit else size
+    questions, seen = [], set()
+    for i in range(count):
+        number = i * size // count
+        for question in task.ask(rows.rows[number], number):
+            if question.id in seen:
+                question = dataclasses.replace(question, id=f"{question.id}#{number}")
+            seen.add(question.id)
+            questions.append(question)
+    return questions

@@ -15,6 +15,7 @@ from vigos_jax.config import differences, read_json, to_json
 from vigos_jax.data import BadRows, data_state, resume_batch
 from vigos_jax.distributed import exchange, first_decides, is_first
 from vigos_jax.errors import InputError, Stopped
+from vigos_jax.eval_steps import StepEvaluations
 from vigos_jax.export import check_options, export
 from vigos_jax.health import Health, write_sick
 from vigos_jax.interrupt import Interrupt
@@ -73,8 +74,9 @@ def _initial_state(config, loaded: Loaded, tx: Any) -> TrainState:
 def train(config, workdir: pathlib.Path) -> None:
     """Runs `config.steps` optimizer steps in `workdir`, going on from its newest checkpoint if there is one.
 
-    Writes config.json, metrics.jsonl, checkpoints/, at the end export/ and, on the demo, results.json. With several
-    processes all call it, on the same workdir: the first writes, all write the checkpoints.
+    Writes config.json, metrics.jsonl, checkpoints/, with `config.eval_every` eval.jsonl and eval/, at the end export/
+    and, on the demo, results.json. With several processes all call it, on the same workdir: the first writes, all write
+    the checkpoints.
 
     Raises:
       Stopped: a signal came, and everything that was done is saved.
@@ -86,16 +88,17 @@ def train(config, workdir: pathlib.Path) -> None:
             source = open_source(config)
             loaded = load(config, for_training=True)
             check_batch(loaded.mesh, batch_size=config.batch_size, accumulation=config.accumulation)
-            has_results = config.data.source == "demo" and config.evaluate.questions > 0
             output = pathlib.Path(config.export.output).expanduser() if config.export.output else workdir / "export"
             if config.export.after_training:
                 first_decides(lambda: _check_export(config, workdir, output, has_adapter="lora" in loaded.trained))
+            evaluations = StepEvaluations(config, loaded, workdir)
             first_decides(lambda: _open_workdir(config, workdir))
             if not (workdir / "config.json").exists():
                 raise InputError(f"--workdir {workdir} is not the first process's; choose a folder all hosts share")
 
-        trained = _steps(config, workdir, loaded, source, interrupt)
+        trained = _steps(config, workdir, loaded, source, evaluations, interrupt)
         with interrupt.at_once():
+            has_results = config.data.source == "demo" and config.evaluate.questions > 0
             if has_results and first_decides(lambda: not (workdir / "results.json").exists()):
                 _evaluate(config, workdir, loaded, trained)
             if config.export.after_training and first_decides(lambda: not output.exists()):
@@ -104,7 +107,9 @@ def train(config, workdir: pathlib.Path) -> None:
         _show(workdir, output)
 
 
-def _steps(config, workdir: pathlib.Path, loaded: Loaded, source: Any, interrupt: Interrupt) -> Any:
+def _steps(
+    config, workdir: pathlib.Path, loaded: Loaded, source: Any, evaluations: StepEvaluations, interrupt: Interrupt
+) -> Any:
     """All steps that are not in the newest checkpoint; returns the trained weights."""
     options = {k: v for k, v in config.optimizer.items()}
     tx, learning_rate = make_optimizer(steps=config.steps, **options)
@@ -125,6 +130,8 @@ def _steps(config, workdir: pathlib.Path, loaded: Loaded, source: Any, interrupt
             bad_rows.update(saved["rows_seen"], saved["bad_rows"])
             health = Health(config.guards, saved["health"])
             say(f"going on from step {first} of {config.steps} in {workdir}")
+        with interrupt.at_once():
+            evaluations.at(first, state.trained)  # the step may have been saved, but not evaluated
         if first == config.steps:
             return state.trained
 
@@ -176,13 +183,16 @@ def _steps(config, workdir: pathlib.Path, loaded: Loaded, source: Any, interrupt
             # Every process hears here of a signal that any of them got, and of one that has failed.
             signals = sorted(filter(None, exchange(interrupt.asked)))
             unwell = health.reason_to_stop(sick)
-            ends = bool(signals or unwell)
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or ends:
+            is_last = bool(signals or unwell) or step + 1 == config.steps
+            if is_last or (step + 1) % config.checkpoint_every == 0 or evaluations.due(step + 1):
                 seen = {"rows_seen": bad_rows.rows, "bad_rows": dict(bad_rows.reasons), "health": health.state()}
                 log.sync()
                 checkpoints.save(state, place(next_batch=step + 1) | seen)
-            if ends:
+            if signals or unwell:
                 break
+            if evaluations.due(step + 1):
+                with interrupt.at_once():
+                    evaluations.at(step + 1, state.trained)
         log.close()
         batches.close()
     if bad_rows.bad:
@@ -243,7 +253,7 @@ def _evaluate(config, workdir: pathlib.Path, loaded: Loaded, trained: Any) -> No
 
 def _show(workdir: pathlib.Path, output: pathlib.Path) -> None:
     print(f"the run is complete: {workdir}")
-    parts = ("config.json", "metrics.jsonl", "results.json", "checkpoints")
+    parts = ("config.json", "metrics.jsonl", "eval.jsonl", "results.json", "checkpoints")
     for path in [*(workdir / p for p in parts), output]:
         if path.exists():
             print(f"  {path}")

@@ -6,17 +6,23 @@ from typing import Any
 
 from vigos_jax.tasks.task import ANSWER, IMAGES, Graded, Question, Task, ask_one, rate
 
-SOURCES = {"ADE20K": "2D", "COCO": "2D", "Omni3D": "3D"}
+SOURCES = ("ADE20K", "COCO", "Omni3D")
 
 
 def ask(row: Mapping[str, Any], index: int) -> list[Question]:
     (question,) = ask_one(row, index)
-    return [dataclasses.replace(question, group=str(row.get("task") or ""), part=str(row["source"]))]
+    return [dataclasses.replace(question, group=str(row.get("task") or ""), part=str(row.get("source")))]
 
 
 def summarise(graded: Sequence[Graded]) -> dict[str, float]:
-    """micro: over questions. 2d: mean of ADE20K and COCO; 3d: Omni3D; official: mean of the two."""
-    by_source = {s: rate([g for g in graded if g.question.part == s]) for s in SOURCES}
+    """micro: over questions. 2d: mean of ADE20K and COCO; 3d: Omni3D; official: mean of the two.
+
+    Of a subset in which a source is missing only micro is said.
+    """
+    parts = {s: [g for g in graded if g.question.part == s] for s in SOURCES}
+    if not all(parts.values()):
+        return {"micro": rate(graded)}
+    by_source = {s: rate(part) for s, part in parts.items()}
     two_d = (by_source["ADE20K"] + by_source["COCO"]) / 2
     three_d = by_source["Omni3D"]
     return {"micro": rate(graded), "2d": two_d, "3d": three_d, "official": (two_d + three_d) / 2}

@@ -11,9 +11,11 @@ import numpy as np
 from vigos_jax.errors import InputError
 from vigos_jax.grading import Verdict, grade
 from vigos_jax.math_grader import MathGrader
+from vigos_jax.prompts import clean_reference
 
 _NUMBERED_IMAGE = re.compile(r"image_?([0-9]+)")
 _PLACEHOLDER = re.compile(r"<image[ _]?([0-9]*)>")
+MAX_PRECISION = 12  # decimals; no answer has more
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -115,13 +117,15 @@ def first(row: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 
 def images_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """All pictures of a row: `images` (one or a list), `image`, or image_1 .. image_n in order."""
+    """All pictures of a row: `images` (one or a list), `image`, or image_1 .. image_n in order.
+
+    Numbered columns that are empty are no pictures; an empty place in a list is one that cannot be read.
+    """
     found = first(row, ("images", "image"))
     if found is None:
         numbered = {int(m[1]): row[c] for c in row if (m := _NUMBERED_IMAGE.fullmatch(c))}
-        found = [numbered[n] for n in sorted(numbered)]
-    items = list(found) if isinstance(found, list | tuple | np.ndarray) else [found]
-    return tuple(item for item in items if item is not None)
+        return tuple(numbered[n] for n in sorted(numbered) if numbered[n] is not None)
+    return tuple(found) if isinstance(found, list | tuple | np.ndarray) else (found,)
 
 
 def options_of(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -132,45 +136,64 @@ def options_of(row: Mapping[str, Any]) -> tuple[str, ...]:
             found = ast.literal_eval(found) if found.strip().startswith(("[", "(")) else []
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             found = []
-    if isinstance(found, list | tuple | np.ndarray):
-        return tuple(str(o) for o in found if o is not None and str(o).strip())
-    return ()
+    if not isinstance(found, list | tuple | np.ndarray):
+        return ()
+    texts = ["" if o is None else plain_text(str(o)) for o in found]
+    while texts and not texts[-1]:  # padding; an empty one before the last keeps its letter
+        texts.pop()
+    return tuple(texts)
 
 
 def with_options(text: str, options: Sequence[str]) -> str:
-    """The question with its options under it, unless it shows them already."""
-    if not options or all(str(o) in text for o in options):
+    """The question with its options under it, unless it shows them already, each behind its letter."""
+    labelled = list(zip(LETTERS, options, strict=False))
+    if all(re.search(rf"(?<!\w)\(?{letter}[).:] *{re.escape(o)}", text) for letter, o in labelled):
         return text
-    return "\n".join([text, *(f"{LETTERS[i]}. {o}" for i, o in enumerate(options))])
+    return "\n".join([text, *(f"{letter}. {o}" for letter, o in labelled)])
 
 
 def plain_text(value: Any) -> str:
-    """A question's text without image placeholders: `<image>` goes, `<image 2>` becomes "image 2"."""
-    text = _PLACEHOLDER.sub(lambda m: f"image {m[1]}" if m[1] else "", str(value or ""))
-    return text.strip()
+    """A text without image placeholders: `<image>` goes, `<image 2>` becomes "image 2"; "" for what is no text."""
+    if not isinstance(value, str):
+        return ""
+    return _PLACEHOLDER.sub(lambda m: f"image {m[1]}" if m[1] else "", value).strip()
+
+
+def precision_of(row: Mapping[str, Any]) -> int | None:
+    """A row's number of decimals, where it is one that an answer can have."""
+    value = row.get("precision")
+    is_good = isinstance(value, int | float) and 0 <= value <= MAX_PRECISION  # not for NaN
+    return int(value) if is_good else None
+
+
+def fault(text: str, answer: str, images: Sequence[Any], options: Sequence[str] = ()) -> str | None:
+    """Why a question with these parts cannot be asked, None if it can."""
+    for kind, is_so in (
+        ("empty_problem", not text),
+        ("empty_answer", not answer),
+        ("no_image", not images),
+        ("too_many_options", len(options) > len(LETTERS)),
+    ):
+        if is_so:
+            return kind
+    return None
 
 
 def ask_one(row: Mapping[str, Any], index: int) -> list[Question]:
     """The usual row: one question with its pictures, its options and its answer."""
-    text, answer, options = plain_text(first(row, QUESTION)), row.get("answer"), options_of(row)
-    error = None if text else "empty_problem"
-    if answer is None or not str(answer).strip():
-        error = error or "empty_answer"
-    images = images_of(row)
-    if not images:
-        error = error or "no_image"
-    precision = row.get("precision")
+    text, answer = plain_text(first(row, QUESTION)), clean_reference(row.get("answer"))
+    images, options = images_of(row), options_of(row)
     return [
         Question(
             id=str(next(v for v in (row.get("id"), row.get("idx"), row.get("pid"), index) if v is not None)),
             images=images,
             text=with_options(text, options),
-            reference=str(answer),
+            reference=answer,
             options=options,
-            precision=int(precision) if isinstance(precision, int | float) and precision == precision else None,
+            precision=precision_of(row),
             group=str(first(row, ("category", "type", "subject", "problem_version", "task", "question_type")) or ""),
             row=index,
-            error=error,
+            error=fault(text, answer, images, options),
         )
     ]
 

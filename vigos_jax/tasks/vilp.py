@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vigos_jax.tasks.task import Graded, Question, Task, plain_text, rate
+from vigos_jax.prompts import clean_reference
+from vigos_jax.tasks.task import Graded, Question, Task, fault, plain_text, rate
 
 _FIRST_SENTENCE = re.compile(r"^[^.!?]*[.!?]+\s+(?=\S)")
 
@@ -18,16 +19,10 @@ def _asker(*, keeps_fact: bool):
         text = text if keeps_fact else _FIRST_SENTENCE.sub("", text, count=1)
         questions = []
         for n in (1, 2, 3):
-            image, answer = row.get(f"image{n}"), row.get(f"answer{n}")
-            error = None if text else "empty_problem"
-            if answer is None or not str(answer).strip():
-                error = error or "empty_answer"
-            if image is None:
-                error = error or "no_image"
+            image, answer = row.get(f"image{n}"), clean_reference(row.get(f"answer{n}"))
             images = () if image is None else (image,)
-            questions.append(
-                Question(f"{index}-{n}", images, text, str(answer), part=f"image{n}", row=index, error=error)
-            )
+            error = fault(text, answer, images)
+            questions.append(Question(f"{index}-{n}", images, text, answer, part=f"image{n}", row=index, error=error))
         return questions
 
     return ask

@@ -12,6 +12,8 @@ import numpy as np
 
 from vigos_jax.tasks.task import Graded, Question, Task
 
+_TEXTS = ("concept", "context", "factual_context", "true_statement", "false_statement")
+_TEXTS = (*_TEXTS, "existent_noun", "non-existent_noun")
 MIN_VOTES = 2  # of the people who looked at a generated picture and found it good
 _ASK = "Is the statement true or false? Answer True or False."
 _COMMON = f"Judge by common sense. {_ASK}"
@@ -23,7 +25,9 @@ _CONTEXT_ONLY = f"Judge by the context alone, even where it goes against common 
 def ask(row: Mapping[str, Any], index: int) -> list[Question]:
     """Two statements per stage, one true and one false; stage d has both for every picture that people found good."""
     votes = row["aggregated_human_label_good_images"]
-    good = [str(i) for i, n in votes.items() if n is not None and n >= MIN_VOTES]
+    if not isinstance(votes, Mapping) or not all(isinstance(row[name], str) for name in _TEXTS):
+        return [Question(str(index), (), "", "", row=index, error="bad_row")]
+    good = [str(i) for i, n in votes.items() if isinstance(n, int | float) and n >= MIN_VOTES]
     if not good:
         return []
     where = f"{row['concept']}/{row['context_id']}_"
@@ -79,8 +83,7 @@ def summarise(graded: Sequence[Graded]) -> dict[str, float]:
     return {name: 100.0 * float(np.mean(values)) if values else 0.0 for name, values in names.items()}
 
 
-NAMES = ("concept", "context_id", "context", "factual_context", "true_statement", "false_statement")
-COLUMNS = (*NAMES, "existent_noun", "non-existent_noun", "best_img_id", "aggregated_human_label_good_images")
+COLUMNS = (*_TEXTS, "context_id", "best_img_id", "aggregated_human_label_good_images")
 TASK = Task(
     "vlind", "VLind", "klee972/VLind-Bench", "data.json", None, tuple((c,) for c in COLUMNS), ask, summarise, samples=1
 )
