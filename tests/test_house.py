@@ -27,7 +27,7 @@ ROOMS = (
     ("sampler.py", "step.py"),
     ("score.py",),
     ("models/",),
-    ("packing.py", "data.py", "task_rows.py", "task_scores.py"),
+    ("packing.py", "data.py", "task_rows.py", "task_scores.py", "digest.py"),
     ("processor.py", "spans.py", "sources.py"),
     ("losses.py", "tasks/"),
     ("roles.py",),

@@ -1,7 +1,7 @@
 """Orbax checkpoints of what training changes: trained weights, optimizer state, step, and the place in the data.
 
 The frozen base is not copied: it is named in the run's config. Every key is a function of seed and step, so the step
-is all there is to save of randomness. With the arrays goes a checksum of each: a file system may return other bits
+is all there is to save of randomness. With the arrays goes a digest of each: a file system may return other bits
 than it was given, and a run must not go on from those.
 """
 
@@ -15,13 +15,11 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from vigos_jax.digest import digests
 from vigos_jax.distributed import is_first, several
 from vigos_jax.errors import InputError
 from vigos_jax.metrics import say
-from vigos_jax.sharding import path_string
 from vigos_jax.step import TrainState
-
-Array = jax.Array
 
 
 class _Broken(Exception):
@@ -69,9 +67,9 @@ class Checkpoints:
         parts = {"trained": state.trained, "opt_state": state.opt_state}
         if state.average:
             parts["average"] = state.average
-        sums = {item: checksums(tree) for item, tree in parts.items()}
+        sums = {item: digests(tree) for item, tree in parts.items()}
         items = {item: ocp.args.StandardSave(tree) for item, tree in parts.items()}
-        items["data"] = ocp.args.JsonSave({**data, "checksums": sums})
+        items["data"] = ocp.args.JsonSave({**data, "digests": sums})
         try:
             self._manager.save(int(state.step), args=ocp.args.Composite(**items))
         except Exception as e:
@@ -142,16 +140,16 @@ class Checkpoints:
             ) from e
 
     def _read(self, step: int, trees: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Items onto the shapes and shardings of `trees`, with their checksums compared; and the JSON beside them."""
+        """Items onto the shapes and shardings of `trees`, with their digests compared; and the JSON beside them."""
         items = {item: ocp.args.StandardRestore(_abstract(tree)) for item, tree in trees.items()}
         try:
             read = self._manager.restore(step, args=ocp.args.Composite(**items, data=ocp.args.JsonRestore()))
             found, data = {item: read[item] for item in trees}, dict(read["data"])
-            expected = data.pop("checksums")
+            expected = data.pop("digests")
             wrong = [
                 f"{item}/{name}"
                 for item, tree in found.items()
-                for name, value in checksums(tree).items()
+                for name, value in digests(tree).items()
                 if expected[item].get(name) != value
             ]
         except Exception as e:
@@ -167,27 +165,6 @@ class Checkpoints:
             self._aside.mkdir(exist_ok=True)
             (self._folder / str(step)).rename(target)
         self._manager.reload()
-
-
-def checksums(tree: Any) -> dict[str, int]:
-    """A number for each leaf that changes with any of its bits, whatever the mesh it lies on."""
-    sums = jax.device_get(_sums(tree))
-    return {path_string(path): int(value) for path, value in jax.tree_util.tree_leaves_with_path(sums)}
-
-
-@jax.jit
-def _sums(tree: Any) -> Any:
-    return jax.tree.map(_sum, tree)
-
-
-def _sum(x: Array) -> Array:
-    """The leaf's bits, weighted by place, added up modulo 2**32: in any order the same."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
-    weights = jnp.uint32(1)  # odd, so that no bit is multiplied away
-    for axis in range(x.ndim):
-        place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        weights = weights * jnp.uint32(31) + jnp.uint32(2) * place
-    return jnp.sum(bits * weights, dtype=jnp.uint32)
 
 
 def _abstract(tree: Any) -> Any:

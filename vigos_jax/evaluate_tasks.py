@@ -9,10 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
+from vigos_jax.digest import digests
 from vigos_jax.distributed import is_first
 from vigos_jax.errors import InputError
 from vigos_jax.graders import last_boxed
@@ -23,7 +20,6 @@ from vigos_jax.math_grader import MathGrader
 from vigos_jax.metrics import Progress, say
 from vigos_jax.models.variables import Variables
 from vigos_jax.sampler import Sampler, Sampling
-from vigos_jax.sharding import replicated
 from vigos_jax.task_answers import Asker, Job
 from vigos_jax.task_rows import TaskRows, open_rows, questions_of
 from vigos_jax.task_scores import COMMON, Answer, summarise
@@ -78,8 +74,7 @@ class Evaluation:
         """Tells a student from any other: its base's files, and the bits of what was trained."""
         spec = self._loaded.model.lora if "lora" in trained else None
         adapter = [spec.rank, spec.scale, sorted(spec.language), sorted(spec.vision)] if spec else []
-        bits = jax.jit(_digest, out_shardings=replicated(self._loaded.mesh))(trained) if trained else []
-        return content_key(self._base, adapter, np.asarray(bits).tolist())
+        return content_key(self._base, adapter, digests(trained))
 
     def run(self, trained: Variables, *, output: pathlib.Path) -> list[TaskResult]:
         """Evaluates a student; appends to responses.jsonl and verdicts.jsonl in `output` what is not there yet.
@@ -229,28 +224,6 @@ def fingerprint_of(folders: Sequence[pathlib.Path], *facts: Any) -> str:
                     file.seek(place)
                     digest.update(file.read(4096))
     return digest.hexdigest()[:16]
-
-
-def _digest(tree: Variables) -> jax.Array:
-    """Two numbers per leaf that change with any of its bits and with their places, whatever the mesh: uint32 [n, 2]."""
-
-    def of(x: jax.Array) -> list[jax.Array]:
-        unsigned = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-        place, stride = jnp.zeros(x.shape, jnp.uint32), 1
-        for axis in reversed(range(x.ndim)):
-            place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
-            stride *= x.shape[axis]
-        return [jnp.sum(_mix(bits ^ _mix(place ^ jnp.uint32(salt))), dtype=jnp.uint32) for salt in (0, 0x9E3779B9)]
-
-    return jnp.array([of(x) for x in jax.tree.leaves(tree)])
-
-
-def _mix(x: jax.Array) -> jax.Array:
-    """A bijection of 32-bit numbers in which every bit of the input moves about half of the output's."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
 
 
 def table_text(results: Sequence[TaskResult]) -> str:
