@@ -27,7 +27,7 @@ _PATIENCE_MS = 24 * 60 * 60 * 1000  # a process that died is noticed by its hear
 _FAREWELL_MS = 30 * 1000  # for the others to hear why this process stops
 _NEEDED = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 _rounds = itertools.count()
-_has_failed = False  # some process has, and all know
+_has_ended = False  # some process stops, and all know
 
 
 @contextlib.contextmanager
@@ -41,7 +41,9 @@ def joined(mode: str) -> Iterator[None]:
       InputError: variables that are missing or contradict each other; nothing to find out; or, in all processes, what
         stopped one of them.
     """
+    global _has_ended
     _initialize(mode, os.environ)
+    _has_ended = False
     try:
         yield
         exchange(None)
@@ -97,7 +99,7 @@ def first_decides(decide: Callable[[], Any]) -> Any:
 
 
 def _round(message: dict[str, Any]) -> list[Any]:
-    global _has_failed
+    global _has_ended
     message = json.loads(json.dumps(message))
     if not several():
         return [message["value"]]
@@ -115,10 +117,10 @@ def _round(message: dict[str, Any]) -> list[Any]:
             raise barrier_error
         return []
     if reasons := [m["stopped"] for m in said.values() if "stopped" in m]:
-        _has_failed = True
+        _has_ended = True
         raise Stopped(reasons[0])
     if failures := [f"process {i} stopped: {m['failure']}" for i, m in sorted(said.items()) if "failure" in m]:
-        _has_failed = True
+        _has_ended = True
         raise InputError("; ".join(failures))
     if barrier_error:
         raise barrier_error
@@ -137,10 +139,10 @@ def _say_why(error: BaseException) -> None:
 
     An orderly end would wait for them, and lose the exit code.
     """
-    global _has_failed
-    if not several() or _has_failed:
+    global _has_ended
+    if not several() or _has_ended:
         return
-    _has_failed = True
+    _has_ended = True
     is_known = isinstance(error, InputError | Stopped)
     kind = "stopped" if isinstance(error, Stopped) else "failure"
     try:
