@@ -59,7 +59,7 @@ def test_every_field_is_read_somewhere():
         assert re.search(rf"\b{field.split('.')[-1]}\b", source), f"nothing reads config.{field}"
 
 
-@pytest.mark.parametrize("field, low, high", config_lib._RANGES)
+@pytest.mark.parametrize("field, low, high", (*config_lib._WHOLE, *config_lib._REAL))
 def test_range(field, low, high):
     step = 1 if isinstance(get(base.get_config(), field), int) else 1e-6
     name = field.replace(".", "__")
