@@ -100,6 +100,7 @@ CHOICES = {
     "export.dtype": ("float32", "bfloat16"),
 }
 _PROMPT_FIELDS = ("user", "assistant_prefill")
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 # They say what to do with a run, or where, not what the run is.
 _MODE_SECTIONS = ("eval", "score", "diagnose", "generate", "export", "compilation_cache", "mesh", "distributed")
@@ -157,6 +158,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
         for section, known in _NO_OTHERS.items():
             if strangers := [str(name) for name in get(config, section) if name not in known]:
                 raise InputError(f"config.{section} has no field {strangers[0]!r}; choices: {', '.join(known)}")
+        if not _VARIABLE.fullmatch(config.eval.judge.key_env):  # not shown: it may be the key itself
+            raise InputError("config.eval.judge.key_env must be the name of an environment variable, like JUDGE_KEY")
         _check_buckets(config)
         _check_prompts(config)
         if config.export.push_to and not _REPOSITORY.fullmatch(config.export.push_to):

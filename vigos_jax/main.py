@@ -1,5 +1,6 @@
 """The command line: reads flags, checks the config, and runs a mode. Nothing else happens here."""
 
+import errno
 import json
 import os
 import pathlib
@@ -80,7 +81,10 @@ def _parse(argv: list[str]):
     workdir = values.workdir
     if not workdir and values.mode == "train":
         workdir = f"runs/{path.stem}"
-    return config, values.mode, pathlib.Path(workdir).expanduser() if workdir else None
+    try:
+        return config, values.mode, pathlib.Path(workdir).expanduser() if workdir else None
+    except RuntimeError as e:
+        raise InputError(f"--workdir {workdir} begins with the home of a user that does not exist") from e
 
 
 def _read_flags(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
@@ -200,6 +204,18 @@ def _run(config, mode: str, workdir: pathlib.Path | None) -> int:
     return 0
 
 
+def _disk_problem(error: BaseException) -> InputError | None:
+    """What a disk that is full or read-only made fail, in one line; None if the error is something else."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+        return InputError(f"cannot write {error.filename or 'a file'}: {error.strerror}")
+    # Checkpoints are written by tensorstore, which raises ValueError and has the system's word at the end.
+    text = " ".join(str(error).split())
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+        if f"os_error_code='{number}'" in text or os.strerror(number) in text:
+            return InputError(f"cannot write a checkpoint: {os.strerror(number)} ({text[:200]})")
+    return None
+
+
 def main(argv: list[str]) -> int:
     """Runs the command line `argv` (program name first) and returns the exit code."""
     if any(a in ("--help", "-h", "-help", "--helpfull") for a in argv[1:]):
@@ -214,6 +230,11 @@ def main(argv: list[str]) -> int:
             return _run(config, mode, workdir)
     except InputError as e:
         print(f"vigos_jax: {e}", file=sys.stderr)
+        return 2
+    except Exception as e:
+        if (problem := _disk_problem(e)) is None:
+            raise
+        print(f"vigos_jax: {problem}; what was complete before stays; make room and start again", file=sys.stderr)
         return 2
 
 
