@@ -1,4 +1,4 @@
-"""Pictures as they come from the world: broken, huge, turned, of other depths, somewhere else. Each is read or named."""
+"""Pictures as they come: broken, huge, turned, of other depths, somewhere else. Each is read, or named."""
 
 import io
 import json
@@ -225,8 +225,8 @@ def test_nothing_leads_out_of_the_data_folder(processor, tmp_path):
     os.mkfifo(data / "pipe.png")
     expected = {
         **dict.fromkeys(["a.png", "sub/../a.png", "inside.png", str(data / "a.png"), "./a.png"]),
-        **dict.fromkeys(["../outside/a.png", "sub/../../outside/a.png", str(outside / "a.png")], "image_outside_folder"),
-        **dict.fromkeys(["file.png", "folder/a.png", "twice.png", "/dev/zero"], "image_outside_folder"),
+        **dict.fromkeys(["../outside/a.png", "sub/../../outside/a.png", "/dev/zero"], "image_outside_folder"),
+        **dict.fromkeys(["file.png", "folder/a.png", "twice.png", str(outside / "a.png")], "image_outside_folder"),
         **dict.fromkeys(["none.png", "sub", "loop.png", "pipe.png", "a.png\0", "a" * 5000, "\ud800"], "image_missing"),
     }
     for path, kind in expected.items():
