@@ -124,6 +124,13 @@ def _number(config: Mapping[str, Any], field: str, *, whole: bool) -> int | floa
     return value
 
 
+def _section(config: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+    value = get(config, field)
+    if not hasattr(value, "items"):
+        raise InputError(f"config.{field}={value!r} must be a table")
+    return value
+
+
 def _texts_in(config: Mapping[str, Any], field: str) -> tuple[str, ...]:
     """The texts of a list; one text is no list of its letters."""
     values = get(config, field)
@@ -156,7 +163,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
             if get(config, field) not in choices:
                 raise InputError(f"config.{field}={get(config, field)!r} is unknown; choices: {', '.join(choices)}")
         for section, known in _NO_OTHERS.items():
-            if strangers := [str(name) for name in get(config, section) if name not in known]:
+            if strangers := [str(name) for name in _section(config, section) if name not in known]:
                 raise InputError(f"config.{section} has no field {strangers[0]!r}; choices: {', '.join(known)}")
         if not _VARIABLE.fullmatch(config.eval.judge.key_env):  # not shown: it may be the key itself
             raise InputError("config.eval.judge.key_env must be the name of an environment variable, like JUDGE_KEY")
@@ -165,7 +172,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         if config.export.push_to and not _REPOSITORY.fullmatch(config.export.push_to):
             raise InputError(f"config.export.push_to={config.export.push_to!r} must be owner/name on the hub, or empty")
         _texts_in(config, "eval.tasks")
-        for task in get(config, "eval.sources").keys():
+        for task in _section(config, "eval.sources"):
             _check_text(config, f"eval.sources.{task}")
         fields = get(config, "data.fields")
         for name in fields if isinstance(fields, list | tuple) else (None,):
@@ -187,7 +194,7 @@ def _check_text(config: Mapping[str, Any], field: str) -> None:
 
 
 def _check_buckets(config: Mapping[str, Any]) -> None:
-    for kind, sizes in get(config, "buckets").items():
+    for kind, sizes in _section(config, "buckets").items():
         is_list = isinstance(sizes, list | tuple) and bool(sizes) and all(type(s) is int and s > 0 for s in sizes)
         if not is_list or list(sizes) != sorted(set(sizes)):
             raise InputError(f"config.buckets.{kind}={sizes!r} must be ascending positive integers")
@@ -200,7 +207,7 @@ def _check_buckets(config: Mapping[str, Any]) -> None:
 
 
 def _check_prompts(config: Mapping[str, Any]) -> None:
-    for name, entry in get(config, "prompts").items():
+    for name, entry in _section(config, "prompts").items():
         fields = list(entry) if hasattr(entry, "items") else []
         if set(fields) != set(_PROMPT_FIELDS):
             named = ", ".join(map(str, fields)) or "none"
@@ -210,8 +217,7 @@ def _check_prompts(config: Mapping[str, Any]) -> None:
                 raise InputError(f"config.prompts.{name}.{field}={entry[field]!r} must be a text")
     if "student" not in config["prompts"] or "{reference}" in config["prompts"]["student"]["user"]:
         raise InputError("config.prompts.student must exist, and must not show {reference} to the student")
-    if not hasattr(get(config, "roles"), "items"):
-        raise InputError(f"config.roles={config['roles']!r} must be a table of roles")
+    _section(config, "roles")
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:

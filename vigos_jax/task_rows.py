@@ -6,8 +6,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from vigos_jax.demo import world
 from vigos_jax import hub
+from vigos_jax.demo import world
 from vigos_jax.errors import InputError
 from vigos_jax.sources import HUB_ID, open_table
 from vigos_jax.tasks.task import Question, Task
