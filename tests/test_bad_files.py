@@ -24,10 +24,14 @@ from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.models.weight_files import is_finite
 from vigos_jax.processor import Processor
 
+KEY = "MARKERkey0123456789"  # in the environment of every run here
+
 
 @pytest.fixture(scope="module", autouse=True)
 def world(tmp_path_factory):
-    with runs.compile_once(tmp_path_factory):
+    with runs.compile_once(tmp_path_factory), pytest.MonkeyPatch.context() as patch:
+        for name in ("HF_TOKEN", "OPENAI_API_KEY"):
+            patch.setenv(name, KEY)
         yield runs.make_world(tmp_path_factory)
 
 
@@ -477,6 +481,13 @@ def test_a_file_where_the_workdir_should_be(world, tmp_path, capsys):
     (tmp_path / "run").write_text("")
     for path in (tmp_path / "run", tmp_path / "run" / "below"):
         assert str(tmp_path / "run") in refusal(capsys, lambda: world.run(f"--workdir={path}"))  # noqa: B023
+
+
+def test_no_file_of_a_run_or_an_export_holds_a_key(world, finished, tmp_path):
+    assert world.run("--mode=export", f"--workdir={finished.workdir}", f"--config.export.output={tmp_path / 'hf'}") == 0
+    for folder in (finished.workdir, tmp_path / "hf"):
+        files = runs.bytes_of(folder)
+        assert len(files) > 5 and not [name for name, data in files.items() if KEY.encode() in data]
 
 
 def test_a_workdir_of_another_config(world, finished, capsys):

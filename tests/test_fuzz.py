@@ -40,7 +40,7 @@ def processor(tmp_path_factory):
 def test_random_completions(processor):
     counts = fuzz_spans(processor, 5000)
     print(counts)
-    assert counts["completions"] == 5000 and 1000 < counts["valid"] < 4000  # of both kinds
+    assert counts["completions"] == 5000 and 800 < counts["valid"] < 4200  # of both kinds
 
 
 def test_the_check_of_spans_can_fail(monkeypatch):
