@@ -144,9 +144,10 @@ def test_rollouts_of_hostile_texts(loaded, tmp_path, text):
             assert sorted(sequence.image_index[sequence.image_index >= 0]) == list(range(n))
 
 
-@pytest.mark.parametrize("text", ["a" * 10**6, "Ω " * 300_000, "<|im_end|>" * 10**5], ids=lambda x: x[:3])
-@pytest.mark.parametrize("where", ["problem", "answer"])
-def test_a_megabyte_of_text_is_a_bad_row(loaded, text, where):
+@pytest.mark.parametrize(
+    "where, text", [("problem", "a" * 10**6), ("answer", "<|im_end|>" * 10**5)], ids=["problem", "answer"]
+)
+def test_a_megabyte_of_text_is_a_bad_row(loaded, where, text):
     too_long = Reader.of(loaded, config_of()).too_long
     options = {"fields": ("caption",), "too_long": lambda example: too_long(example, max_completion=16)}
     example = encode(GOOD | {"caption": "c", where: text}, loaded.processor, **options)

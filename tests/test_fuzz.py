@@ -120,7 +120,8 @@ def fields_of(tree, path=()):
             yield from fields_of(value, (*path, key))
 
 
-FIELDS = sorted(fields_of(json.loads(to_json(base.get_config()))))
+BASE = to_json(base.get_config())
+FIELDS = sorted(fields_of(json.loads(BASE)))
 
 
 def check_config(path, raw) -> bool:
@@ -145,7 +146,7 @@ def check_config(path, raw) -> bool:
 @settings(max_examples=250, suppress_health_check=list(HealthCheck))
 @given(changes=st.lists(st.tuples(st.sampled_from(FIELDS), JSON, st.booleans()), min_size=1, max_size=2))
 def test_configs(tmp_path_factory, changes):
-    raw = json.loads(to_json(base.get_config()))
+    raw = json.loads(BASE)
     for path, value, adds in changes:
         node = raw
         for key in path[:-1]:
@@ -159,7 +160,7 @@ def test_configs(tmp_path_factory, changes):
 def test_every_field_of_a_config(tmp_path, field):
     """Each of a few wrong values in each field."""
     for value in (None, True, -1, 2.5, "text", [], [1], {}, {"a": 1}, float("nan"), 10**400):
-        raw = json.loads(to_json(base.get_config()))
+        raw = json.loads(BASE)
         node = raw
         for key in field[:-1]:
             node = node[key]
@@ -168,4 +169,4 @@ def test_every_field_of_a_config(tmp_path, field):
 
 
 def test_the_base_config_passes_the_same_check(tmp_path):
-    assert check_config(tmp_path / "config.json", json.loads(to_json(base.get_config())))
+    assert check_config(tmp_path / "config.json", json.loads(BASE))
