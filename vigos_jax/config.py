@@ -1,7 +1,6 @@
 """Checks of a config before anything is loaded, and its JSON form in a workdir. The fields are in configs/base.py."""
 
 import json
-import math
 import pathlib
 import re
 from collections.abc import Mapping
@@ -117,10 +116,9 @@ def get(config: Mapping[str, Any], field: str) -> Any:
 
 def _number(config: Mapping[str, Any], field: str, *, whole: bool) -> int | float:
     value = get(config, field)
-    if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or abs(value) > 1e300:
+    is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) < 1e300:  # NaN is neither above nor below
         raise InputError(f"config.{field}={value!r} must be a {'whole' if whole else 'finite'} number")
-    if not math.isfinite(value):
-        raise InputError(f"config.{field}={value!r} must be a finite number")
     return value
 
 
@@ -129,14 +127,6 @@ def _section(config: Mapping[str, Any], field: str) -> Mapping[str, Any]:
     if not hasattr(value, "items"):
         raise InputError(f"config.{field}={value!r} must be a table")
     return value
-
-
-def _texts_in(config: Mapping[str, Any], field: str) -> tuple[str, ...]:
-    """The texts of a list; one text is no list of its letters."""
-    values = get(config, field)
-    if not isinstance(values, list | tuple) or not all(isinstance(v, str) for v in values):
-        raise InputError(f"config.{field}={values!r} must be a list of texts, like ('name',)")
-    return tuple(values)
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -171,7 +161,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
         _check_prompts(config)
         if config.export.push_to and not _REPOSITORY.fullmatch(config.export.push_to):
             raise InputError(f"config.export.push_to={config.export.push_to!r} must be owner/name on the hub, or empty")
-        _texts_in(config, "eval.tasks")
+        tasks = get(config, "eval.tasks")  # one text is no list of its letters
+        if not isinstance(tasks, list | tuple) or not all(isinstance(task, str) for task in tasks):
+            raise InputError(f"config.eval.tasks={tasks!r} must be a list of names, like ('vilp_f', 'cv_bench')")
         for task in _section(config, "eval.sources"):
             _check_text(config, f"eval.sources.{task}")
         fields = get(config, "data.fields")
