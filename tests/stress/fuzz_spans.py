@@ -1,4 +1,4 @@
-r"""The span finder on 100,000 random completions (minutes): invariants, and an oracle that works on text.
+r"""The span finder on 100,000 random completions (about a minute): invariants, and an oracle that works on text.
 
     PYTHONPATH=.:tests python tests/stress/fuzz_spans.py [COUNT] [SEED]
 """
