@@ -59,7 +59,17 @@ def test_every_field_is_read_somewhere():
         assert re.search(rf"\b{field.split('.')[-1]}\b", source), f"nothing reads config.{field}"
 
 
-@pytest.mark.parametrize("field, low, high", config_lib._RANGES)
+def test_every_field_has_its_type_checked():
+    """A new field gets its place in a table of config.py."""
+    numbers = {field for field, _, _ in (*config_lib._WHOLE, *config_lib._REAL)}
+    checked = numbers | {*config_lib._WHOLE_ELSEWHERE, *config_lib._REAL_ELSEWHERE, *config_lib._FLAGS}
+    checked |= {*config_lib._TEXTS, *config_lib.CHOICES, "data.fields", "eval.tasks", "mesh.rules"}
+    checked |= {f"guards.{name}" for name in config_lib.GUARDED}
+    elsewhere = ("roles.", "prompts.", "buckets.", "eval.sources.")
+    assert {f for f in leaves(base.get_config()) if not f.startswith(elsewhere)} == checked
+
+
+@pytest.mark.parametrize("field, low, high", (*config_lib._WHOLE, *config_lib._REAL))
 def test_range(field, low, high):
     step = 1 if isinstance(get(base.get_config(), field), int) else 1e-6
     name = field.replace(".", "__")

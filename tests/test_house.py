@@ -45,6 +45,11 @@ CONFIGS_MAY_IMPORT = LEVELS["config.py"]  # a config is data: it needs leaves an
 
 TEST_ONLY = {"torch", "torchvision", "torchaudio", "peft", "accelerate", "tests", "pytest", "hypothesis"}
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+# Of libraries that read data with one function and run it with another.
+UNSAFE_CALLS = {
+    *("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen", "pty.spawn"),
+    *("pandas.read_pickle", "pd.read_pickle", "subprocess.getoutput", "subprocess.getstatusoutput"),
+}
 
 
 def room_of(path: str) -> str | None:
@@ -120,6 +125,9 @@ def unsafe_faults(path: str, source: str) -> list[str]:
     for node in ast.walk(tree):
         where = f"{path}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.Call):
+            dotted = ast.unparse(node.func)
+            if dotted in UNSAFE_CALLS or called(node) in ("compile", "__import__") and dotted == called(node):
+                faults.append(f"{where} calls {dotted}()")
             owner = getattr(node.func, "value", None)  # of `owner.eval()`
             if called(node) in ("eval", "exec") and getattr(owner, "id", owner) in (None, "builtins"):
                 faults.append(f"{where} calls {called(node)}()")
@@ -131,7 +139,7 @@ def unsafe_faults(path: str, source: str) -> list[str]:
             continue
         for key, value in pairs:
             is_off = isinstance(value, ast.Constant) and value.value is False
-            if key in ("trust_remote_code", "allow_pickle") and not is_off:
+            if key in ("trust_remote_code", "allow_pickle", "shell") and not is_off:
                 faults.append(f"{where} sets {key}")
     return faults
 
@@ -224,6 +232,13 @@ def test_import_check_passes(path, source):
         "load(name, trust_remote_code=flag)",
         "load(name, **{'trust_remote_code': True})",
         "np.load(path, allow_pickle=True)",
+        "import yaml\nyaml.load(text)",
+        "yaml.unsafe_load(text)",
+        "compile(text, '', 'exec')",
+        "__import__(name)",
+        "subprocess.run(line, shell=True)",
+        "os.system(line)",
+        "import dill as d",
     ],
 )
 def test_unsafe_check_fails(source):
@@ -231,7 +246,17 @@ def test_unsafe_check_fails(source):
 
 
 @pytest.mark.parametrize(
-    "source", ["model.eval()", "f()().eval()", "'eval(pickle)'", "load(name, trust_remote_code=False)"]
+    "source",
+    [
+        "model.eval()",
+        "f()().eval()",
+        "'eval(pickle)'",
+        "load(name, trust_remote_code=False)",
+        "re.compile(text)",
+        "yaml.safe_load(text)",
+        "lowered.compile()",
+        "np.load(path, allow_pickle=False)",
+    ],
 )
 def test_unsafe_check_passes(source):
     assert unsafe_faults("vigos_jax/train.py", source) == []

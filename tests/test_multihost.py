@@ -191,7 +191,7 @@ def unequal(tmp_path_factory, world):
     folder = tmp_path_factory.mktemp("unequal")
     runs.write_pictures(folder / "pictures", 16)
     rows = [
-        {"id": f"row{i}", "images": [f"pictures/{i}.png"], "problem": "colour " * (1 if i < 4 else 60), "answer": "red"}
+        {"id": f"row{i}", "images": [f"pictures/{i}.png"], "problem": "colour " * (1 if i < 4 else 40), "answer": "red"}
         for i in range(16)
     ]
     for row in rows[8:12]:

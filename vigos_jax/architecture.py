@@ -13,6 +13,8 @@ from typing import Any
 from vigos_jax.errors import InputError
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+MAX_SIZE = 2**24  # no published dimension is near it; what is larger would only fail later, for want of memory
+MAX_LAYERS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +96,7 @@ class ModelConfig:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except OSError as e:
             raise InputError(f"cannot read {path}: {e.strerror}; a model folder needs config.json") from e
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise InputError(f"{path} is not valid JSON: {e}") from e
         if not isinstance(raw, dict):
             raise InputError(f"{path} must hold a JSON object, not {type(raw).__name__}")
@@ -106,38 +108,50 @@ class ModelConfig:
         family = raw.get("model_type")
         if family not in FAMILIES:
             raise InputError(f"{where}: model_type {family!r} is not supported; choices: {', '.join(FAMILIES)}")
-        text = {**raw, **(raw.get("text_config") or {})}
-        vision = raw.get("vision_config") or {}
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         is_qwen3 = family == "qwen3_vl"
         try:
-            heads = int(text["num_attention_heads"])
+            text = {**raw, **_section(raw, "text_config")}
+            vision = _section(raw, "vision_config")
+            rope = _section(text, "rope_parameters") or _section(text, "rope_scaling")
+            heads = _whole(text, "num_attention_heads")
             config = cls(
                 family=family,
-                hidden_size=int(text["hidden_size"]),
-                num_layers=int(text["num_hidden_layers"]),
+                hidden_size=_whole(text, "hidden_size"),
+                num_layers=_whole(text, "num_hidden_layers", most=MAX_LAYERS),
                 num_heads=heads,
-                num_kv_heads=int(text["num_key_value_heads"]),
-                head_size=int(text.get("head_dim") or text["hidden_size"] // heads),
-                intermediate_size=int(text["intermediate_size"]),
-                vocab_size=int(text["vocab_size"]),
-                rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or (5e6 if is_qwen3 else 1e6)),
-                mrope_section=tuple(int(n) for n in rope["mrope_section"]),
-                rms_eps=float(text.get("rms_norm_eps", 1e-6)),
+                num_kv_heads=_whole(text, "num_key_value_heads"),
+                head_size=_whole(text, "head_dim", default=_whole(text, "hidden_size") // heads),
+                intermediate_size=_whole(text, "intermediate_size"),
+                vocab_size=_whole(text, "vocab_size"),
+                rope_theta=_positive(rope if rope.get("rope_theta") else text, "rope_theta", 5e6 if is_qwen3 else 1e6),
+                mrope_section=_wholes(rope, "mrope_section", least=1),
+                rms_eps=_positive(text, "rms_norm_eps", 1e-6),
                 # transformers reads the top level; a nested copy may be stale.
-                tie_embeddings=bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-                image_token_id=int(raw["image_token_id"]),
-                video_token_id=int(raw["video_token_id"]),
+                tie_embeddings=_flag(raw if "tie_word_embeddings" in raw else text, "tie_word_embeddings"),
+                image_token_id=_whole(raw, "image_token_id", least=0),
+                video_token_id=_whole(raw, "video_token_id", least=0),
                 vision=_qwen3_vision(vision) if is_qwen3 else _qwen2_5_vision(vision),
                 qkv_bias=not is_qwen3,
                 qk_norm=is_qwen3,
                 mrope_interleaved=is_qwen3,
             )
-        except (KeyError, TypeError, ValueError) as e:
+        except (KeyError, ValueError) as e:
             raise InputError(f"{where}: missing or malformed field: {e!r}") from e
-        if 2 * sum(config.mrope_section) != config.head_size:
+        if max(config.visual_ids) >= config.vocab_size:
             raise InputError(
-                f"{where}: mrope_section {config.mrope_section} must sum to half the head size {config.head_size}"
+                f"{where}: image_token_id and video_token_id {config.visual_ids} must be below vocab_size "
+                f"{config.vocab_size}"
+            )
+        for what, n, parts in (
+            ("num_attention_heads and num_key_value_heads", heads, config.num_kv_heads),
+            ("vision_config's hidden_size and num_heads", config.vision.hidden_size, config.vision.num_heads),
+        ):
+            if n % parts:
+                raise InputError(f"{where}: {what} {n} and {parts}: the first must be a multiple of the second")
+        if len(config.mrope_section) != 3 or 2 * sum(config.mrope_section) != config.head_size:
+            raise InputError(
+                f"{where}: mrope_section {config.mrope_section} must be three numbers that sum to half the head size "
+                f"{config.head_size}"
             )
         for field, value, choices in (
             ("hidden_act", text.get("hidden_act", "silu"), ("silu",)),
@@ -151,39 +165,80 @@ class ModelConfig:
         return config
 
 
+def _section(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = values.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{key} must be an object, not {value!r}")
+    return value or {}
+
+
+def _whole(
+    values: Mapping[str, Any], key: str, *, default: int | None = None, least: int = 1, most: int = MAX_SIZE
+) -> int:
+    value = values.get(key)
+    if value is None:
+        if default is None:
+            raise KeyError(key)
+        value = default
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{key} {value!r} must be a whole number from {least} to {most}")
+    return value
+
+
+def _wholes(values: Mapping[str, Any], key: str, *, default: tuple[int, ...] = (), least: int = 0) -> tuple[int, ...]:
+    value = values.get(key, default)
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{key} {value!r} must be a list of whole numbers")
+    return tuple(_whole({key: n}, key, least=least) for n in value)
+
+
+def _positive(values: Mapping[str, Any], key: str, default: float) -> float:
+    value = default if values.get(key) is None else values[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1e30:
+        raise ValueError(f"{key} {value!r} must be a positive number")
+    return float(value)
+
+
+def _flag(values: Mapping[str, Any], key: str) -> bool:
+    value = values.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{key} {value!r} must be true or false")
+    return bool(value)
+
+
 def _common_vision(vision: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "depth": int(vision["depth"]),
-        "hidden_size": int(vision["hidden_size"]),
-        "num_heads": int(vision["num_heads"]),
-        "intermediate_size": int(vision["intermediate_size"]),
-        "out_hidden_size": int(vision["out_hidden_size"]),
-        "temporal_patch_size": int(vision.get("temporal_patch_size", 2)),
-        "spatial_merge_size": int(vision.get("spatial_merge_size", 2)),
-        "in_channels": int(vision.get("in_channels", vision.get("in_chans", 3))),
+        "depth": _whole(vision, "depth", most=MAX_LAYERS),
+        "hidden_size": _whole(vision, "hidden_size"),
+        "num_heads": _whole(vision, "num_heads"),
+        "intermediate_size": _whole(vision, "intermediate_size"),
+        "out_hidden_size": _whole(vision, "out_hidden_size"),
+        "temporal_patch_size": _whole(vision, "temporal_patch_size", default=2),
+        "spatial_merge_size": _whole(vision, "spatial_merge_size", default=2),
+        "in_channels": _whole(vision, "in_channels", default=_whole(vision, "in_chans", default=3)),
     }
 
 
 def _qwen2_5_vision(vision: Mapping[str, Any]) -> VisionConfig:
     return VisionConfig(
         **_common_vision(vision),
-        patch_size=int(vision.get("patch_size", 14)),
-        window_size=int(vision.get("window_size", 112)),
-        full_attention_blocks=tuple(int(i) for i in vision.get("fullatt_block_indexes", ())),
-        tokens_per_second=float(vision.get("tokens_per_second", 4)),
+        patch_size=_whole(vision, "patch_size", default=14),
+        window_size=_whole(vision, "window_size", default=112),
+        full_attention_blocks=_wholes(vision, "fullatt_block_indexes"),
+        tokens_per_second=_positive(vision, "tokens_per_second", 4),
     )
 
 
 def _qwen3_vision(vision: Mapping[str, Any]) -> VisionConfig:
-    num_positions = int(vision.get("num_position_embeddings", 2304))
-    blocks = tuple(int(i) for i in vision.get("deepstack_visual_indexes", (8, 16, 24)))
+    num_positions = _whole(vision, "num_position_embeddings", default=2304)
+    blocks = _wholes(vision, "deepstack_visual_indexes", default=(8, 16, 24))
     if round(num_positions**0.5) ** 2 != num_positions:
         raise ValueError(f"num_position_embeddings {num_positions} must be a square number")
-    if len(set(blocks)) < len(blocks) or not all(0 <= i < int(vision["depth"]) for i in blocks):
+    if len(set(blocks)) < len(blocks) or not all(i < _whole(vision, "depth") for i in blocks):
         raise ValueError(f"deepstack_visual_indexes {blocks} must be different blocks of the tower")
     return VisionConfig(
         **_common_vision(vision),
-        patch_size=int(vision.get("patch_size", 16)),
+        patch_size=_whole(vision, "patch_size", default=16),
         num_positions=num_positions,
         deepstack_blocks=blocks,
     )

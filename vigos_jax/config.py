@@ -1,7 +1,6 @@
 """Checks of a config before anything is loaded, and its JSON form in a workdir. The fields are in configs/base.py."""
 
 import json
-import math
 import pathlib
 import re
 from collections.abc import Mapping
@@ -12,8 +11,8 @@ import ml_collections
 from vigos_jax.errors import InputError
 from vigos_jax.health import GUARDED
 
-# (field, smallest, largest or None). What other rooms check for themselves (roles, sampling, mesh) is not here.
-_RANGES = (
+# (field, smallest, largest or None).
+_WHOLE = (
     ("seed", 0, 2**31 - 1),
     ("steps", 1, None),
     ("batch_size", 1, None),
@@ -23,21 +22,10 @@ _RANGES = (
     ("log_every", 1, None),
     ("eval_every", 0, None),
     ("lora.rank", 0, None),
-    ("lora.alpha", 0, None),
-    ("lora.dropout", 0, 0.999),
     ("data.workers", 0, None),
     ("data.window", 1, None),
     ("data.max_images", 1, None),
-    ("data.max_bad_fraction", 0, 1),
-    ("optimizer.learning_rate", 0, None),
     ("optimizer.warmup_steps", 0, None),
-    ("optimizer.b1", 0, 0.999999),
-    ("optimizer.b2", 0, 0.999999),
-    ("optimizer.eps", 0, None),
-    ("optimizer.weight_decay", 0, None),
-    ("optimizer.max_grad_norm", 1e-12, None),
-    ("teacher.ema_rate", 0, 1),
-    ("loss.temperature", 1e-6, None),
     ("loss.chunk", 1, None),
     ("evaluate.questions", 0, None),
     ("evaluate.batch_size", 1, None),
@@ -50,7 +38,6 @@ _RANGES = (
     ("eval.batch_size", 1, None),
     ("eval.judge.batch", 1, None),
     ("eval.judge.concurrency", 1, None),
-    ("eval.judge.timeout", 0.1, None),
     ("eval.judge.retries", 0, None),
     ("score.batch_size", 1, None),
     ("diagnose.rows", 2, None),
@@ -60,8 +47,47 @@ _RANGES = (
     ("guards.max_skipped", 1, None),
     ("guards.window", 1, None),
     ("export.step", 0, None),
+)
+_REAL = (
+    ("lora.alpha", 0, None),
+    ("lora.dropout", 0, 0.999),
+    ("data.max_bad_fraction", 0, 1),
+    ("optimizer.learning_rate", 0, None),
+    ("optimizer.b1", 0, 0.999999),
+    ("optimizer.b2", 0, 0.999999),
+    ("optimizer.eps", 0, None),
+    ("optimizer.weight_decay", 0, None),
+    ("optimizer.max_grad_norm", 1e-12, None),
+    ("teacher.ema_rate", 0, 1),
+    ("loss.temperature", 1e-6, None),
+    ("eval.judge.timeout", 0.1, None),
     ("export.max_shard_gb", 1e-9, None),
 )
+# Numbers whose ranges other rooms know (sampling, mesh): here they only have to be numbers.
+_WHOLE_ELSEWHERE = (
+    *("sampling.max_tokens", "sampling.top_k", "eval.top_k"),
+    *("mesh.data", "mesh.fsdp", "mesh.tensor"),
+)
+_REAL_ELSEWHERE = (
+    *("sampling.temperature", "sampling.top_p", "sampling.min_p", "sampling.repetition_penalty"),
+    *("sampling.presence_penalty", "eval.temperature", "eval.top_p"),
+)
+_FLAGS = ("data.shuffle", "data.blank_images", "export.check", "export.after_training", "guards.stop")
+_PATHS = (  # or names on the hub
+    *("compilation_cache", "model.path", "model.adapter", "data.source", "score.rollouts", "score.output"),
+    *("diagnose.rollouts", "diagnose.wrong_answers_file", "diagnose.output", "eval.output", "generate.image"),
+    "export.output",
+)
+_TEXTS = (
+    *(*_PATHS, "data.split", "eval.plain_prompt", "eval.judge.url", "eval.judge.model", "eval.judge.key_env"),
+    *("generate.question", "export.push_to"),
+)
+_NO_OTHERS = {  # sections that are handed on whole, so that a field too many would be an argument too many
+    "sampling": ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
+    "optimizer": ("learning_rate", "schedule", "warmup_steps", "b1", "b2", "eps", "weight_decay", "max_grad_norm"),
+    "buckets": ("patches", "prompt", "completion", "sequence"),
+    "mesh": ("data", "fsdp", "tensor", "rules"),
+}
 CHOICES = {
     "distributed": ("off", "auto", "env"),
     "model.dtype": ("float32", "bfloat16"),
@@ -78,6 +104,7 @@ CHOICES = {
     "export.dtype": ("float32", "bfloat16"),
 }
 _PROMPT_FIELDS = ("user", "assistant_prefill")
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 # They say what to do with a run, or where, not what the run is.
 _MODE_SECTIONS = (
@@ -87,58 +114,120 @@ _MODE_SECTIONS = (
 
 
 def get(config: Mapping[str, Any], field: str) -> Any:
-    """The value of a dotted field."""
+    """The value of a dotted field; KeyError if it, or a section on the way, is not there."""
     for part in field.split("."):
+        if not hasattr(config, "items"):
+            raise KeyError(field)
         config = config[part]
     return config
 
 
+def _number(config: Mapping[str, Any], field: str, *, whole: bool) -> int | float:
+    value = get(config, field)
+    is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) < 1e300:  # NaN is neither above nor below
+        raise InputError(f"config.{field}={value!r} must be a {'whole' if whole else 'finite'} number")
+    return value
+
+
+def _section(config: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+    value = get(config, field)
+    if not hasattr(value, "items"):
+        raise InputError(f"config.{field}={value!r} must be a table")
+    return value
+
+
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Raises InputError for the first field that is missing, out of range or not among its choices."""
+    """Raises InputError for the first field that is missing, of a wrong type, out of range or not among its choices.
+
+    What other rooms check (roles, sampling, mesh) has the right types afterwards.
+    """
     try:
-        for field, low, high in _RANGES:
-            value = get(config, field)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise InputError(f"config.{field}={value!r} must be a finite number")
-            if value < low or (high is not None and value > high):
-                bound = f"at least {low}" if high is None else f"from {low} to {high}"
-                raise InputError(f"config.{field}={value!r} must be {bound}")
+        for table, whole in ((_WHOLE, True), (_REAL, False)):
+            for field, low, high in table:
+                value = _number(config, field, whole=whole)
+                if value < low or (high is not None and value > high):
+                    bound = f"at least {low}" if high is None else f"from {low} to {high}"
+                    raise InputError(f"config.{field}={value!r} must be {bound}")
+        for fields, whole in ((_WHOLE_ELSEWHERE, True), (_REAL_ELSEWHERE, False)):
+            for field in fields:
+                _number(config, field, whole=whole)
+        for field in _FLAGS:
+            if not isinstance(get(config, field), bool):
+                raise InputError(f"config.{field}={get(config, field)!r} must be True or False")
+        for field in _TEXTS:
+            _check_text(config, field)
         for field, choices in CHOICES.items():
             if get(config, field) not in choices:
                 raise InputError(f"config.{field}={get(config, field)!r} is unknown; choices: {', '.join(choices)}")
-        for kind, sizes in config.buckets.items():
-            if not sizes or list(sizes) != sorted(set(sizes)) or not all(isinstance(s, int) and s > 0 for s in sizes):
-                raise InputError(f"config.buckets.{kind}={sizes!r} must be ascending positive integers")
-        if config.sampling.max_tokens > max(config.buckets.completion):
-            raise InputError(
-                f"config.sampling.max_tokens={config.sampling.max_tokens} must be at most the largest "
-                f"config.buckets.completion, {max(config.buckets.completion)}"
-            )
-        for name in GUARDED:
-            low_high = config.guards[name]
-            numbers = [x for x in low_high if isinstance(x, int | float)] if hasattr(low_high, "__len__") else []
-            if len(numbers) != 2 or len(low_high) != 2 or not numbers[0] <= numbers[1]:
-                raise InputError(f"config.guards.{name}={low_high!r} must be a lowest and a highest value: (0.2, 1.0)")
-        if not isinstance(config.eval.plain_prompt, str) or "{problem}" not in config.eval.plain_prompt:
+        for section, known in _NO_OTHERS.items():
+            if strangers := [str(name) for name in _section(config, section) if name not in known]:
+                raise InputError(f"config.{section} has no field {strangers[0]!r}; choices: {', '.join(known)}")
+        if not _VARIABLE.fullmatch(config.eval.judge.key_env):  # not shown: it may be the key itself
+            raise InputError("config.eval.judge.key_env must be the name of an environment variable, like JUDGE_KEY")
+        _check_buckets(config)
+        _check_prompts(config)
+        _check_guards(config)
+        if "{problem}" not in config.eval.plain_prompt:
             raise InputError(f"config.eval.plain_prompt={config.eval.plain_prompt!r} must be a text with {{problem}}")
-        for name, entry in config.prompts.items():
-            if set(entry) != set(_PROMPT_FIELDS):
-                fields = ", ".join(entry) or "none"
-                raise InputError(f"config.prompts.{name} has the fields {fields}; it needs user and assistant_prefill")
-            for field in _PROMPT_FIELDS:
-                if not isinstance(entry[field], str):
-                    raise InputError(f"config.prompts.{name}.{field}={entry[field]!r} must be a text")
-        push_to = config.export.push_to
-        if not isinstance(push_to, str) or (push_to and not _REPOSITORY.fullmatch(push_to)):
-            raise InputError(f"config.export.push_to={push_to!r} must be owner/name on the hub, or empty")
-        for name in config.data.fields:
+        if config.export.push_to and not _REPOSITORY.fullmatch(config.export.push_to):
+            raise InputError(f"config.export.push_to={config.export.push_to!r} must be owner/name on the hub, or empty")
+        tasks = get(config, "eval.tasks")  # one text is no list of its letters
+        if not isinstance(tasks, list | tuple) or not all(isinstance(task, str) for task in tasks):
+            raise InputError(f"config.eval.tasks={tasks!r} must be a list of names, like ('vilp_f', 'cv_bench')")
+        for task in _section(config, "eval.sources"):
+            _check_text(config, f"eval.sources.{task}")
+        fields = get(config, "data.fields")
+        for name in fields if isinstance(fields, list | tuple) else (None,):
             if not isinstance(name, str) or not name.isidentifier() or name in ("problem", "reference"):
-                fields = tuple(config.data.fields)
                 raise InputError(f"config.data.fields={fields!r} must be names of further columns, like ('caption',)")
-        if "student" not in config.prompts or "{reference}" in config.prompts.student.user:
-            raise InputError("config.prompts.student must exist, and must not show {reference} to the student")
     except (KeyError, AttributeError) as e:
         raise InputError(f"the config lacks a field that configs/base.py has: {e}".replace("\n", " ")) from e
+
+
+def _check_text(config: Mapping[str, Any], field: str) -> None:
+    value = get(config, field)
+    if not isinstance(value, str):
+        raise InputError(f"config.{field}={value!r} must be a text")
+    try:
+        if field in _PATHS or field.startswith("eval.sources."):
+            pathlib.Path(value).expanduser()
+    except RuntimeError as e:
+        raise InputError(f"config.{field}={value!r} begins with the home of a user that does not exist") from e
+
+
+def _check_buckets(config: Mapping[str, Any]) -> None:
+    for kind, sizes in _section(config, "buckets").items():
+        is_list = isinstance(sizes, list | tuple) and bool(sizes) and all(type(s) is int and s > 0 for s in sizes)
+        if not is_list or list(sizes) != sorted(set(sizes)):
+            raise InputError(f"config.buckets.{kind}={sizes!r} must be ascending positive integers")
+    tokens, largest = get(config, "sampling.max_tokens"), max(get(config, "buckets.completion"))
+    if tokens > largest:
+        raise InputError(
+            f"config.sampling.max_tokens={tokens} must be at most the largest config.buckets.completion, {largest}"
+        )
+
+
+def _check_guards(config: Mapping[str, Any]) -> None:
+    for name in GUARDED:
+        low_high = get(config, f"guards.{name}")
+        numbers = [x for x in low_high if type(x) in (int, float)] if isinstance(low_high, list | tuple) else []
+        if len(numbers) != 2 or len(low_high) != 2 or not numbers[0] <= numbers[1]:
+            raise InputError(f"config.guards.{name}={low_high!r} must be a lowest and a highest value, like (0.2, 1.0)")
+
+
+def _check_prompts(config: Mapping[str, Any]) -> None:
+    for name, entry in _section(config, "prompts").items():
+        fields = list(entry) if hasattr(entry, "items") else []
+        if set(fields) != set(_PROMPT_FIELDS):
+            named = ", ".join(map(str, fields)) or "none"
+            raise InputError(f"config.prompts.{name} has the fields {named}; it needs user and assistant_prefill")
+        for field in _PROMPT_FIELDS:
+            if not isinstance(entry[field], str):
+                raise InputError(f"config.prompts.{name}.{field}={entry[field]!r} must be a text")
+    if "student" not in config["prompts"] or "{reference}" in config["prompts"]["student"]["user"]:
+        raise InputError("config.prompts.student must exist, and must not show {reference} to the student")
+    _section(config, "roles")
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
@@ -154,7 +243,7 @@ def read_json(path: pathlib.Path) -> ml_collections.ConfigDict:
         return ml_collections.ConfigDict(raw)
     except OSError as e:
         raise InputError(f"cannot read {path}: {e.strerror}; a run's workdir holds its config.json") from e
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, RecursionError) as e:
         raise InputError(f"{path} is not a run's config: {e}") from e
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from vigos_jax.processor import EncodedImage, Processor
 from vigos_jax.prompts import clean_problem, clean_reference
 from vigos_jax.sources import fingerprint, raw_row
 
+MIN_FPS, MAX_FPS = 1e-3, 1e3  # of a video's frames
 MIN_ROWS = 100  # a bad fraction is judged as if at least this many rows had been seen
 MIN_ROWS_ALL_BAD = 8  # but if none of the first rows is usable, this many are enough
 
@@ -82,7 +84,9 @@ def _field(row: Mapping[str, Any], name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
         raise _BadRow(f"no_{name}")
-    return _unicode(value)
+    if not is_unicode(value):
+        raise _BadRow("text_not_unicode")
+    return value
 
 
 def _texts(problem: object, answer: object) -> tuple[str, str]:
@@ -96,15 +100,14 @@ def _texts(problem: object, answer: object) -> tuple[str, str]:
         raise _BadRow("empty_problem")
     if not reference:
         raise _BadRow("empty_answer")
-    return _unicode(problem), _unicode(reference)
+    if not is_unicode(problem + reference):
+        raise _BadRow("text_not_unicode")
+    return problem, reference
 
 
-def _unicode(text: str) -> str:
-    try:  # JSON can hold half a surrogate pair, which no tokenizer takes
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise _BadRow("text_not_unicode") from None
-    return text
+def is_unicode(text: str) -> bool:
+    """False for half a surrogate pair, which JSON can hold and no tokenizer takes."""
+    return re.search("[\ud800-\udfff]", text) is None
 
 
 def _items(images: object, max_images: int) -> list[object]:
@@ -129,8 +132,8 @@ def _encode(item: object, processor: Processor, image_roots: Sequence[str]) -> t
     if not _is_video(item):
         return (processor.encode_image(read(item)),)
     frames, fps = _frames(item), item.get("fps")
-    if not isinstance(fps, int | float):
-        raise BadImage("bad_video", f"fps {fps!r} must be the number of these frames per second")
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not MIN_FPS <= fps <= MAX_FPS:
+        raise BadImage("bad_video", f"fps {fps!r} must be the frames per second, {MIN_FPS:g} to {MAX_FPS:g}")
     return processor.encode_video([read(frame) for frame in frames], fps=fps)
 
 

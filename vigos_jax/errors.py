@@ -4,8 +4,13 @@
 class InputError(ValueError):
     """Bad config, data or files: one line with the value, the constraint and the choices.
 
-    `vigos_jax.main` prints the message and exits with code 2.
+    `vigos_jax.main` prints the message and exits with code 2. Names out of a hostile file may hold line breaks or
+    a terminal's control codes: what cannot be printed is shown escaped.
     """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class Stopped(BaseException):

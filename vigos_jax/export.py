@@ -83,9 +83,11 @@ def export(
         report = compare(loaded, trained, config, temporary) if e.check or rounds else None
         card = card_text(config, base=loaded.folder, lora=lora, run=run, report=report)
         first_decides(lambda: _finish(card, temporary, target, output))
-    except Exception:
+    except Exception as e:
         if is_first():
             shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(e, OSError):
+            raise InputError(f"cannot write config.export.output={str(output)!r}: {e.strerror}; choose another") from e
         raise
     if is_first():
         if report:

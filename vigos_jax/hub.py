@@ -11,12 +11,21 @@ _TOKEN = "HF_TOKEN"
 def token_for(repository: str) -> str:
     """The environment's token; InputError if there is none."""
     token = os.environ.get(_TOKEN, "").strip()
-    if not token:
+    # What no header can carry would fail inside the client, whose messages show it.
+    if not token or not token.isascii() or not token.isprintable():
         raise InputError(
             f"config.export.push_to={repository!r} needs a token that may write there in the environment variable "
-            f"{_TOKEN}; or leave config.export.push_to empty"
+            f"{_TOKEN} (printable ASCII); or leave config.export.push_to empty"
         )
     return token
+
+
+def reason(error: BaseException) -> str:
+    """An error's own words in one line of at most 200 characters; the token, which they may quote, is not shown."""
+    text, token = " ".join(str(error).split()), os.environ.get(_TOKEN, "").strip()
+    for shown in {token, repr(token)[1:-1], repr(token.encode(errors="replace"))[2:-1]} if token else ():
+        text = text.replace(shown, "***")
+    return text[:200]
 
 
 def push(folder: pathlib.Path, repository: str) -> str:
@@ -38,10 +47,9 @@ def push(folder: pathlib.Path, repository: str) -> str:
         if is_private:
             api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export of vigos_jax")
     except Exception as e:
-        reason = " ".join(str(e).replace(token, "***").split())[:200]
         raise InputError(
-            f"config.export.push_to={repository!r}: the hub refused: {type(e).__name__}: {reason}; the export itself "
-            f"is complete in {folder}"
+            f"config.export.push_to={repository!r}: the hub refused: {type(e).__name__}: {reason(e)}; the export "
+            f"itself is complete in {folder}"
         ) from None  # the cause's own text may show the token
     if not is_private:
         raise InputError(

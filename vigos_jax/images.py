@@ -5,13 +5,15 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from vigos_jax.errors import InputError
 
-MAX_PIXELS = 80_000_000  # a larger picture is refused unread; below the size at which PIL itself warns
-# Not all that PIL can read: some of its readers start other programs.
+MAX_PIXELS = 80_000_000  # a larger picture is refused by its header; below the size at which PIL itself warns
+MAX_BYTES = 2**29  # a larger file is refused unread
 _ORIENTATION = 0x0112  # of EXIF; from 5 on, width and height are exchanged
+# Not all that PIL can read: some of its readers start other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 
@@ -40,24 +42,33 @@ def read_image(item: object, *, image_roots: Sequence[str]) -> Image.Image:
       BadImage: what is wrong with it.
     """
     try:
-        image = _open(item, image_roots)
-        if image.width * image.height <= MAX_PIXELS:
-            return ImageOps.exif_transpose(image).convert("RGB")
-        size = f"{image.width} x {image.height}"
+        return ImageOps.exif_transpose(_eight_bits(_open(item, image_roots))).convert("RGB")
     except BadImage:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        size = "far too many"
     except Exception as e:  # a broken file makes PIL raise almost anything
         raise BadImage("image_unreadable", f"{type(e).__name__}; choices: {', '.join(FORMATS)}") from e
-    raise BadImage("image_too_large", f"{size} pixels; at most {MAX_PIXELS} are read")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The upper 8 of a grey picture's 16 bits: PIL's own conversion would turn almost all of it white."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        upper = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        upper.info = image.info  # where the orientation stands
+        return upper
+    if image.mode in ("I", "F"):
+        raise BadImage("image_unreadable", f"mode {image.mode} has no scale; choices: 8 or 16 bits a channel")
+    return image
 
 
 def image_size(item: object, *, image_roots: Sequence[str]) -> tuple[int, int]:
-    """(width, height) of a picture as `read_image` would give it, from its header alone; BadImage if it has none."""
+    """(width, height) of a picture as `read_image` would give it, from its header alone; BadImage if it has none.
+
+    A PNG may say behind its pixels that it lies on its side; that is not looked for.
+    """
     try:
         image = _open(item, image_roots)
-        turned = image.getexif().get(_ORIENTATION, 1) >= 5
+        # A TIFF's size is upright already. PngImageFile's own getexif would decode the picture.
+        turned = image.format != "TIFF" and Image.Image.getexif(image).get(_ORIENTATION, 1) >= 5
     except BadImage:
         raise
     except Exception as e:
@@ -79,7 +90,7 @@ def image_bytes(item: object, *, image_roots: Sequence[str]) -> bytes:
 
 
 def _open(item: object, image_roots: Sequence[str]) -> Image.Image:
-    """The picture, its header read and no more."""
+    """The picture, its header read and no more; BadImage if that promises more than MAX_PIXELS."""
     if isinstance(item, Mapping):
         item = item.get("path") if item.get("bytes") is None else item["bytes"]
         if item is None:
@@ -87,11 +98,16 @@ def _open(item: object, image_roots: Sequence[str]) -> Image.Image:
     if isinstance(item, str):
         item = _read_file(item, image_roots)
     if isinstance(item, bytes | bytearray):
-        return Image.open(io.BytesIO(item), formats=FORMATS)
+        try:
+            item = Image.open(io.BytesIO(item), formats=FORMATS)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+            raise BadImage("image_too_large", f"far too many pixels; at most {MAX_PIXELS} are read") from e
     if not isinstance(item, Image.Image):
         raise BadImage(
             "bad_image_type", f"{type(item).__name__}; choices: bytes, path, dict of them, PIL image"
         )
+    if item.width * item.height > MAX_PIXELS:
+        raise BadImage("image_too_large", f"{item.width} x {item.height} pixels; at most {MAX_PIXELS} are read")
     return item
 
 
@@ -106,6 +122,8 @@ def _read_file(path: str, image_roots: Sequence[str]) -> bytes:
     if not os.path.isfile(real):
         raise BadImage("image_missing", f"{path!r} is no file")
     try:
+        if (size := os.path.getsize(real)) > MAX_BYTES:
+            raise BadImage("image_too_large", f"{path!r} has {size} bytes; at most {MAX_BYTES} are read")
         return pathlib.Path(real).read_bytes()
     except OSError as e:
         raise BadImage("image_unreadable", f"{path!r}: {e.strerror}") from e

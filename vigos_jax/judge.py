@@ -63,9 +63,14 @@ class Judge:
             raise InputError("config.eval.judge needs the extra: pip install 'vigos-jax[judge]'") from e
         if not url or not model:
             raise InputError(f"config.eval.judge.url={url!r} and .model={model!r} must name a server and its model")
-        key = os.environ.get(key_env)
-        if not key:
-            raise InputError(f"config.eval.judge.key_env={key_env!r}: this environment variable must hold the key")
+        key = os.environ.get(key_env, "").strip()
+        # What no header can carry would fail inside the client, whose messages show it.
+        if not key or not key.isascii() or not key.isprintable():
+            raise InputError(
+                f"config.eval.judge.key_env={key_env!r}: this environment variable must hold the key (printable ASCII)"
+            )
+        if "@" in url.partition("//")[2].partition("/")[0]:
+            raise InputError("config.eval.judge.url must hold no password, as it is shown; the key is key_env's")
         self._errors = openai.OpenAIError
         self._client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
         self._url, self.model, self._retries = url, model, retries

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vigos_jax import distributed
+from vigos_jax import distributed, hub
 from vigos_jax.architecture import ModelConfig
 from vigos_jax.demo.world import DemoSource
 from vigos_jax.errors import InputError
@@ -103,9 +103,8 @@ def resolve_model(path: str) -> pathlib.Path:
         patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "README.md", "LICENSE*", "NOTICE*"]
         return pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=patterns))
     except Exception as e:
-        reason = " ".join(str(e).split())[:200]
         raise InputError(
-            f"config.model.path={path!r} is no folder and cannot be fetched from the hub: {reason}; "
+            f"config.model.path={path!r} is no folder and cannot be fetched from the hub: {hub.reason(e)}; "
             "choices: a model folder, owner/name on the hub, demo"
         ) from e
 

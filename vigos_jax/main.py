@@ -1,5 +1,6 @@
 """The command line: reads flags, checks the config, and runs a mode. Nothing else happens here."""
 
+import errno
 import json
 import os
 import pathlib
@@ -21,6 +22,7 @@ from vigos_jax.errors import InputError, Stopped  # noqa: E402
 
 # Flags put the traceback of a config file's error into their own message.
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(\s.*\n)*")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # or not to be written to
 MODES = ("train", "generate", "score", "diagnose", "eval", "export")
 SEVERAL = ("train", "export")  # modes that several processes may run together
 HELP = """\
@@ -80,7 +82,10 @@ def _parse(argv: list[str]):
     workdir = values.workdir
     if not workdir and values.mode == "train":
         workdir = f"runs/{path.stem}"
-    return config, values.mode, pathlib.Path(workdir).expanduser() if workdir else None
+    try:
+        return config, values.mode, pathlib.Path(workdir).expanduser() if workdir else None
+    except RuntimeError as e:
+        raise InputError(f"--workdir {workdir} begins with the home of a user that does not exist") from e
 
 
 def _read_flags(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
@@ -219,6 +224,12 @@ def main(argv: list[str]) -> int:
         if distributed.is_first():
             print(f"vigos_jax: {e}", file=sys.stderr)
         return 0
+    except OSError as e:
+        if e.errno not in _FULL:
+            raise
+        problem = InputError(f"cannot write {e.filename or 'a file'}: {e.strerror}")
+        print(f"vigos_jax: {problem}; what was complete before stays; make room and start again", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from vigos_jax.images import BadImage
 
 MAX_ASPECT_RATIO = 200  # the image processor's own limit
 CONTROL_SHAPE = re.compile(r"<\|[^|<>]+\|>")  # added tokens of this shape steer the model, "special" or not
+_PROBE_TOKENS = 2**17  # visual tokens that the picture which checks a folder's settings may take
 TEXT_MARK = "@@vigos-user-text@@"  # where the user's text goes in a rendered chat
 
 Grid = tuple[int, int, int]  # (t, h, w) in patches
@@ -115,14 +116,20 @@ class Processor:
             if found != wanted:
                 path = root / "preprocessor_config.json"
                 raise InputError(f"{path}: {name} {found!r} must be {wanted}, as in config.json")
-        text_tokenizer, added = _text_tokenizer(tokenizer)
+        text_tokenizer, added = _build(root / "tokenizer.json", lambda: _text_tokenizer(tokenizer))
         control_ids = {token: index for token, (index, is_control) in added.items() if is_control}
         for name in ("image_token_id", "video_token_id"):
             if getattr(model, name) not in control_ids.values():
                 where = f"{root / 'config.json'}: {name} {getattr(model, name)}"
                 raise InputError(f"{where} must be a control token of tokenizer.json")
         eos_ids, pad_id = _end_and_pad(root, tokenizer)
-        return cls(
+        largest = max(*tokenizer.get_vocab().values(), *eos_ids, pad_id)
+        if largest >= model.vocab_size or min(*eos_ids, pad_id) < 0:
+            raise InputError(
+                f"{root}: the tokenizer is not this model's: its ids, the end's and the pad's must be below vocab_size "
+                f"{model.vocab_size} of config.json and not negative; the largest is {largest}"
+            )
+        processor = cls(
             folder=str(root),
             tokenizer=tokenizer,
             image_token_id=model.image_token_id,
@@ -139,6 +146,8 @@ class Processor:
             _chat_template=_chat_template(root, tokenizer),
             _bytes_of=_token_table(root / "tokenizer.json", tokenizer, added),
         )
+        _build(root / "preprocessor_config.json", lambda: _probe(processor))
+        return processor
 
     def __reduce__(self):
         return _load_once, (self.folder,)
@@ -249,12 +258,16 @@ class Processor:
         label with what stands before it.
         """
         content = [{"type": "image" if label is None else "video"} for label in labels]
-        chat = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": [*content, {"type": "text", "text": TEXT_MARK}]}],
-            chat_template=self._chat_template,
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        try:
+            chat = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": [*content, {"type": "text", "text": TEXT_MARK}]}],
+                chat_template=self._chat_template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except Exception as e:  # a template is a program: it can fail in any way
+            reason = " ".join(str(e).split())[:200]
+            raise InputError(f"the chat template of {self.folder} fails: {type(e).__name__}: {reason}") from e
         pattern = "(" + "|".join(re.escape(t) for t in sorted(self._control_ids, key=len, reverse=True)) + ")"
         pieces = re.split(pattern, chat)  # text, control token, text, control token, ...
         marked = [i for i, piece in enumerate(pieces) if TEXT_MARK in piece]
@@ -287,11 +300,23 @@ def _load_once(folder: str) -> Processor:
     return Processor.load(folder)
 
 
+def _probe(processor: Processor) -> None:
+    """Encodes a picture: what a folder's settings are good for shows before a run has begun."""
+    ramp = np.linspace(0, 255, 90 * 60 * 3).reshape(60, 90, 3).astype(np.uint8)
+    if (tokens := processor.visual_tokens(90, 60)) > _PROBE_TOKENS:
+        raise ValueError(f"a picture of 90 x 60 pixels would take {tokens} visual tokens, more than {_PROBE_TOKENS}")
+    patches = processor.encode_image(Image.fromarray(ramp)).patches
+    if not (np.ptp(patches, axis=0).min() > 1e-3 and np.abs(patches).max() < 100):  # NaN is neither
+        raise ValueError("its mean, std and scale turn a ramp of grey into numbers that are equal, too large or none")
+
+
 def _build(path: pathlib.Path, make):
-    """Runs one of transformers' loaders; whatever it raises about a broken folder becomes one line."""
+    """Runs a loader on a folder's files; whatever it raises becomes one line, the panics of its Rust code too."""
     try:
         return make()
-    except Exception as e:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:
         reason = " ".join(str(e).split())[:200]
         raise InputError(f"cannot load {path}: {type(e).__name__}: {reason}") from e
 
@@ -304,7 +329,7 @@ def _read_json(path: pathlib.Path, *, optional: bool = False) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise InputError(f"cannot read {path}: {e.strerror}; a model folder needs it") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise InputError(f"{path} is not valid JSON: {e}") from e
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object, not {type(value).__name__}")

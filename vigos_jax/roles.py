@@ -5,7 +5,6 @@ else in the program knows a method's name.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ CONDITIONS = ("valid", "invalid", "always")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 CLIP_PER = ("token", "entry")
 READS = ("completion", "scored")
+_LARGEST = 1e30  # of a weight or clip; far above any, and float32 still holds it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,10 +119,9 @@ def _role(name: str, entry: Mapping[str, Any], prompts: Mapping[str, Any], data_
     ):  # fmt: skip
         _choice(name, field, r[field], choices)
     for field in ("weight", "clip", "first_clip", "last_clip", "beta"):
-        if isinstance(r[field], bool) or not isinstance(r[field], int | float) or not math.isfinite(r[field]):
+        is_number = isinstance(r[field], int | float) and not isinstance(r[field], bool)
+        if not is_number or not 0 <= r[field] <= _LARGEST:
             raise InputError(f"{where}.{field}={r[field]!r} must be a finite number of at least 0")
-        if r[field] < 0:
-            raise InputError(f"{where}.{field}={r[field]} must be a finite number of at least 0")
         r[field] = float(r[field])
     if not 0 < r["beta"] < 1:
         raise InputError(

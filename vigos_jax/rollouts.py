@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vigos_jax.architecture import ModelConfig
-from vigos_jax.data import Example, encode_row
+from vigos_jax.data import Example, encode_row, is_unicode
 from vigos_jax.graders import is_correct, last_boxed, mentions
 from vigos_jax.health import finite_or_none
 from vigos_jax.loading import Loaded
@@ -121,7 +121,9 @@ def _completion_ids(raw: dict[str, Any], loaded: Loaded) -> list[int] | str:
     ids = raw.get("completion_ids")
     if ids is None:
         text = raw.get("completion")
-        return loaded.processor.encode_text(text) if isinstance(text, str) else "no_completion"
+        if not isinstance(text, str):
+            return "no_completion"
+        return loaded.processor.encode_text(text) if is_unicode(text) else "text_not_unicode"
     if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < loaded.config.vocab_size for i in ids):
         return "bad_completion_ids"
     return ids

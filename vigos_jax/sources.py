@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from vigos_jax import hub
 from vigos_jax.errors import InputError
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -47,12 +48,15 @@ class JsonlSource:
         self.path = str(pathlib.Path(path).resolve())
         self.image_roots = (str(pathlib.Path(self.path).parent),)
         starts, numbers, position = [], [], 0
-        with open(self.path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    starts.append(position)
-                    numbers.append(number)
-                position += len(line)
+        try:
+            with open(self.path, "rb") as file:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        starts.append(position)
+                        numbers.append(number)
+                    position += len(line)
+        except OSError as e:
+            raise InputError(f"cannot read {self.path}: {e.strerror}") from e
         self._starts = np.asarray(starts, np.int64)  # byte offset of each line that is not blank
         self._numbers = np.asarray(numbers, np.int64)
         first = next((row for row in map(self._parse, range(len(self))) if row is not None), None)
@@ -133,9 +137,8 @@ def _load_table(name: str, path: str, *, split: str, **options) -> Any:
         cause = e
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = " ".join(str(cause).split())[:200]
         what = f"data.source {name!r}, split {split!r}, cannot be loaded"
-        raise InputError(f"{what}: {reason}; choices: {SOURCE_CHOICES}") from e
+        raise InputError(f"{what}: {hub.reason(cause)}; choices: {SOURCE_CHOICES}") from e
     if len(table) == 0:
         raise InputError(f"data.source {name!r}, split {split!r}, has no rows")
     undecoded = datasets.Image(decode=False)

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from vigos_jax import hub
 from vigos_jax.demo import world
 from vigos_jax.errors import InputError
 from vigos_jax.sources import HUB_ID, open_table
@@ -76,8 +77,7 @@ def _open_json(source: str) -> TaskRows:
         try:
             folder = pathlib.Path(huggingface_hub.snapshot_download(source, repo_type="dataset"))
         except Exception as e:
-            reason = " ".join(str(e).split())[:200]
-            raise InputError(f"{source!r} is no folder and cannot be fetched from the hub: {reason}") from e
+            raise InputError(f"{source!r} is no folder and cannot be fetched from the hub: {hub.reason(e)}") from e
     try:
         rows = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:

@@ -56,8 +56,10 @@ def _check(
         raise InputError(f"{where} does not fit the model: {len(problems)} problem(s): {some(problems, '; ')}")
 
 
-def _read_tree(files: WeightFiles, table: list[Tensor], abstract: Any, *, dtype: Any, shardings: Any) -> Any:
-    """Reads leaf by leaf, and each leaf shard by shard."""
+def _read_tree(
+    files: WeightFiles, table: list[Tensor], abstract: Any, where: str, *, dtype: Any, shardings: Any
+) -> Any:
+    """Reads leaf by leaf, and each leaf shard by shard; one error lists all tensors that are not finite."""
     shardings_by_path = dict(_leaves(shardings)) if shardings is not None else {}
     shapes = {path: leaf.shape for path, leaf in _leaves(abstract)}
     out: dict[str, Any] = {}
@@ -67,6 +69,9 @@ def _read_tree(files: WeightFiles, table: list[Tensor], abstract: Any, *, dtype:
             node = node.setdefault(key, {})
         sharding = shardings_by_path.get(row.path)
         node[row.path[-1]] = read_leaf(files, row, shapes[row.path], dtype=np.dtype(dtype), sharding=sharding)
+    if files.not_finite:
+        bad = some(sorted(files.not_finite))
+        raise InputError(f"{where}: {len(files.not_finite)} tensor(s) hold NaN or infinity in {np.dtype(dtype)}: {bad}")
     return out
 
 
@@ -88,7 +93,7 @@ def load_params(folder: pathlib.Path, config: ModelConfig, abstract: Any, *, dty
 
     Raises:
       InputError: before any weight is read, if a file is missing or broken; one error lists every missing, extra and
-        wrong-shaped tensor.
+        wrong-shaped tensor. After it, one lists every tensor that is not finite, in the file or when it is rounded.
     """
     table = tensor_table(config)
     shapes = {path: leaf.shape for path, leaf in _leaves(abstract)}
@@ -96,7 +101,7 @@ def load_params(folder: pathlib.Path, config: ModelConfig, abstract: Any, *, dty
     ignore = ("lm_head.weight",) if config.tie_embeddings else ()
     files = open_weights(folder)
     _check(files, table, shapes, str(folder), ignore)
-    return _read_tree(files, table, abstract, dtype=dtype, shardings=shardings)
+    return _read_tree(files, table, abstract, str(folder), dtype=dtype, shardings=shardings)
 
 
 # What would change the forward pass without a trace in the tensors, or ask for more than this program does.
@@ -109,6 +114,7 @@ _REFUSED_OPTIONS = (
     "fan_in_fan_out",
     "alora_invocation_tokens",
 )
+_MAX_RANK = 2**16  # far above any adapter's: what is larger is a broken file
 _PLAIN_INITS = ("gaussian", "orthogonal", "eva")  # leave the base weights as they are
 
 
@@ -124,15 +130,17 @@ def adapter_spec(folder: pathlib.Path, *, dropout: float) -> LoraSpec:
     path = folder / "adapter_config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        rank, alpha = int(raw["r"]), float(raw["lora_alpha"])
+        rank, alpha = raw["r"], raw["lora_alpha"]
+        if type(rank) is not int or type(alpha) not in (int, float) or not 0 < alpha < 1e30:
+            raise ValueError(f"r {rank!r} must be a whole number, lora_alpha {alpha!r} a positive one")
     except OSError as e:
         raise InputError(f"cannot read {path}: {e.strerror}; a PEFT adapter folder needs it") from e
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise InputError(f"{path} is not a PEFT LoRA config: {e!r}") from e
     if raw.get("peft_type") != "LORA":
         raise InputError(f"{path}: peft_type {raw.get('peft_type')!r} is not supported; choices: LORA")
-    if rank < 1:
-        raise InputError(f"{path}: r={rank} must be at least 1")
+    if not 1 <= rank <= _MAX_RANK:
+        raise InputError(f"{path}: r={rank} must be from 1 to {_MAX_RANK}")
     for field in _REFUSED_OPTIONS:
         if raw.get(field):
             raise InputError(f"{path}: {field}={raw[field]!r} is not supported; it must be empty or false")
@@ -168,7 +176,7 @@ def load_adapter(folder: pathlib.Path, config: ModelConfig, lora: LoraSpec, abst
     shapes = {path: leaf.shape for path, leaf in _leaves(abstract)}
     files = WeightFiles([folder / "adapter_model.safetensors"])
     _check(files, table, shapes, str(folder))
-    return _read_tree(files, table, abstract, dtype=np.float32, shardings=shardings)
+    return _read_tree(files, table, abstract, str(folder), dtype=np.float32, shardings=shardings)
 
 
 # -- writing ----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,10 +66,10 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
             if length > size - 8:
                 raise broken(f"it ends inside its header, after {size} of at least {8 + length} bytes")
             file.seek(8)
-            raw = json.loads(file.read(length))
+            raw = json.loads(file.read(length), object_pairs_hook=_without_repeats)
     except OSError as e:
         raise broken(e.strerror or str(e)) from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         if isinstance(e, InputError):
             raise
         raise broken(f"its header is no JSON ({' '.join(str(e).split())[:100]})") from e
@@ -77,10 +78,19 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
         out = {name: _stored(path, 8 + length, value) for name, value in raw.items()}
         ranges = {name: tuple(value["data_offsets"]) for name, value in raw.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise broken(f"its header does not describe tensors ({e})") from e
+        raise broken(f"its header does not describe tensors ({str(e)[:200]})") from e
     if problem := _misfit(ranges, size - 8 - length):
         raise broken(problem)
     return out
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a tensor that is there twice, one would silently be the other."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{name[:100]!r} is there twice")
+    return values
 
 
 def _stored(path: pathlib.Path, data_start: int, value: dict[str, Any]) -> Stored:

@@ -11,7 +11,7 @@ import numpy as np
 
 from vigos_jax.errors import InputError
 from vigos_jax.models.names import Tensor, canonical
-from vigos_jax.models.safetensors_io import MappedTensors, Stored, read_header
+from vigos_jax.models.safetensors_io import DTYPES, MappedTensors, Stored, read_header
 
 
 class WeightFiles:
@@ -20,6 +20,7 @@ class WeightFiles:
     def __init__(self, paths: list[pathlib.Path]):
         self._where: dict[str, Stored] = {}
         self._mapped = MappedTensors()
+        self.not_finite: set[str] = set()  # names of the tensors that were read and held NaN or infinity
         for path in paths:
             for name, stored in read_header(path).items():
                 if canonical(name) in self._where:
@@ -53,7 +54,7 @@ def open_weights(folder: pathlib.Path) -> WeightFiles:
         weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         if not all(isinstance(n, str) and n == pathlib.Path(n).name for n in weight_map.values()):
             raise ValueError("its values must be names of files in the folder")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
         raise InputError(f"{index} is not a safetensors index: {e!r}") from e
     paths = [folder / n for n in sorted(set(weight_map.values()))]
     missing = [p.name for p in paths if not p.is_file()]
@@ -109,14 +110,34 @@ def read_leaf(
 
 
 def read_shard(files: WeightFiles, row: Tensor, index: tuple[slice, ...], *, dtype: np.dtype) -> np.ndarray:
-    """What lies at `index` of a leaf, in host memory. Of the files no more than that is read."""
+    """What lies at `index` of a leaf, in host memory. Of the files no more than that is read.
+
+    Tensors that are not finite there are noted in `files`.
+    """
     out = np.empty([s.stop - s.start for s in index], dtype)
     names = row.names()[index[0]] if row.stacked else row.names()
     inside = index[1:] if row.stacked else index
     layers = out if row.stacked else out[None]
+
+    def read(name: str, piece: np.ndarray, layer: np.ndarray) -> None:
+        copy(piece, layer)
+        if not is_finite(layer):
+            files.not_finite.add(name)
+
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(copy, (row.from_file(files.tensor(name), inside) for name in names), layers))
+        list(pool.map(read, names, (row.from_file(files.tensor(name), inside) for name in names), layers))
     return out
+
+
+def is_finite(x: np.ndarray) -> bool:
+    """Whether an array of a dtype among DTYPES (a contiguous one) holds neither NaN nor infinity."""
+    bits = x.reshape(-1).view(f"u{x.dtype.itemsize}")
+    exponent = bits.dtype.type(_EXPONENT[x.dtype])  # all of it set: NaN or infinity
+    return all(np.max(bits[i : i + _CHUNK] & exponent) < exponent for i in range(0, len(bits), _CHUNK))
+
+
+_EXPONENT = {DTYPES["F32"]: 0x7F800000, DTYPES["BF16"]: 0x7F80, DTYPES["F16"]: 0x7C00}
+_CHUNK = 2**18  # numbers looked at together: they stay in the processor's cache
 
 
 _ROWS = 16  # of the file, copied at a time into columns of ours: a whole matrix at once takes eight times as long
