@@ -76,7 +76,7 @@ class Checkpoints:
             raise self._unwritten(e) from e
 
     def _unwritten(self, error: Exception) -> InputError:
-        reason = " ".join(str(error).split())[:300]
+        reason = _short(str(error))
         steps = ", ".join(str(s) for s in sorted(self._manager.all_steps(read=True))) or "none"
         return InputError(f"cannot write a checkpoint into {self._folder}: {reason}; whole ones are of steps: {steps}")
 
@@ -153,7 +153,7 @@ class Checkpoints:
                 if expected[item].get(name) != value
             ]
         except Exception as e:
-            raise _Broken(" ".join(f"{type(e).__name__}: {e}".split())[:300]) from e
+            raise _Broken(_short(f"{type(e).__name__}: {e}")) from e
         if wrong:
             raise _Broken(f"{len(wrong)} array(s) are not what was saved, {wrong[0]} among them")
         return found, data
@@ -165,6 +165,12 @@ class Checkpoints:
             self._aside.mkdir(exist_ok=True)
             (self._folder / str(step)).rename(target)
         self._manager.reload()
+
+
+def _short(text: str) -> str:
+    """One line that keeps both ends: what failed stands first, why stands last."""
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else f"{text[:120]} ... {text[-175:]}"
 
 
 def _abstract(tree: Any) -> Any:
