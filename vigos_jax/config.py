@@ -56,6 +56,13 @@ _RANGES = (
     ("diagnose.seed", 0, 2**31 - 1),
     ("export.step", 0, None),
     ("export.max_shard_gb", 1e-9, None),
+    ("plan.memory_gb", 0, None),
+    ("plan.tflops", 0, None),
+    ("plan.bandwidth_gbs", 0, None),
+    ("plan.interconnect_gbs", 0, None),
+    ("plan.patches", 1, None),
+    ("plan.prompt", 1, None),
+    ("plan.completion", 1, None),
 )
 CHOICES = {
     "distributed": ("off", "auto", "env"),
@@ -75,7 +82,8 @@ CHOICES = {
 _PROMPT_FIELDS = ("user", "assistant_prefill")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 # They say what to do with a run, or where, not what the run is.
-_MODE_SECTIONS = ("eval", "score", "diagnose", "generate", "export", "compilation_cache", "mesh", "distributed")
+_MODE_SECTIONS = ("eval", "score", "diagnose", "generate", "export", "plan")
+_MODE_SECTIONS += ("compilation_cache", "mesh", "distributed")
 
 
 def get(config: Mapping[str, Any], field: str) -> Any:
