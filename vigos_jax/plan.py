@@ -172,7 +172,8 @@ def _measure(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.txt").write_text(compiled.as_text(), encoding="utf-8")
     memory = compiled.memory_analysis()
-    traffic = read_traffic(compiled.as_text(), devices=n, trips=sampler_steps)
+    emulates = target.platform == "cpu" and run.model.dtype != jnp.float32
+    traffic = read_traffic(compiled.as_text(), devices=n, trips=sampler_steps, emulates_16_bits=emulates)
     program = Program(
         name,
         runs,

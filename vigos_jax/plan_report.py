@@ -156,7 +156,7 @@ def report(plan: Plan) -> str:
         f"{_gb(plan.peak)} of {memory:g} GB on each",
     ]
     if plan.topology.startswith("cpu") and plan.dtype != "float32":
-        lines.append(f"a CPU computes {plan.dtype} in float32: temporaries and traffic are up to twice a GPU's")
+        lines.append(f"a CPU computes {plan.dtype} in float32: temporaries are up to twice a GPU's")
     if unknown := sorted({loop for p in plan.programs for loop in p.unknown_loops}):
         lines.append(f"loops of unknown length, counted {s['completion']} times: {', '.join(unknown)}")
     return "\n".join([*lines, *_verdict(plan)])
@@ -194,7 +194,7 @@ def _table(rows: list[tuple[str, ...]]) -> str:
 
 
 def _gb(n: float) -> str:
-    return f"{n / _GB:.2f}"
+    return f"{n / _GB:.{2 if n >= 0.05 * _GB else 5}f}"
 
 
 def _moved(by_kind: dict[str, float]) -> str:

@@ -127,7 +127,7 @@ _FREE = frozenset(
 _CALLERS = frozenset(("while", "conditional", "call", "async-start", "async-update", "async-done"))
 
 
-def read_traffic(text: str, *, devices: int, trips: int = 1) -> Traffic:
+def read_traffic(text: str, *, devices: int, trips: int = 1, emulates_16_bits: bool = False) -> Traffic:
     """Reads the text of a compiled program.
 
     A loop's trips are what the compiler noted, else the constant that its counter is compared with, divided by what
@@ -137,8 +137,9 @@ def read_traffic(text: str, *, devices: int, trips: int = 1) -> Traffic:
     Args:
       devices: that run the program.
       trips: of loops whose length is not in the program: those of `while_loop`.
+      emulates_16_bits: of a CPU, which computes 16-bit floats in 32 bits: these count as 16, conversions as nothing.
     """
-    parsed = _parse(text)
+    parsed = _parse(text.replace("f32[", "bf16[") if emulates_16_bits else text)
     found: list[Collective] = []
     unknown: list[str] = []
     memory = 0.0
@@ -159,7 +160,7 @@ def read_traffic(text: str, *, devices: int, trips: int = 1) -> Traffic:
             else:
                 for target in _called(i):
                     visit(target, times, depth, seen if i.op == "fusion" else set(), i.op == "fusion")
-            if not is_fused and i.op not in _FREE and i.op not in _CALLERS:
+            if not is_fused and i.op not in _FREE | _CALLERS and not (emulates_16_bits and _converts(i, parsed)):
                 memory += times * _touched(i, parsed[name], parsed)
 
     visit(next(name for name in parsed if parsed[name] is parsed["ENTRY"]), 1.0, 0, set(), False)
@@ -320,19 +321,39 @@ def _touched(i: _Instruction, around: Mapping[str, _Instruction], parsed: Any) -
     if i.op != "fusion" or not targets:
         return written + sum(operands)
     inner = parsed[targets[0]]
-    for number, x in enumerate(i for i in sorted(inner.values(), key=_number) if i.op == "parameter"):
-        users = [u for u in inner.values() if x.name in u.operands]
-        if users and all(u.op in ("dynamic-slice", "gather", "slice") and u.operands[0] == x.name for u in users):
+    for x in inner.values():
+        if x.op != "parameter":
+            continue
+        number, users = int(x.rest.split()[0]), list(_users(x.name, inner))
+        if users and all(u.op in ("dynamic-slice", "gather", "slice") for u in users):
             operands[number] = min(operands[number], sum(_size(u.shape) for u in users))
-        elif users and all(u.op == "dynamic-update-slice" and u.operands[0] == x.name for u in users):
+        elif users and all(u.op == "dynamic-update-slice" for u in users):
             updated = sum(_size(inner[u.operands[1]].shape) for u in users)
             written = max(0.0, written - operands[number]) + min(operands[number], updated)
             operands[number] = 0.0
     return written + sum(operands)
 
 
-def _number(i: _Instruction) -> int:
-    return int(i.rest.split()[0]) if i.op == "parameter" else -1
+def _users(name: str, inner: Mapping[str, _Instruction]) -> Iterator[_Instruction]:
+    """What a fusion does with a whole array first, seen through changes of its type and shape."""
+    for user in inner.values():
+        if name in user.operands:
+            if user.op in ("convert", "bitcast") and not user.is_root:
+                yield from _users(user.name, inner)
+            else:
+                # One that merely names the array as an index, or as what is written, reads all of it.
+                yield user if user.operands[0] == name else dataclasses.replace(user, op="read")
+
+
+def _converts(i: _Instruction, parsed: Any) -> bool:
+    """Whether an instruction gives an array another type, and does nothing else but choose which."""
+    if i.op == "convert":
+        return True
+    if i.op != "fusion":
+        return False
+    inner = [x for x in parsed[_called(i)[0]].values() if not re.search(r"\[\]", x.shape)]
+    allowed = ("parameter", "constant", "convert", "bitcast", "dynamic-slice", "copy")
+    return any(x.op == "convert" for x in inner) and all(x.op in allowed for x in inner)
 
 
 def traced_flops(function: Callable, *args: Any, trips: int = 1) -> float:
