@@ -228,6 +228,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.plan.patches = 36  # of a row's pictures; these three are rounded up to config.buckets
     config.plan.prompt = 48  # tokens, the visual ones among them
     config.plan.completion = 48  # tokens
+    config.plan.effort = -1.0  # of the compiler, for speed: 0 as a run has it; -1 takes a tenth of the time for TPUs
     config.plan.advise = True  # where it does not fit, compile changes until one does; each takes as long again
     config.plan.output = ""  # file for the numbers, as JSON; "" for none
     config.plan.programs = ""  # folder for the compiled programs, as text; "" for none

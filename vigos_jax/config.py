@@ -63,6 +63,7 @@ _RANGES = (
     ("plan.patches", 1, None),
     ("plan.prompt", 1, None),
     ("plan.completion", 1, None),
+    ("plan.effort", -1, 1),
 )
 CHOICES = {
     "distributed": ("off", "auto", "env"),

@@ -162,7 +162,7 @@ def _measure(
     n = len(target.devices)
     operations = flops(traced.jaxpr, trips=sampler_steps) / n
     try:
-        compiled = traced.lower().compile()
+        compiled = traced.lower().compile({"exec_time_optimization_effort": float(run.config.plan.effort)})
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e) and "out of memory" not in str(e).lower():
             raise
