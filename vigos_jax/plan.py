@@ -181,7 +181,7 @@ def _measure(
         outputs=memory.output_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
-        beside=beside,
+        beside=beside + _unread(args, compiled),
         flops=operations,
         traffic=traffic.memory,
         moved=traffic.moved(),
@@ -192,6 +192,14 @@ def _measure(
     results = jax.tree.map(place, traced.out_info, compiled.output_shardings)
     assert all(isinstance(s, NamedSharding) for s in jax.tree.leaves(compiled.output_shardings))
     return program, results
+
+
+def _unread(args: tuple[Any, ...], compiled: Any) -> int:
+    """Bytes on one device of arguments that the program does not read, and so does not count: they are there."""
+    is_none = lambda x: x is None  # noqa: E731
+    given = [x for x in jax.tree.leaves(args, is_leaf=is_none) if not isinstance(x, int)]
+    read = jax.tree.leaves(compiled.input_shardings[0], is_leaf=is_none)
+    return device_bytes([x for x, sharding in zip(given, read, strict=True) if x is not None and sharding is None])
 
 
 def _refusal(message: str) -> str:

@@ -131,8 +131,9 @@ def read_traffic(text: str, *, devices: int, trips: int = 1, emulates_16_bits: b
     """Reads the text of a compiled program.
 
     A loop's trips are what the compiler noted, else the constant that its counter is compared with, divided by what
-    the counter grows by. Both sides of a branch are counted. An exchange that the compiler spread over several
-    fusions is one. What a fusion slices out of an array is read, not the array; what stays in on-chip memory is free.
+    the counter grows by. Of a branch the side that moves more memory counts, and the exchanges of both. An exchange
+    that the compiler spread over several fusions is one. What a fusion slices out of an array is read, not the array;
+    what stays in on-chip memory is free.
 
     Args:
       devices: that run the program.
@@ -142,10 +143,9 @@ def read_traffic(text: str, *, devices: int, trips: int = 1, emulates_16_bits: b
     parsed = _parse(text.replace("f32[", "bf16[") if emulates_16_bits else text)
     found: list[Collective] = []
     unknown: list[str] = []
-    memory = 0.0
 
-    def visit(name: str, times: float, depth: int, seen: set[str], is_fused: bool) -> None:
-        nonlocal memory
+    def visit(name: str, times: float, depth: int, seen: set[str], is_fused: bool) -> float:
+        memory = 0.0
         for i in parsed[name].values():
             if kind := _kind(i, name):
                 channel = re.search(r"channel_id=(\d+)", i.rest)
@@ -156,14 +156,16 @@ def read_traffic(text: str, *, devices: int, trips: int = 1, emulates_16_bits: b
                 n = _trips(i, parsed)
                 if n is None:
                     unknown.append(_source(i) or i.name)
-                visit(_called(i, "body")[0], times * (trips if n is None else n), depth + 1, set(), False)
+                memory += visit(_called(i, "body")[0], times * (trips if n is None else n), depth + 1, set(), False)
             else:
-                for target in _called(i):
-                    visit(target, times, depth, seen if i.op == "fusion" else set(), i.op == "fusion")
+                is_fusion = i.op == "fusion"
+                parts = [visit(t, times, depth, seen if is_fusion else set(), is_fusion) for t in _called(i)]
+                memory += max(parts, default=0.0) if i.op == "conditional" else sum(parts)
             if not is_fused and i.op not in _FREE | _CALLERS and not (emulates_16_bits and _converts(i, parsed)):
                 memory += times * _touched(i, parsed[name], parsed)
+        return memory
 
-    visit(next(name for name in parsed if parsed[name] is parsed["ENTRY"]), 1.0, 0, set(), False)
+    memory = visit(next(name for name in parsed if parsed[name] is parsed["ENTRY"]), 1.0, 0, set(), False)
     return Traffic(memory, tuple(found), tuple(unknown))
 
 
@@ -324,25 +326,36 @@ def _touched(i: _Instruction, around: Mapping[str, _Instruction], parsed: Any) -
     for x in inner.values():
         if x.op != "parameter":
             continue
-        number, users = int(x.rest.split()[0]), list(_users(x.name, inner))
+        number, users = int(x.rest.split()[0]), list(_users(x.name, inner, parsed))
         if users and all(u.op in ("dynamic-slice", "gather", "slice") for u in users):
             operands[number] = min(operands[number], sum(_size(u.shape) for u in users))
         elif users and all(u.op == "dynamic-update-slice" for u in users):
-            updated = sum(_size(inner[u.operands[1]].shape) for u in users)
+            updated = sum(_size(u.shape) for u in users)
             written = max(0.0, written - operands[number]) + min(operands[number], updated)
             operands[number] = 0.0
     return written + sum(operands)
 
 
-def _users(name: str, inner: Mapping[str, _Instruction]) -> Iterator[_Instruction]:
-    """What a fusion does with a whole array first, seen through changes of its type and shape."""
+def _users(name: str, inner: Mapping[str, _Instruction], parsed: Any) -> Iterator[_Instruction]:
+    """What a fusion does with a whole array first, seen through fusions in it and changes of type and shape.
+
+    The shape of an update is that of what it writes. What merely names the array as an index reads all of it.
+    """
     for user in inner.values():
-        if name in user.operands:
-            if user.op in ("convert", "bitcast") and not user.is_root:
-                yield from _users(user.name, inner)
-            else:
-                # One that merely names the array as an index, or as what is written, reads all of it.
-                yield user if user.operands[0] == name else dataclasses.replace(user, op="read")
+        if name not in user.operands:
+            continue
+        if user.op in ("convert", "bitcast") and not user.is_root:
+            yield from _users(user.name, inner, parsed)
+        elif user.op == "fusion":
+            nested, number = parsed[_called(user)[0]], str(user.operands.index(name))
+            same = next(x for x in nested.values() if x.op == "parameter" and x.rest.split()[0] == number)
+            yield from _users(same.name, nested, parsed)
+        elif user.operands[0] != name:
+            yield dataclasses.replace(user, op="read")
+        elif user.op == "dynamic-update-slice":
+            yield dataclasses.replace(user, shape=inner[user.operands[1]].shape)
+        else:
+            yield user
 
 
 def _converts(i: _Instruction, parsed: Any) -> bool:
