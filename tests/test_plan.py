@@ -1,5 +1,6 @@
 """`--mode plan`: its numbers against counts of their own, its advice, and what the step and the sampler exchange."""
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -17,7 +18,9 @@ from vigos_jax import main, plan, topologies
 from vigos_jax.abstract_run import describe, device_bytes, model_config_of
 from vigos_jax.loading import DEMO_FOLDER
 from vigos_jax.plan import compile_plan
+from vigos_jax.plan_report import Program, report
 from vigos_jax.programs import read_traffic
+from vigos_jax.published import published_config
 from vigos_jax.topologies import topology
 
 RANK = 4
@@ -41,10 +44,6 @@ def config_of(**changes):
 def planned():
     config = config_of()
     return compile_plan(config, topology(config.plan))
-
-
-def demo_config():
-    return json.loads((DEMO_FOLDER / "config.json").read_text())
 
 
 def test_parameters_are_those_of_the_files():
@@ -144,31 +143,51 @@ def test_it_prints_a_table_and_writes_the_same_numbers(capsys, tmp_path):
     assert saved["peak"] == max(p["peak"] for p in saved["programs"])
 
 
-def test_what_does_not_fit_comes_with_the_first_change_that_does(capsys):
-    peak = max(planned_alone("accumulation=1"), key=lambda p: p.peak)
-    assert peak.name == "gradient"
-    fits = 0.9 * peak.peak / 1e9
-    code, said = run_main(capsys, "lora.rank=4", "plan.prompt=256", f"plan.memory_gb={fits}")
-    assert code == 0
-    lines = said.out.splitlines()
-    at = next(i for i, line in enumerate(lines) if line.startswith("does not fit"))
-    assert lines[at].startswith("does not fit: gradient needs")
-    assert lines[at + 1].startswith("fits with config.")
-    assert lines[at + 2].startswith("  tried config.model.remat=full: ")
-    words = lines[at + 1].removeprefix("fits with ")
-    assert lines[-1].startswith(f"  tried {words}: ")
-    changes = [w.removeprefix("config.") for w in words.split(", ")]
-    again = planned_alone(*changes)
-    assert max(p.peak for p in again) <= fits * 1e9
+def test_changes_come_from_the_one_that_costs_least():
+    """What leaves the run as it is comes first; only a shorter completion changes what is sampled."""
+    config = config_of(**{"accumulation": 1, "mesh.data": 8, "mesh.fsdp": 1, "mesh.tensor": 1})
+    mesh = {"data": 8, "fsdp": 1, "tensor": 1}
+    changes = list(plan._changes(config, mesh, {"gradient"}))
+    assert changes[:3] == [{"model.remat": "full"}] + [{"model.remat": "full", "accumulation": n} for n in (2, 4)]
+    assert changes[3] == {"mesh.data": 4, "mesh.fsdp": 2, "mesh.tensor": 1}
+    assert [c["plan.completion"] for c in changes if "plan.completion" in c] == [24, 12] and "mesh.data" in changes[-3]
+    assert all(math.prod(c[f"mesh.{a}"] for a in mesh) == 8 for c in changes if "mesh.data" in c)
+    others = list(plan._changes(config, mesh, {"gradient", "decode"}))
+    assert others == changes[3:]  # less at a time in the gradient does not help the sampler
 
 
-def planned_alone(*changes):
-    config = config_of(**{"accumulation": 1, "mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": 1, "plan.prompt": 256})
-    with config.unlocked():
-        for change in changes:
-            field, value = change.split("=")
-            config.update_from_flattened_dict({field: int(value) if value.isdecimal() else value})
-    return compile_plan(config, topology(config.plan)).programs
+def test_what_does_not_fit_comes_with_the_first_change_that_does():
+    """Peaks by formula, so that nothing need be compiled: half of what is left, with each doubling of accumulation."""
+    config = config_of(**{"accumulation": 1, "mesh.data": 8, "mesh.fsdp": 1, "mesh.tensor": 1, "plan.memory_gb": 5.0})
+    target = topology(config.plan)
+
+    def pretend(config, target, *, only=()):
+        assert only in ((), ("gradient",))
+        gb = (8 if config.model.remat == "full" else 16) / config.accumulation
+        program = Program("gradient", config.accumulation, temporaries=int(gb * 1e9))
+        return dataclasses.replace(planned(), programs=(program,), rates=target.rates)
+
+    with mock.patch.object(plan, "compile_plan", pretend):
+        result = pretend(config, target)
+        assert not result.fits
+        result = dataclasses.replace(result, **plan._advice(config, target, result))
+    assert config.accumulation == 1  # it is not changed itself
+    assert result.advice == "config.model.remat=full, config.accumulation=2"
+    assert result.tried == ("config.model.remat=full: 8.0 GB", f"{result.advice}: 4.0 GB")
+    text = report(result).splitlines()
+    assert text[-4:] == [
+        "does not fit: gradient needs 16.00 GB",
+        f"fits with {result.advice}",
+        *(f"  tried {change}" for change in result.tried),
+    ]
+
+
+def test_what_the_compiler_refuses_does_not_fit():
+    refused = dataclasses.replace(planned(), programs=(Program("prefill", 1, refused="used 20.5G of 15.75G"),))
+    assert not refused.fits and not refused.is_whole
+    assert "does not fit: prefill used 20.5G of 15.75G" in report(refused)
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G."
+    assert plan._refusal(message) == "Used 20.50G of 15.75G"
 
 
 def test_what_cannot_fit_says_all_that_was_tried(capsys):
@@ -226,16 +245,10 @@ def reduced(topology_name, **changes):
     config = importlib.import_module("configs.qwen2_5_vl_3b").get_config()
     small = {"plan.topology": topology_name, "plan.patches": 256, "plan.prompt": 320, "plan.completion": 192}
     config.update_from_flattened_dict(small | changes)
-    raw = dict(plan_published(config.model.path), num_hidden_layers=LAYERS)
+    raw = published_config(config.model.path) | {"num_hidden_layers": LAYERS}
     raw["vision_config"] = raw["vision_config"] | {"depth": LAYERS, "fullatt_block_indexes": [LAYERS - 1]}
     with mock.patch("vigos_jax.abstract_run.published_config", lambda path: raw):
         return describe(config, topology(config.plan)), config
-
-
-def plan_published(path):
-    from vigos_jax.published import published_config
-
-    return published_config(path)
 
 
 def dims(name):
