@@ -24,6 +24,7 @@ from vigos_jax.published import published_config
 from vigos_jax.topologies import topology
 
 RANK = 4
+CAREFUL_JIT = jax.jit
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -285,12 +286,12 @@ def gradient_faults(run, text, *, devices=8):
     return faults
 
 
-def compiled_gradient(run, config):
+def compiled_gradient(run, config, **options):
     step = plan.train_step_of(config, run.model, run.roles, run.tx, run.state)
     micro = config.batch_size // config.accumulation
     shares, key = run.whole(jnp.float32, len(run.roles)), run.whole(jax.eval_shape(lambda: jax.random.key(0)).dtype)
     args = (run.state.trained, run.base, run.state.average, run.scores(micro), shares, key)
-    return step.gradient.lower(*args).compile().as_text()
+    return step.gradient.lower(*args).compile(options).as_text()
 
 
 def test_the_gradient_program_fetches_weights_layer_by_layer_and_reduces_adapters_alone():
@@ -334,9 +335,10 @@ def test_no_weight_moves_while_tokens_are_sampled():
 
 
 @pytest.mark.slow
-def test_so_it_is_on_a_tpu():
+def test_so_it_is_on_a_tpu(monkeypatch):
+    monkeypatch.setattr(jax, "jit", CAREFUL_JIT)  # the other options are a CPU's
     run, config = reduced("v5e:2x4")
     assert run.model.attention == "splash"
-    text = compiled_gradient(run, config)
+    text = compiled_gradient(run, config, exec_time_optimization_effort=-1.0)
     assert "tpu_custom_call" in text  # the kernel
     assert gradient_faults(run, text) == []
