@@ -30,6 +30,9 @@ RUN = [
     "math-verify>=0.8",  # compares expressions, in a process of its own
 ]
 
+# The compiler for TPUs that jax[tpu] names for the lowest jax above; there is none but for Linux.
+LIBTPU = "libtpu>=0.0.42,<0.1; sys_platform == 'linux'"
+
 EXTRAS = {
     "test": [
         "pytest>=9",
@@ -41,12 +44,15 @@ EXTRAS = {
         "peft>=0.19",
         "openai>=2",
         "accelerate>=1.10",
+        # Programs are compiled for TPUs in the tests, too.
+        LIBTPU,
         # What executes the notebooks.
         "nbclient>=0.10",
         "nbformat>=5.10",
         "ipykernel>=7",
         "matplotlib>=3.10",
     ],
+    "plan": [LIBTPU],  # the compiler for TPUs, without a TPU
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
     "notebooks": ["matplotlib>=3.10", "ipykernel>=7", "jupytext>=1.17"],

@@ -228,6 +228,22 @@ def get_config() -> ml_collections.ConfigDict:
     config.export.push_to = ""  # owner/name on the hub, made private; the token is HF_TOKEN's. "" pushes nothing
     config.export.after_training = True
 
+    config.plan = ConfigDict()  # --mode plan: devices that need not be here; see docs/scaling.md
+    config.plan.topology = "cpu:8"  # a TPU slice like v5e:2x4, v5p:2x2x2, v6e:2x4 | cpu:N, host devices for GPUs
+    # Of one device, in 1e9 bytes, 1e12 operations a second, 1e9 bytes a second. 0 is what is known of the topology;
+    # of host devices an A100's: 80, 312, 2039, 300.
+    config.plan.memory_gb = 0.0
+    config.plan.tflops = 0.0  # of 16-bit matrix products
+    config.plan.bandwidth_gbs = 0.0  # of its memory
+    config.plan.interconnect_gbs = 0.0  # received from other devices, over all links
+    config.plan.patches = 36  # of a row's pictures; these three are rounded up to config.buckets
+    config.plan.prompt = 48  # tokens, the visual ones among them
+    config.plan.completion = 48  # tokens
+    config.plan.effort = -1.0  # of the compiler, for speed: 0 as a run has it; -1 takes a tenth of the time for TPUs
+    config.plan.advise = True  # where it does not fit, compile changes until one does; each takes as long again
+    config.plan.output = ""  # file for the numbers, as JSON; "" for none
+    config.plan.programs = ""  # folder for the compiled programs, as text; "" for none
+
     config.lock()  # setting a field that is not here is an error, also in a file that imports this one
     config.prompts.unlock()
     config.roles.unlock()  # but roles and their prompts are for you to name

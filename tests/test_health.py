@@ -80,7 +80,7 @@ def world(tmp_path_factory):
 
 def poisoned(monkeypatch, steps):
     """The sampler's log-probabilities stay as they are; the embedding of the base is not a number in these steps."""
-    make, at = train._train_step, iter(range(100))
+    make, at = train.train_step_of, iter(range(100))
 
     def make_poisoned(*args):
         step = make(*args)
@@ -92,7 +92,7 @@ def poisoned(monkeypatch, steps):
 
         return run
 
-    monkeypatch.setattr(train, "_train_step", make_poisoned)
+    monkeypatch.setattr(train, "train_step_of", make_poisoned)
 
 
 def test_a_step_that_is_not_finite_changes_nothing(world, tmp_path, monkeypatch, capsys):

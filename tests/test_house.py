@@ -14,6 +14,7 @@ ROOMS = (
     ("demo/make_base.py",),
     ("demo/card.py",),
     ("main.py",),
+    ("plan.py",),
     ("train.py",),
     ("diagnose.py", "eval_report.py", "eval_steps.py"),
     (
@@ -21,7 +22,7 @@ ROOMS = (
         "wrong_answers.py",
     ),
     ("export_check.py", "model_card.py"),
-    ("batches.py", "task_answers.py"),
+    ("batches.py", "task_answers.py", "abstract_run.py"),
     ("rollouts.py",),
     ("loading.py",),
     ("sampler.py", "step.py"),
@@ -34,10 +35,13 @@ ROOMS = (
     ("prompts.py", "images.py", "grading.py"),
     (
         *("config.py", "graders.py", "math_grader.py", "sharding.py", "metrics.py", "geometry.py", "palr.py"),
-        *("report.py", "journal.py", "judge.py", "demo/"),
+        *("report.py", "journal.py", "judge.py", "plan_report.py", "programs.py", "demo/"),
     ),
     ("health.py",),
-    ("architecture.py", "inputs.py", "published.py", "hub.py", "distributed.py", "interrupt.py"),
+    (
+        *("architecture.py", "inputs.py", "published.py", "hub.py", "distributed.py", "interrupt.py"),
+        "topologies.py",
+    ),
     ("errors.py", "__init__.py"),
 )
 LEVELS = {room: level for level, row in enumerate(reversed(ROOMS)) for room in row}

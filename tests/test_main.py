@@ -14,7 +14,7 @@ import transformers
 from vigos_jax import main
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-MODES = ("train", "generate", "score", "diagnose", "eval", "export")
+MODES = ("train", "generate", "score", "diagnose", "eval", "export", "plan")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -180,9 +180,12 @@ def student(lora=None):
 def sampler(sampling=SAMPLING, eos_ids=NEVER, model=MODEL, cache_sizes=()):
     s = Sampler(model, sampling, eos_ids=eos_ids, cache_sizes=cache_sizes)
     # the same functions, compiled with less care
-    s._prefill = tiny.jit(s._prefill.__wrapped__)
-    s._decode = tiny.jit(s._decode.__wrapped__, donate_argnums=1)
-    s._encode = tiny.jit(s._encode.__wrapped__)
+    s.programs = dataclasses.replace(
+        s.programs,
+        prefill=tiny.jit(s.programs.prefill.__wrapped__),
+        decode=tiny.jit(s.programs.decode.__wrapped__, donate_argnums=1),
+        encode=tiny.jit(s.programs.encode.__wrapped__),
+    )
     return s
 
 

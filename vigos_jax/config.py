@@ -47,6 +47,9 @@ _WHOLE = (
     ("guards.max_skipped", 1, None),
     ("guards.window", 1, None),
     ("export.step", 0, None),
+    ("plan.patches", 1, None),
+    ("plan.prompt", 1, None),
+    ("plan.completion", 1, None),
 )
 _REAL = (
     ("lora.alpha", 0, None),
@@ -62,6 +65,11 @@ _REAL = (
     ("loss.temperature", 1e-6, None),
     ("eval.judge.timeout", 0.1, None),
     ("export.max_shard_gb", 1e-9, None),
+    ("plan.memory_gb", 0, None),
+    ("plan.tflops", 0, None),
+    ("plan.bandwidth_gbs", 0, None),
+    ("plan.interconnect_gbs", 0, None),
+    ("plan.effort", -1, 1),
 )
 # Numbers whose ranges other rooms know (sampling, mesh): here they only have to be numbers.
 _WHOLE_ELSEWHERE = (
@@ -72,15 +80,15 @@ _REAL_ELSEWHERE = (
     *("sampling.temperature", "sampling.top_p", "sampling.min_p", "sampling.repetition_penalty"),
     *("sampling.presence_penalty", "eval.temperature", "eval.top_p"),
 )
-_FLAGS = ("data.shuffle", "data.blank_images", "export.check", "export.after_training", "guards.stop")
+_FLAGS = ("data.shuffle", "data.blank_images", "export.check", "export.after_training", "guards.stop", "plan.advise")
 _PATHS = (  # or names on the hub
     *("compilation_cache", "model.path", "model.adapter", "data.source", "score.rollouts", "score.output"),
     *("diagnose.rollouts", "diagnose.wrong_answers_file", "diagnose.output", "eval.output", "generate.image"),
-    "export.output",
+    *("export.output", "plan.output", "plan.programs"),
 )
 _TEXTS = (
     *(*_PATHS, "data.split", "eval.plain_prompt", "eval.judge.url", "eval.judge.model", "eval.judge.key_env"),
-    *("generate.question", "export.push_to"),
+    *("generate.question", "export.push_to", "plan.topology"),
 )
 _NO_OTHERS = {  # sections that are handed on whole, so that a field too many would be an argument too many
     "sampling": ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
@@ -108,7 +116,7 @@ _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 # They say what to do with a run, or where, not what the run is.
 _MODE_SECTIONS = (
-    *("eval", "eval_every", "score", "diagnose", "generate", "export", "guards"),
+    *("eval", "eval_every", "score", "diagnose", "generate", "export", "guards", "plan"),
     *("compilation_cache", "mesh", "distributed"),
 )
 

@@ -150,6 +150,22 @@ def use_compilation_cache(folder: str) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def model_of(config, model_config: ModelConfig, mesh: Mesh, *, platform: str) -> VisionLanguageModel:
+    """The model that a config asks for, without weights, on devices of a platform: "cpu", "gpu" or "tpu"."""
+    dtype = jnp.dtype(config.model.dtype)
+    if dtype == jnp.float32:
+        # Accelerators multiply float32 in fewer bits unless told otherwise; whoever asks for float32 wants it.
+        jax.config.update("jax_default_matmul_precision", "float32")
+    return VisionLanguageModel(
+        model_config,
+        lora=lora_spec(config, model_config),
+        dtype=dtype,
+        remat=config.model.remat,
+        attention=choose(config.model.attention, platform=platform, dtype=dtype),
+        mesh=mesh,
+    )
+
+
 def load(config, *, for_training: bool) -> Loaded:
     """Checks the config's parts against each other and loads the model onto the mesh.
 
@@ -165,19 +181,8 @@ def load(config, *, for_training: bool) -> Loaded:
     folder = resolve_model(config.model.path)
     model_config = ModelConfig.load(folder)
     processor = Processor.load(folder)
-    dtype = jnp.dtype(config.model.dtype)
-    if dtype == jnp.float32:
-        # Accelerators multiply float32 in fewer bits unless told otherwise; whoever asks for float32 wants it.
-        jax.config.update("jax_default_matmul_precision", "float32")
-    spec = lora_spec(config, model_config)
-    model = VisionLanguageModel(
-        model_config,
-        lora=spec,
-        dtype=dtype,
-        remat=config.model.remat,
-        attention=choose(config.model.attention, platform=jax.default_backend(), dtype=dtype),
-        mesh=mesh,
-    )
+    model = model_of(config, model_config, mesh, platform=jax.default_backend())
+    dtype, spec = model.dtype, model.lora
     abstract = abstract_variables(model)
     shardings = tree_shardings(abstract, mesh, config.mesh.rules)
     base = hf.load_params(folder, model_config, abstract["params"], dtype=dtype, shardings=shardings["params"])

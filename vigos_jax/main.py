@@ -23,7 +23,7 @@ from vigos_jax.errors import InputError, Stopped  # noqa: E402
 # Flags put the traceback of a config file's error into their own message.
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(\s.*\n)*")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # or not to be written to
-MODES = ("train", "generate", "score", "diagnose", "eval", "export")
+MODES = ("train", "generate", "score", "diagnose", "eval", "export", "plan")
 SEVERAL = ("train", "export")  # modes that several processes may run together
 HELP = """\
 usage: python -m vigos_jax.main --config FILE [--mode MODE] [--workdir DIR] [--config.FIELD=VALUE ...]
@@ -38,6 +38,8 @@ modes
             earlier one stopped
   export    write a Hugging Face folder: --config.export.output=DIR --config.export.kind=merged|adapter
             (--config.export.check=true loads it again and compares; --config.export.step=N takes an older checkpoint)
+  plan      what a run takes on devices that are not here: memory, time, whether it fits; its programs are compiled,
+            nothing is loaded: --config.plan.topology=v5e:2x4 (or cpu:8) --config.plan.output=FILE.json
 
 --workdir is where a training run keeps its files (default runs/NAME for configs/NAME.py). The other modes read the
 trained student and the config from it if it is given; without it they use config.model.path and config.model.adapter.
@@ -131,7 +133,7 @@ def _config_of_run(config, workdir: pathlib.Path | None):
     if workdir is None:
         return config
     saved = read_json(workdir / "config.json")
-    for section in ("generate", "score", "diagnose", "eval", "eval_every", "export", "mesh", "distributed"):
+    for section in ("generate", "score", "diagnose", "eval", "eval_every", "export", "plan", "mesh", "distributed"):
         saved[section] = config[section]
     return saved
 
@@ -143,6 +145,12 @@ def _run(config, mode: str, workdir: pathlib.Path | None) -> int:
         from vigos_jax.train import train
 
         train(config, workdir)
+        return 0
+
+    if mode == "plan":
+        from vigos_jax.plan import plan
+
+        print(plan(config))
         return 0
 
     if mode == "export" and not config.export.output:

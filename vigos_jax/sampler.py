@@ -9,7 +9,7 @@ key, so its tokens do not depend on the mesh or on the other rows of the batch.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.struct
 import jax
@@ -255,10 +255,28 @@ def _grow(state: DecodeState, slots: int) -> DecodeState:
     return state.replace(cache=cache, visible=jnp.pad(state.visible, ((0, 0), (0, slots))))
 
 
+@dataclasses.dataclass(frozen=True)
+class SamplerPrograms:
+    """The jitted programs of a rollout.
+
+    Attributes:
+      encode: (variables, vision) -> images [B, M, D].
+      prefill: (variables, prompts, images, keys) -> DecodeState with the smallest cache.
+      decode: (variables, state, until) -> state; the state is donated.
+      grow: (state, slots) -> state with so many more cache slots.
+    """
+
+    encode: Callable
+    prefill: Callable
+    decode: Callable
+    grow: Callable
+
+
 class Sampler:
     """Compiled prefill and decode for one model and one way of sampling. Holds no weights.
 
     Attributes:
+      programs: what is compiled.
       eos_ids: any of these ends a row; it is kept as the completion's last token.
       capacities: sizes of the cache's completion part, ascending, the last one `sampling.max_tokens`.
     """
@@ -272,10 +290,12 @@ class Sampler:
         self._cast = jax.jit(functools.partial(cast_floats, dtype=model.dtype))
         self._dtype = model.dtype
         self._mesh = model.mesh
-        self._encode = jax.jit(functools.partial(model.apply, method="encode_images"))
-        self._prefill = jax.jit(functools.partial(_prefill, model, sampling, self.capacities[0]))
-        self._decode = jax.jit(functools.partial(_decode, model, sampling, tuple(eos_ids)), donate_argnums=(1,))
-        self._grow = jax.jit(_grow, static_argnums=1)
+        self.programs = SamplerPrograms(
+            encode=jax.jit(functools.partial(model.apply, method="encode_images")),
+            prefill=jax.jit(functools.partial(_prefill, model, sampling, self.capacities[0])),
+            decode=jax.jit(functools.partial(_decode, model, sampling, tuple(eos_ids)), donate_argnums=(1,)),
+            grow=jax.jit(_grow, static_argnums=1),
+        )
 
     def ready(self, variables: Variables) -> Variables:
         """The variables as decoding reads them; do it once where several batches are sampled."""
@@ -285,7 +305,7 @@ class Sampler:
 
     def encode(self, variables: Variables, vision: VisionInputs) -> Array:
         """Visual tokens of each row, [B, M, D]: for `start`, and for whoever else needs them."""
-        return self._encode(variables, vision)
+        return self.programs.encode(variables, vision)
 
     def start(
         self, variables: Variables, prompts: PromptBatch, keys: Array, images: Array | None = None
@@ -293,18 +313,18 @@ class Sampler:
         """Runs the prompts. variables: from `ready`; keys: one random key per row; images: from `encode`, if known."""
         if images is None:
             images = self.encode(variables, prompts.vision)
-        return self._prefill(variables, prompts, images, keys)
+        return self.programs.prefill(variables, prompts, images, keys)
 
     def advance(self, variables: Variables, state: DecodeState, until: int) -> DecodeState:
         """Decodes until every row has `until` tokens or has stopped; may be called again to go on."""
         until = min(until, self.sampling.max_tokens)
         while True:
             capacity = state.visible.shape[1] - state.prompt_slots
-            state = self._decode(variables, state, jnp.int32(min(until, capacity)))
+            state = self.programs.decode(variables, state, jnp.int32(min(until, capacity)))
             if until <= capacity or bool(jnp.all(state.is_done)):
                 return state
             larger = next(n for n in self.capacities if n > capacity)
-            state = self._grow(state, larger - capacity)
+            state = self.programs.grow(state, larger - capacity)
 
     def __call__(
         self, variables: Variables, prompts: PromptBatch, keys: Array, images: Array | None = None

@@ -1,5 +1,6 @@
 """TrainState and the train step: jitted, mesh-sharded programs from packed micro-batches to new weights."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,6 +35,33 @@ class TrainState:
     trained: Any
     opt_state: Any
     average: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """The jitted programs of one optimizer step, and how they follow each other.
+
+    Attributes:
+      shares_of: batch -> [R], what each role's mean is divided by, of one micro-batch.
+      gradient: (trained, base, average, batch, shares, key) -> sums over a micro-batch, the gradient among them.
+      add: (sums, sums) -> sums; the first are donated.
+      update: (state, sums, shares) -> (state, metrics); the state is donated.
+    """
+
+    shares_of: Callable
+    gradient: Callable
+    add: Callable
+    update: Callable
+
+    def __call__(
+        self, state: TrainState, base: Any, batches: Sequence[ScoreBatch], key: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        shares = sum(self.shares_of(batch) for batch in batches)
+        sums = None
+        for i, batch in enumerate(batches):
+            part = self.gradient(state.trained, base, state.average, batch, shares, jax.random.fold_in(key, i))
+            sums = part if sums is None else self.add(sums, part)
+        return self.update(state, sums, shares)
 
 
 def make_optimizer(
@@ -80,7 +108,7 @@ def make_train_step(
     teacher_weights: str = "frozen",
     ema_rate: float = 0.0,
     shardings: Any = None,
-) -> Callable[[TrainState, Any, Sequence[ScoreBatch], Array], tuple[TrainState, dict[str, Array]]]:
+) -> TrainStep:
     """Returns `train_step(state, base, batches, key) -> (state, metrics)`; `state` is donated.
 
     The micro-batches may have shapes of their own: a program is compiled for each shape, and one for the update.
@@ -165,19 +193,13 @@ def make_train_step(
         return state, metrics
 
     add = functools.partial(jax.tree.map, jnp.add)
-    shares_of, gradient, add = jax.jit(shares_of), jax.jit(gradient), jax.jit(add, donate_argnums=0)
     out = {} if shardings is None else {"out_shardings": shardings}
-    update = jax.jit(update, donate_argnums=0, **out)
-
-    def train_step(state: TrainState, base: Any, batches: Sequence[ScoreBatch], key: Array):
-        shares = sum(shares_of(batch) for batch in batches)
-        sums = None
-        for i, batch in enumerate(batches):
-            part = gradient(state.trained, base, state.average, batch, shares, jax.random.fold_in(key, i))
-            sums = part if sums is None else add(sums, part)
-        return update(state, sums, shares)
-
-    return train_step
+    return TrainStep(
+        shares_of=jax.jit(shares_of),
+        gradient=jax.jit(gradient),
+        add=jax.jit(add, donate_argnums=0),
+        update=jax.jit(update, donate_argnums=0, **out),
+    )
 
 
 def _share(part: Array, whole: Array) -> Array:

@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,10 +23,12 @@ from vigos_jax.loading import Loaded, load, open_source, sampling_of
 from vigos_jax.metrics import RunLog, say, write_json
 from vigos_jax.model_card import Run
 from vigos_jax.models.variables import shares_vision
+from vigos_jax.models.vlm import VisionLanguageModel
+from vigos_jax.roles import TeacherRole
 from vigos_jax.rollouts import parse, records, rollout_counts, rollout_metrics
 from vigos_jax.sampler import Sampler, row_keys
 from vigos_jax.sharding import check_batch, replicated, tree_shardings
-from vigos_jax.step import TrainState, make_optimizer, make_train_step
+from vigos_jax.step import TrainState, TrainStep, make_optimizer, make_train_step
 
 
 def _check_workdir(config, workdir: pathlib.Path) -> None:
@@ -135,7 +137,7 @@ def _steps(
         if first == config.steps:
             return state.trained
 
-        train_step = _train_step(config, loaded, tx, state)
+        train_step = train_step_of(config, loaded.model, loaded.roles, tx, state)
         sampler = Sampler(
             loaded.model,
             sampling_of(config),
@@ -204,19 +206,22 @@ def _steps(
     return state.trained
 
 
-def _train_step(config, loaded: Loaded, tx: Any, state: TrainState) -> Callable:
+def train_step_of(
+    config, model: VisionLanguageModel, roles: tuple[TeacherRole, ...], tx: Any, state: TrainState
+) -> TrainStep:
+    """The step that a config asks for. state: of arrays, or of shapes with the shardings that they will have."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return make_train_step(
-        loaded.model,
+        model,
         tx,
-        roles=loaded.roles,
+        roles=roles,
         chunk=config.loss.chunk,
-        use_dropout="lora" in state.trained and loaded.model.lora.dropout > 0,
+        use_dropout="lora" in state.trained and model.lora.dropout > 0,
         temperature=config.loss.temperature,
         reduction=config.loss.reduction,
         teacher_weights=config.teacher.weights,
         ema_rate=config.teacher.ema_rate,
-        shardings=(shardings, replicated(loaded.mesh)),
+        shardings=(shardings, replicated(model.mesh)),
     )
 
 

@@ -10,7 +10,18 @@ from jax.sharding import Mesh
 
 from vigos_jax.architecture import ModelConfig
 from vigos_jax.models.attention import Causal, attention
-from vigos_jax.models.layers import GatedMLP, LoraSpec, Projection, RMSNorm, rematerialised, rotate, unroll
+from vigos_jax.models.layers import (
+    ROWS,
+    GatedMLP,
+    LoraSpec,
+    Projection,
+    RMSNorm,
+    place,
+    place_states,
+    rematerialised,
+    rotate,
+    unroll,
+)
 
 Array = jax.Array
 
@@ -94,13 +105,17 @@ class DecoderLayer(nn.Module):
             adapted = self.lora is not None and name in self.lora.language
             return Projection(features, bias, self.lora if adapted else None, name=name)
 
+        def heads(x: Array, count: int) -> Array:  # [B, T, count * H] -> [B, T, count, H]
+            divides = self.mesh is not None and count % self.mesh.shape["tensor"] == 0
+            x = x.reshape(b, t, count, c.head_size)
+            return place(x, self.mesh, ROWS, None, "tensor" if divides else None)
+
+        x = place_states(x, self.mesh)
         h = RMSNorm(c.rms_eps, name="input_norm")(x)
         q = project("q_proj", c.num_heads * c.head_size, c.qkv_bias)(h, deterministic)
         k = project("k_proj", c.num_kv_heads * c.head_size, c.qkv_bias)(h, deterministic)
         v = project("v_proj", c.num_kv_heads * c.head_size, c.qkv_bias)(h, deterministic)
-        q = q.reshape(b, t, c.num_heads, c.head_size)
-        k = k.reshape(b, t, c.num_kv_heads, c.head_size)
-        v = v.reshape(b, t, c.num_kv_heads, c.head_size)
+        q, k, v = heads(q, c.num_heads), heads(k, c.num_kv_heads), heads(v, c.num_kv_heads)
         if c.qk_norm:
             q, k = RMSNorm(c.rms_eps, name="q_norm")(q), RMSNorm(c.rms_eps, name="k_norm")(k)
         q, k = rotate(q, inputs.angles), rotate(k, inputs.angles)
@@ -112,7 +127,7 @@ class DecoderLayer(nn.Module):
             )
             k, v = cache.k[layer], cache.v[layer]  # [B, S, K, H]
         out = attention(q, k, v, inputs.mask, implementation=self.attention, mesh=self.mesh).reshape(b, t, -1)
-        x = x + project("o_proj", c.hidden_size, False)(out, deterministic)
+        x = place_states(x + project("o_proj", c.hidden_size, False)(out, deterministic), self.mesh)
         names = self.lora.language if self.lora else frozenset()
         mlp = GatedMLP(c.hidden_size, c.intermediate_size, False, self.lora, names, name="mlp")
         x = x + mlp(RMSNorm(c.rms_eps, name="post_norm")(x), deterministic)

@@ -5,6 +5,8 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from vigos_jax.models.attention import attention
 
@@ -30,6 +32,26 @@ def rematerialised(
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
     # In a loop the compiler cannot undo the recomputation; unrolled, it would find the same computation twice.
     return nn.remat(layer, static_argnums=static, prevent_cse=unroll(layers) > 1, policy=policy)
+
+
+ROWS = ("data", "fsdp")  # the mesh axes that a batch lies over
+
+
+def place(x: Array, mesh: Mesh | None, *axes: str | tuple[str, ...] | None) -> Array:
+    """x with a mesh axis, several or None for each of its first dimensions; as it is without a mesh.
+
+    Left alone, the compiler may split hidden states as the weights are split, and compute every row on every device.
+    """
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*axes)))
+
+
+def place_states(x: Array, mesh: Mesh | None) -> Array:
+    """Hidden states [B, T, D] where the next projection wants them.
+
+    Sequences stay with their rows, and a layer's weights come to them when it is its turn. A single token is much
+    smaller than any weight: it is split over `fsdp` by width, as the weights are, which then stay where they are.
+    """
+    return place(x, mesh, "data", None, "fsdp") if x.shape[1] == 1 else place(x, mesh, ROWS)
 
 
 @dataclasses.dataclass(frozen=True)

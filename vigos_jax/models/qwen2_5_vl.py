@@ -5,16 +5,19 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from vigos_jax.architecture import VisionConfig
 from vigos_jax.inputs import VisionInputs
 from vigos_jax.models.layers import (
+    ROWS,
     GatedMLP,
     LoraSpec,
     Projection,
     RMSNorm,
     VisionAttention,
     grid_angles,
+    place,
     rematerialised,
     unroll,
 )
@@ -27,10 +30,12 @@ class VisionBlock(nn.Module):
 
     config: VisionConfig
     lora: LoraSpec | None
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, x: Array, is_full: Array, angles: Array, image_ids: Array, deterministic: bool):
         c = self.config
+        x = place(x, self.mesh, ROWS)
         attn = VisionAttention(c.num_heads, c.window_patches, name="attn")
         x = x + attn(RMSNorm(1e-6, name="norm1")(x), angles, image_ids, is_full)
         names = self.lora.vision if self.lora else frozenset()
@@ -45,6 +50,7 @@ class VisionTower(nn.Module):
     lora: LoraSpec | None
     dtype: Any
     remat: str
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, inputs: VisionInputs, deterministic: bool) -> Array:
@@ -59,10 +65,10 @@ class VisionTower(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.depth,
             unroll=unroll(c.depth),
-        )(c, self.lora, name="blocks")
+        )(c, self.lora, self.mesh, name="blocks")
         x, _ = blocks(x, is_full, angles, inputs.image_ids, deterministic)
-        x = RMSNorm(1e-6, name="merger_norm")(x)
+        x = RMSNorm(1e-6, name="merger_norm")(place(x, self.mesh, ROWS))
         x = x.reshape(x.shape[0], -1, c.merge_unit * c.hidden_size)  # [B, S/unit, unit*Dv]
         x = jax.nn.gelu(Projection(x.shape[-1], use_bias=True, name="merger_in")(x), approximate=False)
-        x = Projection(c.out_hidden_size, use_bias=True, name="merger_out")(x)
+        x = place(Projection(c.out_hidden_size, use_bias=True, name="merger_out")(x), self.mesh, ROWS)
         return jnp.take_along_axis(x, inputs.token_unit[:, :, None], axis=1)  # [B, M, D]

@@ -5,15 +5,18 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from vigos_jax.architecture import VisionConfig
 from vigos_jax.inputs import VisionInputs
 from vigos_jax.models.layers import (
+    ROWS,
     LayerNorm,
     LoraSpec,
     Projection,
     VisionAttention,
     grid_angles,
+    place,
     rematerialised,
     unroll,
 )
@@ -25,12 +28,14 @@ class VisionBlock(nn.Module):
     """One pre-norm block. The carry's second part collects the states that DeepStack reads."""
 
     config: VisionConfig
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, carry, slot: Array, angles: Array, image_ids: Array):
         """carry: (x [B, S, D], collected [n, B, S, D]); slot: where in `collected` the output goes, -1 for nowhere."""
         c = self.config
         x, collected = carry
+        x = place(x, self.mesh, ROWS)
         attn = VisionAttention(c.num_heads, c.window_patches, name="attn")
         x = x + attn(LayerNorm(1e-6, name="norm1")(x), angles, image_ids)
         h = Projection(c.intermediate_size, use_bias=True, name="mlp_in")(LayerNorm(1e-6, name="norm2")(x))
@@ -68,6 +73,7 @@ class VisionTower(nn.Module):
     lora: LoraSpec | None  # adapters sit on no projection of this tower
     dtype: Any
     remat: str
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, inputs: VisionInputs, deterministic: bool) -> Array:
@@ -84,13 +90,13 @@ class VisionTower(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=c.depth,
             unroll=unroll(c.depth),
-        )(c, name="blocks")
-        collected = jnp.zeros((len(c.deepstack_blocks), *x.shape), x.dtype)
+        )(c, self.mesh, name="blocks")
+        collected = place(jnp.zeros((len(c.deepstack_blocks), *x.shape), x.dtype), self.mesh, None, ROWS)
         (x, collected), _ = blocks((x, collected), jnp.array(slots), angles, inputs.image_ids)
         features = [Merger(c, norm_after=False, name="merger")(x)]
         for i in range(len(c.deepstack_blocks)):
             features.append(Merger(c, norm_after=True, name=f"deepstack_{i}")(collected[i]))
-        x = jnp.concatenate(features, -1)  # [B, S/unit, (1 + n) D]
+        x = place(jnp.concatenate(features, -1), self.mesh, ROWS)  # [B, S/unit, (1 + n) D]
         return jnp.take_along_axis(x, inputs.token_unit[:, :, None], axis=1)
 
 

@@ -17,7 +17,7 @@ from vigos_jax.inputs import TextInputs, VisionInputs
 from vigos_jax.models import qwen2_5_vl, qwen3_vl
 from vigos_jax.models.attention import Causal
 from vigos_jax.models.decoder import KVCache, LayerInputs, decoder_layers, pick_visual, segment_mask
-from vigos_jax.models.layers import LoraSpec, RMSNorm, mrope_angles
+from vigos_jax.models.layers import ROWS, LoraSpec, RMSNorm, mrope_angles, place, place_states
 
 Array = jax.Array
 
@@ -34,7 +34,7 @@ class VisionLanguageModel(nn.Module):
       remat: what a layer keeps for the backward pass: "none" recomputes nothing and keeps all, "dots" keeps the
         projections' outputs, "full" keeps its input alone.
       attention: implementation for sequences of one causal segment, see `attention.choose`.
-      mesh: what attention kernels are split over; None for one device.
+      mesh: what hidden states and attention kernels are split over; None for one device.
     """
 
     config: ModelConfig
@@ -46,7 +46,7 @@ class VisionLanguageModel(nn.Module):
 
     def setup(self):
         c = self.config
-        self.visual = TOWERS[c.family](c.vision, self.lora, self.dtype, self.remat)
+        self.visual = TOWERS[c.family](c.vision, self.lora, self.dtype, self.remat, self.mesh)
         self.embedding = self.param("embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size))
         self.layers = decoder_layers(
             c, lora=self.lora, attention=self.attention, mesh=self.mesh, remat=self.remat
@@ -81,7 +81,7 @@ class VisionLanguageModel(nn.Module):
           (hidden [B, T, D], cache with the new tokens or None).
         """
         c = self.config
-        x = self.embedding[text.ids].astype(self.dtype)  # [B, T, D]
+        x = place_states(self.embedding[text.ids].astype(self.dtype), self.mesh)  # [B, T, D]
         deepstack = None
         if image_embeds.shape[1]:
             # The tower's last features stand first; those of its earlier blocks, for DeepStack, behind them.
@@ -99,15 +99,20 @@ class VisionLanguageModel(nn.Module):
         (x, cache), _ = self.layers((x, cache), jnp.arange(c.num_layers), inputs, deterministic)
         if cache is not None:
             cache = cache.replace(write_at=cache.write_at + text.ids.shape[1])
-        return self.norm(x), cache
+        return self.norm(place_states(x, self.mesh)), cache
 
     def logits(self, hidden: Array) -> Array:
         """Next-token logits in float32: [..., D] -> [..., V]. Only for a few positions at a time."""
-        head = self.head().astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+        head = self._head().astype(hidden.dtype)
+        hidden = place(hidden, self.mesh, "data", *[None] * (hidden.ndim - 2), "fsdp")  # as the head is split
+        logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+        return place(logits, self.mesh, ROWS)
 
     def head(self) -> Array:
-        """The output head, [V, D]: the logits are a state's products with its rows."""
+        """The output head, [V, D]: the logits are a state's products with its rows. For a loop over many states."""
+        return place(self._head(), self.mesh, "tensor")  # whole over fsdp: fetched once, not in every pass of the loop
+
+    def _head(self) -> Array:
         return self.embedding if self.config.tie_embeddings else self.lm_head.T
 
     def init_all(self, vision: VisionInputs, text: TextInputs) -> Array:

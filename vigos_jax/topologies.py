@@ -1,0 +1,107 @@
+"""Devices to plan for that need not be here, and how fast they are: TPU slices, and this computer's CPU in N parts."""
+
+import dataclasses
+import importlib.util
+import os
+import re
+from typing import Any
+
+import jax
+
+from vigos_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """Of one device; the most that its maker states.
+
+    Attributes:
+      memory_gb: what programs can use, in 1e9 bytes.
+      tflops: 1e12 operations of 16-bit matrix products in a second.
+      bandwidth_gbs: of its memory, in 1e9 bytes a second.
+      interconnect_gbs: what it can receive from the others over all links, in 1e9 bytes a second.
+    """
+
+    memory_gb: float
+    tflops: float
+    bandwidth_gbs: float
+    interconnect_gbs: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices of one kind, of the platform "tpu" or "cpu"."""
+
+    name: str
+    platform: str
+    devices: tuple[Any, ...]
+    rates: Rates
+
+
+# Chips as Google's documentation states them (memory less what the runtime keeps for itself); an NVIDIA A100 80GB SXM.
+_TPUS = {
+    "v5e": Rates(16.9, 197.0, 819.0, 200.0),
+    "v5p": Rates(102.2, 459.0, 2765.0, 600.0),
+    "v6e": Rates(33.5, 918.0, 1640.0, 448.0),
+}
+_HOST = Rates(80.0, 312.0, 2039.0, 300.0)
+_HINT = "choices: v5e:2x4, v5p:2x2x2, v6e:2x4 and other slices of these TPUs, or cpu:N for N host devices"
+
+
+def topology(plan: Any) -> Topology:
+    """The devices of `config.plan`; its rates, where they are not 0, replace the known ones.
+
+    Raises:
+      InputError: there is no such slice, the compiler for TPUs is not installed, or jax already runs on other devices.
+    """
+    name = plan.topology
+    kind, _, shape = name.partition(":")
+    if kind == "cpu":
+        platform, devices, known = "cpu", _host_devices(name, shape), _HOST
+    elif kind in _TPUS and re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        platform, devices, known = "tpu", _tpu_devices(name), _TPUS[kind]
+    else:
+        raise InputError(f"config.plan.topology={name!r} is unknown; {_HINT}")
+    given = {f.name: getattr(plan, f.name) for f in dataclasses.fields(Rates)}
+    rates = dataclasses.replace(known, **{field: float(value) for field, value in given.items() if value})
+    return Topology(name, platform, tuple(devices), rates)
+
+
+def _host_devices(name: str, count: str) -> list[Any]:
+    if not count.isdecimal() or not 1 <= int(count) <= 1024:
+        raise InputError(f"config.plan.topology={name!r} must be cpu:N with N from 1 to 1024; {_HINT}")
+    try:  # before jax has looked for devices it can be told how many there are
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", int(count))
+    except RuntimeError:  # it has: those that are there may be enough
+        pass
+    devices = jax.devices("cpu")
+    if len(devices) < int(count):
+        raise InputError(
+            f"config.plan.topology={name!r}: jax runs on {len(devices)} host device(s) already; choices: a process of "
+            f"its own, or XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+        )
+    return devices[: int(count)]
+
+
+def _tpu_devices(name: str) -> list[Any]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError(
+            f"config.plan.topology={name!r} needs the compiler for TPUs: pip install 'vigos-jax[plan]'; or cpu:N"
+        )
+    # The compiler alone is wanted: it need not look for a TPU, ask who its hosts are, or have it for itself.
+    for variable, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ("TPU_ACCELERATOR_TYPE", "v5litepod-8"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+    ):
+        os.environ.setdefault(variable, value)
+    from jax.experimental import topologies
+
+    try:
+        jax.config.update("jax_platforms", "cpu")  # what is computed here and now
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except (RuntimeError, ValueError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(f"config.plan.topology={name!r}: {reason}; {_HINT}") from e
