@@ -8,6 +8,7 @@ import hosts
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny_runs as runs
 
 from vigos_jax import distributed, main
@@ -233,12 +234,14 @@ def one(tmp_path_factory, world, unequal):
 def two(tmp_path_factory, world, unequal):
     """(folder of workdirs, what each of two processes with four devices saw).
 
-    One job is sent a signal and gone on with by the next; the last one fails in the second process.
+    One job is sent a signal and gone on with by the next, one exports; the last one fails in the second process.
     """
     folder = tmp_path_factory.mktemp("two")
     listed = jobs(world, unequal, folder)
     again = listed[0]["args"][:-1] + [f"--workdir={folder / 'signalled'}", "--config.checkpoint_every=4"]
     listed += [{"name": "signalled", "args": again, "signalled": 1}, {"name": "gone_on", "args": again}]
+    exported = [f"--config={world.config}", "--mode=export", f"--workdir={folder / 'whole'}"]
+    listed.append({"name": "export", "args": [*exported, f"--config.export.output={folder / 'exported'}"]})
     fails = {"name": "fails", "args": [f"--config={world.config}", f"--workdir={folder / 'fails'}"], "fails": 1}
     return folder, hosts.launch(folder / "launch", [*listed, fails], processes=2, devices=4)
 
@@ -331,6 +334,18 @@ def test_a_signal_to_one_stops_all_after_the_same_step(one, two):
     said = (two[0] / "launch" / "output-0.txt").read_text()
     assert f"SIGTERM: stopped, saved at step 2 of {runs.STEPS}" in said and "going on from step 2" in said
     assert_same_rows(one[0] / "whole", two[0] / "signalled")
+
+
+@pytest.mark.slow
+def test_an_export_by_two_is_that_of_one(world, two, tmp_path):
+    assert [result["export"]["code"] for result in two[1]] == [0, 0]
+    whole = [f"--workdir={two[0] / 'whole'}", f"--config.export.output={tmp_path / 'alone'}"]
+    assert world.run("--mode=export", *whole) == 0
+    folders = tmp_path / "alone", two[0] / "exported"
+    alone, together = (safetensors.numpy.load_file(folder / "model.safetensors") for folder in folders)
+    assert alone.keys() == together.keys()
+    for name, x in alone.items():
+        np.testing.assert_allclose(x, together[name], atol=1e-6, err_msg=name)
 
 
 @pytest.mark.slow
