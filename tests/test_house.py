@@ -38,7 +38,7 @@ ROOMS = (
     ),
     ("health.py",),
     ("architecture.py", "inputs.py", "published.py", "hub.py", "distributed.py", "interrupt.py"),
-    ("errors.py", "__init__.py"),
+    ("errors.py", "shell.py", "__init__.py"),
 )
 LEVELS = {room: level for level, row in enumerate(reversed(ROOMS)) for room in row}
 CONFIGS_MAY_IMPORT = LEVELS["config.py"]  # a config is data: it needs leaves and other configs
