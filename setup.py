@@ -41,6 +41,7 @@ EXTRAS = {
         "peft>=0.19",
         "openai>=2",
         "accelerate>=1.10",
+        "setuptools>=77",  # builds the wheel that a test installs
         # What executes the notebooks.
         "nbclient>=0.10",
         "nbformat>=5.10",
