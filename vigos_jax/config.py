@@ -142,6 +142,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
+    """The config as JSON."""
     return json.dumps(config.to_dict(), indent=2, default=list)
 
 
