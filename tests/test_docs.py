@@ -1,4 +1,4 @@
-"""What the documentation speaks of is there: flags, fields, files, functions, links; its configs are valid, one runs."""
+"""What the documentation speaks of is there: flags, fields, files, names and links; its configs are valid, one runs."""
 
 import ast
 import functools
