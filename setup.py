@@ -46,6 +46,7 @@ EXTRAS = {
         "nbclient>=0.10",
         "nbformat>=5.10",
         "ipykernel>=7",
+        "jupytext>=1.17",
         "matplotlib>=3.10",
     ],
     "cuda": ["jax[cuda12]"],

@@ -83,8 +83,8 @@ for method, name in METHODS.items():
 # ## 2. Measure
 #
 # `--mode diagnose` samples rollouts of the trained student, here for pictures that contradict what one expects, scores
-# them under every counterfactual, and writes `palr.jsonl`: for each token the strength *s* of its correction, what the
-# right answer adds (*c^A*), and what the right picture adds (*c^I*). `palr.html` in the same folder shows the
+# them under every counterfactual, and writes `palr.jsonl`: for each token the strength `s` of its correction, what the
+# right answer adds (`c_answer`), and what the right picture adds (`c_image`). `palr.html` in the same folder shows the
 # rollouts.
 
 # %%
@@ -95,9 +95,9 @@ for method, name in METHODS.items():
 # %% [markdown]
 # ## 3. Where the answer gets in
 #
-# PALR of a group of tokens is Σ s c^A / Σ s (c^A + c^I): 0 if the corrections hang on the picture alone, 1 if they
-# hang on the answer alone. For ViGOS's descriptions it is 0 by construction: that teacher never heard an answer. Bars
-# are 95 % bootstrap intervals over rollouts.
+# PALR of a group of tokens is Σ s·c_answer / Σ s·(c_answer + c_image): 0 if the corrections hang on the picture alone,
+# 1 if they hang on the answer alone. For ViGOS's descriptions it is 0 by construction: that teacher never heard an
+# answer. Bars are 95 % bootstrap intervals over rollouts.
 
 
 # %%
@@ -107,7 +107,7 @@ def rollouts_of(name):
 
 
 def sums(rollout, parts):
-    """[Σ s c^A, Σ s c^I, 0, 0, 0, 0] over the tokens of these parts."""
+    """Sums of s * c_answer and s * c_image over the tokens of these parts, in the places `ratio` reads."""
     ranges = [range(len(rollout["s"]))] if parts == ("completion",) else [
         range(*span) for part in parts for span in rollout["spans"][part]
     ]  # fmt: skip
@@ -119,10 +119,12 @@ def sums(rollout, parts):
 TITLES = {"T_d": "description", "T_ra": "reasoning and answer", "T_y": "all tokens"}
 fig, ax = plt.subplots(figsize=(7, 2.8))
 for k, (method, color) in enumerate({"ViGOS": "#1d6b30", "OPSD": "#c0392b"}.items()):
-    table = {group: np.array([sums(r, parts) for r in rollouts_of(METHODS[method])]) for group, parts in GROUPS.items()}
+    rollouts = rollouts_of(METHODS[method])
+    table = {group: np.array([sums(r, parts) for r in rollouts]) for group, parts in GROUPS.items()}
     values = np.array([ratio(table[group].sum(0)) for group in TITLES])
     bounds = np.array([interval(table[group], seed=0) for group in TITLES]).T
-    error = np.maximum(np.abs(bounds - values), 0)
+    print(f"{method:8}", *(f"{value:.4f}" for value in values))
+    error = np.abs(bounds - values)
     at = np.arange(len(TITLES)) + 0.38 * k
     bars = ax.barh(at, values, 0.36, xerr=error, color=color, ecolor="#555555", label=method)
     for y, value, high in zip(at, values, bounds[1], strict=True):
