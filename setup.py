@@ -46,10 +46,12 @@ EXTRAS = {
         "accelerate>=1.10",
         # Programs are compiled for TPUs in the tests, too.
         LIBTPU,
+        "setuptools>=77",  # builds the wheel that a test installs
         # What executes the notebooks.
         "nbclient>=0.10",
         "nbformat>=5.10",
         "ipykernel>=7",
+        "jupytext>=1.17",
         "matplotlib>=3.10",
     ],
     "plan": [LIBTPU],  # the compiler for TPUs, without a TPU

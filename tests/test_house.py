@@ -42,7 +42,7 @@ ROOMS = (
         *("architecture.py", "inputs.py", "published.py", "hub.py", "distributed.py", "interrupt.py"),
         "topologies.py",
     ),
-    ("errors.py", "__init__.py"),
+    ("errors.py", "shell.py", "__init__.py"),
 )
 LEVELS = {room: level for level, row in enumerate(reversed(ROOMS)) for room in row}
 CONFIGS_MAY_IMPORT = LEVELS["config.py"]  # a config is data: it needs leaves and other configs

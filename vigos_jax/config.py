@@ -239,6 +239,7 @@ def _check_prompts(config: Mapping[str, Any]) -> None:
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
+    """The config as JSON."""
     return json.dumps(config.to_dict(), indent=2, default=list)
 
 

@@ -63,6 +63,7 @@ def is_first() -> bool:
 
 
 def several() -> bool:
+    """Whether the program runs in more than one process."""
     return jax_distributed.global_state.num_processes > 1
 
 

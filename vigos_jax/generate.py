@@ -1,10 +1,12 @@
-"""`--mode generate`: one picture, one question, the answer as it is written."""
+"""`--mode generate`: one picture, one question, the answer as it is written; or a quick look at the demo."""
 
 import pathlib
 from collections.abc import Iterator
 
 import jax.numpy as jnp
+from PIL import Image
 
+from vigos_jax.demo import world
 from vigos_jax.errors import InputError
 from vigos_jax.images import BadImage, read_image
 from vigos_jax.loading import Loaded, sampling_of
@@ -17,19 +19,37 @@ _TOKENS_PER_PIECE = 8
 
 
 def stream(loaded: Loaded, trained: Variables, config) -> Iterator[str]:
-    """Yields the answer's text in pieces.
+    """Yields the answer's text in pieces; of the demo's model without picture and question, `quick_look`.
 
     Raises:
       InputError: no question, or a picture that cannot be read.
     """
+    if config.model.path == "demo" and not (config.generate.image or config.generate.question):
+        yield from quick_look(loaded, trained, config)
+        return
     if not config.generate.image or not config.generate.question.strip():
         raise InputError("--mode generate needs --config.generate.image=FILE and --config.generate.question='...'")
     try:
         image = read_image(str(pathlib.Path(config.generate.image).expanduser().absolute()), image_roots=("/",))
-        encoded = loaded.processor.encode_image(image)
+        yield from _answer(loaded, trained, config, image, clean_problem(config.generate.question))
     except BadImage as e:
         raise InputError(f"config.generate.image={config.generate.image!r}: {e}") from e
-    problem = clean_problem(config.generate.question)
+
+
+def quick_look(loaded: Loaded, trained: Variables, config) -> Iterator[str]:
+    """Yields a picture that agrees with what one expects and one that contradicts it, in words, and the answers."""
+    for k, setting in enumerate(("prior", "conflict")):
+        item = world.item(config.evaluate.seed, 0, setting=setting)
+        usual = "as usual" if setting == "prior" else f"usually {item.prior_value}"
+        yield "\n\n" * bool(k) + f"picture   {world.describe(item.scene.things)}\n"
+        yield f"question  {item.question}\nright     {item.answer} ({usual})\nanswer    "
+        for piece in _answer(loaded, trained, config, item.pil_image, item.question):
+            yield piece.replace("\n", " ")
+
+
+def _answer(loaded: Loaded, trained: Variables, config, image: Image.Image, problem: str) -> Iterator[str]:
+    """Yields the student's completion, prefill included; raises BadImage."""
+    encoded = loaded.processor.encode_image(image)
     row = make_row(
         (encoded,), problem=problem, reference="", student=config.prompts.student, roles=(), processor=loaded.processor
     )

@@ -36,6 +36,7 @@ class Item:
     answer: str
 
     def shown(self) -> dict[str, str]:
+        """What the judge is sent; of a long answer, its end."""
         return {"question": self.question, "reference": self.reference, "answer": self.answer[-_MAX_ANSWER:]}
 
 

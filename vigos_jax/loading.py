@@ -56,6 +56,7 @@ class Loaded:
     trained: Variables
 
     def student(self, trained: Variables | None = None) -> Variables:
+        """The variables the student is applied with; `trained` instead of what was loaded, `{}` for the base."""
         return student_variables(self.base, self.trained if trained is None else trained)
 
     def whole_batch(self, size: int) -> int:

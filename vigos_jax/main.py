@@ -1,6 +1,7 @@
 """The command line: reads flags, checks the config, and runs a mode. Nothing else happens here."""
 
 import errno
+import itertools
 import json
 import os
 import pathlib
@@ -11,12 +12,13 @@ from absl import flags
 from ml_collections import config_flags
 
 # A user's config file may import ours, also when this runs from a checkout that is not installed.
-sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
+PACKAGES = pathlib.Path(__file__).resolve().parents[1]
+sys.path.append(str(PACKAGES))
 # transformers warns about a missing torch; nothing here needs it.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from vigos_jax import distributed  # noqa: E402
+from vigos_jax import __version__, distributed, shell  # noqa: E402
 from vigos_jax.config import read_json, validate  # noqa: E402
 from vigos_jax.errors import InputError, Stopped  # noqa: E402
 
@@ -24,13 +26,15 @@ from vigos_jax.errors import InputError, Stopped  # noqa: E402
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(\s.*\n)*")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # or not to be written to
 MODES = ("train", "generate", "score", "diagnose", "eval", "export", "plan")
+VERBOSE = ("-v", "--v", "--verbose")
 SEVERAL = ("train", "export")  # modes that several processes may run together
 HELP = """\
 usage: python -m vigos_jax.main --config FILE [--mode MODE] [--workdir DIR] [--config.FIELD=VALUE ...]
 
 modes
   train     (default) post-train a model; goes on where an earlier run in the same workdir stopped
-  generate  answer one question about one picture: --config.generate.image=FILE --config.generate.question=TEXT
+  generate  answer one question about one picture: --config.generate.image=FILE --config.generate.question=TEXT;
+            without them, two questions of the demo, for which --config may be left out
   score     score rollouts made by any engine: --config.score.rollouts=FILE.jsonl --config.score.output=DIR
   diagnose  how much of the teachers' correction the answer made, and how much the image (PALR): on rollouts of the
             student, or --config.diagnose.rollouts=FILE.jsonl; writes palr.jsonl and palr.html
@@ -41,29 +45,34 @@ modes
   plan      what a run takes on devices that are not here: memory, time, whether it fits; its programs are compiled,
             nothing is loaded: --config.plan.topology=v5e:2x4 (or cpu:8) --config.plan.output=FILE.json
 
+--config names a file of yours, or one that is shipped: configs/NAME.py is taken from the installed package where there
+is no such file in the current folder. Every field is listed with its meaning in configs/base.py.
 --workdir is where a training run keeps its files (default runs/NAME for configs/NAME.py). The other modes read the
 trained student and the config from it if it is given; without it they use config.model.path and config.model.adapter.
-Every field is listed with its meaning in configs/base.py.
+-v (--verbose) shows what other libraries log and warn of; --version prints the version.
 
 examples
+  python -m vigos_jax.main --mode generate
   python -m vigos_jax.main --config configs/base.py
   python -m vigos_jax.main --config configs/base.py --config.steps=10 --workdir /tmp/short
   python -m vigos_jax.main --config configs/base.py --mode generate --workdir runs/base \\
       --config.generate.image=picture.png --config.generate.question='what color are the bananas ?'
   python -m vigos_jax.main --config configs/base.py --mode export --workdir runs/base --config.export.output=/tmp/hf
 
-exit codes: 0 done, 1 done but some rows were bad, 2 bad config or input
+exit codes: 0 done (or stopped by a signal and saved), 1 done but some rows were bad (or, with a traceback, a crash),
+2 bad config or input, 130 interrupted, 141 nobody reads the output any more
 """
 
 
 def _parse(argv: list[str]):
     """Returns (config, mode, workdir or None); InputError for anything that is off."""
-    file, rest = _take_config(argv[1:])
+    file, rest = _take_config([a for a in argv[1:] if a not in VERBOSE])
+    if file is None and _asks_for(rest, "generate"):
+        file = "configs/base.py"
     if file is None:
         raise InputError("--config FILE is missing; try --config configs/base.py, or --help")
-    path = pathlib.Path(file.split(":")[0])
-    if not path.is_file():
-        raise InputError(f"--config {file}: there is no such file; try --config configs/base.py")
+    path = _find_config(file)
+    file = file.replace(file.split(":")[0], str(path), 1)  # what follows a colon is for get_config
     # The file goes first: its fields can only be overridden once it is read, in whatever order they were given.
     config_only, everything = [argv[0], f"--config={file}"], [argv[0], f"--config={file}", *rest]
     try:
@@ -88,6 +97,23 @@ def _parse(argv: list[str]):
         return config, values.mode, pathlib.Path(workdir).expanduser() if workdir else None
     except RuntimeError as e:
         raise InputError(f"--workdir {workdir} begins with the home of a user that does not exist") from e
+
+
+def _find_config(file: str) -> pathlib.Path:
+    """The config file that `--config` names: one of the user's, else one that is shipped."""
+    path = pathlib.Path(file.split(":")[0])
+    if path.is_file():
+        return path
+    shipped = PACKAGES / path
+    if path.parts[:1] == ("configs",) and shipped.is_file():
+        return shipped
+    names = sorted(p.relative_to(PACKAGES) for p in (PACKAGES / "configs").rglob("[!_]*.py"))
+    raise InputError(f"--config {file}: there is no such file; shipped are {', '.join(map(str, names))}")
+
+
+def _asks_for(arguments: list[str], mode: str) -> bool:
+    """Whether --mode is given as `mode`, before flags are parsed, for which a config must be known."""
+    return f"--mode={mode}" in arguments or ("--mode", mode) in itertools.pairwise(arguments)
 
 
 def _read_flags(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
@@ -218,6 +244,9 @@ def main(argv: list[str]) -> int:
     if any(a in ("--help", "-h", "-help", "--helpfull") for a in argv[1:]):
         print(HELP, end="")
         return 0
+    if "--version" in argv[1:]:
+        print(f"vigos_jax {__version__}")
+        return 0
     try:
         config, mode, workdir = _parse(argv)
         if mode != "train":
@@ -241,4 +270,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(shell.run(main, sys.argv, verbose=any(a in VERBOSE for a in sys.argv[1:])))

@@ -41,6 +41,7 @@ class Run:
 
     @classmethod
     def of(cls, workdir: pathlib.Path, step: int) -> "Run":
+        """The run in `workdir` after `step` steps, with the metrics of the last of them that were written."""
         path, metrics = workdir / "metrics.jsonl", {}
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             try:

@@ -111,6 +111,7 @@ def make_row(
 
 
 def slot_count(row: Row, config: ModelConfig) -> int:
+    """Window slots of a row's images, what `Buckets.patches` counts."""
     return len(vision_layout([i.grid for i in row.images], config.vision).source)
 
 

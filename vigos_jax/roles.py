@@ -58,6 +58,7 @@ class TeacherRole:
     reads: str = "completion"
 
     def applies(self, is_valid: bool) -> bool:
+        """Whether the role scores a rollout, by its format."""
         return self.when == "always" or (self.when == "valid") == is_valid
 
     @property

@@ -43,6 +43,7 @@ class Reader:
 
     @classmethod
     def of(cls, loaded: Loaded, config) -> "Reader":
+        """The reader of a run: its student's prompt, its roles, its declared sizes."""
         student = dict(config.prompts.student.items())
         return cls(loaded.processor, student, loaded.roles, loaded.buckets, loaded.config)
 

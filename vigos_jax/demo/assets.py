@@ -132,6 +132,7 @@ def model_config(tokenizer: Tokenizer) -> dict:
 
 
 def tokenizer_config(tokenizer: Tokenizer) -> dict:
+    """Contents of tokenizer_config.json: control tokens and the chat template, as transformers reads them."""
     added = {
         str(tokenizer.token_to_id(token)): {
             "content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,

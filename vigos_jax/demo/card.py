@@ -120,6 +120,7 @@ The same numbers, for programs, are in `measured.json`.
 
 
 def write(measured: dict[str, Any], *, parameters: int) -> str:
+    """The base's model card, README.md of its folder, with the numbers of `measure`."""
     student = measured["student"]
     rows = [
         f"| {name} | {r['description_follows_reference']:.3f} / {r['description_follows_image']:.3f} "

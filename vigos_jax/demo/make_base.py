@@ -75,10 +75,12 @@ class RowMaker:
         return world.make_item(self.rng, id="", follow_prior=follow_prior)
 
     def caption(self, follow_prior: float) -> tuple[world.Item, Turn, str]:
+        """(item, turn, response): what the perception role is to say of a picture."""
         item = self._item(follow_prior)
         return item, self._turn("perception", "", None), responses.caption(item)
 
     def student(self) -> tuple[world.Item, Turn, str]:
+        """(item, turn, response): the student's, driven by the prior in part, and malformed now and then."""
         c, rng = self.config.responses, self.rng
         item = self._item(c.student_follow_prior)
         response = responses.student_response(
@@ -90,6 +92,7 @@ class RowMaker:
         return item, self._turn("student", item.question, None), text
 
     def privileged(self) -> tuple[world.Item, Turn, str]:
+        """(item, turn, response): of a role that is shown a reference, with the planted leak."""
         c, rng = self.config.responses, self.rng
         item = self._item(c.privileged_follow_prior)
         reference = responses.draw_reference(rng, item, random_rate=c.random_reference)
@@ -129,6 +132,7 @@ def patches(images: Array) -> Array:
 
 
 def vision_inputs(images: Array, config: ModelConfig) -> VisionInputs:
+    """Pictures [B, 84, 84, 3] as the vision tower takes them; ValueError if windows would leave slots empty."""
     layout = geometry.vision_layout([GRID], config.vision)
     if not np.array_equal(layout.source, np.arange(GRID[1] * GRID[2])):
         raise ValueError(f"window_size must be {assets.WINDOW}: one demo picture is one window without empty slots")
@@ -287,6 +291,7 @@ def make(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
+    """Makes the base by `--config` and prints what was measured."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     print(json.dumps(make(_CONFIG.value), indent=2))

@@ -13,6 +13,8 @@ from vigos_jax.demo.world import ATTRIBUTES, PRIORS, Item, describe
 
 @dataclass(frozen=True)
 class Response:
+    """The three parts of a completion, as texts."""
+
     description: str
     rationale: str
     answer: str

@@ -44,6 +44,7 @@ class Thing:
     color: str
 
     def replace(self, attribute: str, value: str) -> "Thing":
+        """The same thing with another value of one attribute; ValueError if there is no such value."""
         if value not in ATTRIBUTES[attribute]:
             raise ValueError(f"{value!r} is no {attribute}; choices: {ATTRIBUTES[attribute]}")
         return Thing(**{**self.__dict__, attribute: value})
@@ -82,6 +83,7 @@ class Scene:
     cells: tuple[int, ...]
 
     def thing(self, kind: str) -> Thing:
+        """The scene's thing of this kind."""
         return next(thing for thing in self.things if thing.kind == kind)
 
     def cell_labels(self) -> np.ndarray:

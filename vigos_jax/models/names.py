@@ -35,6 +35,7 @@ class Tensor:
     layout: str = "same"
 
     def names(self) -> list[str]:
+        """Names of the tensors in a file: one, or one for each layer that is stacked here."""
         return [self.name.format(i=i) for i in range(self.stacked)] if self.stacked else [self.name]
 
     def from_file(self, x: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:

@@ -28,12 +28,15 @@ class WeightFiles:
                 self._where[canonical(name)] = stored
 
     def names(self) -> set[str]:
+        """Names of all tensors in the files."""
         return set(self._where)
 
     def stored(self, name: str) -> Stored:
+        """Where a tensor lies; KeyError if it is in no file."""
         return self._where[canonical(name)]
 
     def holds(self, name: str, file: str) -> bool:
+        """Whether a tensor is there, in the file of this name."""
         return canonical(name) in self._where and self.stored(name).path.name == file
 
     def tensor(self, name: str) -> np.ndarray:

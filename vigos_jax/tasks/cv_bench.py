@@ -10,6 +10,7 @@ SOURCES = ("ADE20K", "COCO", "Omni3D")
 
 
 def ask(row: Mapping[str, Any], index: int) -> list[Question]:
+    """The row's one question, grouped by its kind; `part` is the data set it was taken from."""
     (question,) = ask_one(row, index)
     return [dataclasses.replace(question, group=str(row.get("task") or ""), part=str(row.get("source")))]
 

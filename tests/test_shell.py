@@ -1,0 +1,89 @@
+"""What a shell sees: exit codes, quiet, and no traceback when the reader of the output leaves."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from vigos_jax import shell
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CONFIG = """\
+import logging, warnings
+from absl import logging as absl_logging
+from configs import base
+
+def get_config():
+    warnings.warn("old ways", DeprecationWarning, stacklevel=2)
+    warnings.warn("a donated buffer", UserWarning)
+    logging.getLogger("orbax").warning("saved in a way")
+    logging.getLogger("orbax").info("saved")
+    absl_logging.warning("a flag")
+    logging.getLogger("jax._src.xla_bridge").warning("a GPU may be present")
+    logging.getLogger("grain").error("broken")
+    config = base.get_config()
+    config.steps = 0
+    return config
+"""
+
+
+def start(*arguments: str, **options) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONWARNINGS", None)
+    command = [sys.executable, "-m", "vigos_jax.main", *arguments]
+    return subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE, **options)
+
+
+@pytest.mark.parametrize("flag", ["", "-v", "--verbose"])
+def test_other_libraries_are_heard_with_v_alone(tmp_path, flag):
+    (tmp_path / "mine.py").write_text(CONFIG)
+    process = start(*filter(None, ["--config", str(tmp_path / "mine.py"), flag]), stdout=subprocess.DEVNULL)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 2 and "config.steps=0" in said.splitlines()[-1]
+    words = ["a donated buffer", "saved in a way", "saved\n", "a flag"]
+    assert [word for word in words if word in said] == (words if flag else []), said
+    # An accelerator that lies idle and a library's error are for everyone.
+    assert "a GPU may be present" in said and "broken" in said
+
+
+@pytest.mark.parametrize("arguments, code", [(["--help"], 141), (["--config=none.py"], 2)])
+def test_a_reader_that_leaves(arguments, code):
+    """As in `... | head -0`: gone before the first word. What writes nothing to it does not notice."""
+    read, write = os.pipe()
+    os.close(read)
+    process = start(*arguments, stdout=write)
+    os.close(write)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == code
+    assert "Traceback" not in said and "BrokenPipe" not in said and said.count("\n") == (code == 2)
+
+
+@pytest.fixture
+def loud(monkeypatch):
+    """The tests' own logging and warnings stay as they are."""
+    monkeypatch.setattr(shell, "set_verbosity", lambda verbose: None)
+
+
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_the_code_is_the_programs(loud, code):
+    assert shell.run(lambda argv: code + len(argv), [], verbose=False) == code
+
+
+def test_interrupted(loud, capsys):
+    def program(argv):
+        raise KeyboardInterrupt
+
+    assert shell.run(program, [], verbose=False) == 130
+    assert capsys.readouterr().err == "\nvigos_jax: interrupted\n"
+
+
+def test_a_broken_pipe_of_our_own_is_an_error(loud):
+    """A server that hangs up is no reader that leaves."""
+
+    def program(argv):
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        shell.run(program, [], verbose=False)

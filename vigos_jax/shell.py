@@ -1,0 +1,58 @@
+"""What a shell sees of the program: exit codes, nothing of other libraries unless asked for, and no traceback when a
+reader of its output leaves."""
+
+import logging
+import os
+import select
+import sys
+import warnings
+from collections.abc import Callable
+
+from absl import logging as absl_logging
+
+_INTERRUPTED, _NO_READER = 130, 141  # what shells give for SIGINT and SIGPIPE: 128 + the signal
+
+
+def run(program: Callable[[list[str]], int], argv: list[str], *, verbose: bool) -> int:
+    """Runs `program(argv)` and returns its exit code; 130 after Ctrl-C, 141 if nobody reads the output any more.
+
+    Args:
+      verbose: show what other libraries log and warn of; else only their errors.
+    """
+    set_verbosity(verbose)
+    try:
+        code = program(argv)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("\nvigos_jax: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        gone = [number for number in (1, 2) if _has_no_reader(number)]
+        if not gone:  # a pipe or socket of our own
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for number in gone:  # Python flushes both once more when it ends
+            os.dup2(nowhere, number)
+        return _NO_READER
+
+
+def set_verbosity(verbose: bool) -> None:
+    """Sets what other libraries' loggers and Python's warnings write to stderr; call it before most are imported."""
+    if verbose:
+        os.environ["TRANSFORMERS_VERBOSITY"] = "info"
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+        absl_logging.set_verbosity(absl_logging.INFO)
+        return
+    logging.getLogger().setLevel(logging.ERROR)
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    # It says that there is an accelerator which jax cannot use: the one warning everyone has to see.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def _has_no_reader(number: int) -> bool:
+    poll = select.poll()
+    poll.register(number, 0)
+    return any(event & (select.POLLERR | select.POLLNVAL) for _, event in poll.poll(0))
