@@ -99,23 +99,28 @@ class Run:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(self.mesh))
 
     def whole(self, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        """An array that every device holds whole."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.mesh))
 
     def text(self, rows: int, length: int) -> TextInputs:
+        """Sequences of `length` tokens."""
         int32 = functools.partial(self.rows, jnp.int32, rows)
         return TextInputs(int32(length), int32(3, length), int32(length), int32(length))
 
     def vision(self, rows: int) -> VisionInputs:
+        """The rows' pictures."""
         int32, s = functools.partial(self.rows, jnp.int32, rows), self.sizes.patches
         patches = self.rows(jnp.float32, rows, s, self.model.config.vision.patch_dim)
         return VisionInputs(patches, int32(s), int32(s, 2), int32(s, 2), int32(self.sizes.visual))
 
     def images(self, rows: int) -> jax.ShapeDtypeStruct:
+        """The rows' visual tokens, DeepStack's features beside them: [B, M, (1 + n) D]."""
         c = self.model.config
         width = (1 + len(c.vision.deepstack_blocks)) * c.hidden_size
         return self.rows(self.model.dtype, rows, self.sizes.visual, width)
 
     def prompts(self, rows: int) -> PromptBatch:
+        """What the sampler starts from."""
         return PromptBatch(self.vision(rows), self.text(rows, self.sizes.prompt), self.rows(jnp.bool_, rows))
 
     def scores(self, rows: int) -> ScoreBatch:

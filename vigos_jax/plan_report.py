@@ -109,6 +109,7 @@ class Plan:
         return all(self.holds(p) for p in self.programs)
 
     def holds(self, program: Program) -> bool:
+        """Whether a device has the memory for a program."""
         return not program.refused and program.peak <= self.rates.memory_gb * _GB
 
     def moved(self) -> dict[str, float]:
@@ -120,6 +121,7 @@ class Plan:
         return out
 
     def to_json(self) -> dict[str, Any]:
+        """All numbers; bytes, operations, seconds."""
         out = dataclasses.asdict(self)
         for program, entry in zip(self.programs, out["programs"], strict=True):
             entry |= {"peak": program.peak, "seconds": program.times(self.rates)}
