@@ -17,9 +17,9 @@
 # # Your own data, a Qwen2.5-VL checkpoint
 #
 # From rows of your own to a trained checkpoint, by the commands you would type in a terminal. It wants a GPU or TPU
-# with memory for a model of 3 billion parameters (7.5 GB in bfloat16, and as much again to work). To try it on a CPU
-# first, set `MODEL = "tiny"`: random weights of the same architecture, which answer nonsense but go through every
-# step.
+# with memory for a model of 3 billion parameters, whose weights alone are 7.5 GB in bfloat16. (No accelerator was at
+# hand to measure the rest.) To try the notebook on a CPU first, set `MODEL = "tiny"`: random weights of the same
+# architecture, which answer nonsense but go through every step.
 
 # %%
 import os

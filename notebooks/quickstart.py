@@ -97,15 +97,16 @@ if "VIGOS_NOTEBOOK_STEPS" in os.environ:  # the project's tests run this noteboo
     config.evaluate.questions = config.evaluate.batch_size = 20
 validate(config)
 
-head = ("role", "sees the picture and", "scores", "of rollouts that are", "by", "weight")
-table = [head]
+table = [("role", "sees the picture and", "scores", "of rollouts that are", "by", "weight")]
 for name, role in config.roles.items():
-    sees = config.prompts[name].user.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS} ") or "nothing else"
+    sees = config.prompts[name].user.replace("\n", " ↵ ") or "nothing else"
     table.append((name, sees, ", ".join(role.scores), role.when, role.divergence, role.weight))
-cell = '<td style="text-align:left;vertical-align:top">{}</td>'
-display(HTML("<table>" + "".join(
-    "<tr>" + "".join(cell.format(html.escape(str(value))) for value in row) + "</tr>" for row in table
-) + "</table>"))  # fmt: skip
+lines = ""
+for i, row in enumerate(table):
+    kind = "td" if i else "th"
+    cells = (f'<{kind} style="text-align:left">{html.escape(str(value))}</{kind}>' for value in row)
+    lines += f"<tr>{''.join(cells)}</tr>"
+display(HTML(f"<table>{lines}</table>"))
 
 # %% [markdown]
 # ## 3. Train and evaluate
@@ -222,7 +223,7 @@ def draw_mask(ax, text, i, *, parts, names, scored, title):
     ax.set_title(title, fontsize=10)
 
 
-fig, axes = plt.subplots(2, 2, figsize=(13.5, 16.5))
+fig, axes = plt.subplots(2, 2, figsize=(8.4, 15))
 turn = row_of(item).student
 for i, (kind, (left, right)) in enumerate(zip(texts, axes, strict=True)):
     e = jax.tree.map(lambda x, i=i: x[i][packed.entries.role[i] >= 0], packed.entries)
