@@ -21,7 +21,7 @@
 # correction is measured again with wrong answers in the teacher's prompt, and with another picture in front of it.
 #
 # We train the demo's model twice, by **ViGOS** and by plain on-policy self-distillation (**OPSD**) with the same
-# prompts and rollouts, and look where the answer gets into the correction. A CPU will do; it takes about ten minutes
+# prompts and rollouts, and look where the answer gets into the correction. A CPU will do; it takes about five minutes
 # on two cores.
 
 # %%
@@ -97,7 +97,7 @@ for method, name in METHODS.items():
 #
 # PALR of a group of tokens is Σ s·c_answer / Σ s·(c_answer + c_image): 0 if the corrections hang on the picture alone,
 # 1 if they hang on the answer alone. For ViGOS's descriptions it is 0 by construction: that teacher never heard an
-# answer. Bars are 95 % bootstrap intervals over rollouts.
+# answer. Grey lines are 95 % bootstrap intervals over rollouts.
 
 
 # %%

@@ -212,7 +212,7 @@ def draw_mask(ax, text, i, *, parts, names, scored, title):
     for label, c in zip(ax.get_yticklabels(), color, strict=True):
         label.set_color(0.7 * c)
     starts = np.searchsorted(parts, range(len(names)))
-    ax.set_xticks(starts - 0.5, names, ha="left")
+    ax.set_xticks(starts - 0.5, names, ha="left", fontsize=6.5)
     ax.xaxis.tick_top()
     ax.tick_params(length=0, pad=2)
     for start in starts[1:]:

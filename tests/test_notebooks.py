@@ -127,6 +127,7 @@ def execute(name: str, folder: pathlib.Path) -> nbformat.NotebookNode:
     outputs = [o for c in code for o in c.outputs]
     # Nor warnings: a newcomer takes them for errors.
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"], outputs
+    assert "Warning" not in printed(notebook)
     return notebook
 
 
