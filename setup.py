@@ -62,7 +62,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["vigos_jax", "vigos_jax.*", "configs", "configs.*"]),
-    package_data={"vigos_jax": ["*.j2"], "vigos_jax.demo": ["base/*"]},
+    package_data={"vigos_jax": ["*.j2", "*.js"], "vigos_jax.demo": ["base/*"]},
     install_requires=RUN,
     extras_require=EXTRAS,
 )

@@ -37,6 +37,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval_every = 0  # optimizer steps between evaluations by config.eval, rows of eval.jsonl; 0 for none
     config.log_every = 10  # steps between progress lines where there is no terminal
 
+    config.report = ConfigDict()  # WORKDIR/report.html: curves, config, and rows answered again and again
+    config.report.rows = 8  # how many, at most batch_size: the data's first (on the demo: its evaluation's); 0 for none
+    config.report.every = 20  # optimizer steps between their answers, each about as long as a step, and drawings
+
     config.compilation_cache = "~/.cache/vigos_jax"  # folder of compiled programs, for the next run; "" keeps none
 
     config.model = ConfigDict()

@@ -22,6 +22,8 @@ _RANGES = (
     ("keep_checkpoints", 1, None),
     ("log_every", 1, None),
     ("eval_every", 0, None),
+    ("report.rows", 0, None),
+    ("report.every", 1, None),
     ("lora.rank", 0, None),
     ("lora.alpha", 0, None),
     ("lora.dropout", 0, 0.999),
@@ -82,7 +84,7 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 # They say what to do with a run, or where, not what the run is.
 _MODE_SECTIONS = (
     *("eval", "eval_every", "score", "diagnose", "generate", "export", "guards"),
-    *("compilation_cache", "mesh", "distributed"),
+    *("compilation_cache", "mesh", "distributed", "report", "log"),
 )
 
 
@@ -114,6 +116,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 f"config.sampling.max_tokens={config.sampling.max_tokens} must be at most the largest "
                 f"config.buckets.completion, {max(config.buckets.completion)}"
             )
+        if config.report.rows > config.batch_size:
+            limit = f"config.batch_size={config.batch_size}: they are sampled as one batch"
+            raise InputError(f"config.report.rows={config.report.rows} must be at most {limit}")
         for name in GUARDED:
             low_high = config.guards[name]
             numbers = [x for x in low_high if isinstance(x, int | float)] if hasattr(low_high, "__len__") else []

@@ -137,17 +137,19 @@ class RunLog:
             self._met.add(shapes)
             self._progress.note(f"compiling the {phase} (shapes not met before)")
 
-    def write(self, row: Mapping[str, float], *, shown: Sequence[str]) -> None:
-        """Ends a step: writes its row, with phases and compilations, and shows some of it.
+    def write(self, row: Mapping[str, float], *, tokens: int, shown: Sequence[str]) -> None:
+        """Ends a step: writes its row, with phases, compilations and tokens per second, and shows some of it.
 
         Args:
           row: has `step`, counted from 1.
+          tokens: that were sampled in the step.
           shown: keys of the row; those it lacks are 0.
         """
         names, times = zip(*self._phases, strict=True)
         seconds = [b - a for a, b in itertools.pairwise([*times, time.monotonic()])]
         row = {**row, "compilations": self._compiled.programs - self._programs}
         row |= {f"seconds/{name}": s for name, s in zip(names, seconds, strict=True)}
+        row["tokens_per_second"] = tokens / max(sum(seconds), 1e-9)
         self._phases = []
         if self._file:
             self._file.write(row)

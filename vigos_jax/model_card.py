@@ -156,7 +156,7 @@ def _measured(run: Run | None, report: Mapping[str, Any] | None) -> list[str]:
         if "exact" in report:
             parts.append("Merging into bfloat16 rounds; a float32 or adapter export of the same run does not.")
     if run and run.metrics:
-        hidden = ("step", "compilations", "bad_rows")
+        hidden = ("step", "compilations", "bad_rows", "tokens_per_second")
         rows = [
             (k, f"{v:.4g}") for k, v in run.metrics.items() if k not in hidden and not k.startswith("seconds/")
         ]

@@ -24,8 +24,10 @@ from vigos_jax.metrics import RunLog, say, write_json
 from vigos_jax.model_card import Run
 from vigos_jax.models.variables import shares_vision
 from vigos_jax.rollouts import parse, records, rollout_counts, rollout_metrics
+from vigos_jax.run_report import write_run_page
 from vigos_jax.sampler import Sampler, row_keys
 from vigos_jax.sharding import check_batch, replicated, tree_shardings
+from vigos_jax.snapshots import Snapshots
 from vigos_jax.step import TrainState, make_optimizer, make_train_step
 
 
@@ -74,8 +76,8 @@ def _initial_state(config, loaded: Loaded, tx: Any) -> TrainState:
 def train(config, workdir: pathlib.Path) -> None:
     """Runs `config.steps` optimizer steps in `workdir`, going on from its newest checkpoint if there is one.
 
-    Writes config.json, metrics.jsonl, checkpoints/, with `config.eval_every` eval.jsonl and eval/, at the end export/
-    and, on the demo, results.json. With several processes all call it, on the same workdir: the first writes, all write
+    Writes config.json, metrics.jsonl, report.jsonl and report.html, checkpoints/, with `config.eval_every` eval.jsonl and
+    eval/, at the end export/ and, on the demo, results.json. With several processes all call it, on the same workdir: the first writes, all write
     the checkpoints.
 
     Raises:
@@ -104,6 +106,7 @@ def train(config, workdir: pathlib.Path) -> None:
             if config.export.after_training and first_decides(lambda: not output.exists()):
                 export(loaded, trained, config, output, run=Run.of(workdir, config.steps))
     if is_first():
+        write_run_page(workdir)
         _show(workdir, output)
 
 
@@ -130,18 +133,20 @@ def _steps(
             bad_rows.update(saved["rows_seen"], saved["bad_rows"])
             health = Health(config.guards, saved["health"])
             say(f"going on from step {first} of {config.steps} in {workdir}")
-        with interrupt.at_once():
-            evaluations.at(first, state.trained)  # the step may have been saved, but not evaluated
-        if first == config.steps:
-            return state.trained
-
-        train_step = _train_step(config, loaded, tx, state)
         sampler = Sampler(
             loaded.model,
             sampling_of(config),
             eos_ids=loaded.processor.eos_ids,
             cache_sizes=loaded.buckets.completion,
         )
+        snapshots = Snapshots(config, loaded, source, sampler, workdir)
+        with interrupt.at_once():
+            evaluations.at(first, state.trained)  # the step may have been saved, but not evaluated
+            snapshots.at(first, state)
+        if first == config.steps:
+            return state.trained
+
+        train_step = _train_step(config, loaded, tx, state)
         one_tower = shares_vision(state.trained)
         dropout_key = jax.random.fold_in(jax.random.key(config.seed), 2)
         batches = Batches(config, loaded, source, first=first)
@@ -175,11 +180,12 @@ def _steps(
             health.update(row)
             row |= {"skipped_steps": health.skipped, "alerts": len(health.alerts)}
             row |= {"seconds/data": batch.seconds}  # during the last step's update, but for the first
-            log.write(row, shown=("loss", *(f"{r.name}/loss" for r in loaded.roles), "valid_rate", "accuracy"))
+            log.write(row, tokens=counts.get("tokens", 0), shown=("loss", *(f"{r.name}/loss" for r in loaded.roles), "valid_rate", "accuracy"))
             if row["skipped"]:
                 write_sick(sick, row, records(loaded, batch.examples, rollouts))
             for text in health.news:
                 say(f"warning: {text}")
+            snapshots.at(step + 1, state)  # about as long as a step, so that a signal can wait for it
             # Every process hears here of a signal that any of them got, and of one that has failed.
             signals = sorted(filter(None, exchange(interrupt.asked)))
             unwell = health.reason_to_stop(sick)
@@ -253,7 +259,7 @@ def _evaluate(config, workdir: pathlib.Path, loaded: Loaded, trained: Any) -> No
 
 def _show(workdir: pathlib.Path, output: pathlib.Path) -> None:
     print(f"the run is complete: {workdir}")
-    parts = ("config.json", "metrics.jsonl", "eval.jsonl", "results.json", "checkpoints")
+    parts = ("config.json", "metrics.jsonl", "report.html", "eval.jsonl", "results.json", "checkpoints")
     for path in [*(workdir / p for p in parts), output]:
         if path.exists():
             print(f"  {path}")
