@@ -41,6 +41,8 @@ EXTRAS = {
         "peft>=0.19",
         "openai>=2",
         "accelerate>=1.10",
+        "tensorboard>=2.20",
+        "wandb>=0.22",
         # What executes the notebooks.
         "nbclient>=0.10",
         "nbformat>=5.10",
@@ -50,9 +52,8 @@ EXTRAS = {
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
     "notebooks": ["matplotlib>=3.10", "ipykernel>=7", "jupytext>=1.17"],
-    # Named so that install commands stay the same; each is filled with its first user.
     "judge": ["openai>=2"],  # the client of any server that speaks its protocol
-    "tracking": [],
+    "tracking": ["tensorboard>=2.20", "wandb>=0.22"],
 }
 
 setup(

@@ -38,7 +38,7 @@ ROOMS = (
         *("config.py", "graders.py", "math_grader.py", "sharding.py", "metrics.py", "geometry.py", "palr.py"),
         *("report.py", "journal.py", "judge.py", "demo/"),
     ),
-    ("health.py", "charts.py"),
+    ("health.py", "charts.py", "loggers.py"),
     ("architecture.py", "inputs.py", "published.py", "hub.py", "distributed.py", "interrupt.py"),
     ("errors.py", "__init__.py"),
 )

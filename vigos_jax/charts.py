@@ -1,4 +1,4 @@
-"""Line charts as SVG geometry: scales, ticks, lines with gaps, stacked areas. `page.html.j2` draws what is laid out here.
+"""Line charts as SVG geometry: scales, ticks, lines with gaps, stacked areas. `page.html.j2` draws what is laid out.
 
 Numbers that are missing or not finite leave a gap. Everything is in the units of the drawing, WIDTH x HEIGHT, y down.
 """

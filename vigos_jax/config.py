@@ -116,9 +116,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 f"config.sampling.max_tokens={config.sampling.max_tokens} must be at most the largest "
                 f"config.buckets.completion, {max(config.buckets.completion)}"
             )
-        if config.report.rows > config.batch_size:
-            limit = f"config.batch_size={config.batch_size}: they are sampled as one batch"
-            raise InputError(f"config.report.rows={config.report.rows} must be at most {limit}")
         for name in GUARDED:
             low_high = config.guards[name]
             numbers = [x for x in low_high if isinstance(x, int | float)] if hasattr(low_high, "__len__") else []
@@ -133,6 +130,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
             for field in _PROMPT_FIELDS:
                 if not isinstance(entry[field], str):
                     raise InputError(f"config.prompts.{name}.{field}={entry[field]!r} must be a text")
+        if not isinstance(config.log.wandb, str) or not isinstance(config.log.tensorboard, bool):
+            values = f"tensorboard={config.log.tensorboard!r}, wandb={config.log.wandb!r}"
+            raise InputError(f"config.log with {values} must be True or False, and the name of a project or ''")
         push_to = config.export.push_to
         if not isinstance(push_to, str) or (push_to and not _REPOSITORY.fullmatch(push_to)):
             raise InputError(f"config.export.push_to={push_to!r} must be owner/name on the hub, or empty")

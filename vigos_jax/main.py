@@ -126,7 +126,8 @@ def _config_of_run(config, workdir: pathlib.Path | None):
     if workdir is None:
         return config
     saved = read_json(workdir / "config.json")
-    for section in ("generate", "score", "diagnose", "eval", "eval_every", "export", "mesh", "distributed"):
+    others = ("mesh", "distributed", "report", "log")
+    for section in ("generate", "score", "diagnose", "eval", "eval_every", "export", *others):
         saved[section] = config[section]
     return saved
 

@@ -10,9 +10,9 @@ function make(tag, parent, className, text) {
   return element;
 }
 
-function drawShot(parent, step, shot, roles) {
+function drawShot(parent, name, shot, roles) {
   const box = make("div", parent);
-  const head = make("div", box, "when", "step " + step + " ");
+  const head = make("div", box, "when", name + " ");
   if (!shot) {
     head.append("no snapshot");
     return;
@@ -22,9 +22,10 @@ function drawShot(parent, step, shot, roles) {
   const tokens = make("div", box, "tokens");
   shot.tokens.forEach((text, i) => {
     const span = make("span", tokens, "", text);
-    if (shot.hovers[i]) span.title = shot.hovers[i];
-    if (shot.roles[i] < 0) return;
-    const [r, g, b] = roles[shot.roles[i]].color;
+    const role = roles[shot.roles[i]];
+    span.title = role ? role.name + ": " + shot.hovers[i] : "not scored";
+    if (!role) return;
+    const [r, g, b] = role.color;
     span.style.borderBottomColor = `rgb(${r},${g},${b})`;
     span.style.background = `rgba(${r},${g},${b},${shot.strengths[i]})`;
   });
@@ -74,8 +75,8 @@ function browse(root, data) {
       if (row.hidden) continue;
       shown += 1;
       pair.replaceChildren();
-      drawShot(pair, data.steps[0], shots[0], data.roles);
-      if (at > 0) drawShot(pair, data.steps[at], shots[at], data.roles);
+      drawShot(pair, data.first, shots[0], data.roles);
+      if (at > 0) drawShot(pair, "step " + data.steps[at], shots[at], data.roles);
     }
     nothing.hidden = shown > 0;
   }

@@ -123,7 +123,7 @@ class Shot:
       tokens: pieces of text, in order.
       roles: per token, which of the browser's roles scores it; -1 for none.
       strengths: per token, how strong its colour is, 0-1.
-      hovers: per token, what shows on hover.
+      hovers: per token, what shows on hover behind the role's name.
     """
 
     tags: Sequence[str]
@@ -140,7 +140,7 @@ class Shot:
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """A question that is asked again and again: its response at each of the browser's steps, None where there is none."""
+    """A question that is asked again and again: its response at each of the browser's steps, None without one."""
 
     title: str
     question: str
@@ -150,13 +150,18 @@ class Probe:
 
 @dataclasses.dataclass(frozen=True)
 class Browser:
-    """Responses to the same questions at several steps: the first beside the chosen one, filtered by tags."""
+    """Responses to the same questions at several steps: the first beside the chosen one, filtered by tags.
+
+    Attributes:
+      first: what to call the student of the first step.
+    """
 
     title: str
     note: str
     roles: Sequence[tuple[str, Color]]
     steps: Sequence[int]
     probes: Sequence[Probe]
+    first: str
 
     kind = "browser"
 
@@ -164,7 +169,7 @@ class Browser:
         """What `page.js` reads."""
         roles = [{"name": name, "color": list(color)} for name, color in self.roles]
         probes = [dataclasses.asdict(probe) for probe in self.probes]
-        return {"roles": roles, "steps": list(self.steps), "probes": probes}
+        return {"roles": roles, "steps": list(self.steps), "probes": probes, "first": self.first}
 
 
 Section = Text | Table | Rollout | Charts | Folded | Browser

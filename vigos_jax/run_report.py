@@ -1,17 +1,18 @@
-"""WORKDIR/report.html: a run's curves, its config and its snapshots, drawn from the files it writes, whenever they are."""
+"""WORKDIR/report.html: a run's curves, its config and its snapshots, drawn from the files the run writes."""
 
 import json
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vigos_jax.charts import Chart, Line, Mark, number_of
+from vigos_jax.charts import Chart, Line, Mark
 from vigos_jax.report import PALETTE, Browser, Charts, Folded, Probe, Section, Shot, Table, Text, write_page
 
 _SKIPPED, _ALERT = (190, 30, 30), (214, 150, 20)
 _FULL_KL = 1.0  # nats from which a token's colour is as strong as it gets
-_RATES = {"valid_rate": "valid", "accuracy": "accuracy", "truncated_rate": "cut off", "leak_rate": "answer in description"}
+_RATES = {"valid_rate": "valid", "accuracy": "accuracy", "truncated_rate": "cut off"}
+_RATES |= {"leak_rate": "answer in description"}
 _LENGTHS = {"completion_tokens": "completion", **{f"length/{p}": p for p in ("description", "reasoning", "answer")}}
 _PHASES = {f"seconds/{phase}": phase for phase in ("rollout", "pack", "update")}
 _RESULTS = {
@@ -96,8 +97,8 @@ def _curves(config: Row, rows: Sequence[Row], evals: Sequence[Row], roles: Seque
         Chart("Rollouts", listed(_RATES), "share"),
         *_benchmarks(evals),
         Chart("Lengths", listed(_LENGTHS), "tokens", note="parts: of valid rollouts"),
-        Chart("Clipped", per_role("clipped_fraction"), "share of a role's tokens", note="" if clips else "no role clips"),
-        Chart("Share of the gradient", per_role("grad_share"), "at the last hidden states"),
+        *([Chart("Clipped", per_role("clipped_fraction"), "share of a role's tokens")] if clips else []),
+        Chart("Share of the gradient", per_role("grad_share"), note="of the roles' norms at the last hidden states"),
         Chart("Entropy", [_line(rows, "entropy", "student", 0)], "nats per supervised token"),
         Chart("Gradient norm", [_line(rows, "grad_norm", "before the clip", 0)]),
         Chart("Step time", phases, "seconds", stacked=True, top=top or None, note="steps that compile are cut off"),
@@ -163,14 +164,16 @@ def _browser(config: Row, records: Sequence[Row], roles: Sequence[str]) -> list[
             title = f"{row['id']} · a row that cannot be used: {row['bad_reason']}"
         probes.append(Probe(title, row["problem"], row["picture"], shots))
     is_demo = config["data"]["source"] == "demo"
-    what = "its description states what one expects, not what is shown" if is_demo else "its description has the answer"
+    what = "states what one expects, not what is shown" if is_demo else "contains the final answer"
     note = (
-        f"{len(probes)} rows, sampled as in training, with the same random keys at every step. Underlined: scored, by the "
-        "role of this colour; the stronger the tint, the larger the divergence of the teacher from the student. Hover "
-        f"for numbers. Leaky: {what}."
+        f"{len(probes)} rows, sampled as in training, with the same random keys at every step. Underlined: scored, by "
+        "the role of this colour; the stronger the tint, the larger the divergence of the teacher from the student. "
+        f"Hover for numbers. Leaky: the description {what}."
     )
     colors = [(name, PALETTE[i % len(PALETTE)]) for i, name in enumerate(roles)]
-    return [Browser("Rollouts", note, colors, steps, probes)]
+    start = "start" if config["model"]["adapter"] else "base"
+    first = f"step 0, {start}" if steps[0] == 0 else f"step {steps[0]}"
+    return [Browser("Rollouts", note, colors, steps, probes, first)]
 
 
 def _shot(record: Row | None, roles: Sequence[str]) -> Shot | None:
@@ -180,7 +183,7 @@ def _shot(record: Row | None, roles: Sequence[str]) -> Shot | None:
     tags += ["leaky"] if record["is_leaky"] else []
     kls = [kl for kl in record["kl"] if kl is not None]
     said = [] if record["is_valid"] else [str(record["invalid_reason"]).replace("_", " ")]
-    said += [f"KL {number_of(sum(kls) / len(kls))} on average"] if kls else []
+    said += [f"mean KL {sum(kls) / len(kls):.3g}"] if kls else []
     places = {name: i for i, name in enumerate(roles)}
     return Shot(
         tags=tags,
@@ -188,12 +191,8 @@ def _shot(record: Row | None, roles: Sequence[str]) -> Shot | None:
         tokens=record["tokens"],
         roles=[places.get(name, -1) for name in record["role"]],
         strengths=[_strength(kl) for kl in record["kl"]],
-        hovers=[_hover(*x) for x in zip(*_lists(record), strict=True)],
+        hovers=[_hover(*x) for x in zip(*(record[k] for k in ("kl", "student_logp", "teacher_logp")), strict=True)],
     )
-
-
-def _lists(record: Row) -> list[Sequence[Any]]:
-    return [record[k] for k in ("role", "kl", "student_logp", "teacher_logp")]
 
 
 def _strength(kl: float | None) -> float:
@@ -201,8 +200,6 @@ def _strength(kl: float | None) -> float:
     return 0.0 if kl is None else round(0.7 * math.sqrt(min(max(kl / _FULL_KL, 0.0), 1.0)), 3)
 
 
-def _hover(role: str | None, kl: float | None, student: float | None, teacher: float | None) -> str:
-    if role is None:
-        return "not scored"
-    chance: Callable[[float | None], str] = lambda p: "-" if p is None else f"{math.exp(p):.3g}"  # noqa: E731
-    return f"{role}: KL {number_of(kl)}; this token's probability: student {chance(student)}, teacher {chance(teacher)}"
+def _hover(kl: float | None, student: float | None, teacher: float | None) -> str:
+    chances = ["-" if p is None else f"{math.exp(p):.2g}" for p in (student, teacher)]
+    return "KL {:.3g}, probability {} by student, {} by teacher".format(kl, *chances) if kl is not None else ""

@@ -36,8 +36,9 @@ class Snapshots:
 
     The first `config.report.rows` rows of the data (on the demo: of its evaluation, pictures that contradict the prior
     and that agree by turns) are sampled as in training, with keys of their own that are the same at every step: what
-    changes is the student. A key of report.jsonl is `row/I` for what was asked and `STEP/I` for a response; a step that
-    is done again finds its responses there. Training goes on as if nothing had happened. Every method is all processes'.
+    changes is the student. A key of report.jsonl is `row/I` for what was asked and `STEP/I` for a response; a step
+    that is done again finds its responses there. Training goes on as if nothing had happened. Every method is all
+    processes'.
 
     Args:
       sampler: the run's: the rows take the first places of an otherwise empty training batch, so that nothing new is
@@ -47,7 +48,7 @@ class Snapshots:
     def __init__(self, config, loaded: Loaded, source: Any, sampler: Sampler, workdir: pathlib.Path):
         self._config, self._loaded, self._sampler, self._workdir = config, loaded, sampler, workdir
         self._source, self._file = _probe_source(config, source), workdir / "report.jsonl"
-        self._count = min(config.report.rows, len(self._source))
+        self._count = min(config.report.rows, config.batch_size, len(self._source))
         self._rows: list[tuple[Example, Row]] = []
         roles, mesh = loaded.roles, loaded.mesh
 
@@ -169,8 +170,8 @@ class Snapshots:
         }
 
     def _is_leaky(self, i: int, description: str, answer: str | None) -> bool:
-        """On the demo, whether a description of a picture that contradicts the prior states the prior; elsewhere whether
-        it contains the final answer, which is right where the answer can be seen (see `rollout_metrics`)."""
+        """On the demo, whether a description of a picture that contradicts the prior states the prior; elsewhere
+        whether it contains the final answer, which is right where the answer can be seen (see `rollout_metrics`)."""
         if isinstance(self._source, DemoProbes):
             item = self._source.item(i)
             return item.is_conflict and world.description_states_prior(description, item)
@@ -182,9 +183,8 @@ class DemoProbes:
 
     def __init__(self, *, seed: int, length: int, blank: bool):
         self._seed, self._length = seed, length
-        self._sources = [
-            world.DemoSource(length=length, seed=seed, blank=blank, setting=setting) for setting in ("conflict", "prior")
-        ]
+        options = {"length": length, "seed": seed, "blank": blank}
+        self._sources = [world.DemoSource(setting=setting, **options) for setting in ("conflict", "prior")]
 
     def __len__(self) -> int:
         return self._length

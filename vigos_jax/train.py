@@ -20,6 +20,7 @@ from vigos_jax.export import check_options, export
 from vigos_jax.health import Health, write_sick
 from vigos_jax.interrupt import Interrupt
 from vigos_jax.loading import Loaded, load, open_source, sampling_of
+from vigos_jax.loggers import check_installed
 from vigos_jax.metrics import RunLog, say, write_json
 from vigos_jax.model_card import Run
 from vigos_jax.models.variables import shares_vision
@@ -76,9 +77,9 @@ def _initial_state(config, loaded: Loaded, tx: Any) -> TrainState:
 def train(config, workdir: pathlib.Path) -> None:
     """Runs `config.steps` optimizer steps in `workdir`, going on from its newest checkpoint if there is one.
 
-    Writes config.json, metrics.jsonl, report.jsonl and report.html, checkpoints/, with `config.eval_every` eval.jsonl and
-    eval/, at the end export/ and, on the demo, results.json. With several processes all call it, on the same workdir: the first writes, all write
-    the checkpoints.
+    Writes config.json, metrics.jsonl, report.jsonl and report.html, checkpoints/, with `config.eval_every` eval.jsonl
+    and eval/, at the end export/ and, on the demo, results.json. With several processes all call it, on the same
+    workdir: the first writes, all write the checkpoints.
 
     Raises:
       Stopped: a signal came, and everything that was done is saved.
@@ -87,6 +88,7 @@ def train(config, workdir: pathlib.Path) -> None:
     with Interrupt() as interrupt:
         with interrupt.at_once():
             first_decides(lambda: _check_workdir(config, workdir))
+            first_decides(lambda: check_installed(config))
             source = open_source(config)
             loaded = load(config, for_training=True)
             check_batch(loaded.mesh, batch_size=config.batch_size, accumulation=config.accumulation)
@@ -150,7 +152,8 @@ def _steps(
         one_tower = shares_vision(state.trained)
         dropout_key = jax.random.fold_in(jax.random.key(config.seed), 2)
         batches = Batches(config, loaded, source, first=first)
-        log = RunLog(workdir / "metrics.jsonl", first=first, total=config.steps, every=config.log_every)
+        log = RunLog(config, workdir, first=first)
+        shown = ("loss", *(f"{r.name}/loss" for r in loaded.roles), "valid_rate", "accuracy")
         sick, upcoming = workdir / "sick", batches.next()
         for step in range(first, config.steps):
             batch = upcoming
@@ -180,7 +183,7 @@ def _steps(
             health.update(row)
             row |= {"skipped_steps": health.skipped, "alerts": len(health.alerts)}
             row |= {"seconds/data": batch.seconds}  # during the last step's update, but for the first
-            log.write(row, tokens=counts.get("tokens", 0), shown=("loss", *(f"{r.name}/loss" for r in loaded.roles), "valid_rate", "accuracy"))
+            log.write(row, tokens=counts.get("tokens", 0), shown=shown)
             if row["skipped"]:
                 write_sick(sick, row, records(loaded, batch.examples, rollouts))
             for text in health.news:
