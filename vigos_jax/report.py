@@ -202,6 +202,8 @@ def _template() -> jinja2.Template:
     # StrictUndefined: a section that lacks a field is an error, not an empty cell.
     options = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(autoescape=True, **options)
+    # As they are, so that what cannot be written is replaced in them too; a NaN would be no JSON.
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False}
     sizes = ("width", "height", "left", "right", "top", "bottom")
     environment.globals |= {name: getattr(charts, name.upper()) for name in sizes}
     return environment.from_string(_file("page.html.j2"))
@@ -212,7 +214,7 @@ def render(title: str, sections: Sequence[Section]) -> str:
     script = _file("page.js") if any(s.kind == "browser" for s in sections) else ""
     # By its hash: a script that came out of a data set would not run even if it were not escaped.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    policy = f"'sha256-{digest}'" if script else "'none'"
+    policy = markupsafe.Markup(f"'sha256-{digest}'" if script else "'none'")
     return _template().render(title=title, sections=sections, script=markupsafe.Markup(script), script_policy=policy)
 
 
