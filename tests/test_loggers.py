@@ -43,6 +43,7 @@ def log_records(data: bytes) -> Iterator[bytes]:
 
 def sent_to_wandb(workdir) -> list[tuple[str, dict]]:
     """(run id, row) of every row in the files that `wandb sync` would send, oldest file first."""
+    importlib.import_module("wandb").teardown()  # what the end of a process does: all is written
     pb = importlib.import_module("wandb.proto.wandb_internal_pb2")
     out = []
     for path in sorted((workdir / "wandb").glob("offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime):
@@ -82,7 +83,6 @@ def test_wandb_gets_every_step_once(tmp_path, monkeypatch):
         again.write({"step": step, "loss": step / 4})
     again.close()
     sent = sent_to_wandb(tmp_path)
-    print([(str(p), p.stat().st_size) for p in tmp_path.rglob("*")])
     assert [(row["_step"], row["loss"]) for _, row in sent] == [(1, 0.25), (2, 0.5), (3, 0.75)]
     assert not any("entropy" in row for _, row in sent)
     assert {run_id for run_id, _ in sent} == {(tmp_path / "wandb-id").read_text().strip()}

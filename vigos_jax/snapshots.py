@@ -159,6 +159,7 @@ class Snapshots:
         description = loaded.processor.decode(rollout.ids[slice(*spans.description)])
         lists = {k: [_rounded(x) for x in scored[k]] for k in ("kl", "student_logp", "teacher_logp")}
         return {
+            "completion_ids": list(rollout.ids),
             "tokens": pieces(loaded, rollout.ids),
             "role": scored["role"],
             **lists,
