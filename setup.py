@@ -41,8 +41,8 @@ EXTRAS = {
         "peft>=0.19",
         "openai>=2",
         "accelerate>=1.10",
-        "tensorboard>=2.20",
-        "wandb>=0.22",
+        "tensorboard>=2.21",
+        "wandb>=0.31",
         # What executes the notebooks.
         "nbclient>=0.10",
         "nbformat>=5.10",
@@ -53,7 +53,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]"],
     "notebooks": ["matplotlib>=3.10", "ipykernel>=7", "jupytext>=1.17"],
     "judge": ["openai>=2"],  # the client of any server that speaks its protocol
-    "tracking": ["tensorboard>=2.20", "wandb>=0.22"],
+    "tracking": ["tensorboard>=2.21", "wandb>=0.31"],
 }
 
 setup(

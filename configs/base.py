@@ -38,7 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.log_every = 10  # steps between progress lines where there is no terminal
 
     config.report = ConfigDict()  # WORKDIR/report.html: curves, config, and rows answered again and again
-    config.report.rows = 16  # the data's first (on the demo: its evaluation's), at most batch_size; 0 for none
+    config.report.rows = 32  # the data's first (on the demo: its evaluation's), at most batch_size; 0 for none
     config.report.every = 20  # optimizer steps between their answers, each about as long as a step, and drawings
 
     config.log = ConfigDict()  # who else gets the rows of metrics.jsonl; needs the extra `tracking`

@@ -72,12 +72,23 @@ def test_what_the_page_has(tmp_path):
     assert page.count("<svg viewBox") == 7  # all but the benchmarks', which have step 20 alone, show what happened when
     assert page.count("a step that changed nothing: 7</title>") == 5
     assert page.count("out of its bounds: from step 31</title>") == 5
-    assert "&#34;learning_rate&#34;: 0.0003" in page  # the config
+    assert "optimizer.learning_rate = 0.0003\n" in page
     assert re.findall(r'(?:src|href)="(?!data:)', page) == []
     before = (tmp_path / "run" / "report.html").read_bytes()
     write_run_page(tmp_path / "run")
     assert (tmp_path / "run" / "report.html").read_bytes() == before
     assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_a_peak_does_not_flatten_the_rest(tmp_path):
+    write_run(tmp_path / "run")
+    losses = [0.25] * 70 + [4.0] + [0.25] * 9
+    rows = [{"step": i + 1, "perception/loss": x, "grad_norm": 0.5} for i, x in enumerate(losses)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_run_page(tmp_path / "run")
+    loss, norm = (tmp_path / "run" / "report.html").read_text().split("<h3>Gradient norm")
+    assert "cut off above; the largest is 4<" in loss and "cut off above" not in norm
+    assert ">0.4</text>" in loss and ">4</text>" not in loss.split("<h3>Loss by role")[1]
 
 
 def test_results_stand_in_a_table(tmp_path):

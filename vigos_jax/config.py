@@ -4,7 +4,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -173,14 +173,15 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:
     """What makes two configs different runs, as "field: old -> new" lines."""
-    a, b = (dict(_flatten(json.loads(to_json(c)))) for c in (old, new))
+    a, b = (dict(flatten(json.loads(to_json(c)))) for c in (old, new))
     fields = [f for f in sorted(a.keys() | b.keys()) if f.split(".")[0] not in _MODE_SECTIONS]
     return [f"{f}: {a.get(f)!r} -> {b.get(f)!r}" for f in fields if a.get(f) != b.get(f)]
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = ""):
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted field, value) of all leaves."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

@@ -1,12 +1,14 @@
 """WORKDIR/report.html: a run's curves, its config and its snapshots, drawn from the files the run writes."""
 
+import dataclasses
 import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vigos_jax.charts import Chart, Line, Mark
+from vigos_jax.charts import Chart, Line, Mark, number
+from vigos_jax.config import flatten
 from vigos_jax.report import PALETTE, Browser, Charts, Folded, Probe, Section, Shot, Table, Text, write_page
 
 _SKIPPED, _ALERT = (190, 30, 30), (214, 150, 20)
@@ -40,7 +42,8 @@ def write_run_page(workdir: pathlib.Path) -> None:
     if results:
         sections.append(_results_table(results))
     sections += [_curves(config, rows, evals, roles), *_browser(config, records, roles)]
-    sections.append(Folded("Config", json.dumps(config, indent=2, ensure_ascii=False)))
+    fields = (f"{field} = {json.dumps(value, ensure_ascii=False)}" for field, value in flatten(config))
+    sections.append(Folded("Config", "\n".join(fields)))
     write_page(workdir / "report.html", f"Run {workdir.absolute().name}", sections)
 
 
@@ -93,26 +96,31 @@ def _curves(config: Row, rows: Sequence[Row], evals: Sequence[Row], roles: Seque
     speed = _line(quiet, "tokens_per_second", "completion tokens", 0)
     clips = any(config["roles"][name]["clip"] for name in roles)
     charts = [
-        Chart("Loss by role", per_role("loss"), "mean divergence, nats per token"),
+        _without_peaks(Chart("Loss by role", per_role("loss"), "mean divergence, nats per token")),
         Chart("Rollouts", listed(_RATES), "share"),
         *_benchmarks(evals),
         Chart("Lengths", listed(_LENGTHS), "tokens", note="parts: of valid rollouts"),
         *([Chart("Clipped", per_role("clipped_fraction"), "share of a role's tokens")] if clips else []),
         Chart("Share of the gradient", per_role("grad_share"), note="of the roles' norms at the last hidden states"),
         Chart("Entropy", [_line(rows, "entropy", "student", 0)], "nats per supervised token"),
-        Chart("Gradient norm", [_line(rows, "grad_norm", "before the clip", 0)]),
+        _without_peaks(Chart("Gradient norm", [_line(rows, "grad_norm", "before the clip", 0)])),
         Chart("Step time", phases, "seconds", stacked=True, top=top or None, note="steps that compile are cut off"),
         Chart("Speed", [speed], "tokens per second", note="without steps that compile"),
     ]
-    charts = [_marked(chart, marks) for chart in charts if any(line.points for line in chart.lines)]
+    charts = [dataclasses.replace(chart, marks=marks) for chart in charts if any(line.points for line in chart.lines)]
     long = "Pale: every step. Strong: the mean of a twentieth of the run. Hover for numbers." if len(rows) >= 30 else ""
     said = {m.color: name for m, name in zip(marks, (m.text.split(":")[0] for m in marks), strict=True)}
     dashed = "Dashed: " + ", ".join(sorted(set(said.values()))) + "." if marks else ""
     return Charts("Curves", charts, note=" ".join(filter(None, (long, dashed))))
 
 
-def _marked(chart: Chart, marks: Sequence[Mark]) -> Chart:
-    return Chart(**{**chart.__dict__, "marks": marks})
+def _without_peaks(chart: Chart) -> Chart:
+    """Cuts off what a few points have far above all others: one invalid rollout is a batch of its own to its role."""
+    values = sorted(y for line in chart.lines for _, y in line.points if y is not None)
+    top = 1.5 * values[int(0.97 * (len(values) - 1))] if values else 0.0
+    if not top or values[-1] <= 2 * top:
+        return chart
+    return dataclasses.replace(chart, top=top, note=f"cut off above; the largest is {number(values[-1])}")
 
 
 def _line(rows: Sequence[Row], key: str, name: str, color: int) -> Line:
