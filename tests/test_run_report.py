@@ -111,13 +111,15 @@ def drive(page: pathlib.Path, script: str, profile: pathlib.Path) -> tuple[str, 
 
 
 DRIVER = """
-const said = [], shown = () => [...document.querySelectorAll(".probe")].filter((p) => !p.hidden);
+const said = [], slid = [], shown = () => [...document.querySelectorAll(".probe")].filter((p) => !p.hidden);
 const press = (name) => document.querySelector(`button[data-filter=${name}]`).click();
 const slider = document.querySelector("input[type=range]");
 const slide = (i) => { slider.value = i; slider.dispatchEvent(new Event("input")); };
 const note = () => said.push(shown().map((p) => p.querySelector(".title").textContent.slice(0, 4)).join(" "));
 for (const i of [2, 1, 0]) {
   slide(i);
+  const pair = document.querySelector(".pair").textContent.match(/said-\\d+/g);
+  slid.push(document.querySelector(".step span").textContent, ...pair);
   for (const name of ["all", "invalid", "wrong", "leaky"]) { press(name); note(); }
   press("all");
   said.push(shown()[0].querySelector(".pair").textContent);
@@ -125,6 +127,7 @@ for (const i of [2, 1, 0]) {
 const span = document.querySelector(".tokens span");
 said.push(span.title, getComputedStyle(span).borderBottomColor);
 document.body.dataset.said = said.join("|");
+document.body.dataset.slid = slid.join(" ");
 """
 
 
@@ -133,6 +136,8 @@ def test_filters_and_slider(tmp_path):
     document, console = drive(write_run(tmp_path / "run"), DRIVER, tmp_path / "profile")
     assert console == ""
     said = re.search(r'data-said="([^"]*)"', document)[1].split("|")
+    slid = "step 40 said-0 said-40 step 20 said-0 said-20 step 0 said-0"
+    assert f'data-slid="{slid}"' in document
     assert said[:4] == ["id-0 id-1 id-2 id-3", "", "", "id-1"]  # step 40
     assert said[5:9] == ["id-0 id-1 id-2 id-3", "id-2", "id-1 id-2", "id-1"]  # step 20
     assert said[10:14] == ["id-0 id-1 id-2 id-3", "id-1", "id-1 id-2", "id-2"]  # step 0

@@ -61,8 +61,7 @@ def test_what_is_written(watched):
         scored = [j for j, role in enumerate(record["role"]) if role]
         assert scored and len(record["tokens"]) == len(record["kl"]) == len(record["role"])
         assert all((record["kl"][j] is None) == (j not in scored) for j in range(len(record["kl"])))
-    # At the start an adapter changes nothing, later the student has moved.
-    assert found["0/0"]["tokens"] != found["4/0"]["tokens"] or found["0/0"]["kl"] != found["4/0"]["kl"]
+    assert any(found[f"0/{i}"]["tokens"] != found[f"4/{i}"]["tokens"] for i in (0, 1))  # the student has moved
     page = (watched / "report.html").read_text()
     assert '"steps": [0, 2, 4]' in page and "image_missing" in page and "Loss by role" in page
 

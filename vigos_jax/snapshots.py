@@ -35,10 +35,10 @@ class Snapshots:
     """Appends to WORKDIR/report.jsonl and draws WORKDIR/report.html, every `config.report.every` steps and at the end.
 
     The first `config.report.rows` rows of the data (on the demo: of its evaluation, pictures that contradict the prior
-    and that agree by turns) are sampled as in training, with keys of their own that are the same at every step: what
-    changes is the student. A key of report.jsonl is `row/I` for what was asked and `STEP/I` for a response; a step
-    that is done again finds its responses there. Training goes on as if nothing had happened. Every method is all
-    processes'.
+    and that agree by turns) are sampled as in training, with keys of their own that are the same at every step and in
+    every run: what changes is the student. A key of report.jsonl is `row/I` for what was asked and `STEP/I` for a
+    response; a step that is done again finds its responses there. Training goes on as if nothing had happened. Every
+    method is all processes'.
 
     Args:
       sampler: the run's: the rows take the first places of an otherwise empty training batch, so that nothing new is
@@ -97,7 +97,7 @@ class Snapshots:
         rows = [row for _, row in self._probes()] + [Row()] * (size - self._count)
         own = loaded.own_rows(size)
         packed = pack_prompts([rows[i] for i in own], config=loaded.config, buckets=loaded.buckets)
-        keys = row_keys(self._config.seed, _KEYS, size)
+        keys = row_keys(self._config.evaluate.seed, _KEYS, size)
         sampled = self._sampler(loaded.student(trained), loaded.put_batch(packed), keys)
         parts = exchange(list(zip(own, sampled.ids, sampled.logps, strict=True)))
         by_row = {i: (tuple(ids), tuple(logps)) for part in parts for i, ids, logps in part}

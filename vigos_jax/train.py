@@ -233,6 +233,7 @@ def declared_programs(buckets: Mapping[str, Sequence[int]], *, max_tokens: int) 
     """The most programs a run can compile, by kind: one for each combination of declared sizes that it can meet.
 
     "other" are the update, adding up and grouping micro-batches, and what jax compiles for keys, copies and casts.
+    Scoring a snapshot takes programs of its own, between the steps: at most as many as "gradient" for one micro-batch.
     """
     capacities = len([n for n in buckets["completion"] if n < max_tokens]) + 1
     images, prompts, sequences = len(buckets["patches"]), len(buckets["prompt"]), len(buckets["sequence"])

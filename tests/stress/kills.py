@@ -112,7 +112,7 @@ def difference(a: pathlib.Path, b: pathlib.Path, steps: int) -> str:
             return f"metrics of step {i + 1}: {x} and {y}"
     if [row["step"] for row in metrics(b)] != list(range(1, steps + 1)):
         return f"the steps of {b / 'metrics.jsonl'}"
-    for name in ("config.json", "results.json", "export/model.safetensors"):
+    for name in ("config.json", "report.jsonl", "results.json", "export/model.safetensors"):
         x, y = ((workdir / name).read_bytes() for workdir in (a, b))
         if x != y:
             return name
