@@ -47,6 +47,8 @@ EXTRAS = {
         # Programs are compiled for TPUs in the tests, too.
         LIBTPU,
         "setuptools>=77",  # builds the wheel that a test installs
+        "tensorboard>=2.21",
+        "wandb>=0.31",
         # What executes the notebooks.
         "nbclient>=0.10",
         "nbformat>=5.10",
@@ -58,9 +60,8 @@ EXTRAS = {
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
     "notebooks": ["matplotlib>=3.10", "ipykernel>=7", "jupytext>=1.17"],
-    # Named so that install commands stay the same; each is filled with its first user.
     "judge": ["openai>=2"],  # the client of any server that speaks its protocol
-    "tracking": [],
+    "tracking": ["tensorboard>=2.21", "wandb>=0.31"],
 }
 
 setup(
@@ -70,7 +71,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["vigos_jax", "vigos_jax.*", "configs", "configs.*"]),
-    package_data={"vigos_jax": ["*.j2"], "vigos_jax.demo": ["base/*"]},
+    package_data={"vigos_jax": ["*.j2", "*.js"], "vigos_jax.demo": ["base/*"]},
     install_requires=RUN,
     extras_require=EXTRAS,
 )

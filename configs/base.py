@@ -37,6 +37,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval_every = 0  # optimizer steps between evaluations by config.eval, rows of eval.jsonl; 0 for none
     config.log_every = 10  # steps between progress lines where there is no terminal
 
+    config.report = ConfigDict()  # WORKDIR/report.html: curves, config, and rows answered again and again
+    config.report.rows = 32  # the data's first (on the demo: its evaluation's), at most batch_size; 0 for none
+    config.report.every = 20  # optimizer steps between their answers, each about as long as a step, and drawings
+
+    config.log = ConfigDict()  # who else gets the rows of metrics.jsonl; needs the extra `tracking`
+    config.log.tensorboard = False  # event files in WORKDIR/tensorboard
+    config.log.wandb = ""  # a project of Weights & Biases; "" for none. WANDB_MODE=offline keeps it in WORKDIR/wandb.
+
     config.compilation_cache = "~/.cache/vigos_jax"  # folder of compiled programs, for the next run; "" keeps none
 
     config.model = ConfigDict()

@@ -30,6 +30,7 @@ def of_the_paper(model: str) -> ConfigDict:
     config.batch_size = 32
     config.accumulation = 4
     config.checkpoint_every = 100
+    config.report.rows, config.report.every = 8, 100
 
     config.lora.rank = 64
     config.lora.alpha = 128.0

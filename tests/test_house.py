@@ -16,6 +16,7 @@ ROOMS = (
     ("main.py",),
     ("plan.py",),
     ("train.py",),
+    ("snapshots.py",),
     ("diagnose.py", "eval_report.py", "eval_steps.py"),
     (
         *("checkpoint.py", "evaluate.py", "evaluate_tasks.py", "export.py", "generate.py", "score_file.py"),
@@ -33,11 +34,12 @@ ROOMS = (
     ("losses.py", "tasks/"),
     ("roles.py",),
     ("prompts.py", "images.py", "grading.py"),
+    ("run_report.py",),
     (
         *("config.py", "graders.py", "math_grader.py", "sharding.py", "metrics.py", "geometry.py", "palr.py"),
         *("report.py", "journal.py", "judge.py", "plan_report.py", "programs.py", "demo/"),
     ),
-    ("health.py",),
+    ("health.py", "charts.py", "loggers.py"),
     (
         *("architecture.py", "inputs.py", "published.py", "hub.py", "distributed.py", "interrupt.py"),
         "topologies.py",

@@ -99,6 +99,7 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch):
     progress.close()
     shown = terminal.getvalue()
     assert "compiling" in shown and "5/5" in shown and "loss 0.25" in shown
+    assert re.search(r"5/5 \[\d\d:\d\d<\d\d:\d\d, .*(it/s|s/it), loss 0.25\]", shown)  # time left and rate
     assert "s/step" not in shown
 
 

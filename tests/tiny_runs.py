@@ -58,6 +58,7 @@ def get_config():
     config.loss.chunk = 16
     config.score.batch_size = 4
     config.export.after_training = False
+    config.report.rows = 0
     return config
 '''
 STEPS = 4

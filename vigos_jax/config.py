@@ -3,7 +3,7 @@
 import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -21,6 +21,8 @@ _WHOLE = (
     ("keep_checkpoints", 1, None),
     ("log_every", 1, None),
     ("eval_every", 0, None),
+    ("report.rows", 0, None),
+    ("report.every", 1, None),
     ("lora.rank", 0, None),
     ("data.workers", 0, None),
     ("data.window", 1, None),
@@ -80,7 +82,10 @@ _REAL_ELSEWHERE = (
     *("sampling.temperature", "sampling.top_p", "sampling.min_p", "sampling.repetition_penalty"),
     *("sampling.presence_penalty", "eval.temperature", "eval.top_p"),
 )
-_FLAGS = ("data.shuffle", "data.blank_images", "export.check", "export.after_training", "guards.stop", "plan.advise")
+_FLAGS = (
+    *("data.shuffle", "data.blank_images", "export.check", "export.after_training", "guards.stop", "plan.advise"),
+    "log.tensorboard",
+)
 _PATHS = (  # or names on the hub
     *("compilation_cache", "model.path", "model.adapter", "data.source", "score.rollouts", "score.output"),
     *("diagnose.rollouts", "diagnose.wrong_answers_file", "diagnose.output", "eval.output", "generate.image"),
@@ -88,7 +93,7 @@ _PATHS = (  # or names on the hub
 )
 _TEXTS = (
     *(*_PATHS, "data.split", "eval.plain_prompt", "eval.judge.url", "eval.judge.model", "eval.judge.key_env"),
-    *("generate.question", "export.push_to", "plan.topology"),
+    *("generate.question", "export.push_to", "plan.topology", "log.wandb"),
 )
 _NO_OTHERS = {  # sections that are handed on whole, so that a field too many would be an argument too many
     "sampling": ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
@@ -117,7 +122,7 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 # They say what to do with a run, or where, not what the run is.
 _MODE_SECTIONS = (
     *("eval", "eval_every", "score", "diagnose", "generate", "export", "guards", "plan"),
-    *("compilation_cache", "mesh", "distributed"),
+    *("compilation_cache", "mesh", "distributed", "report", "log"),
 )
 
 
@@ -266,14 +271,15 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:
     """What makes two configs different runs, as "field: old -> new" lines."""
-    a, b = (dict(_flatten(json.loads(to_json(c)))) for c in (old, new))
+    a, b = (dict(flatten(json.loads(to_json(c)))) for c in (old, new))
     fields = [f for f in sorted(a.keys() | b.keys()) if f.split(".")[0] not in _MODE_SECTIONS]
     return [f"{f}: {a.get(f)!r} -> {b.get(f)!r}" for f in fields if a.get(f) != b.get(f)]
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = ""):
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted field, value) of all leaves."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

@@ -20,14 +20,13 @@ from vigos_jax.data import encode_row
 from vigos_jax.demo.world import DemoSource
 from vigos_jax.errors import InputError
 from vigos_jax.graders import answer_kind
-from vigos_jax.images import read_image
 from vigos_jax.loading import Loaded, open_source, sampling_of
 from vigos_jax.metrics import bar, say, write_json
 from vigos_jax.models.variables import Variables
 from vigos_jax.packing import Row, pack_prompts, pack_scores
 from vigos_jax.processor import EncodedImage
 from vigos_jax.prompts import clean_reference
-from vigos_jax.rollouts import Case, Reader, parse, read_cases, spans_json
+from vigos_jax.rollouts import Case, Reader, first_picture, parse, pieces, read_cases, spans_json
 from vigos_jax.sampler import Sampler, row_keys
 from vigos_jax.score import score_batch, teacher_logps
 from vigos_jax.score_file import rollouts_source
@@ -294,11 +293,7 @@ def _record(item: _Counterfactuals, scores: palr.TokenScores, loaded: Loaded) ->
             lists[key][j] = float(values[e])
     head = {"id": item.case.example.id, "reference": item.case.example.reference}
     head |= {"wrong_answers": list(item.wrong_answers), "completion_ids": list(rollout.ids)}
-    return head | {"tokens": _pieces(rollout.ids, loaded), "spans": spans_json(rollout)} | lists
-
-
-def _pieces(ids: tuple[int, ...], loaded: Loaded) -> list[str]:
-    return [piece.decode("utf-8", errors="replace") for piece in loaded.processor.token_bytes(ids)]
+    return head | {"tokens": pieces(loaded, rollout.ids), "spans": spans_json(rollout)} | lists
 
 
 def _page_rollout(item: _Counterfactuals, scores: palr.TokenScores, source: Any, loaded: Loaded) -> report.Rollout:
@@ -317,14 +312,7 @@ def _page_rollout(item: _Counterfactuals, scores: palr.TokenScores, source: Any,
         hover = f"{record['role'][j]}: s {s:.3f}, answer {a:.3f}, image {i:.3f}"
         tokens.append(report.Token(text, color, 0.75 * float(weight[j] / strongest) ** 0.5, hover))
     title = f"{example.id} · reference {example.reference!r}, wrong {', '.join(item.wrong_answers)}"
-    return report.Rollout(title, example.problem, tokens, [_picture(source, item.case.index)])
-
-
-def _picture(source: Any, index: int) -> str:
-    """The row's first picture; it could be read a moment ago."""
-    images = source[index]["images"]
-    first = images[0] if isinstance(images, list | tuple | np.ndarray) else images
-    return report.picture_uri(read_image(first, image_roots=(*getattr(source, "image_roots", ()), "/")))
+    return report.Rollout(title, example.problem, tokens, [report.picture_uri(first_picture(source, item.case.index))])
 
 
 def _table(sums: dict[str, list[np.ndarray]], counts: Counter, *, seed: int) -> report.Table:

@@ -159,7 +159,8 @@ def _config_of_run(config, workdir: pathlib.Path | None):
     if workdir is None:
         return config
     saved = read_json(workdir / "config.json")
-    for section in ("generate", "score", "diagnose", "eval", "eval_every", "export", "plan", "mesh", "distributed"):
+    modes = ("generate", "score", "diagnose", "eval", "eval_every", "export", "plan")
+    for section in (*modes, "mesh", "distributed", "report", "log"):
         saved[section] = config[section]
     return saved
 

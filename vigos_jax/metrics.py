@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from vigos_jax.distributed import is_first
 from vigos_jax.health import finite_or_none
+from vigos_jax.loggers import Logger, open_loggers
 
 
 class MetricsFile:
@@ -22,16 +23,20 @@ class MetricsFile:
     Args:
       next_step: the first step that will be written; rows of this and later steps, left by a run that was killed
         after its last checkpoint, are dropped, and so is a torn last line.
+
+    Attributes:
+      last_step: the newest step that was there, dropped or not; 0 for none.
     """
 
     def __init__(self, path: pathlib.Path, *, next_step: int):
-        rows = []
+        rows, self.last_step = [], 0
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
                     row = json.loads(line)
                 except ValueError:
                     break
+                self.last_step = row["step"]
                 if row["step"] < next_step:
                     rows.append(line + "\n")
             temporary = path.with_suffix(".tmp")
@@ -111,18 +116,23 @@ class Progress:
 
 
 class RunLog:
-    """What a run says: a row per step with the seconds of its phases, and progress. The first process's word alone.
+    """What a run says: a row per step with the seconds of its phases, to metrics.jsonl in `workdir` and to the loggers
+    of `config.log`, and progress. The first process's word alone.
 
     Args:
-      path: of metrics.jsonl.
       first: steps done before.
-      total: steps of the whole run.
-      every: see `Progress`.
+
+    Raises:
+      InputError: a logger that is not installed or cannot be reached.
     """
 
-    def __init__(self, path: pathlib.Path, *, first: int, total: int, every: int):
-        self._file = MetricsFile(path, next_step=first + 1) if is_first() else None
-        self._progress = Progress(total=total, start=first, title="train", every=every)
+    def __init__(self, config, workdir: pathlib.Path, *, first: int):
+        self._file: MetricsFile | None = None
+        self._loggers: list[Logger] = []
+        if is_first():
+            self._file = MetricsFile(workdir / "metrics.jsonl", next_step=first + 1)
+            self._loggers = open_loggers(config, workdir, first=first, last_step=self._file.last_step)
+        self._progress = Progress(total=config.steps, start=first, title="train", every=config.log_every)
         self._compiled, self._programs = CompileCounter(), 0
         self._met: set[Any] = set()
         self._phases: list[tuple[str, float]] = []
@@ -137,20 +147,22 @@ class RunLog:
             self._met.add(shapes)
             self._progress.note(f"compiling the {phase} (shapes not met before)")
 
-    def write(self, row: Mapping[str, float], *, shown: Sequence[str]) -> None:
-        """Ends a step: writes its row, with phases and compilations, and shows some of it.
+    def write(self, row: Mapping[str, float], *, tokens: int, shown: Sequence[str]) -> None:
+        """Ends a step: writes its row, with phases, compilations and tokens per second, and shows some of it.
 
         Args:
           row: has `step`, counted from 1.
+          tokens: that were sampled in the step.
           shown: keys of the row; those it lacks are 0.
         """
         names, times = zip(*self._phases, strict=True)
         seconds = [b - a for a, b in itertools.pairwise([*times, time.monotonic()])]
         row = {**row, "compilations": self._compiled.programs - self._programs}
         row |= {f"seconds/{name}": s for name, s in zip(names, seconds, strict=True)}
+        row["tokens_per_second"] = tokens / max(sum(seconds), 1e-9)
         self._phases = []
-        if self._file:
-            self._file.write(row)
+        for logger in (self._file, *self._loggers) if self._file else ():
+            logger.write(row)
         values = {k.removesuffix("/loss").removesuffix("_rate"): row.get(k, 0.0) for k in shown}
         self._progress.update(row["step"], values)
 
@@ -162,8 +174,8 @@ class RunLog:
     def close(self) -> None:
         self._progress.close()
         self._compiled.close()
-        if self._file:
-            self._file.close()
+        for logger in (self._file, *self._loggers) if self._file else ():
+            logger.close()
 
 
 def bar(items: Iterable[Any], *, title: str) -> Iterator[Any]:

@@ -157,7 +157,7 @@ def _measured(run: Run | None, report: Mapping[str, Any] | None) -> list[str]:
         if "exact" in report:
             parts.append("Merging into bfloat16 rounds; a float32 or adapter export of the same run does not.")
     if run and run.metrics:
-        hidden = ("step", "compilations", "bad_rows", "skipped", "skipped_steps", "alerts")
+        hidden = ("step", "compilations", "bad_rows", "skipped", "skipped_steps", "alerts", "tokens_per_second")
         shown = [(k, v) for k, v in run.metrics.items() if k not in hidden and not k.startswith("seconds/")]
         rows = [(k, "not finite" if v is None else f"{v:.4g}") for k, v in shown]
         parts += [f"On the training rollouts of step {run.metrics['step']}:", _table(("", ""), rows)]

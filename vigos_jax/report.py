@@ -1,17 +1,30 @@
 """Pages to look at: one self-contained HTML file, no network, everything that comes from models and data escaped.
 
-A page is a title and a list of sections, each a frozen dataclass below; `page.html.j2` draws them.
+A page is a title and a list of sections, each a frozen dataclass below or a row of `charts.Chart`; `page.html.j2` draws
+them. The one script, `page.js`, is there for a browser of snapshots alone, and the page lets no other one run.
 """
 
 import base64
 import dataclasses
 import functools
+import hashlib
 import io
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jinja2
+import markupsafe
 from PIL import Image
+
+from vigos_jax import charts
+from vigos_jax.charts import Chart, Color
+
+# One colour each for roles, and for whatever else is told apart by colour.
+PALETTE: tuple[Color, ...] = (
+    *((47, 106, 200), (214, 111, 20), (130, 80, 180)),
+    *((20, 140, 110), (190, 60, 95), (110, 110, 40)),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +92,89 @@ class Rollout:
     kind = "rollout"
 
 
+@dataclasses.dataclass(frozen=True)
+class Charts:
+    """Charts side by side."""
+
+    title: str
+    charts: Sequence[Chart]
+    note: str = ""
+
+    kind = "charts"
+
+
+@dataclasses.dataclass(frozen=True)
+class Folded:
+    """Plain text that is shown when its title is clicked."""
+
+    title: str
+    text: str
+
+    kind = "folded"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shot:
+    """A response at some moment.
+
+    Attributes:
+      tags: "valid", "invalid", "right", "wrong", "leaky"; they are what can be filtered by.
+      note: a line about it.
+      tokens: pieces of text, in order.
+      roles: per token, which of the browser's roles scores it; -1 for none.
+      strengths: per token, how strong its colour is, 0-1.
+      hovers: per token, what shows on hover behind the role's name.
+    """
+
+    tags: Sequence[str]
+    note: str
+    tokens: Sequence[str]
+    roles: Sequence[int]
+    strengths: Sequence[float]
+    hovers: Sequence[str]
+
+    def __post_init__(self):
+        if not len(self.tokens) == len(self.roles) == len(self.strengths) == len(self.hovers):
+            raise ValueError("a shot's lists must have one entry per token")
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A question that is asked again and again: its response at each of the browser's steps, None without one."""
+
+    title: str
+    question: str
+    picture: str
+    shots: Sequence[Shot | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Browser:
+    """Responses to the same questions at several steps: the first beside the chosen one, filtered by tags.
+
+    Attributes:
+      first: what to call the student of the first step.
+    """
+
+    title: str
+    note: str
+    roles: Sequence[tuple[str, Color]]
+    steps: Sequence[int]
+    probes: Sequence[Probe]
+    first: str
+
+    kind = "browser"
+
+    def data(self) -> dict[str, Any]:
+        """What `page.js` reads."""
+        roles = [{"name": name, "color": list(color)} for name, color in self.roles]
+        probes = [dataclasses.asdict(probe) for probe in self.probes]
+        return {"roles": roles, "steps": list(self.steps), "probes": probes, "first": self.first}
+
+
+Section = Text | Table | Rollout | Charts | Folded | Browser
+
+
 def picture_uri(image: Image.Image, *, size: int = 160) -> str:
     """A thumbnail as a data URI."""
     image = image.convert("RGB")
@@ -97,20 +193,32 @@ def mix(a: tuple[int, int, int], b: tuple[int, int, int], share: float) -> tuple
 
 
 @functools.cache
+def _file(name: str) -> str:
+    return (pathlib.Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+@functools.cache
 def _template() -> jinja2.Template:
     # StrictUndefined: a section that lacks a field is an error, not an empty cell.
     options = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(autoescape=True, **options)
-    source = (pathlib.Path(__file__).parent / "page.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source)
+    # As they are, so that what cannot be written is replaced in them too; a NaN would be no JSON.
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False}
+    sizes = ("width", "height", "left", "right", "top", "bottom")
+    environment.globals |= {name: getattr(charts, name.upper()) for name in sizes}
+    return environment.from_string(_file("page.html.j2"))
 
 
-def render(title: str, sections: Sequence[Text | Table | Rollout]) -> str:
+def render(title: str, sections: Sequence[Section]) -> str:
     """The page as text."""
-    return _template().render(title=title, sections=sections)
+    script = _file("page.js") if any(s.kind == "browser" for s in sections) else ""
+    # By its hash: a script that came out of a data set would not run even if it were not escaped.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    policy = markupsafe.Markup(f"'sha256-{digest}'" if script else "'none'")
+    return _template().render(title=title, sections=sections, script=markupsafe.Markup(script), script_policy=policy)
 
 
-def write_page(path: pathlib.Path, title: str, sections: Sequence[Text | Table | Rollout]) -> None:
+def write_page(path: pathlib.Path, title: str, sections: Sequence[Section]) -> None:
     """Writes the page under a temporary name and renames it."""
     temporary = path.with_name(path.name + ".tmp")
     # Half a surrogate pair cannot be written; a model can produce one.

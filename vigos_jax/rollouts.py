@@ -5,10 +5,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from vigos_jax.architecture import ModelConfig
 from vigos_jax.data import Example, encode_row, is_unicode
 from vigos_jax.graders import is_correct, last_boxed, mentions
 from vigos_jax.health import finite_or_none
+from vigos_jax.images import read_image
 from vigos_jax.loading import Loaded
 from vigos_jax.packing import Buckets, Rollout, Row, make_row, too_long
 from vigos_jax.processor import EncodedImage, Processor
@@ -134,6 +138,20 @@ def spans_json(rollout: Rollout) -> dict[str, list[list[int]]]:
     """Token ranges [start, end) of the parts; an empty part has none."""
     parts = {name: getattr(rollout.spans, name) for name in _PARTS}
     return {name: [list(span)] if span[1] > span[0] else [] for name, span in parts.items()}
+
+
+def pieces(loaded: Loaded, ids: Sequence[int]) -> list[str]:
+    """The text of each token; a character that is split between tokens shows as replacement characters."""
+    return [piece.decode("utf-8", errors="replace") for piece in loaded.processor.token_bytes(ids)]
+
+
+def first_picture(source: Any, index: int) -> Image.Image:
+    """The first picture of a row that could be read a moment ago; a video's first frame."""
+    items = source[index]["images"]
+    first = items[0] if isinstance(items, list | tuple | np.ndarray) else items
+    if isinstance(first, Mapping) and "frames" in first:
+        first = first["frames"][0]
+    return read_image(first, image_roots=(*getattr(source, "image_roots", ()), "/"))
 
 
 def records(

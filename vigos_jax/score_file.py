@@ -3,6 +3,7 @@
 import json
 import pathlib
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,28 +15,37 @@ from vigos_jax.loading import Loaded
 from vigos_jax.losses import EntryScores, RoleStats, role_losses, role_stats, total_loss
 from vigos_jax.metrics import bar, write_json
 from vigos_jax.models.variables import Variables
-from vigos_jax.packing import pack_scores
-from vigos_jax.roles import roles_per_token
+from vigos_jax.packing import Rollout, pack_scores
+from vigos_jax.roles import TeacherRole, roles_per_token
 from vigos_jax.rollouts import Case, read_cases, spans_json
 from vigos_jax.score import score_batch
 from vigos_jax.sources import JsonlSource
 
 
-def _token_lists(case: Case, entries: dict[str, np.ndarray], loaded: Loaded) -> dict[str, Any]:
-    """Per-token lists of one row from its entries; of roles that score a token twice, the table's first is shown."""
-    n = len(case.rollout.ids)
+def token_lists(
+    rollout: Rollout, entries: Mapping[str, np.ndarray], roles: Sequence[TeacherRole]
+) -> dict[str, list[Any]]:
+    """Lists over a completion's tokens, None where nobody scores one; of roles that score one twice, the first's.
+
+    Args:
+      entries: [E] each: role, position, kl, kl_clipped, student_logp, teacher_logp of the rollout's row.
+
+    Returns:
+      role (its name) and the last four; `by_role`, the same for each role, where a token may have two.
+    """
+    n = len(rollout.ids)
     fields = ("kl", "kl_clipped", "student_logp", "teacher_logp")
     out: dict[str, Any] = {"role": [None] * n} | {f: [None] * n for f in fields}
-    by_role = {r.name: {f: [None] * n for f in fields} for r in loaded.roles}
+    by_role = {r.name: {f: [None] * n for f in fields} for r in roles}
     for e in np.flatnonzero(entries["role"] >= 0):
-        j, name = int(entries["position"][e]), loaded.roles[entries["role"][e]].name
+        j, name = int(entries["position"][e]), roles[entries["role"][e]].name
         for f in fields:
             by_role[name][f][j] = float(entries[f][e])
         if out["role"][j] is None:
             out["role"][j] = name
             for f in fields:
                 out[f][j] = float(entries[f][e])
-    if roles_per_token(loaded.roles) > 1:
+    if roles_per_token(roles) > 1:
         out["by_role"] = by_role
     return out
 
@@ -111,7 +121,7 @@ def score_rollouts(
                     "is_valid": case.rollout.spans.is_valid,
                     "completion_ids": list(case.rollout.ids),
                     "spans": spans_json(case.rollout),
-                    **_token_lists(case, entries, loaded),
+                    **token_lists(case.rollout, entries, roles),
                 }
                 file.write(json.dumps(record) + "\n")
     if rows == sum(bad.values()):

@@ -20,14 +20,17 @@ from vigos_jax.export import check_options, export
 from vigos_jax.health import Health, write_sick
 from vigos_jax.interrupt import Interrupt
 from vigos_jax.loading import Loaded, load, open_source, sampling_of
+from vigos_jax.loggers import check_installed
 from vigos_jax.metrics import RunLog, say, write_json
 from vigos_jax.model_card import Run
 from vigos_jax.models.variables import shares_vision
 from vigos_jax.models.vlm import VisionLanguageModel
 from vigos_jax.roles import TeacherRole
 from vigos_jax.rollouts import parse, records, rollout_counts, rollout_metrics
+from vigos_jax.run_report import write_run_page
 from vigos_jax.sampler import Sampler, row_keys
 from vigos_jax.sharding import check_batch, replicated, tree_shardings
+from vigos_jax.snapshots import Snapshots
 from vigos_jax.step import TrainState, TrainStep, make_optimizer, make_train_step
 
 
@@ -76,9 +79,9 @@ def _initial_state(config, loaded: Loaded, tx: Any) -> TrainState:
 def train(config, workdir: pathlib.Path) -> None:
     """Runs `config.steps` optimizer steps in `workdir`, going on from its newest checkpoint if there is one.
 
-    Writes config.json, metrics.jsonl, checkpoints/, with `config.eval_every` eval.jsonl and eval/, at the end export/
-    and, on the demo, results.json. With several processes all call it, on the same workdir: the first writes, all write
-    the checkpoints.
+    Writes config.json, metrics.jsonl, report.jsonl and report.html, checkpoints/, with `config.eval_every` eval.jsonl
+    and eval/, at the end export/ and, on the demo, results.json. With several processes all call it, on the same
+    workdir: the first writes, all write the checkpoints.
 
     Raises:
       Stopped: a signal came, and everything that was done is saved.
@@ -87,6 +90,7 @@ def train(config, workdir: pathlib.Path) -> None:
     with Interrupt() as interrupt:
         with interrupt.at_once():
             first_decides(lambda: _check_workdir(config, workdir))
+            first_decides(lambda: check_installed(config))
             source = open_source(config)
             loaded = load(config, for_training=True)
             check_batch(loaded.mesh, batch_size=config.batch_size, accumulation=config.accumulation)
@@ -106,6 +110,7 @@ def train(config, workdir: pathlib.Path) -> None:
             if config.export.after_training and first_decides(lambda: not output.exists()):
                 export(loaded, trained, config, output, run=Run.of(workdir, config.steps))
     if is_first():
+        write_run_page(workdir)
         _show(workdir, output)
 
 
@@ -132,22 +137,25 @@ def _steps(
             bad_rows.update(saved["rows_seen"], saved["bad_rows"])
             health = Health(config.guards, saved["health"])
             say(f"going on from step {first} of {config.steps} in {workdir}")
-        with interrupt.at_once():
-            evaluations.at(first, state.trained)  # the step may have been saved, but not evaluated
-        if first == config.steps:
-            return state.trained
-
-        train_step = train_step_of(config, loaded.model, loaded.roles, tx, state)
         sampler = Sampler(
             loaded.model,
             sampling_of(config),
             eos_ids=loaded.processor.eos_ids,
             cache_sizes=loaded.buckets.completion,
         )
+        snapshots = Snapshots(config, loaded, source, sampler, workdir)
+        with interrupt.at_once():
+            evaluations.at(first, state.trained)  # the step may have been saved, but not evaluated
+            snapshots.at(first, state)
+        if first == config.steps:
+            return state.trained
+
+        train_step = train_step_of(config, loaded.model, loaded.roles, tx, state)
         one_tower = shares_vision(state.trained)
         dropout_key = jax.random.fold_in(jax.random.key(config.seed), 2)
         batches = Batches(config, loaded, source, first=first)
-        log = RunLog(workdir / "metrics.jsonl", first=first, total=config.steps, every=config.log_every)
+        log = RunLog(config, workdir, first=first)
+        shown = ("loss", *(f"{r.name}/loss" for r in loaded.roles), "valid_rate", "accuracy")
         sick, upcoming = workdir / "sick", batches.next()
         for step in range(first, config.steps):
             batch = upcoming
@@ -177,7 +185,7 @@ def _steps(
             health.update(row)
             row |= {"skipped_steps": health.skipped, "alerts": len(health.alerts)}
             row |= {"seconds/data": batch.seconds}  # during the last step's update, but for the first
-            log.write(row, shown=("loss", *(f"{r.name}/loss" for r in loaded.roles), "valid_rate", "accuracy"))
+            log.write(row, tokens=counts.get("tokens", 0), shown=shown)
             if row["skipped"]:
                 write_sick(sick, row, records(loaded, batch.examples, rollouts))
             for text in health.news:
@@ -192,6 +200,7 @@ def _steps(
                 checkpoints.save(state, place(next_batch=step + 1) | seen)
             if signals or unwell:
                 break
+            snapshots.at(step + 1, state)  # about as long as a step, so that a signal can wait for it
             if evaluations.due(step + 1):
                 with interrupt.at_once():
                     evaluations.at(step + 1, state.trained)
@@ -229,6 +238,7 @@ def declared_programs(buckets: Mapping[str, Sequence[int]], *, max_tokens: int) 
     """The most programs a run can compile, by kind: one for each combination of declared sizes that it can meet.
 
     "other" are the update, adding up and grouping micro-batches, and what jax compiles for keys, copies and casts.
+    Scoring a snapshot takes programs of its own, between the steps: at most as many as "gradient" for one micro-batch.
     """
     capacities = len([n for n in buckets["completion"] if n < max_tokens]) + 1
     images, prompts, sequences = len(buckets["patches"]), len(buckets["prompt"]), len(buckets["sequence"])
@@ -258,7 +268,7 @@ def _evaluate(config, workdir: pathlib.Path, loaded: Loaded, trained: Any) -> No
 
 def _show(workdir: pathlib.Path, output: pathlib.Path) -> None:
     print(f"the run is complete: {workdir}")
-    parts = ("config.json", "metrics.jsonl", "eval.jsonl", "results.json", "checkpoints")
+    parts = ("config.json", "metrics.jsonl", "report.html", "eval.jsonl", "results.json", "checkpoints")
     for path in [*(workdir / p for p in parts), output]:
         if path.exists():
             print(f"  {path}")

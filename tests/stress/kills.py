@@ -104,14 +104,15 @@ def difference(a: pathlib.Path, b: pathlib.Path, steps: int) -> str:
 
     def metrics(workdir: pathlib.Path) -> list[dict]:
         found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in row.items() if not k.startswith(("seconds/", "compilations"))} for row in found]
+        clock = ("seconds/", "compilations", "tokens_per_second")
+        return [{k: v for k, v in row.items() if not k.startswith(clock)} for row in found]
 
     for i, (x, y) in enumerate(zip(metrics(a), metrics(b), strict=False)):
         if x != y:
             return f"metrics of step {i + 1}: {x} and {y}"
     if [row["step"] for row in metrics(b)] != list(range(1, steps + 1)):
         return f"the steps of {b / 'metrics.jsonl'}"
-    for name in ("config.json", "results.json", "export/model.safetensors"):
+    for name in ("config.json", "report.jsonl", "results.json", "export/model.safetensors"):
         x, y = ((workdir / name).read_bytes() for workdir in (a, b))
         if x != y:
             return name
