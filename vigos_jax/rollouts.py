@@ -157,7 +157,7 @@ def first_picture(source: Any, index: int) -> Image.Image:
 def records(
     loaded: Loaded, examples: Sequence[Example], rollouts: Sequence[Rollout | None]
 ) -> list[dict[str, Any]]:
-    """JSON of each row and its rollout, to look at or to score again; a bad row has its reason instead."""
+    """JSON of each row and its rollout, to look at; a bad row has its reason instead."""
     out = []
     for example, rollout in zip(examples, rollouts, strict=True):
         row = {"id": example.id}
