@@ -25,6 +25,7 @@ SHARD = 600_000_000  # bytes of a file
 def write_random(folder: pathlib.Path) -> None:
     """A Qwen2.5-VL-3B of 12 layers and a small vocabulary, random bfloat16, written tensor by tensor by plain numpy."""
     raw = published_config("Qwen/Qwen2.5-VL-3B-Instruct") | {"num_hidden_layers": 12, "vocab_size": 32000}
+    raw |= {"image_token_id": 31998, "video_token_id": 31999}
     raw["vision_config"] = raw["vision_config"] | {"depth": 2, "fullatt_block_indexes": [1]}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(raw))
