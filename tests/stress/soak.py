@@ -40,7 +40,10 @@ def main(steps: int, folder: pathlib.Path) -> int:
         memory.append(resident())
 
     MetricsFile.write = sampled
+    # One size of each array: a size that is met late is compiled late, which is growth, but none that goes on.
+    sizes = {"patches": (36,), "prompt": (64,), "completion": (48,), "sequence": (256,)}
     flags = [f"--config.steps={steps}", "--config.evaluate.questions=0", "--config.export.after_training=False"]
+    flags += [f"--config.buckets.{kind}={size}" for kind, size in sizes.items()]
     if command_line.main(["vigos_jax", "--config=configs/base.py", f"--workdir={folder / 'run'}", *flags]):
         return 1
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
