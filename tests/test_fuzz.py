@@ -144,6 +144,7 @@ def check_config(path, raw) -> bool:
 
 
 @settings(max_examples=250, suppress_health_check=list(HealthCheck))
+@example(changes=[(("accumulation",), float("nan"), True)])  # a field that nothing reads, and no value but itself
 @given(changes=st.lists(st.tuples(st.sampled_from(FIELDS), JSON, st.booleans()), min_size=1, max_size=2))
 def test_configs(tmp_path_factory, changes):
     raw = json.loads(BASE)
