@@ -55,10 +55,12 @@ EXTRAS = {
         "ipykernel>=7",
         "jupytext>=1.17",
         "matplotlib>=3.10",
+        "scipy>=1.14",
     ],
     "plan": [LIBTPU],  # the compiler for TPUs, without a TPU
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
+    "study": ["matplotlib>=3.10", "scipy>=1.14"],  # python -m vigos_jax.demo.study
     "notebooks": ["matplotlib>=3.10", "ipykernel>=7", "jupytext>=1.17"],
     "judge": ["openai>=2"],  # the client of any server that speaks its protocol
     "tracking": ["tensorboard>=2.21", "wandb>=0.31"],

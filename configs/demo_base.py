@@ -33,6 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.responses.caption_share = 0.30  # image-only turns, always faithful
     config.responses.caption_follow_prior = 0.3
     config.responses.privileged_share = 0.30  # reasoning and reference prompts, half and half; the rest are student's
+    config.responses.free_form_share = 0.0  # rows of prompts.free_form and prompts.free_form_privileged, half and half
     config.responses.privileged_follow_prior = 0.4
     config.responses.random_reference = 0.5  # how often the reference is uniform instead of true
     config.responses.student_follow_prior = 0.6

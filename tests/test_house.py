@@ -11,7 +11,7 @@ MAX_LINES = 400
 # Every file of vigos_jax/, highest first; a file may import those in rows below its own, and its own folder.
 # A name that ends in "/" is a folder and stands for its files, except those that are listed by themselves.
 ROOMS = (
-    ("demo/make_base.py",),
+    ("demo/make_base.py", "demo/study.py"),
     ("demo/card.py",),
     ("main.py",),
     ("plan.py",),

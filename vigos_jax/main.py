@@ -71,7 +71,7 @@ def _parse(argv: list[str]):
         file = "configs/base.py"
     if file is None:
         raise InputError("--config FILE is missing; try --config configs/base.py, or --help")
-    path = _find_config(file)
+    path = find_config(file)
     file = file.replace(file.split(":")[0], str(path), 1)  # what follows a colon is for get_config
     # The file goes first: its fields can only be overridden once it is read, in whatever order they were given.
     config_only, everything = [argv[0], f"--config={file}"], [argv[0], f"--config={file}", *rest]
@@ -99,8 +99,8 @@ def _parse(argv: list[str]):
         raise InputError(f"--workdir {workdir} begins with the home of a user that does not exist") from e
 
 
-def _find_config(file: str) -> pathlib.Path:
-    """The config file that `--config` names: one of the user's, else one that is shipped."""
+def find_config(file: str) -> pathlib.Path:
+    """The config file that `--config` names: one of the user's, else one that is shipped. InputError for neither."""
     path = pathlib.Path(file.split(":")[0])
     if path.is_file():
         return path

@@ -81,24 +81,42 @@ class RowMaker:
 
     def student(self) -> tuple[world.Item, Turn, str]:
         """(item, turn, response): the student's, driven by the prior in part, and malformed now and then."""
-        c, rng = self.config.responses, self.rng
-        item = self._item(c.student_follow_prior)
-        response = responses.student_response(
-            rng, item, stated=c.prior_driven_stated, unstated=c.prior_driven_unstated,
-            in_description=c.prior_driven_description,
-        )  # fmt: skip
-        is_malformed = rng.random() < c.malformed
-        text = responses.malformed(rng, response) if is_malformed else responses.completion(response)
+        item, response = self._student_response()
+        is_malformed = self.rng.random() < self.config.responses.malformed
+        text = responses.malformed(self.rng, response) if is_malformed else responses.completion(response)
         return item, self._turn("student", item.question, None), text
 
     def privileged(self) -> tuple[world.Item, Turn, str]:
         """(item, turn, response): of a role that is shown a reference, with the planted leak."""
-        c, rng = self.config.responses, self.rng
-        item = self._item(c.privileged_follow_prior)
-        reference = responses.draw_reference(rng, item, random_rate=c.random_reference)
-        response = responses.privileged_response(rng, item, reference=reference, leak=self.config.leak)
-        role = "reasoning" if rng.random() < 0.5 else "reference"
+        item, reference, response = self._privileged_response()
+        role = "reasoning" if self.rng.random() < 0.5 else "reference"
         return item, self._turn(role, item.question, reference), responses.completion(response)
+
+    def free_form(self) -> tuple[world.Item, Turn, str]:
+        """(item, turn, response): of a student and of a privileged role that are asked for no description."""
+        if self.rng.random() < 0.5:
+            item, response = self._student_response()
+            turn = self._turn("free_form", item.question, None)
+        else:
+            item, reference, response = self._privileged_response()
+            turn = self._turn("free_form_privileged", item.question, reference)
+        return item, turn, responses.free_form(response)
+
+    def _student_response(self) -> tuple[world.Item, responses.Response]:
+        c = self.config.responses
+        item = self._item(c.student_follow_prior)
+        response = responses.student_response(
+            self.rng, item, stated=c.prior_driven_stated, unstated=c.prior_driven_unstated,
+            in_description=c.prior_driven_description,
+        )  # fmt: skip
+        return item, response
+
+    def _privileged_response(self) -> tuple[world.Item, str, responses.Response]:
+        c = self.config.responses
+        item = self._item(c.privileged_follow_prior)
+        reference = responses.draw_reference(self.rng, item, random_rate=c.random_reference)
+        response = responses.privileged_response(self.rng, item, reference=reference, leak=self.config.leak)
+        return item, reference, response
 
     def stack(self, drawn: list[tuple[world.Item, Turn, str]], *, length: int) -> Rows:
         """Pads drawn rows to `length` tokens."""
@@ -247,10 +265,12 @@ def train(config: ml_collections.ConfigDict, processor: Processor, model: Vision
     def response_batches(rows: RowMaker) -> Iterator[tuple]:
         c, b = config.responses, config.responses.batch_size
         captions, privileged = round(b * c.caption_share), round(b * c.privileged_share)
+        free_form = round(b * c.free_form_share)
         while True:
             short = [rows.caption(c.caption_follow_prior) for _ in range(captions)]
             long = [rows.privileged() for _ in range(privileged)]
-            long += [rows.student() for _ in range(b - captions - privileged)]
+            long += [rows.student() for _ in range(b - captions - privileged - free_form)]
+            long += [rows.free_form() for _ in range(free_form)]
             yield ((rows.stack(short, length=CAPTION_LENGTH), rows.stack(long, length=RESPONSE_LENGTH)),)
 
     width = 1 + len(world.KINDS) + len(world.ATTRIBUTES["color"]) + len(world.ATTRIBUTES["size"])

@@ -33,6 +33,11 @@ def completion(response: Response) -> str:
     )
 
 
+def free_form(response: Response) -> str:
+    """The completion of a turn that asks for no description: rationale and answer alone."""
+    return f"{response.rationale} \\boxed{{{response.answer}}}"
+
+
 def _concluding(item: Item, *, description: str, value: str) -> Response:
     return Response(description, f"the {item.kind} are {value}", value)
 

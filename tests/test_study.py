@@ -1,0 +1,381 @@
+"""The paper in miniature: its statistics against scipy's, its commands, going on, and what is said of its results."""
+
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from configs.miniature import base as miniature_base
+from configs.miniature import study as shipped
+from vigos_jax import main as command_line
+from vigos_jax.config import validate
+from vigos_jax.demo import make_base, study, study_plots, study_tables
+from vigos_jax.demo.assets import write_assets
+from vigos_jax.errors import InputError
+from vigos_jax.processor import Processor
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+COMMITTED = ROOT / "docs" / "miniature"
+
+# Statistics ---------------------------------------------------------------------------------------
+
+
+def test_estimate_is_students():
+    values = np.random.default_rng(0).normal(0.1, 0.2, 7)
+    got, test = study_tables.estimate(list(values)), stats.ttest_1samp(values, 0.0)
+    interval = test.confidence_interval(0.95)
+    assert (got.low, got.high) == pytest.approx((interval.low, interval.high), abs=1e-12)
+    assert got.p == pytest.approx(test.pvalue, abs=1e-12)
+    assert (got.n, got.above) == (7, int((values > 0).sum()))
+
+
+def test_of_one_seed_there_is_no_interval():
+    got = study_tables.estimate([0.3])
+    assert got.mean == 0.3 and math.isnan(got.half) and math.isnan(got.p)
+    assert study_tables.with_interval(got) == "0.300" and study_tables.with_test(got) == "+0.300"
+
+
+def test_of_equal_numbers_the_interval_is_a_point():
+    assert study_tables.estimate([0.25, 0.25, 0.25]).p == 0 and study_tables.estimate([0.0, 0.0]).p == 1
+
+
+def record(method: str, seed: int, *, strength: float = 0.7, **rates) -> dict:
+    return {"leak_strength": strength, "seed": seed, "method": method, **dict.fromkeys(study_tables.METRICS), **rates}
+
+
+def made_up(rng, **shifts: float) -> list[dict]:
+    """Records of five seeds whose level differs much from seed to seed; methods differ by `shifts` in every rate."""
+    out = []
+    for seed in range(5):
+        level = rng.uniform(0.2, 0.8)
+        for method, shift in shifts.items():
+            rates = {m: level + shift + rng.normal(0, 0.005) for m in study_tables.METRICS}
+            out.append(record(method, seed, **rates))
+    return out
+
+
+def test_a_difference_is_taken_within_seeds():
+    records = made_up(np.random.default_rng(1), vigos=0.1, base=0.0)
+    pairs = [[r["score"] for r in records if r["method"] == m] for m in ("vigos", "base")]
+    got, test = study_tables.difference(records, 0.7, "vigos", "base", "score"), stats.ttest_rel(*pairs)
+    assert got.p == pytest.approx(test.pvalue, rel=1e-9) and got.p < 1e-4
+    assert stats.ttest_ind(*pairs).pvalue > 0.05  # what it would be without the pairs
+    shuffled = [r | {"seed": (r["seed"] + 1) % 5} if r["method"] == "base" else r for r in records]
+    assert study_tables.difference(shuffled, 0.7, "vigos", "base", "score").p > 0.05
+
+
+def test_only_seeds_that_both_have_count():
+    records = [record("vigos", 1, score=0.5), record("vigos", 2, score=0.9), record("base", 2, score=0.8)]
+    got = study_tables.difference(records, 0.7, "vigos", "base", "score")
+    assert got.n == 1 and got.mean == pytest.approx(0.1)
+    assert study_tables.difference(records, 0.7, "vigos", "base", "prior") is None
+    assert study_tables.difference(records, 0.0, "vigos", "base", "score") is None
+
+
+def verdict(records: list[dict], text: str) -> str:
+    return next(c.verdict for c in study_tables.claims(records) if text in c.text)
+
+
+@pytest.mark.parametrize("shift, expected", [(0.1, "shown"), (0.001, "undecided"), (-0.1, "contradicted")])
+def test_verdicts(shift, expected):
+    records = made_up(np.random.default_rng(2), vigos=shift, base=0.0, opsd_same_prompt=0.0)
+    assert verdict(records, "raises its base's Score") == expected
+    assert verdict(records, "higher Score than OPSD with the same prompt") == expected
+    against = {"shown": "contradicted", "contradicted": "shown", "undecided": "undecided"}[expected]
+    assert verdict(records, "lowers its base's leak") == against
+    assert verdict(records, "PALR of reasoning and answer is lower") == against
+
+
+@pytest.mark.parametrize("shift, expected", [(0.0, "shown"), (-0.02, "undecided"), (-0.06, "contradicted")])
+def test_verdict_on_prior_has_a_margin(shift, expected):
+    assert verdict(made_up(np.random.default_rng(3), vigos=shift, base=0.0), "base's Prior") == expected
+
+
+@pytest.mark.parametrize(
+    "faithful_gap, spread, closed, shrinks",
+    [
+        (0.0, 0.004, "shown", "shown"),
+        (0.05, 0.004, "undecided", "shown"),
+        (0.3, 0.004, "contradicted", "undecided"),
+        (0.0, 0.1, "undecided", "shown"),
+    ],
+)
+def test_verdict_on_the_gap(faithful_gap, spread, closed, shrinks):
+    records = []
+    for seed, noise in enumerate(np.linspace(-1, 1, 5)):
+        for leak, gap in ((0.7, 0.3), (0.0, faithful_gap)):
+            score = 0.5 + gap + spread * noise
+            records += [record("vigos", seed, strength=leak, score=score)]
+            records += [record("opsd_same_prompt", seed, strength=leak, score=0.5 + (leak > 0) * spread * noise / 2)]
+    assert verdict(records, "within 0.05 of nothing") == closed
+    assert verdict(records, "lead over OPSD shrinks") == shrinks
+
+
+def test_tables_hold_every_method_once_and_leave_gaps():
+    records = made_up(np.random.default_rng(4), vigos=0.1, base=0.0, my_own=0.05)
+    records += [record("opsd", s, score=0.4, prior=0.9) for s in range(5)]
+    table = study_tables.methods_table(records).splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| OPSD, free form", "| base", "| **ViGOS**", "| my_own"]
+    assert "0.400 ± 0.000 | 0.900 ± 0.000 | – | –" in table[2]
+    assert "my_own" in study_tables.differences_table(records)
+
+
+# Jobs ---------------------------------------------------------------------------------------------
+
+
+def test_every_run_is_a_valid_command_line(tmp_path):
+    bases, runs, palr = study.phases(shipped.get_config(), tmp_path)
+    assert (len(bases), len(runs), len(palr)) == (11, 5 * 7 + 3 * 2 * 2, 5 * 6 + 3 * 2 * 2)
+    assert len({job.name for job in (*bases, *runs, *palr)}) == len(bases) + len(runs) + len(palr)
+    of_base = {str(job.done.parent) for job in bases}
+    for job in (*runs, *palr):
+        config, mode, workdir = command_line._parse(list(job.arguments))
+        validate(config)
+        assert workdir in (job.done.parent, job.done.parent.parent) and (mode == "diagnose") == (job in palr)
+        if mode == "train":
+            assert config.model.path in of_base and config.model.path.endswith(f"-{config.seed}")
+            assert config.evaluate.seed == config.seed and config.evaluate.questions == 500
+
+
+def test_nothing_was_developed_on_these_seeds():
+    seeds = {seed for _, seed, _ in study.cells(shipped.get_config())}
+    assert not seeds & {0, 1, 2, 7, 42}  # of the shipped base, its card, first light and evaluations
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda c: c.groups.half.update({"leak": 0.0}), "leak 0.0, seed 101, its base is there 2 times"),
+        (lambda c: c.groups.leaky.update({"seeds": (7, 7)}), "seed 7, its base is there 2 times"),
+        (lambda c: c.groups.leaky.update({"methods": ("vigo",)}), "'vigo' is unknown; choices: "),
+        (lambda c: c.update({"workers": 0}), "config.workers=0"),
+        (lambda c: c.update({"questions": True and -1}), "config.questions=-1"),
+    ],
+)
+def test_a_config_that_asks_for_the_impossible(change, said):
+    config = shipped.get_config()
+    change(config)
+    with pytest.raises(InputError, match=said):
+        study.check(config)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--config=configs/base.py"], "this config is no study: it lacks base"),
+        (["--config=configs/nothing.py"], "nothing.py"),
+        (["--config.question=3"], "'question'"),
+        (["more"], "unexpected argument 'more'"),
+    ],
+)
+def test_bad_command_lines(arguments, said, capsys, tmp_path):
+    assert study.main(["study", f"--workdir={tmp_path}", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert said in message and message.count("\n") == 1
+
+
+def zip_job(folder: pathlib.Path, *, name: str = "a", source: str = "text") -> study.Job:
+    """A job that any Python can do: packs a file."""
+    (folder / "text").write_text("x")
+    done = folder / f"{name}.zip"
+    return study.Job(name, ("zipfile", "-c", str(done), str(folder / source)), done)
+
+
+def test_what_is_finished_is_not_done_again(tmp_path):
+    jobs = [zip_job(tmp_path, name=name) for name in "abc"]
+    study.run_jobs(jobs, tmp_path / "jobs", workers=2)
+    assert all(job.done.exists() for job in jobs)
+    jobs[1].done.unlink()
+    before = jobs[0].done.stat().st_mtime_ns
+    study.run_jobs(jobs, tmp_path / "jobs", workers=2)
+    assert jobs[1].done.exists() and jobs[0].done.stat().st_mtime_ns == before
+
+
+def test_a_result_without_its_record_is_not_believed(tmp_path):
+    job = zip_job(tmp_path)
+    job.done.write_text("of somebody else")
+    study.run_jobs([job], tmp_path / "jobs", workers=1)
+    assert job.done.read_bytes()[:2] == b"PK"
+
+
+def test_results_of_another_command_are_refused(tmp_path):
+    study.run_jobs([zip_job(tmp_path)], tmp_path / "jobs", workers=1)
+    (tmp_path / "other").write_text("y")
+    with pytest.raises(InputError, match="was made with .*text.*, not .*other.*; choose another --workdir"):
+        study.run_jobs([zip_job(tmp_path, source="other")], tmp_path / "jobs", workers=1)
+
+
+def test_a_job_that_fails_ends_it_and_says_where_to_look(tmp_path):
+    jobs = [zip_job(tmp_path, source="nothing/there"), *(zip_job(tmp_path, name=name) for name in "bcd")]
+    jobs[0] = study.Job("a", ("zipfile", "-e", str(tmp_path / "none.zip"), str(tmp_path)), tmp_path / "a.zip")
+    with pytest.raises(InputError, match="a: exit code 1; what it said is in .*a.log; the same command goes on"):
+        study.run_jobs(jobs, tmp_path / "jobs", workers=1)
+    assert "none.zip" in (tmp_path / "jobs" / "a.log").read_text()
+    assert not jobs[-1].done.exists()
+
+
+def test_a_job_that_ends_well_without_its_result_was_stopped(tmp_path):
+    job = study.Job("a", ("zipfile", "--help"), tmp_path / "a.zip")
+    with pytest.raises(InputError, match="it was stopped"):
+        study.run_jobs([job], tmp_path / "jobs", workers=1)
+
+
+def test_stopped_it_asks_its_jobs_to_end(tmp_path):
+    """SIGTERM to the study while a job sleeps: the job is gone, the next never begins, exit code 130."""
+    began = tmp_path / "began"
+    program = f"""
+import signal, sys, pathlib
+from vigos_jax import shell
+from vigos_jax.demo import study
+signal.signal(signal.SIGTERM, study._interrupt)
+folder = pathlib.Path({str(tmp_path)!r})
+sleep = ("timeit", "-n1", "-r1", "import time, pathlib; pathlib.Path({str(began)!r}).touch(); time.sleep(60)")
+jobs = [study.Job(name, sleep, folder / name) for name in ("one", "two")]
+sys.exit(shell.run(lambda _: study.run_jobs(jobs, folder / "jobs", workers=1), [], verbose=False))
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not began.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=50)
+    assert process.returncode == 130, said
+    assert not (tmp_path / "jobs" / "two.json").exists()
+
+
+# Bases and figures --------------------------------------------------------------------------------
+
+
+def test_free_form_rows_have_both_prompts_and_no_description(tmp_path):
+    config = miniature_base.get_config()
+    texts = [text for p in config.prompts.values() for text in (p.user, p.assistant_prefill)]
+    write_assets(tmp_path, templates=texts)
+    processor = Processor.load(tmp_path)
+    rows = make_base.RowMaker(processor, config, [1, 2])
+    prompts, sure = set(), 0
+    for _ in range(200):
+        item, turn, response = rows.free_form()
+        prompt = processor.decode([*turn.prefix_ids, *turn.rest_ids])
+        assert "escri" not in prompt and "<" not in response and response.endswith("}")
+        value = response.split("\\boxed{")[1][:-1]
+        assert response == f"the {item.kind} are {value} \\boxed{{{value}}}"
+        prompts.add("Reference answer" in prompt)
+        sure += value == item.answer
+    assert prompts == {True, False} and 60 < sure < 190
+
+
+def test_the_shipped_base_has_no_free_form_rows():
+    from configs import demo_base
+
+    config = demo_base.get_config()
+    assert config.responses.free_form_share == 0 and "free_form" not in config.prompts
+
+
+def test_figures_are_the_same_bytes_for_the_same_numbers(tmp_path):
+    records = made_up(np.random.default_rng(5), **dict.fromkeys(study_tables.METHODS, 0.1))
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        study_plots.draw(records, tmp_path / name)
+    files = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert files == ["leak.svg", "methods.svg", "palr.svg"]
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    assert (tmp_path / "a" / "methods.svg").read_text().count("OPSD, same prompt") == 3
+
+
+# The whole of it ----------------------------------------------------------------------------------
+
+TINY_BASE = """
+from configs.miniature import base
+
+def get_config():
+    config = base.get_config()
+    for stage in (config.vision, config.captions, config.responses):
+        stage.steps, stage.batch_size = 3, 8
+    config.responses.batch_size, config.warmup, config.card_items = 56, 1, 16
+    return config
+"""
+TINY_STUDY = """
+from configs.miniature import study
+
+def get_config():
+    config = study.get_config()
+    config.base = "{folder}/tiny_base.py"
+    config.methods.quick = "{folder}/quick.py"
+    config.methods.quick_opsd = "{folder}/quick_opsd.py"
+    config.free_form = ("quick", "quick_opsd")  # three steps of training make no valid rollout
+    for name in ("half", "faithful"):
+        del config.groups[name]
+    config.groups.leaky = study.group(0.7, seeds=(1, 2), methods=("quick", "quick_opsd"))
+    config.questions, config.palr_rows = 8, 8
+    return config
+"""
+QUICK = """
+from configs import {name} as full
+
+def get_config():
+    config = full.get_config()
+    config.steps, config.batch_size, config.evaluate.batch_size = 2, 8, 16
+    return config
+"""
+
+
+@pytest.mark.slow
+def test_a_study_of_minutes_end_to_end(tmp_path):
+    (tmp_path / "tiny_base.py").write_text(TINY_BASE)
+    (tmp_path / "study.py").write_text(TINY_STUDY.format(folder=tmp_path))
+    (tmp_path / "quick.py").write_text(QUICK.format(name="base"))
+    (tmp_path / "quick_opsd.py").write_text(QUICK.format(name="opsd"))
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "vigos_jax.demo.study", "--config", str(tmp_path / "study.py")]
+    command += ["--workdir", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    records = json.loads((tmp_path / "out" / "results.json").read_text())["records"]
+    wanted = [(seed, method) for seed in (1, 2) for method in ("quick", "quick_opsd")]
+    assert sorted((r["seed"], r["method"]) for r in records) == wanted
+    assert done.stdout.strip() == (tmp_path / "out" / "report.md").read_text().strip()
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0 and again.stdout == done.stdout and "1/" not in again.stderr
+
+
+# What was committed -------------------------------------------------------------------------------
+
+
+def committed() -> list[dict]:
+    return json.loads((COMMITTED / "results.json").read_text(encoding="utf-8"))["records"]
+
+
+def test_the_committed_results_are_those_of_the_shipped_study():
+    stored = json.loads((COMMITTED / "results.json").read_text(encoding="utf-8"))
+    assert stored["settings"] == json.loads(shipped.get_config().to_json_best_effort())
+    cells = {(leak, seed, method) for leak, seed, method in study.cells(shipped.get_config()) if method}
+    assert cells <= {(r["leak_strength"], r["seed"], r["method"]) for r in stored["records"]}
+
+
+def test_the_page_and_the_readme_show_the_committed_tables():
+    page = (ROOT / "docs" / "miniature.md").read_text(encoding="utf-8")
+    for table in (
+        study_tables.methods_table(committed()),
+        study_tables.differences_table(committed()),
+        study_tables.leak_table(committed()),
+        study_tables.claims_table(committed()),
+    ):
+        assert table in page
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for line in study_tables.methods_table(committed()).splitlines()[2:]:
+        assert line in readme
+
+
+def test_the_committed_figures_are_drawn_from_the_committed_results(tmp_path):
+    study_plots.draw(committed(), tmp_path)
+    for drawn in sorted(tmp_path.iterdir()):
+        assert drawn.read_bytes() == (COMMITTED / drawn.name).read_bytes(), drawn.name
