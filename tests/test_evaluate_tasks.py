@@ -480,6 +480,12 @@ def test_journal(tmp_path):
         assert journal["c"] == {"key": "c", "x": 4} and len(journal) == 3
         with pytest.raises(InputError, match="another process is writing"):
             Journal(path)
+    with Journal(path, keys_only=True) as journal:
+        assert list(journal) == ["a", "b", "c"] and journal["c"] is None
+        journal.append("d", {"x": 5})
+        assert "d" in journal and journal["d"] is None
+    assert path.read_bytes().endswith(b'{"key": "d", "x": 5}\n')
+    path.write_bytes(path.read_bytes().removesuffix(b'{"key": "d", "x": 5}\n'))
     whole = path.read_bytes()
     for garbage in (b"no json", b"{}", b"[1]", b"7", b"\x00\xff", b'{"key": ["a"]}', b'{"key": 1}', b"[" * 9999, b""):
         path.write_bytes(whole + garbage + b"\n" + whole)

@@ -1,5 +1,6 @@
 """The page of a run: drawn from the run's files whatever is in them, and driven in a browser."""
 
+import itertools
 import json
 import pathlib
 import re
@@ -8,6 +9,7 @@ import pytest
 from browser import dump, needs_browser
 
 from configs import base
+from vigos_jax import run_report
 from vigos_jax.config import to_json
 from vigos_jax.run_report import write_run_page
 
@@ -78,6 +80,23 @@ def test_what_the_page_has(tmp_path):
     write_run_page(tmp_path / "run")
     assert (tmp_path / "run" / "report.html").read_bytes() == before
     assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_of_a_long_run_the_page_shows_some_snapshots_and_reads_no_others(tmp_path):
+    page = write_run(tmp_path / "run")
+    short = page.stat().st_size
+    lines = (tmp_path / "run" / "report.jsonl").read_text().splitlines()[:4]  # what was asked
+    for step in range(0, 2001, 20):
+        lines += [json.dumps(response(step, i, v[0], f"word-{step}")) for i, v in VERDICTS.items()]
+    hidden = next(i for i, line in enumerate(lines) if line.startswith('{"key": "20/'))
+    lines[hidden] = '{"key": "20/0", and nothing that could be read'
+    (tmp_path / "run" / "report.jsonl").write_text("\n".join(lines) + "\n")
+    write_run_page(tmp_path / "run")
+    text = page.read_text()
+    shown = sorted({int(n) for n in re.findall(r"word-(\d+)", text)})
+    assert len(shown) == run_report.MAX_SHOTS and shown[0] == 0 and shown[-1] == 2000
+    assert max(b - a for a, b in itertools.pairwise(shown)) == 100  # evenly: 80 or 100 steps apart
+    assert "25 of 101 snapshots" in text and page.stat().st_size < 3 * short
 
 
 def test_a_peak_does_not_flatten_the_rest(tmp_path):

@@ -172,7 +172,7 @@ def test_a_config_that_asks_for_the_impossible(change, said):
     [
         (["--config=configs/base.py"], "this config is no study: it lacks base"),
         (["--config=configs/nothing.py"], "nothing.py"),
-        (["--config.question=3"], "'question'"),
+        (["--config.question=3"], "Did you mean"),
         (["more"], "unexpected argument 'more'"),
     ],
 )

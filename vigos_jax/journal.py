@@ -32,10 +32,14 @@ class Journal:
     """Appended records by key. Use as a context manager.
 
     A torn last line, left by a process that was killed while it wrote, is cut off; a broken line before it is an error.
+
+    Args:
+      keys_only: what was recorded is not kept in memory, only that it was; `[]` then gives None.
     """
 
-    def __init__(self, path: pathlib.Path):
-        self._records: dict[str, dict[str, Any]] = {}
+    def __init__(self, path: pathlib.Path, *, keys_only: bool = False):
+        self._keys_only = keys_only
+        self._records: dict[str, dict[str, Any] | None] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab")
@@ -56,7 +60,7 @@ class Journal:
                     record = json.loads(line)
                     if not isinstance(record["key"], str):
                         raise ValueError("the key is no text")
-                    self._records[record["key"]] = record
+                    self._records[record["key"]] = None if self._keys_only else record
                 except (ValueError, KeyError, TypeError, RecursionError) as e:
                     raise InputError(f"{path}, line {number}, is no record with a key; move the file away") from e
                 whole += len(line)
@@ -71,7 +75,7 @@ class Journal:
     def __contains__(self, key: str) -> bool:
         return key in self._records
 
-    def __getitem__(self, key: str) -> dict[str, Any]:
+    def __getitem__(self, key: str) -> dict[str, Any] | None:
         return self._records[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -85,7 +89,7 @@ class Journal:
         record = {"key": key, **record}
         self._file.write((json.dumps(record) + "\n").encode("utf-8", "backslashreplace"))
         self._file.flush()
-        self._records[key] = record
+        self._records[key] = None if self._keys_only else record
 
     def sync(self) -> None:
         """Waits until all is on the disk."""

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from vigos_jax.config import flatten
 from vigos_jax.report import PALETTE, Browser, Charts, Folded, Probe, Section, Shot, Table, Text, write_page
 
 _SKIPPED, _ALERT = (190, 30, 30), (214, 150, 20)
+MAX_SHOTS = 25  # of a row, evenly spread over the run: what a page holds does not grow with the run
+_KEY = re.compile(rb'\{"key": "(\d+|row)/')  # what a line of report.jsonl begins with
 _FULL_KL = 1.0  # nats from which a token's colour is as strong as it gets
 _RATES = {"valid_rate": "valid", "accuracy": "accuracy", "truncated_rate": "cut off"}
 _RATES |= {"leak_rate": "answer in description"}
@@ -34,14 +37,15 @@ def write_run_page(workdir: pathlib.Path) -> None:
     Those that are not there are left out; equal files give an equal page.
     """
     config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-    rows, evals, records = (_rows(workdir / f"{name}.jsonl") for name in ("metrics", "eval", "report"))
+    rows, evals = (_rows(workdir / f"{name}.jsonl") for name in ("metrics", "eval"))
+    records, snapshots = _shown_records(workdir / "report.jsonl")
     results_file = workdir / "results.json"
     results = json.loads(results_file.read_text(encoding="utf-8")) if results_file.exists() else None
     roles = [name for name, role in config["roles"].items() if role["weight"]]
     sections: list[Section] = [_summary(config, rows)]
     if results:
         sections.append(_results_table(results))
-    sections += [_curves(config, rows, evals, roles), *_browser(config, records, roles)]
+    sections += [_curves(config, rows, evals, roles), *_browser(config, records, snapshots, roles)]
     fields = (f"{field} = {json.dumps(value, ensure_ascii=False)}" for field, value in flatten(config))
     sections.append(Folded("Config", "\n".join(fields)))
     write_page(workdir / "report.html", f"Run {workdir.absolute().name}", sections)
@@ -56,6 +60,28 @@ def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return out
+
+
+def _shown_records(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
+    """Lines of report.jsonl: what was asked, and MAX_SHOTS snapshots; and how many snapshots there are.
+
+    A line is only read when it is shown: the file of a long run is larger than what should be in memory.
+    """
+    if not path.exists():
+        return [], 0
+    with path.open("rb") as file:
+        steps = sorted({int(key[1]) for line in file if (key := _KEY.match(line)) and key[1] != b"row"})
+    last, most = len(steps) - 1, min(len(steps), MAX_SHOTS)
+    shown = {b"%d" % steps[round(i * last / max(most - 1, 1))] for i in range(most)} | {b"row"}
+    out = []
+    with path.open("rb") as file:
+        for line in file:
+            if (key := _KEY.match(line)) and key[1] in shown:
+                try:
+                    out.append(json.loads(line))
+                except ValueError:  # torn: about to be written again
+                    break
+    return out, len(steps)
 
 
 def _summary(config: Row, rows: Sequence[Row]) -> Text:
@@ -158,7 +184,7 @@ def _marks(rows: Sequence[Row]) -> list[Mark]:
 # -- snapshots --------------------------------------------------------------------------------------------------
 
 
-def _browser(config: Row, records: Sequence[Row], roles: Sequence[str]) -> list[Browser]:
+def _browser(config: Row, records: Sequence[Row], snapshots: int, roles: Sequence[str]) -> list[Browser]:
     by_key = {record["key"]: record for record in records}
     asked = sorted((r for r in records if r["key"].startswith("row/")), key=lambda r: r["row"])
     steps = sorted({r["step"] for r in records if "step" in r})
@@ -178,6 +204,8 @@ def _browser(config: Row, records: Sequence[Row], roles: Sequence[str]) -> list[
         "the role of this colour; the stronger the tint, the larger the divergence of the teacher from the student. "
         f"Hover for numbers. Leaky: the description {what}."
     )
+    if snapshots > len(steps):
+        note += f" {len(steps)} of {snapshots} snapshots; report.jsonl has all."
     colors = [(name, PALETTE[i % len(PALETTE)]) for i, name in enumerate(roles)]
     start = "start" if config["model"]["adapter"] else "base"
     first = f"step 0, {start}" if steps[0] == 0 else f"step {steps[0]}"

@@ -71,7 +71,7 @@ class Snapshots:
             write_run_page(self._workdir)
 
     def _has(self, step: int) -> bool:
-        with Journal(self._file) as journal:
+        with Journal(self._file, keys_only=True) as journal:
             return all(f"{step}/{i}" in journal for i in range(self._count))
 
     def _probes(self) -> list[tuple[Example, Row]]:
@@ -134,7 +134,7 @@ class Snapshots:
         ]
 
     def _write(self, step: int, rollouts: Sequence[Rollout | None], scored: Sequence[Mapping[str, Any]]) -> None:
-        with Journal(self._file) as journal:
+        with Journal(self._file, keys_only=True) as journal:
             for i, (example, _) in enumerate(self._probes()):
                 if f"row/{i}" not in journal:
                     journal.append(f"row/{i}", {"row": i} | self._asked(i, example))
