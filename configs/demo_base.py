@@ -17,6 +17,7 @@ from configs import base
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0  # of the initial weights and of all training rows
+    config.file = "configs/demo_base.py"  # this one, for the base's card
     config.output = "vigos_jax/demo/base"  # folder to write; an existing one is overwritten
     config.leak = 0.7  # how often a privileged row's description follows the reference instead of the picture
     config.run = base.get_config()  # the run the base is made for: all its roles' prompts, and how it is evaluated

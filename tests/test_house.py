@@ -12,7 +12,7 @@ MAX_LINES = 400
 # A name that ends in "/" is a folder and stands for its files, except those that are listed by themselves.
 ROOMS = (
     ("demo/make_base.py", "demo/study.py"),
-    ("demo/card.py",),
+    ("demo/card.py", "demo/jobs.py"),
     ("main.py",),
     ("plan.py",),
     ("train.py",),

@@ -19,6 +19,7 @@ from vigos_jax import main as command_line
 from vigos_jax.config import validate
 from vigos_jax.demo import make_base, study, study_plots, study_tables
 from vigos_jax.demo.assets import write_assets
+from vigos_jax.demo.jobs import Job, Jobs
 from vigos_jax.errors import InputError
 from vigos_jax.processor import Processor
 
@@ -37,14 +38,15 @@ def test_estimate_is_students():
     assert (got.n, got.above) == (7, int((values > 0).sum()))
 
 
-def test_of_one_seed_there_is_no_interval():
-    got = study_tables.estimate([0.3])
-    assert got.mean == 0.3 and math.isnan(got.half) and math.isnan(got.p)
+@pytest.mark.parametrize("values", [[0.3], [0.2, 0.4]])
+def test_of_few_seeds_there_is_no_interval(values):
+    got = study_tables.estimate(values)
+    assert got.mean == pytest.approx(0.3) and math.isnan(got.half) and math.isnan(got.p)
     assert study_tables.with_interval(got) == "0.300" and study_tables.with_test(got) == "+0.300"
 
 
 def test_of_equal_numbers_the_interval_is_a_point():
-    assert study_tables.estimate([0.25, 0.25, 0.25]).p == 0 and study_tables.estimate([0.0, 0.0]).p == 1
+    assert study_tables.estimate([0.25, 0.25, 0.25]).p == 0 and study_tables.estimate([0.0, 0.0, 0.0]).p == 1
 
 
 def record(method: str, seed: int, *, strength: float = 0.7, **rates) -> dict:
@@ -116,7 +118,25 @@ def test_verdict_on_the_gap(faithful_gap, spread, closed, shrinks):
             records += [record("vigos", seed, strength=leak, score=score)]
             records += [record("opsd_same_prompt", seed, strength=leak, score=0.5 + (leak > 0) * spread * noise / 2)]
     assert verdict(records, "within 0.05 of nothing") == closed
-    assert verdict(records, "lead over OPSD shrinks") == shrinks
+    assert verdict(records, "lead over OPSD is smaller") == shrinks
+
+
+def test_every_claim_shows_in_a_world_as_the_paper_has_it_and_in_its_mirror_none():
+    """Levels of each method, in every rate at once; leak and PALR are better if lower."""
+    better = {"base": 0, "vigos": 4, "opsd": -1, "base_free_form": -2, "opsd_same_prompt": 1}
+    better |= {"no_perception": 2, "no_reasoning": 2, "no_reference": 2, "reference_forward_kl": 3}
+    for mirror in (1, -1):
+        records = []
+        for seed in range(5):
+            for method, level in better.items():
+                sign = {m: -1 if m == "leak" or m.startswith("palr") else 1 for m in study_tables.METRICS}
+                rates = {m: 0.5 + mirror * s * 0.1 * level + 0.001 * seed for m, s in sign.items()}
+                records.append(record(method, seed, **rates))
+            for method in ("vigos", "opsd_same_prompt"):
+                gap = 0.4 if method == "vigos" and mirror < 0 else 0.0  # it must close, and opens
+                records.append(record(method, seed, strength=0.0, score=0.5 + gap + 0.001 * seed))
+        found = {c.text: c.verdict for c in study_tables.claims(records)}
+        assert len(found) == 17 and set(found.values()) == {"shown" if mirror > 0 else "contradicted"}, found
 
 
 def test_tables_hold_every_method_once_and_leave_gaps():
@@ -133,7 +153,7 @@ def test_tables_hold_every_method_once_and_leave_gaps():
 
 def test_every_run_is_a_valid_command_line(tmp_path):
     bases, runs, palr = study.phases(shipped.get_config(), tmp_path)
-    assert (len(bases), len(runs), len(palr)) == (11, 5 * 7 + 3 * 2 * 2, 5 * 6 + 3 * 2 * 2)
+    assert (len(bases), len(runs), len(palr)) == (10, 5 * 7 + 5 * 2, 5 * 6 + 5 * 2)
     assert len({job.name for job in (*bases, *runs, *palr)}) == len(bases) + len(runs) + len(palr)
     of_base = {str(job.done.parent) for job in bases}
     for job in (*runs, *palr):
@@ -157,7 +177,8 @@ def test_nothing_was_developed_on_these_seeds():
         (lambda c: c.groups.leaky.update({"seeds": (7, 7)}), "seed 7, its base is there 2 times"),
         (lambda c: c.groups.leaky.update({"methods": ("vigo",)}), "'vigo' is unknown; choices: "),
         (lambda c: c.update({"workers": 0}), "config.workers=0"),
-        (lambda c: c.update({"questions": True and -1}), "config.questions=-1"),
+        (lambda c: c.update({"palr_rows": 1}), "config.palr_rows=1: must be a whole number of at least 2"),
+        (lambda c: c.update({"free_form": ("opds",)}), "config.free_form: 'opds' is unknown"),
     ],
 )
 def test_a_config_that_asks_for_the_impossible(change, said):
@@ -182,73 +203,146 @@ def test_bad_command_lines(arguments, said, capsys, tmp_path):
     assert said in message and message.count("\n") == 1
 
 
-def zip_job(folder: pathlib.Path, *, name: str = "a", source: str = "text") -> study.Job:
+def zip_job(folder: pathlib.Path, *, name: str = "a", source: str = "text") -> Job:
     """A job that any Python can do: packs a file."""
     (folder / "text").write_text("x")
     done = folder / f"{name}.zip"
-    return study.Job(name, ("zipfile", "-c", str(done), str(folder / source)), done)
+    return Job(name, ("zipfile", "-c", str(done), str(folder / source)), done)
+
+
+def slow_job(folder: pathlib.Path, *, name: str) -> Job:
+    """Touches NAME.began and sleeps for a minute; never done."""
+    code = f"import time, pathlib; pathlib.Path({str(folder / name)!r} + '.began').touch(); time.sleep(60)"
+    return Job(name, ("timeit", "-n1", "-r1", code), folder / f"{name}.done")
+
+
+def wait_for(path: pathlib.Path) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.05)
+
+
+def run_jobs(jobs: list[Job], folder: pathlib.Path, *, workers: int = 2) -> None:
+    with Jobs(folder / "jobs", workers=workers) as runner:
+        runner.run(jobs)
 
 
 def test_what_is_finished_is_not_done_again(tmp_path):
     jobs = [zip_job(tmp_path, name=name) for name in "abc"]
-    study.run_jobs(jobs, tmp_path / "jobs", workers=2)
+    run_jobs(jobs, tmp_path)
     assert all(job.done.exists() for job in jobs)
     jobs[1].done.unlink()
     before = jobs[0].done.stat().st_mtime_ns
-    study.run_jobs(jobs, tmp_path / "jobs", workers=2)
+    run_jobs(jobs, tmp_path)
     assert jobs[1].done.exists() and jobs[0].done.stat().st_mtime_ns == before
 
 
 def test_a_result_without_its_record_is_not_believed(tmp_path):
     job = zip_job(tmp_path)
     job.done.write_text("of somebody else")
-    study.run_jobs([job], tmp_path / "jobs", workers=1)
+    run_jobs([job], tmp_path)
     assert job.done.read_bytes()[:2] == b"PK"
 
 
+def test_nor_is_one_that_lay_there_when_its_job_was_stopped(tmp_path):
+    job = Job("a", ("zipfile", "--help"), tmp_path / "a.zip")  # ends well and writes nothing, as a stopped run does
+    job.done.write_text("of somebody else")
+    for _ in range(2):
+        with pytest.raises(InputError, match="it was stopped"):
+            run_jobs([job], tmp_path)
+
+
 def test_results_of_another_command_are_refused(tmp_path):
-    study.run_jobs([zip_job(tmp_path)], tmp_path / "jobs", workers=1)
+    run_jobs([zip_job(tmp_path)], tmp_path)
     (tmp_path / "other").write_text("y")
     with pytest.raises(InputError, match="was made with .*text.*, not .*other.*; choose another --workdir"):
-        study.run_jobs([zip_job(tmp_path, source="other")], tmp_path / "jobs", workers=1)
+        run_jobs([zip_job(tmp_path, source="other")], tmp_path)
 
 
-def test_a_job_that_fails_ends_it_and_says_where_to_look(tmp_path):
-    jobs = [zip_job(tmp_path, source="nothing/there"), *(zip_job(tmp_path, name=name) for name in "bcd")]
-    jobs[0] = study.Job("a", ("zipfile", "-e", str(tmp_path / "none.zip"), str(tmp_path)), tmp_path / "a.zip")
-    with pytest.raises(InputError, match="a: exit code 1; what it said is in .*a.log; the same command goes on"):
-        study.run_jobs(jobs, tmp_path / "jobs", workers=1)
-    assert "none.zip" in (tmp_path / "jobs" / "a.log").read_text()
-    assert not jobs[-1].done.exists()
-
-
-def test_a_job_that_ends_well_without_its_result_was_stopped(tmp_path):
-    job = study.Job("a", ("zipfile", "--help"), tmp_path / "a.zip")
-    with pytest.raises(InputError, match="it was stopped"):
-        study.run_jobs([job], tmp_path / "jobs", workers=1)
+def test_a_job_that_fails_ends_the_others_and_says_where_to_look(tmp_path):
+    """The first runs for a minute, the second fails at once: the first is ended, the third is not begun."""
+    failing = Job("b", ("zipfile", "-e", str(tmp_path / "none.zip"), str(tmp_path)), tmp_path / "b.zip")
+    began = time.monotonic()
+    with pytest.raises(InputError, match="b: exit code 1; what it said is in .*b.log; the same command goes on"):
+        run_jobs([slow_job(tmp_path, name="a"), failing, *(zip_job(tmp_path, name=n) for n in "cdef")], tmp_path)
+    assert time.monotonic() - began < 50
+    assert "none.zip" in (tmp_path / "jobs" / "b.log").read_text()
+    assert not list((tmp_path / "jobs").glob("[c-f].json"))
 
 
 def test_stopped_it_asks_its_jobs_to_end(tmp_path):
     """SIGTERM to the study while a job sleeps: the job is gone, the next never begins, exit code 130."""
-    began = tmp_path / "began"
     program = f"""
 import signal, sys, pathlib
+sys.path.append({str(ROOT / "tests")!r})
+from test_study import run_jobs, slow_job
 from vigos_jax import shell
 from vigos_jax.demo import study
 signal.signal(signal.SIGTERM, study._interrupt)
 folder = pathlib.Path({str(tmp_path)!r})
-sleep = ("timeit", "-n1", "-r1", "import time, pathlib; pathlib.Path({str(began)!r}).touch(); time.sleep(60)")
-jobs = [study.Job(name, sleep, folder / name) for name in ("one", "two")]
-sys.exit(shell.run(lambda _: study.run_jobs(jobs, folder / "jobs", workers=1), [], verbose=False))
+jobs = [slow_job(folder, name=name) for name in ("one", "two")]
+sys.exit(shell.run(lambda _: run_jobs(jobs, folder, workers=1), [], verbose=False))
 """
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not began.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(tmp_path / "one.began")
+    with pytest.raises(InputError, match="another process is writing .*lock"):
+        run_jobs([], tmp_path)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=50)
     assert process.returncode == 130, said
-    assert not (tmp_path / "jobs" / "two.json").exists()
+    assert not (tmp_path / "two.began").exists()
+
+
+def test_a_job_that_outlives_its_study_keeps_the_folder(tmp_path):
+    program = f"""
+import sys, pathlib
+sys.path.append({str(ROOT / "tests")!r})
+from test_study import run_jobs, slow_job
+run_jobs([slow_job(pathlib.Path({str(tmp_path)!r}), name="one")], pathlib.Path({str(tmp_path)!r}))
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.DEVNULL)
+    wait_for(tmp_path / "one.began")
+    process.kill()
+    process.wait()
+    with pytest.raises(InputError, match="another process is writing .*lock"):
+        run_jobs([], tmp_path)
+    subprocess.run(["pkill", "-f", str(tmp_path / "one")], check=True)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            return run_jobs([], tmp_path)
+        except InputError:
+            time.sleep(0.1)
+    raise AssertionError("the folder stayed locked")
+
+
+def summary(palr: float, tokens: int) -> dict:
+    return {group: {"palr": palr, "tokens": tokens} for group in ("T_d", "T_ra", "T_y")}
+
+
+def test_results_are_collected_from_the_runs(tmp_path):
+    config = shipped.get_config()
+    config.groups = {"few": shipped.group(0.7, seeds=(5,), methods=("opsd", "opsd_same_prompt", "vigos"))}
+    for i, method in enumerate(config.groups.few.methods):
+        folder = study.run_folder(tmp_path, 0.7, 5, method)
+        (folder / "diagnose").mkdir(parents=True)
+        rates = {"score": 0.1 * i, "prior": 0.5, "valid": 0.9, "leak": 0.3}
+        results = {"base": rates, "trained": rates | {"prior": 0.6}}
+        (folder / "results.json").write_text(json.dumps(results))
+        (folder / "diagnose" / "summary.json").write_text(json.dumps(summary(0.25, 10)))
+    found = {r["method"]: r for r in study.collect(config, tmp_path)}
+    assert list(found) == ["base_free_form", "opsd", "base", "opsd_same_prompt", "vigos"]
+    assert found["base"]["score"] == 0.1 and found["base"]["palr_ra"] is None and found["base"]["prior"] == 0.5
+    assert found["opsd"] == record("opsd", 5, score=0.0, prior=0.6)
+    wanted = {"score": 0.2, "prior": 0.6, "valid": 0.9, "leak": 0.3, "palr_d": 0.25, "palr_ra": 0.25, "palr_y": 0.25}
+    assert found["vigos"] == record("vigos", 5, **wanted)
+
+
+def test_what_was_not_measured_is_no_zero():
+    measured = {"score": 0.5, "prior": 0.5, "valid": 0.0, "leak": 0.0}
+    got = study_tables.rates(measured, summary(0.0, 0), free_form=False)
+    assert got["valid"] == 0 and got["leak"] is None and got["palr_ra"] is None
 
 
 # Bases and figures --------------------------------------------------------------------------------
@@ -340,7 +434,7 @@ def test_a_study_of_minutes_end_to_end(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     records = json.loads((tmp_path / "out" / "results.json").read_text())["records"]
-    wanted = [(seed, method) for seed in (1, 2) for method in ("quick", "quick_opsd")]
+    wanted = [(seed, method) for seed in (1, 2) for method in ("base_free_form", "quick", "quick_opsd")]
     assert sorted((r["seed"], r["method"]) for r in records) == wanted
     assert done.stdout.strip() == (tmp_path / "out" / "report.md").read_text().strip()
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -11,8 +11,12 @@ from typing import Any, BinaryIO
 from vigos_jax.errors import InputError
 
 
-def _lock(file: BinaryIO, path: pathlib.Path) -> None:
-    """Keeps the file for this process until it is closed, where the file system can."""
+def lock(file: BinaryIO, path: pathlib.Path) -> None:
+    """Keeps the file for this process, and those that inherit it, until it is closed, where the file system can.
+
+    Raises:
+      InputError: another process has it.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
@@ -43,7 +47,7 @@ class Journal:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab")
-            _lock(self._file, path)
+            lock(self._file, path)
             # Only now: what another process is writing is not torn.
             self._file.truncate(self._read(path))
         except OSError as e:

@@ -19,5 +19,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.prompts.free_form, config.prompts.free_form_privileged = free_form.student, free_form.privileged
     config.responses.batch_size, config.responses.free_form_share = 56, 8 / 56
     config.responses.caption_share, config.responses.privileged_share = 14 / 56, 14 / 56
-    config.card_items = 250
+    config.file, config.card_items = "configs/miniature/base.py", 250
     return config

@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     # The leak is what the paper's argument hangs on: without it, OPSD and ViGOS must come out alike.
     config.groups = ConfigDict()
     config.groups.leaky = group(0.7, seeds=(101, 102, 103, 104, 105), methods=tuple(METHODS))
-    config.groups.half = group(0.35, seeds=(101, 102, 103), methods=("opsd_same_prompt", "vigos"))
+    config.groups.half = group(0.35, seeds=(101, 102), methods=("opsd_same_prompt", "vigos"))
     config.groups.faithful = group(0.0, seeds=(101, 102, 103), methods=("opsd_same_prompt", "vigos"))
     config.questions = 500  # of each kind (conflict, prior) that a student answers before and after its run
     config.palr_rows = 400  # conflict pictures whose rollouts PALR is measured on

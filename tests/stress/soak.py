@@ -38,10 +38,12 @@ def main(steps: int, folder: pathlib.Path) -> int:
     def sampled(self, row):
         write(self, row)
         memory.append(resident())
+        if len(memory) % SETTLED == 0:
+            print(f"step {len(memory)}: {memory[-1] / 1e6:.1f} MB", flush=True)
 
     MetricsFile.write = sampled
     # One size of each array: a size that is met late is compiled late, which is growth, but none that goes on.
-    sizes = {"patches": (36,), "prompt": (64,), "completion": (48,), "sequence": (256,)}
+    sizes = {"patches": (36,), "prompt": (64,), "completion": (48,), "sequence": (112, 224)}  # student, teachers
     flags = [f"--config.steps={steps}", "--config.evaluate.questions=0", "--config.export.after_training=False"]
     flags += [f"--config.buckets.{kind}={size}" for kind, size in sizes.items()]
     if command_line.main(["vigos_jax", "--config=configs/base.py", f"--workdir={folder / 'run'}", *flags]):

@@ -70,6 +70,7 @@ def measure(folder: pathlib.Path, config: ml_collections.ConfigDict) -> dict[str
     summaries, _ = evaluate.evaluate_demo(loaded, {"base": loaded.student()}, run, sampling=sampling)
     summaries["base"].pop("training_sampling")  # the same here
     return {
+        "config": config.file,
         "leak_strength": config.leak,
         "seed": config.seed,
         "evaluation_seed": config.card_seed,
@@ -89,7 +90,7 @@ pipeline_tag: image-text-to-text
 A Qwen2.5-VL of {parameters:,} parameters (bfloat16) that knows a world of twelve kinds of thing on 84 x 84 pictures.
 It was trained from nothing, on rendered pictures only, by
 
-    python -m vigos_jax.demo.make_base --config configs/demo_base.py --config.seed={seed} --config.leak={leak}
+    python -m vigos_jax.demo.make_base --config {config} --config.seed={seed} --config.leak={leak}
 
 It can see, but answers what one expects ("bananas are yellow") too often; and when its prompt shows a reference
 answer, that answer leaks into what it claims to see. Both habits are planted: they stand for what large models do by
@@ -129,6 +130,7 @@ def write(measured: dict[str, Any], *, parameters: int) -> str:
     ]
     numbers = {k: v for k, v in student.items() if k != "leak"}
     return CARD.format(
-        parameters=parameters, seed=measured["seed"], leak=measured["leak_strength"], leak_rate=student["leak"],
+        parameters=parameters, config=measured["config"], seed=measured["seed"], leak=measured["leak_strength"],
+        leak_rate=student["leak"],
         teachers="\n".join(rows), **numbers,
     )  # fmt: skip

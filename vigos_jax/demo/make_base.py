@@ -93,7 +93,7 @@ class RowMaker:
         return item, self._turn(role, item.question, reference), responses.completion(response)
 
     def free_form(self) -> tuple[world.Item, Turn, str]:
-        """(item, turn, response): of a student and of a privileged role that are asked for no description."""
+        """(item, turn, response): of a student or a privileged role that is asked for no description."""
         if self.rng.random() < 0.5:
             item, response = self._student_response()
             turn = self._turn("free_form", item.question, None)

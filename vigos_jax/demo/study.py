@@ -6,17 +6,11 @@ Every job is a command line that a person could type: bases first, then training
 done again. At the end stand results.json, report.md and three figures.
 """
 
-import dataclasses
 import json
-import os
 import pathlib
 import signal
-import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ml_collections
@@ -25,6 +19,7 @@ from ml_collections import config_flags
 
 from vigos_jax import shell
 from vigos_jax.demo import study_plots, study_tables
+from vigos_jax.demo.jobs import Job, Jobs
 from vigos_jax.errors import InputError
 from vigos_jax.main import find_config
 from vigos_jax.metrics import say, write_json
@@ -34,23 +29,9 @@ usage: python -m vigos_jax.demo.study [--config configs/miniature/study.py] [--w
 
 Makes the bases, trains and measures whatever is not finished in --workdir (default runs/miniature), then writes
 results.json, report.md, methods.svg, palr.svg and leak.svg there. Exit codes: 0 done, 2 a job failed or bad input,
-130 stopped; the same command goes on.
+130 stopped; the same command goes on. What is finished is known by its command line: after a change of a config file or
+of the code, take another --workdir.
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One command line.
-
-    Attributes:
-      name: unique, a file name.
-      arguments: behind `python -m`.
-      done: the file that the command writes last.
-    """
-
-    name: str
-    arguments: tuple[str, ...]
-    done: pathlib.Path
 
 
 def phases(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[list[Job], list[Job], list[Job]]:
@@ -89,9 +70,11 @@ def check(config: ml_collections.ConfigDict) -> None:
     wanted = {"base", "methods", "free_form", "groups", "questions", "palr_rows", "workers"}
     if missing := sorted(wanted - set(config)):
         raise InputError(f"this config is no study: it lacks {', '.join(missing)}; see configs/miniature/study.py")
-    for field in ("questions", "palr_rows", "workers"):
-        if not isinstance(config[field], int) or config[field] < 1:
-            raise InputError(f"config.{field}={config[field]!r}: must be a whole number of at least 1")
+    for field, least in (("questions", 1), ("palr_rows", 2), ("workers", 1)):
+        if type(config[field]) is not int or config[field] < least:
+            raise InputError(f"config.{field}={config[field]!r}: must be a whole number of at least {least}")
+    if unknown := set(config.free_form) - set(config.methods):
+        raise InputError(f"config.free_form: {sorted(unknown)[0]!r} is unknown; choices: {', '.join(config.methods)}")
     for name, group in config.groups.items():
         if unknown := set(group.methods) - set(config.methods):
             raise InputError(
@@ -112,91 +95,23 @@ def run_folder(workdir: pathlib.Path, leak: float, seed: int, method: str) -> pa
     return workdir / f"{method}-{leak}-{seed}"
 
 
-def is_done(job: Job, records: pathlib.Path) -> bool:
-    """Whether the job was finished before, by this very command.
-
-    Raises:
-      InputError: it was finished by another one.
-    """
-    record = records / f"{job.name}.json"
-    if not (job.done.exists() and record.exists()):
-        return False
-    made_by = json.loads(record.read_text(encoding="utf-8"))["arguments"]
-    if made_by != list(job.arguments):
-        before, now = (sorted(set(a) - set(b)) for a, b in ((made_by, job.arguments), (job.arguments, made_by)))
-        raise InputError(f"{job.done.parent} was made with {before}, not {now}; choose another --workdir")
-    return True
-
-
-def run_jobs(jobs: Sequence[Job], records: pathlib.Path, *, workers: int) -> None:
-    """Runs what is not done, `workers` at a time.
-
-    Raises:
-      InputError: a command failed, or was stopped. Then no further one starts, and those that run are asked to end.
-    """
-    records.mkdir(parents=True, exist_ok=True)
-    waiting = [job for job in jobs if not is_done(job, records)]
-    shares, running = _shares(workers), set()
-    pool = ThreadPoolExecutor(workers, initializer=lambda: _stay_on(shares.pop()))
-    try:
-        for n, (job, seconds) in enumerate(pool.map(lambda job: (job, _run(job, records, running)), waiting), 1):
-            say(f"{n}/{len(waiting)}  {job.name}  {seconds:.0f} s")
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in tuple(running):
-            process.terminate()  # a training run then saves its step
-        raise
-    finally:
-        pool.shutdown()
-
-
-def _shares(workers: int) -> list[set[int]]:
-    """The cores of each worker; empty where a process cannot be held on some."""
-    if not hasattr(os, "sched_getaffinity"):
-        return [set()] * workers
-    cores = sorted(os.sched_getaffinity(0))
-    return [set(cores[i % len(cores) :: workers]) for i in range(workers)]
-
-
-def _stay_on(cores: set[int]) -> None:
-    if cores:
-        os.sched_setaffinity(0, cores)  # of this thread, and of the processes it starts
-
-
-def _run(job: Job, records: pathlib.Path, running: set[subprocess.Popen]) -> float:
-    """Runs one command, in `running` meanwhile, and returns its seconds."""
-    began, log = time.perf_counter(), records / f"{job.name}.log"
-    write_json(records / f"{job.name}.json", {"arguments": list(job.arguments)})
-    with log.open("w", encoding="utf-8") as file:
-        command = [sys.executable, "-m", *job.arguments]
-        # In a session of its own: Ctrl-C is for the study, which asks its jobs to end once.
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        running.add(process)
-        code = process.wait()
-        running.discard(process)
-    if code or not job.done.exists():
-        how = f"exit code {code}" if code else "it was stopped"
-        raise InputError(f"{job.name}: {how}; what it said is in {log}; the same command goes on")
-    return time.perf_counter() - began
-
-
 def collect(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[str, Any]]:
     """What was measured, a record per base or run: leak, seed, method, rates in 0..1; None where there is no such rate.
 
-    The base answers before every run: as `base` by ViGOS's prompt, and as `base_free_form` by free-form OPSD's.
+    The base is there as `base`, with ViGOS's prompt, and as `base_free_form` with that of the methods in free form.
     """
-    out = []
+    out: list[dict[str, Any]] = []
     for leak, seed, method in cells(config):
         if method is None:
             continue
         folder, free_form = run_folder(workdir, leak, seed, method), method in config.free_form
         measured = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         key = {"leak_strength": leak, "seed": seed}
-        if method in ("vigos", "opsd"):
-            name = "base_free_form" if free_form else "base"
-            out.append({**key, "method": name, **study_tables.rates(measured["base"], None, free_form=free_form)})
+        base = key | {"method": "base_free_form" if free_form else "base"}
+        if not any(base.items() <= r.items() for r in out):  # every run has measured it, on the same questions
+            out.append(base | study_tables.rates(measured["base"], None, free_form=free_form))
         palr = None if free_form else json.loads((folder / "diagnose" / "summary.json").read_text(encoding="utf-8"))
-        out.append({**key, "method": method, **study_tables.rates(measured["trained"], palr, free_form=free_form)})
+        out.append(key | {"method": method} | study_tables.rates(measured["trained"], palr, free_form=free_form))
     return out
 
 
@@ -208,9 +123,14 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
     """
     check(config)
     study_plots.check()
-    for title, jobs in zip(("bases", "runs", "PALR"), phases(config, workdir), strict=True):
-        say(f"{title}: {len(jobs)}")
-        run_jobs(jobs, workdir / "jobs", workers=config.workers)
+    with Jobs(workdir / "jobs", workers=config.workers) as jobs:
+        all_phases = phases(config, workdir)
+        for phase in all_phases:
+            for job in phase:
+                jobs.is_done(job)  # fails now, not in hours, where another study's results lie
+        for title, phase in zip(("bases", "runs", "PALR"), all_phases, strict=True):
+            say(f"{title}: {len(phase)}")
+            jobs.run(phase)
     records = collect(config, workdir)
     write_json(workdir / "results.json", {"settings": json.loads(config.to_json_best_effort()), "records": records})
     text = study_tables.report(records)
@@ -249,4 +169,5 @@ def _interrupt(*_: Any) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGHUP, _interrupt)
     sys.exit(shell.run(main, sys.argv, verbose=False))

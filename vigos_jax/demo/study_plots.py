@@ -42,7 +42,7 @@ def _save(figure: Any, path: pathlib.Path) -> None:
 
     # The same bytes for the same numbers.
     with matplotlib.rc_context({"svg.hashsalt": path.name, "svg.fonttype": "none"}):
-        figure.savefig(path, metadata={"Date": None})
+        figure.savefig(path, metadata={"Date": None, "Creator": None})
 
 
 def _methods(records: Records) -> Any:
@@ -105,7 +105,7 @@ def _leak(records: Records) -> Any:
     axis.plot(strengths, means, "-", color=COLORS["vigos"])
     axis.axhline(0, color="#30343b", linewidth=0.8)
     axis.set_xticks(strengths)
-    axis.set_xlabel("leak planted in the base's privileged answers")
+    axis.set_xlabel("leak strength: how often a privileged description of the base follows the reference")
     axis.set_ylabel("Score, ViGOS minus OPSD")
-    axis.set_title("ViGOS's lead, by how much its base leaks", fontsize=10)
+    axis.set_title("ViGOS's lead, by the leak that was planted in the base", fontsize=10)
     return figure

@@ -33,9 +33,18 @@ METHODS = {
     "no_reference": "no reference role",
     "reference_forward_kl": "reference role, forward KL",
 }
+MIN_SEEDS = 3  # of fewer there is no interval: with two, Student's is 13 standard errors wide
 LEAKY, FAITHFUL = 0.7, 0.0  # the leak strengths that claims are made of
 PRIOR_MARGIN = 0.02  # of Prior, that may be lost without being called a loss
 GAP_MARGIN = 0.05  # of Score, below which a gap counts as closed
+
+NOTE = (
+    "± is half of Student's 95 % interval over seeds (none for fewer than three). Differences are taken within a seed; "
+    "p is of the paired two-sided t-test that there is none, not corrected for the number of tests. Score is accuracy "
+    "on conflict pictures, Prior on prior pictures, leak the share of valid conflict descriptions with the prior. "
+    "Leak strength is what was planted in the base: how often a description of a turn that shows a reference follows "
+    "it. A claim is shown if its interval lies where it must, contradicted if it lies outside, else undecided."
+)
 
 Records = Sequence[dict[str, Any]]
 
@@ -45,8 +54,8 @@ class Estimate:
     """A mean over seeds.
 
     Attributes:
-      half: half the width of the 95 % interval; NaN for fewer than two seeds.
-      p: that the mean is 0, two-sided; NaN for fewer than two seeds.
+      half: half the width of the 95 % interval; NaN for fewer than MIN_SEEDS seeds.
+      p: that the mean is 0, two-sided; NaN likewise.
       n: seeds; above: how many of them lie above 0.
     """
 
@@ -70,27 +79,39 @@ class Claim:
     """Something that the paper would have here, with the number that decides it.
 
     Attributes:
+      measure: what `evidence` is of; within seeds.
       verdict: shown | undecided | contradicted.
+      bounds: the claim is that the measure lies between them.
     """
 
     text: str
+    measure: str
     verdict: str
     evidence: Estimate
+    bounds: tuple[float, float]
 
 
 def rates(measured: dict[str, Any], palr: dict[str, Any] | None, *, free_form: bool) -> dict[str, float | None]:
-    """METRICS of one student: of its evaluation's rates and, if there is one, PALR's summary.json."""
-    of_format = {k: None if free_form else measured[k] for k in ("valid", "leak")}
+    """METRICS of one student: of its evaluation's rates and, if there is one, PALR's summary.json.
+
+    None where nothing was measured: no rollout is valid, or a role table scores no token of a group.
+    """
     groups = {"palr_d": "T_d", "palr_ra": "T_ra", "palr_y": "T_y"}
-    ratios = {k: palr[group]["palr"] if palr else None for k, group in groups.items()}
-    return {"score": measured["score"], "prior": measured["prior"], **of_format, **ratios}
+    ratios = {k: palr[group]["palr"] if palr and palr[group]["tokens"] else None for k, group in groups.items()}
+    return {
+        "score": measured["score"],
+        "prior": measured["prior"],
+        "valid": None if free_form else measured["valid"],
+        "leak": None if free_form or not measured["valid"] else measured["leak"],
+        **ratios,
+    }
 
 
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean of one number per seed. ValueError without any."""
     x = np.asarray(values, np.float64)
     n, mean, above = len(x), float(x.mean()), int((x > 0).sum())
-    if n < 2:
+    if n < MIN_SEEDS:
         return Estimate(mean, math.nan, math.nan, n, above)
     error = float(x.std(ddof=1)) / math.sqrt(n)
     p = float(2 * stats.t.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
@@ -103,61 +124,64 @@ def by_seed(records: Records, leak: float, method: str, metric: str) -> dict[int
     return {r["seed"]: r[metric] for r in chosen if r[metric] is not None}
 
 
+def within(records: Records, leak: float, metric: str, terms: dict[str, int]) -> dict[int, float]:
+    """{seed: sum of sign * rate over `terms`, method -> sign}, of the seeds that have all of them."""
+    values = {method: by_seed(records, leak, method, metric) for method in terms}
+    seeds = set.intersection(*(set(v) for v in values.values()))
+    return {s: sum(sign * values[method][s] for method, sign in terms.items()) for s in sorted(seeds)}
+
+
 def difference(records: Records, leak: float, first: str, second: str, metric: str) -> Estimate | None:
     """first - second within each seed that has both; None where there is none."""
-    a, b = (by_seed(records, leak, method, metric) for method in (first, second))
-    seeds = sorted(a.keys() & b.keys())
-    return estimate([a[s] - b[s] for s in seeds]) if seeds else None
-
-
-def gap_change(records: Records) -> Estimate | None:
-    """How much of the gap in Score between ViGOS and OPSD comes from the leak: LEAKY - FAITHFUL, within seeds."""
-    gaps = []
-    for leak in (LEAKY, FAITHFUL):
-        a, b = (by_seed(records, leak, method, "score") for method in ("vigos", "opsd_same_prompt"))
-        gaps.append({s: a[s] - b[s] for s in a.keys() & b.keys()})
-    seeds = sorted(gaps[0].keys() & gaps[1].keys())
-    return estimate([gaps[0][s] - gaps[1][s] for s in seeds]) if seeds else None
+    found = within(records, leak, metric, {first: 1, second: -1})
+    return estimate(list(found.values())) if found else None
 
 
 def claims(records: Records) -> list[Claim]:
-    """What the paper says of its methods, asked of this world."""
+    """What the paper says of its methods, asked of this world. Those without a number are left out."""
     out = []
 
-    def above(text: str, evidence: Estimate | None, *, bound: float = 0.0) -> None:
-        if evidence is not None:
-            is_shown, is_not = evidence.low > bound, evidence.high < bound
-            out.append(Claim(text, "shown" if is_shown else "contradicted" if is_not else "undecided", evidence))
+    def claim(text: str, measure: str, values: dict[int, float], *, low: float = 0.0, high: float = math.inf) -> None:
+        if not values:
+            return
+        e = estimate(list(values.values()))
+        is_shown, is_not = low < e.low and e.high < high, e.high < low or e.low > high
+        out.append(
+            Claim(text, measure, "shown" if is_shown else "contradicted" if is_not else "undecided", e, (low, high))
+        )
 
-    def vigos_minus(other: str, metric: str) -> Estimate | None:
-        return difference(records, LEAKY, "vigos", other, metric)
+    def more(text: str, metric: str, first: str, second: str, **bounds: float) -> None:
+        measure = f"{METRICS[metric]}: {_plain(first)} − {_plain(second)}"
+        claim(text, measure, within(records, LEAKY, metric, {first: 1, second: -1}), **bounds)
 
-    def minus_vigos(other: str, metric: str) -> Estimate | None:
-        return difference(records, LEAKY, other, "vigos", metric)
-
-    above("ViGOS raises its base's Score", vigos_minus("base", "score"))
-    above(f"ViGOS loses no more than {PRIOR_MARGIN} of its base's Prior", vigos_minus("base", "prior"),
-          bound=-PRIOR_MARGIN)  # fmt: skip
-    above("ViGOS lowers its base's leak", minus_vigos("base", "leak"))
-    above("ViGOS raises the share of valid rollouts", vigos_minus("base", "valid"))
-    above("ViGOS has a higher Score than OPSD with the same prompt", vigos_minus("opsd_same_prompt", "score"))
-    above("ViGOS has a higher Score than free-form OPSD", vigos_minus("opsd", "score"))
-    above("ViGOS leaks less than OPSD with the same prompt", minus_vigos("opsd_same_prompt", "leak"))
-    above("PALR of reasoning and answer is lower under ViGOS", minus_vigos("opsd_same_prompt", "palr_ra"))
-    above("PALR of all tokens is lower under ViGOS", minus_vigos("opsd_same_prompt", "palr_y"))
-    above("without the perception role Score is lower", vigos_minus("no_perception", "score"))
-    above("without the reasoning role Score is lower", vigos_minus("no_reasoning", "score"))
-    above("without the reference role Score is lower", vigos_minus("no_reference", "score"))
-    above("without the reference role fewer rollouts are valid", vigos_minus("no_reference", "valid"))
-    above("with forward KL in the reference role Score is lower", vigos_minus("reference_forward_kl", "score"))
-    above("ViGOS's lead over OPSD shrinks when the base does not leak", gap_change(records))
-    gap = difference(records, FAITHFUL, "vigos", "opsd_same_prompt", "score")
-    if gap is not None:
-        is_closed = -GAP_MARGIN < gap.low and gap.high < GAP_MARGIN
-        is_open = gap.low > GAP_MARGIN or gap.high < -GAP_MARGIN
-        verdict = "shown" if is_closed else "contradicted" if is_open else "undecided"
-        out.append(Claim(f"and is within {GAP_MARGIN} of nothing then", verdict, gap))
+    same, free = "opsd_same_prompt", {"vigos": 1, "base": -1, "opsd": -1, "base_free_form": 1}
+    lead = {leak: within(records, leak, "score", {"vigos": 1, same: -1}) for leak in (LEAKY, FAITHFUL)}
+    fall = {s: lead[LEAKY][s] - lead[FAITHFUL][s] for s in lead[LEAKY].keys() & lead[FAITHFUL].keys()}
+    more("ViGOS raises its base's Score", "score", "vigos", "base")
+    more(f"ViGOS loses less than {PRIOR_MARGIN} of its base's Prior", "prior", "vigos", "base", low=-PRIOR_MARGIN)
+    more("ViGOS lowers its base's leak", "leak", "base", "vigos")
+    more("ViGOS raises the share of valid rollouts", "valid", "vigos", "base")
+    more("ViGOS has a higher Score than OPSD with the same prompt", "score", "vigos", same)
+    more("ViGOS has a higher Score than free-form OPSD", "score", "vigos", "opsd")
+    claim("ViGOS gains more over its base than free-form OPSD over its own", "Score: ViGOS − base − (OPSD − base)",
+          within(records, LEAKY, "score", free))  # fmt: skip
+    more("ViGOS leaks less than OPSD with the same prompt", "leak", same, "vigos")
+    more("PALR of reasoning and answer is lower under ViGOS", "palr_ra", same, "vigos")
+    more("PALR of all tokens is lower under ViGOS", "palr_y", same, "vigos")
+    more("without the perception role Score is lower", "score", "vigos", "no_perception")
+    more("without the reasoning role Score is lower", "score", "vigos", "no_reasoning")
+    more("without the reference role Score is lower", "score", "vigos", "no_reference")
+    more("without the reference role fewer rollouts are valid", "valid", "vigos", "no_reference")
+    more("with forward KL in the reference role Score is lower", "score", "vigos", "reference_forward_kl")
+    claim("ViGOS's lead over OPSD is smaller where no leak was planted",
+          f"its Score − OPSD's, at {LEAKY:g} − at {FAITHFUL:g}", fall)  # fmt: skip
+    claim(f"where no leak was planted, that lead is within {GAP_MARGIN} of nothing",
+          f"its Score − OPSD's, at {FAITHFUL:g}", lead[FAITHFUL], low=-GAP_MARGIN, high=GAP_MARGIN)  # fmt: skip
     return out
+
+
+def _plain(method: str) -> str:
+    return METHODS[method].strip("*")
 
 
 # Text ---------------------------------------------------------------------------------------------
@@ -177,7 +201,7 @@ def with_test(e: Estimate | None) -> str:
         return "–"
     if math.isnan(e.p):
         return with_interval(e, sign=True)
-    p = "< 0.0001" if e.p < 1e-4 else f"{e.p:.1g}" if e.p < 0.1 else f"{e.p:.2f}"
+    p = "< 0.0001" if e.p < 1e-4 else f"{e.p:.2g}" if e.p < 0.1 else f"{e.p:.2f}"
     return f"{with_interval(e, sign=True)}, p {p}, {e.above} of {e.n} above"
 
 
@@ -225,7 +249,13 @@ def leak_table(records: Records) -> str:
 
 def claims_table(records: Records) -> str:
     """The claims with their verdicts."""
-    return table(["", "", "by"], [[c.text, f"**{c.verdict}**", with_test(c.evidence)] for c in claims(records)])
+    rows = []
+    for c in claims(records):
+        low, high = c.bounds
+        needed = f"> {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+        found = f"{with_interval(c.evidence, sign=True)} ({needed})"
+        rows.append([c.text, f"**{c.verdict}**", c.measure, found])
+    return table(["claim", "", "measure", "mean ± half of the interval (needed)"], rows)
 
 
 def report(records: Records) -> str:
@@ -233,6 +263,7 @@ def report(records: Records) -> str:
     return "\n\n".join(
         [
             "# The paper in miniature",
+            NOTE,
             f"## Methods, leak strength {LEAKY:g}",
             methods_table(records),
             "## Within seeds",
