@@ -24,3 +24,8 @@ def script(name: str, *arguments: str) -> str:
 def test_twenty_kills():
     said = script("kills", "--kills=20")
     assert "20 kills survived" in said and "the same to the bit" in said
+
+
+@pytest.mark.slow
+def test_memory_and_programs_stay_as_they_are_over_500_steps():
+    assert "programs compiled after step 50: 0" in script("soak", "--steps=500")

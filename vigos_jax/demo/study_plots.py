@@ -105,7 +105,7 @@ def _leak(records: Records) -> Any:
     axis.plot(strengths, means, "-", color=COLORS["vigos"])
     axis.axhline(0, color="#30343b", linewidth=0.8)
     axis.set_xticks(strengths)
-    axis.set_xlabel("leak strength: how often a privileged description of the base follows the reference")
+    axis.set_xlabel("leak strength of the base: text-driven share of its privileged rows")
     axis.set_ylabel("Score, ViGOS minus OPSD")
     axis.set_title("ViGOS's lead, by the leak that was planted in the base", fontsize=10)
     return figure
