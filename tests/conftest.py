@@ -5,7 +5,10 @@ subprocess hands these settings on, unless it drops XLA_FLAGS from the environme
 """
 
 import os
+import signal
 
+# A shell starts background jobs with Ctrl-C ignored; programs under test are to get it as in a terminal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
