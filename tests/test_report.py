@@ -1,6 +1,8 @@
 """Pages: self-contained, and nothing that a model or a data set says is taken for markup."""
 
+import gc
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -51,6 +53,18 @@ def test_half_a_surrogate_pair_can_be_written(tmp_path):
     write_page(tmp_path / "page.html", "A page", [Text(["\ud800 text"])])
     assert "text" in (tmp_path / "page.html").read_text()
     assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_a_page_that_is_written_leaves_nothing_in_memory(tmp_path):
+    gc.disable()  # nobody else shall find it
+    try:
+        text = Text(["word"])
+        seen = weakref.ref(text)
+        write_page(tmp_path / "page.html", "title", [text])
+        del text
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def test_thumbnails_are_small():

@@ -7,6 +7,7 @@ them. The one script, `page.js`, is there for a browser of snapshots alone, and 
 import base64
 import dataclasses
 import functools
+import gc
 import hashlib
 import io
 import pathlib
@@ -224,3 +225,6 @@ def write_page(path: pathlib.Path, title: str, sections: Sequence[Section]) -> N
     # Half a surrogate pair cannot be written; a model can produce one.
     temporary.write_text(render(title, sections), encoding="utf-8", errors="replace")
     temporary.replace(path)
+    # The template's macros and their context hold each other, and with them all that the page shows. In a process with
+    # as many objects as ours Python looks for such cycles so seldom that page after page would pile up.
+    gc.collect()
