@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import platform
 import subprocess
 import sys
 
@@ -87,3 +88,31 @@ def test_a_broken_pipe_of_our_own_is_an_error(loud):
 
     with pytest.raises(BrokenPipeError):
         shell.run(program, [], verbose=False)
+
+
+HEAPS = """
+import ctypes, sys, threading
+from vigos_jax import shell
+
+if sys.argv[1] == "one":
+    shell.keep_one_heap()
+libc, together = ctypes.CDLL(None), threading.Barrier(8)
+libc.malloc.restype = ctypes.c_void_p
+
+def work():
+    together.wait()
+    for _ in range(1000):
+        libc.malloc(ctypes.c_size_t(1000))
+    together.wait()
+
+threads = [threading.Thread(target=work) for _ in range(8)]
+[t.start() for t in threads] + [t.join() for t in threads]
+libc.malloc_info(0, ctypes.c_void_p.in_dll(libc, "stdout"))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has several heaps")
+@pytest.mark.parametrize("heaps", ["one", "many"])
+def test_threads_share_a_heap(heaps):
+    done = subprocess.run([sys.executable, "-c", HEAPS, heaps], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (done.stdout.count("<heap ") == 1) == (heaps == "one")
