@@ -241,6 +241,19 @@ def test_a_missing_compiler_is_named(capsys, monkeypatch):
 LAYERS = 5  # shorter stacks are no loops
 
 
+def test_a_bfloat16_model_does_not_inherit_a_float32_ones_precision():
+    """What the kernels of a TPU refuse: their bfloat16 products in float32, because a float32 model was made before."""
+    before = jax.config.jax_default_matmul_precision
+    try:
+        for dtype, expected in (("float32", "float32"), ("bfloat16", None), ("float32", "float32")):
+            config = config_of()
+            config.model.dtype = dtype
+            describe(config, topology(config.plan))
+            assert jax.config.jax_default_matmul_precision == expected
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)
+
+
 def reduced(topology_name, **changes):
     """The 3B run with few layers, small sizes, and every row of a micro-batch on a device of its own."""
     config = importlib.import_module("configs.qwen2_5_vl_3b").get_config()

@@ -28,6 +28,7 @@ from vigos_jax.sampler import Sampling
 from vigos_jax.sharding import batch_sharding, make_mesh, own_rows, tree_shardings
 from vigos_jax.sources import load_source
 
+_USERS_PRECISION = jax.config.jax_default_matmul_precision  # what the environment says, if anything
 DEMO_FOLDER = pathlib.Path(__file__).parent / "demo" / "base"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -154,9 +155,9 @@ def use_compilation_cache(folder: str) -> None:
 def model_of(config, model_config: ModelConfig, mesh: Mesh, *, platform: str) -> VisionLanguageModel:
     """The model that a config asks for, without weights, on devices of a platform: "cpu", "gpu" or "tpu"."""
     dtype = jnp.dtype(config.model.dtype)
-    if dtype == jnp.float32:
-        # Accelerators multiply float32 in fewer bits unless told otherwise; whoever asks for float32 wants it.
-        jax.config.update("jax_default_matmul_precision", "float32")
+    # Accelerators multiply float32 in fewer bits unless told otherwise; whoever asks for float32 wants it. A bfloat16
+    # model that comes after one must not: a TPU's kernels refuse.
+    jax.config.update("jax_default_matmul_precision", "float32" if dtype == jnp.float32 else _USERS_PRECISION)
     return VisionLanguageModel(
         model_config,
         lora=lora_spec(config, model_config),
