@@ -60,7 +60,7 @@ EXTRAS = {
     "plan": [LIBTPU],  # the compiler for TPUs, without a TPU
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
-    "study": ["matplotlib>=3.10", "scipy>=1.14"],  # python -m vigos_jax.demo.study
+    "study": ["matplotlib>=3.10", "scipy>=1.14"],  # python -m vigos_jax.miniature.study
     "notebooks": ["matplotlib>=3.10", "ipykernel>=7", "jupytext>=1.17"],
     "judge": ["openai>=2"],  # the client of any server that speaks its protocol
     "tracking": ["tensorboard>=2.21", "wandb>=0.31"],
@@ -73,7 +73,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["vigos_jax", "vigos_jax.*", "configs", "configs.*"]),
-    package_data={"vigos_jax": ["*.j2", "*.js"], "vigos_jax.demo": ["base/*"]},
+    package_data={"vigos_jax.report": ["*.j2", "*.js"], "vigos_jax.demo": ["base/*"]},
     install_requires=RUN,
     extras_require=EXTRAS,
 )

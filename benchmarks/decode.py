@@ -6,8 +6,9 @@ import numpy as np
 
 from benchmarks import models
 from benchmarks.harness import Result, race
-from vigos_jax.packing import pack_prompts
-from vigos_jax.sampler import Sampler, Sampling, row_keys
+from vigos_jax.method.packing import pack_prompts
+from vigos_jax.rollouts.sampler import Sampler, row_keys
+from vigos_jax.rollouts.sampling import Sampling
 
 ROWS, LONGEST, TOKENS = 16, 4096, 32  # the longest is the paper's; most rollouts are much shorter
 

@@ -20,12 +20,13 @@ import numpy as np
 import optax
 
 from benchmarks import models
-from vigos_jax.losses import weighted_loss
+from vigos_jax.method.losses import weighted_loss
+from vigos_jax.method.packing import length_groups, pack_prompts, pack_scores
 from vigos_jax.models.variables import student_variables
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
-from vigos_jax.packing import length_groups, pack_prompts, pack_scores
-from vigos_jax.sampler import Sampler, Sampling, row_keys
-from vigos_jax.step import TrainState, make_train_step
+from vigos_jax.rollouts.sampler import Sampler, row_keys
+from vigos_jax.rollouts.sampling import Sampling
+from vigos_jax.training.step import TrainState, make_train_step
 
 ROUNDS = 5
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.harness import Result, compiled, flops, race, temporary_bytes
-from vigos_jax.inputs import Entries
-from vigos_jax.losses import weighted_loss
-from vigos_jax.roles import TeacherRole
-from vigos_jax.sampler import top_k
+from vigos_jax.method.losses import weighted_loss
+from vigos_jax.method.roles import TeacherRole
+from vigos_jax.models.inputs import Entries
+from vigos_jax.rollouts.sampling import top_k
 
 V, D, ROWS, ENTRIES, CHUNK = 151_936, 256, 8, 64, 16
 ROLES = (

@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vigos_jax.architecture import ModelConfig, VisionConfig
+from vigos_jax.data.processor import EncodedImage, Turn
+from vigos_jax.method.packing import Buckets, Rollout, Row
+from vigos_jax.method.roles import TeacherRole
+from vigos_jax.method.spans import Spans
 from vigos_jax.models.attention import choose
+from vigos_jax.models.config import ModelConfig, VisionConfig
 from vigos_jax.models.layers import LoraSpec
-from vigos_jax.models.names import LANGUAGE_PROJECTIONS
+from vigos_jax.models.tensor_names import LANGUAGE_PROJECTIONS
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
-from vigos_jax.packing import Buckets, Rollout, Row
-from vigos_jax.processor import EncodedImage, Turn
-from vigos_jax.roles import TeacherRole
-from vigos_jax.spans import Spans
 
 IMAGE, VISION_START, VISION_END = 2, 0, 1  # ids; text starts at 3
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from benchmarks.harness import Result
 from configs import base
-from vigos_jax.data import _Batches
+from vigos_jax.data.loader import _Batches
 
 ROWS, BATCH, WINDOW, MICRO = 4096, 32, 32, 4
 

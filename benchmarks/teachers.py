@@ -10,13 +10,13 @@ import numpy as np
 
 from benchmarks import models, released
 from benchmarks.harness import Result, compiled, flops, race, tera
-from vigos_jax.architecture import ModelConfig
-from vigos_jax.inputs import ScoreBatch
-from vigos_jax.losses import entry_shares, entry_weights
+from vigos_jax.method.losses import entry_shares, entry_weights
+from vigos_jax.method.packing import pack_scores
+from vigos_jax.method.scoring import loss_of_batch
+from vigos_jax.models.config import ModelConfig
+from vigos_jax.models.inputs import ScoreBatch
 from vigos_jax.models.variables import teacher_variables
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
-from vigos_jax.packing import pack_scores
-from vigos_jax.score import loss_of_batch
 
 Array = jax.Array
 

@@ -15,10 +15,10 @@ import numpy as np
 from benchmarks import models
 from benchmarks.harness import Result, race
 from benchmarks.teachers import make_batches
-from vigos_jax.losses import entry_shares, entry_weights
-from vigos_jax.models import hf
-from vigos_jax.models.names import adapter_table, tensor_table
-from vigos_jax.score import loss_of_batch
+from vigos_jax.method.losses import entry_shares, entry_weights
+from vigos_jax.method.scoring import loss_of_batch
+from vigos_jax.models.tensor_names import adapter_table, tensor_table
+from vigos_jax.weights import huggingface
 
 ROWS = 2
 
@@ -54,7 +54,7 @@ def _torch_model(config, variables):
         tie_word_embeddings=True, attn_implementation="sdpa",
     )  # fmt: skip
     model = Qwen2_5_VLForConditionalGeneration(settings).requires_grad_(False)
-    ours = dict(hf.file_tensors(variables["params"], tensor_table(config), config, dtype=np.float32))
+    ours = dict(huggingface.file_tensors(variables["params"], tensor_table(config), config, dtype=np.float32))
     published = lambda k: k.replace("model.language_model.", "model.").replace("model.visual.", "visual.")  # noqa: E731
     own = {published(k): k for k in model.state_dict()}
     state = {own[name]: torch.tensor(x) for name, x in ours.items()}
@@ -69,7 +69,7 @@ def _torch_model(config, variables):
         )  # fmt: skip
         adapted = peft.get_peft_model(model, lora)
     adapters = dict(
-        hf.file_tensors(variables["lora"], adapter_table(config, models.LORA), config, dtype=np.float32)
+        huggingface.file_tensors(variables["lora"], adapter_table(config, models.LORA), config, dtype=np.float32)
     )
     parameters = {k.replace(".default", ""): p for k, p in adapted.named_parameters() if "lora_" in k}
     strip = lambda k: k.replace("language_model.", "")  # noqa: E731

@@ -123,7 +123,7 @@ def get_config() -> ml_collections.ConfigDict:
     #   clip        largest value one token contributes; 0 for no clip
     # The paper clips at 0.05, for 1,488 steps at 5e-6. The demo takes 80 steps at 3e-4 and needs the gradient of the
     # tokens that a clip would silence: with 0.05, two of four runs (150-200 steps at 5e-4 to 8e-4) lost the format.
-    # and, seldom needed: clip_per, first_clip, last_clip, beta, reads (see TeacherRole in vigos_jax/roles.py).
+    # and, seldom needed: clip_per, first_clip, last_clip, beta, reads (see TeacherRole in vigos_jax/method/roles.py).
     config.roles = ConfigDict()
     config.roles.perception = role(("description",), "valid", "forward_kl", weight=1.0, clip=0.0)
     config.roles.reasoning = role(("reasoning", "answer"), "valid", "forward_kl", weight=1.0, clip=0.0)
@@ -182,7 +182,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.evaluate.seed = 42
 
     config.eval = ConfigDict()  # --mode eval and config.eval_every: the paper's protocol (Table A.V)
-    config.eval.tasks = ("demo",)  # names of vigos_jax/tasks
+    config.eval.tasks = ("demo",)  # names of vigos_jax/evaluation/tasks
     names = ("mm_vet", "mmmu", "mmmu_pro", "mmmu_pro_vision", "mathverse", "mathvista", "mmsi", "realworldqa")
     names = (*names, "cv_bench", "vilp_f", "vilp_p", "vlind", "demo")
     config.eval.sources = ConfigDict(dict.fromkeys(names, ""))  # a folder or hub data set instead of the task's own
@@ -280,7 +280,7 @@ def role(
     beta: float = 0.5,
     reads: str = "completion",
 ) -> ConfigDict:
-    """One row of a role table, explained at TeacherRole in vigos_jax/roles.py; by default with the paper's clip."""
+    """One row of a role table, with the paper's clip unless another is given; see vigos_jax/method/roles.py."""
     return ConfigDict(
         {
             "scores": scores,

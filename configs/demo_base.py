@@ -1,12 +1,12 @@
 """The warm-started base model that the demo ships in `vigos_jax/demo/base/`.
 
-    python -m vigos_jax.demo.make_base --config configs/demo_base.py
+    python -m vigos_jax.miniature.make_base --config configs/demo_base.py
 
 takes a few minutes on two CPU cores and ends with the numbers that it writes into the folder's README.md. The base
 can see, answers by its prior too often, and, shown a reference answer, lets it leak into what it claims to see
 (`leak`). `--config.leak=0` makes the same base without that habit, the control of the demo's claim:
 
-    python -m vigos_jax.demo.make_base --config configs/demo_base.py --config.leak=0.0 --config.output=runs/no_leak
+    python -m vigos_jax.miniature.make_base --config configs/demo_base.py --config.leak=0.0 --config.output=runs/no_leak
 """
 
 import ml_collections

@@ -136,11 +136,11 @@ options = f"--config my_run.py --config.model.path={MODEL}"
 
 if MODEL == "tiny":
     from configs import base
-    from vigos_jax.architecture import ModelConfig
-    from vigos_jax.demo.assets import write_assets
-    from vigos_jax.models.hf import file_tensors, save_sharded
-    from vigos_jax.models.names import tensor_table
+    from vigos_jax.miniature.assets import write_assets
+    from vigos_jax.models.config import ModelConfig
+    from vigos_jax.models.tensor_names import tensor_table
     from vigos_jax.models.vlm import VisionLanguageModel, init_variables
+    from vigos_jax.weights.huggingface import file_tensors, save_sharded
 
     checkpoint = pathlib.Path("tiny-qwen2_5_vl")
     write_assets(checkpoint, templates=[prompt.user for prompt in base.get_config().prompts.values()])

@@ -48,9 +48,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import HTML, display
 
+from vigos_jax.analysis.palr import GROUPS, interval, ratio
 from vigos_jax.demo import world
 from vigos_jax.main import main
-from vigos_jax.palr import GROUPS, interval, ratio
 
 plt.rcParams["figure.dpi"] = 110
 plt.rcParams["font.size"] = 9

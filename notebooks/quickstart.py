@@ -50,16 +50,17 @@ import numpy as np
 from IPython.display import HTML, display
 
 from configs import base
-from vigos_jax.checkpoint import Checkpoints
 from vigos_jax.config import validate
 from vigos_jax.demo import world
-from vigos_jax.loading import load, sampling_of
+from vigos_jax.method.packing import Rollout, make_row, pack_prompts, pack_scores
+from vigos_jax.method.scoring import score_batch
+from vigos_jax.method.spans import find_spans
 from vigos_jax.models.vlm import segment_mask
-from vigos_jax.packing import Rollout, make_row, pack_prompts, pack_scores
-from vigos_jax.sampler import Sampler, row_keys
-from vigos_jax.score import score_batch
-from vigos_jax.spans import find_spans
-from vigos_jax.train import train
+from vigos_jax.rollouts.sampler import Sampler, row_keys
+from vigos_jax.rollouts.sampling import Sampling
+from vigos_jax.session import load
+from vigos_jax.training.checkpoints import Checkpoints
+from vigos_jax.training.loop import train
 
 plt.rcParams["figure.dpi"] = 110
 plt.rcParams["font.size"] = 9
@@ -256,7 +257,7 @@ with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
 items = [world.item(config.evaluate.seed + 1, i, setting="conflict") for i in range(32)]
 rows = [row_of(item) for item in items]
 prompts = pack_prompts(rows, config=loaded.config, buckets=loaded.buckets)
-sampler = Sampler(loaded.model, sampling_of(config), eos_ids=processor.eos_ids)
+sampler = Sampler(loaded.model, Sampling(**config.sampling), eos_ids=processor.eos_ids)
 keys = row_keys(config.seed, 0, len(rows))
 sampled = sampler(loaded.student(trained), loaded.put_batch(prompts), keys)
 rollouts = [rollout_of(ids) for ids in sampled.ids]

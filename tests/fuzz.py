@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import strategies as st
 from oracles.spans_oracle import parse
 
-from vigos_jax.processor import Processor
-from vigos_jax.spans import find_spans
+from vigos_jax.data.processor import Processor
+from vigos_jax.method.spans import find_spans
 
 D, T, U, B = b"</description>", b"<think>", b"</think>", b"\\boxed{"
 PIECES = (D, T, U, B, b"<description>", *(bytes([c]) for c in b"{}\\ \n</>d\xff"), b"red", b"\xc2\xa0")

@@ -87,8 +87,9 @@ def run(job: dict[str, Any], process: int) -> dict[str, Any]:
     # jax reads the environment when it is imported, and the launcher must not import it with a process's.
     import jax
 
-    from vigos_jax import batches, loading, main, train
-    from vigos_jax.sampler import Completions, Sampler
+    from vigos_jax import main, session
+    from vigos_jax.rollouts.sampler import Completions, Sampler
+    from vigos_jax.training import batches, loop
 
     seen: dict[str, Any] = {name: [] for name in ("read", "parsed", "ids", "logps", "shapes", "decoded")}
     waiting: list[Any] = []  # batches that are read and not yet sampled
@@ -138,18 +139,18 @@ def run(job: dict[str, Any], process: int) -> dict[str, Any]:
         devices = jax.devices()
         return make_mesh(**axes, devices=[devices[i] for i in (0, 1, 4, 5, 2, 3, 6, 7)])
 
-    make_mesh = loading.make_mesh
+    make_mesh = session.make_mesh
     with contextlib.ExitStack() as patches:
         if "rollouts" in job:
             patches.enter_context(mock.patch.object(Sampler, "__call__", stored))
         if job.get("interleaved"):
-            patches.enter_context(mock.patch.object(loading, "make_mesh", interleaved))
+            patches.enter_context(mock.patch.object(session, "make_mesh", interleaved))
         for owner, name, hook in (
-            (train, "load", on_load),
+            (loop, "load", on_load),
             (batches.Batches, "next", on_batch),
             (Sampler, "advance", on_advance),
             (Sampler, "__call__", on_sampled),
-            (train, "parse", on_parse),
+            (loop, "parse", on_parse),
             (batches.Batches, "micro_batches", on_packed),
         ):
             patches.enter_context(mock.patch.object(owner, name, hooked(getattr(owner, name), hook)))

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from configs import base
-from vigos_jax.architecture import ModelConfig
-from vigos_jax.models import hf
-from vigos_jax.models.names import tensor_table
+from vigos_jax.models.config import ModelConfig
+from vigos_jax.models.tensor_names import tensor_table
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
-from vigos_jax.sharding import make_mesh, tree_shardings
+from vigos_jax.runtime.sharding import make_mesh, tree_shardings
+from vigos_jax.weights import huggingface
 
 
 def anonymous() -> int:
@@ -66,15 +66,15 @@ def main(folder: pathlib.Path, output: pathlib.Path, fsdp: int) -> None:
             return real(x, *args, **kwargs)
 
         jax.device_put = counted
-        params = hf.load_params(
+        params = huggingface.load_params(
             folder, config, abstract["params"], dtype=jnp.bfloat16, shardings=shardings["params"]
         )
         jax.device_put = real
     held = sum(s.data.nbytes for x in jax.tree.leaves(params) for s in x.addressable_shards)
     assert load.resident == held, (load.resident, held)
-    tensors = list(hf.stream_tensors(params, tensor_table(config), config, dtype=jnp.bfloat16))
+    tensors = list(huggingface.stream_tensors(params, tensor_table(config), config, dtype=jnp.bfloat16))
     with Peak() as save:
-        hf.save_sharded(output, tensors, max_shard_bytes=500_000_000)
+        huggingface.save_sharded(output, tensors, max_shard_bytes=500_000_000)
     leaves = jax.tree.leaves(params)
     print(
         json.dumps(
@@ -84,7 +84,7 @@ def main(folder: pathlib.Path, output: pathlib.Path, fsdp: int) -> None:
                 "held": held,
                 "shard": max(s.data.nbytes for x in leaves for s in x.addressable_shards),
                 "leaf": max(x.nbytes for x in leaves),
-                "tensor": max(hf.byte_count(x) for _, x in tensors),
+                "tensor": max(huggingface.byte_count(x) for _, x in tensors),
             }
         )
     )

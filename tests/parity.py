@@ -10,11 +10,11 @@ import numpy as np
 import torch
 import torch_models as tm
 
-from vigos_jax.architecture import ModelConfig
-from vigos_jax.inputs import PromptBatch
-from vigos_jax.models import hf
+from vigos_jax.method.packing import Buckets, Row, pack_prompts
+from vigos_jax.models.config import ModelConfig
+from vigos_jax.models.inputs import PromptBatch
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
-from vigos_jax.packing import Buckets, Row, pack_prompts
+from vigos_jax.weights import huggingface
 
 NOTICEABLE = 1000 * tm.TOLERANCE  # a broken feature must show at least this much
 
@@ -45,7 +45,7 @@ def make_pair(reference: torch.nn.Module, folder: pathlib.Path) -> Pair:
     tm.save(reference, folder)
     config = ModelConfig.load(folder)
     model = VisionLanguageModel(config)
-    base = hf.load_params(folder, config, abstract_variables(model)["params"], dtype=np.float32)
+    base = huggingface.load_params(folder, config, abstract_variables(model)["params"], dtype=np.float32)
     return Pair(reference, config, model, base, make_run(model))
 
 

@@ -15,15 +15,15 @@ import safetensors.numpy
 import tiny_runs as runs
 from helpers import make_processor_folder
 
-from vigos_jax import export as export_module
 from vigos_jax import main
-from vigos_jax.architecture import FAMILIES, ModelConfig
+from vigos_jax.data.processor import Processor
 from vigos_jax.errors import InputError
-from vigos_jax.models import hf
-from vigos_jax.models.safetensors_io import DTYPES, read_header
+from vigos_jax.export import export as export_module
+from vigos_jax.models.config import FAMILIES, ModelConfig
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
-from vigos_jax.models.weight_files import is_finite
-from vigos_jax.processor import Processor
+from vigos_jax.weights import huggingface
+from vigos_jax.weights.safetensors_file import DTYPES, read_header
+from vigos_jax.weights.weight_files import is_finite
 
 KEY = "MARKERkey0123456789"  # in the environment of every run here
 
@@ -182,9 +182,9 @@ def test_weights_that_overflow_when_rounded_are_named(model):
     write_weights(model, spoil)
     config = ModelConfig.load(model)
     abstract = abstract_variables(VisionLanguageModel(config))["params"]
-    hf.load_params(model, config, abstract, dtype=np.float32)
+    huggingface.load_params(model, config, abstract, dtype=np.float32)
     with pytest.raises(InputError, match=rf"1 tensor\(s\) hold NaN or infinity in bfloat16: {NORM}$"):
-        hf.load_params(model, config, abstract, dtype=jnp.bfloat16)
+        huggingface.load_params(model, config, abstract, dtype=jnp.bfloat16)
 
 
 def test_an_adapter_that_is_no_numbers(world, tmp_path, capsys):
@@ -230,7 +230,7 @@ def test_an_adapter_config_of_nonsense(world, tmp_path, field, value):
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
     with pytest.raises(InputError, match="adapter_config.json"):
-        hf.adapter_spec(adapter, dropout=0.0)
+        huggingface.adapter_spec(adapter, dropout=0.0)
 
 
 # config.json and the tokenizer.

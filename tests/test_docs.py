@@ -12,8 +12,8 @@ import tiny_runs as runs
 from configs import base
 from vigos_jax import main
 from vigos_jax.config import validate
-from vigos_jax.loading import sampling_of
-from vigos_jax.roles import ENTRY_FIELDS, SPANS, role_table
+from vigos_jax.method.roles import ENTRY_FIELDS, SPANS, role_table
+from vigos_jax.rollouts.sampling import Sampling
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -175,7 +175,7 @@ def test_a_misspelling_is_found(text):
     "text",
     [
         "`--config.sampling.max_tokens=3` `config.roles.mine.weight` `config.prompts.mine.user` `config.FIELD`",
-        "`vigos_jax/losses.py` `metrics.jsonl` `losses.divergence` `find_spans()` `config.json` `my_run.py`",
+        "`vigos_jax/method/losses.py` `metrics.jsonl` `losses.divergence` `find_spans()` `config.json` `my_run.py`",
         "# Some heading\n[data](data.md#wrong-answers-configdiagnosewrong_answers_file) [here](#some-heading)",
         "`python -m vigos_jax.main --config configs/base.py --mode eval -v --workdir x`",
     ],
@@ -206,7 +206,7 @@ def test_a_config_is_valid(kind, code):
     config = config_of(code)
     validate(config)
     table = role_table(config.roles, config.prompts, data_fields=tuple(config.data.fields))
-    assert sampling_of(config).max_tokens > 0
+    assert Sampling(**config.sampling).max_tokens > 0
     assert config.to_json_best_effort() != base.get_config().to_json_best_effort()  # it says something
     assert {span for role in table for span in role.scores} <= set(SPANS)
 

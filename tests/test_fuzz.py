@@ -11,20 +11,27 @@ from hypothesis import strategies as st
 from tiny_rows import picture_bytes
 
 from configs import base
-from vigos_jax.architecture import ModelConfig
 from vigos_jax.config import differences, read_json, to_json, validate
-from vigos_jax.data import Example
+from vigos_jax.data.loader import Example
+from vigos_jax.data.processor import Processor
+from vigos_jax.data.sources import JsonlSource
 from vigos_jax.errors import InputError
-from vigos_jax.graders import answer_kind, is_correct, last_boxed, mentions, normalize_answer, number_and_unit
-from vigos_jax.grading import GRADERS, grade, option_index
-from vigos_jax.loading import sampling_of
-from vigos_jax.packing import Buckets, pack_scores
-from vigos_jax.processor import Processor
-from vigos_jax.roles import TeacherRole, role_table
-from vigos_jax.rollouts import read_cases
-from vigos_jax.sharding import make_mesh, parse_rules
-from vigos_jax.sources import JsonlSource
-from vigos_jax.step import make_optimizer
+from vigos_jax.grading.answer_text import (
+    answer_kind,
+    is_correct,
+    last_boxed,
+    mentions,
+    normalize_answer,
+    number_and_unit,
+)
+from vigos_jax.grading.rules import GRADERS, grade, option_index
+from vigos_jax.method.packing import Buckets, pack_scores
+from vigos_jax.method.roles import TeacherRole, role_table
+from vigos_jax.models.config import ModelConfig
+from vigos_jax.rollouts.parse import read_cases
+from vigos_jax.rollouts.sampling import Sampling
+from vigos_jax.runtime.sharding import make_mesh, parse_rules
+from vigos_jax.training.step import make_optimizer
 
 LONG = settings(max_examples=600, suppress_health_check=list(HealthCheck))
 
@@ -132,7 +139,7 @@ def check_config(path, raw) -> bool:
         validate(config)
         role_table(config.roles, config.prompts, data_fields=tuple(config.data.fields))
         Buckets(**{kind: tuple(sizes) for kind, sizes in config.buckets.items()})
-        sampling_of(config)
+        Sampling(**config.sampling)
         parse_rules(config.mesh.rules)
         make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
         make_optimizer(steps=config.steps, **dict(config.optimizer.items()))

@@ -62,7 +62,7 @@ def write_config(path: pathlib.Path, *lines: str) -> str:
         (["--config.model.dtype=int8"], ["config.model.dtype='int8'", "float32, bfloat16"]),
         (["--config.optimizer.schedule=cosine"], ["'cosine'", "constant, linear"]),
         (["--config.sampling.max_tokens=99999"], ["config.sampling.max_tokens=99999", "config.buckets.completion"]),
-        (["--config.sampling.top_p=0"], ["sampling.top_p=0", "above 0 and at most 1"]),
+        (["--config.sampling.top_p=0"], ["sampling.top_p=0", "to 1"]),
         (["--config.prompts.student.user={reference}"], ["config.prompts.student", "{reference}"]),
         (["--config.roles.perception.scores=('title',)"], ["perception.scores='title'", "description, reasoning"]),
         (["--config.roles.reasoning.divergence=js"], ["divergence='js'", "forward_kl, reverse_kl"]),
@@ -254,7 +254,11 @@ def test_the_config_is_locked_and_its_flags_count(world):
 PROBE = """
 import sys
 sys.modules |= dict.fromkeys(("torch", "torchvision", "peft", "accelerate"))  # as if not installed
-from vigos_jax import evaluate, generate, main, score_file, train
+from vigos_jax import main
+from vigos_jax.analysis import score_rollouts
+from vigos_jax.evaluation import demo_scores
+from vigos_jax.rollouts import generate
+from vigos_jax.training import loop
 sys.exit(main.main(["vigos_jax", *sys.argv[1:]]))
 """
 

@@ -20,8 +20,8 @@ import safetensors.numpy
 from nbclient import NotebookClient
 from PIL import Image, ImageColor
 
-from vigos_jax.architecture import ModelConfig
 from vigos_jax.config import validate
+from vigos_jax.models.config import ModelConfig
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "notebooks" / "quickstart.ipynb"

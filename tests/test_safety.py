@@ -15,10 +15,11 @@ import jinja2
 import pytest
 
 from configs import base
-from vigos_jax import hub, report
 from vigos_jax.config import to_json, validate
 from vigos_jax.errors import InputError
-from vigos_jax.judge import Item, Judge
+from vigos_jax.grading.judge import Item, Judge
+from vigos_jax.report import page as report
+from vigos_jax.runtime import hub
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MARK = "MARKERkey0123456789"
@@ -115,8 +116,9 @@ def test_the_hubs_token_is_shown_nowhere(server, token):
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
     environment |= {"HF_TOKEN": token, "HF_ENDPOINT": address(server), "JAX_PLATFORMS": "cpu"}
     code = (
-        "import sys\nfrom vigos_jax import hub, loading, sources\nfrom vigos_jax.errors import InputError\n"
-        "calls = [lambda: loading.resolve_model('no/model'), lambda: sources.open_table('no/data', split='train'),\n"
+        "import sys\nfrom vigos_jax import session\nfrom vigos_jax.data import sources\n"
+        "from vigos_jax.errors import InputError\nfrom vigos_jax.runtime import hub\n"
+        "calls = [lambda: session.resolve_model('no/model'), lambda: sources.open_table('no/data', split='train'),\n"
         "         lambda: hub.push(__import__('pathlib').Path('.'), 'no/model')]\n"
         "for call in calls:\n"
         "    try:\n        call()\n"

@@ -13,15 +13,15 @@ import numpy as np
 import optax
 
 from configs import base
-from vigos_jax.architecture import ModelConfig, VisionConfig
+from vigos_jax.data.processor import EncodedImage, Turn
+from vigos_jax.method.packing import Buckets, Rollout, Row, pack_scores
+from vigos_jax.method.roles import TeacherRole
+from vigos_jax.method.scoring import score_batch
+from vigos_jax.method.spans import Spans
+from vigos_jax.models.config import ModelConfig, VisionConfig
 from vigos_jax.models.layers import LoraSpec
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
-from vigos_jax.packing import Buckets, Rollout, Row, pack_scores
-from vigos_jax.processor import EncodedImage, Turn
-from vigos_jax.roles import TeacherRole
-from vigos_jax.score import score_batch
-from vigos_jax.spans import Spans
-from vigos_jax.step import TrainState, make_train_step
+from vigos_jax.training.step import TrainState, make_train_step
 
 WORDS = 120  # ids below are text; above stand the control tokens
 IMAGE, VISION_START, VISION_END, TURN = 120, 121, 122, 123

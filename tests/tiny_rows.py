@@ -7,7 +7,7 @@ import datasets
 import ml_collections
 from PIL import Image
 
-from vigos_jax.data import encode_row
+from vigos_jax.data.loader import encode_row
 
 
 def picture(shade=0, size=(30, 40)):

@@ -22,14 +22,15 @@ from helpers import make_processor_folder
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from vigos_jax import main, train
-from vigos_jax.architecture import ModelConfig
-from vigos_jax.loading import Loaded
-from vigos_jax.models import hf
+from vigos_jax import main
+from vigos_jax.data.processor import Processor
+from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.layers import LoraSpec
-from vigos_jax.models.names import LANGUAGE_PROJECTIONS, adapter_table, tensor_table
+from vigos_jax.models.tensor_names import LANGUAGE_PROJECTIONS, adapter_table, tensor_table
 from vigos_jax.models.vlm import VisionLanguageModel
-from vigos_jax.processor import Processor
+from vigos_jax.session import Loaded
+from vigos_jax.training import loop
+from vigos_jax.weights import huggingface
 
 # The mesh splits rows, parameters and heads: every mode runs on sharded arrays, on the 8 devices of the tests.
 # Clips are off, or a random model, which differs from itself everywhere, would have no gradient.
@@ -155,7 +156,7 @@ class FinishedRun:
 def finished_run(tmp_path_factory, *args: str) -> FinishedRun:
     """A run of the world's config with `args`, never disturbed. Call it under `compile_once`."""
     world, workdir = make_world(tmp_path_factory), tmp_path_factory.mktemp("run") / "workdir"
-    with mock.patch.object(train, "load", side_effect=train.load) as load, capture(load) as loaded:
+    with mock.patch.object(loop, "load", side_effect=loop.load) as load, capture(load) as loaded:
         assert world.run(f"--workdir={workdir}", *args) == 0
     return FinishedRun(workdir, loaded[0])
 
@@ -190,8 +191,8 @@ def write_model(folder: pathlib.Path, *, family: str = "qwen2_5_vl") -> pathlib.
     make_processor_folder(folder, text={"tie_word_embeddings": False, "torch_dtype": "bfloat16"}, family=family)
     config = ModelConfig.load(folder)
     params = tiny.random_variables(VisionLanguageModel(config))["params"]
-    tensors = hf.file_tensors(params, tensor_table(config), config, dtype=np.float32)
-    hf.save_sharded(folder, tensors, max_shard_bytes=2**17)
+    tensors = huggingface.file_tensors(params, tensor_table(config), config, dtype=np.float32)
+    huggingface.save_sharded(folder, tensors, max_shard_bytes=2**17)
     assert (folder / "model.safetensors.index.json").is_file()
     return folder
 
@@ -201,7 +202,7 @@ def write_adapter(folder: pathlib.Path, model: pathlib.Path, spec: LoraSpec) -> 
     folder.mkdir()
     config = ModelConfig.load(model)
     lora = tiny.random_variables(VisionLanguageModel(config, lora=spec))["lora"]
-    tensors = dict(hf.file_tensors(lora, adapter_table(config, spec), config, dtype=np.float32))
+    tensors = dict(huggingface.file_tensors(lora, adapter_table(config, spec), config, dtype=np.float32))
     safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
     values = {"peft_type": "LORA", "r": spec.rank, "lora_alpha": spec.scale * spec.rank, "lora_dropout": 0.2}
     values |= {"target_modules": sorted(spec.language | spec.vision), "bias": "none"}

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from vigos_jax.processor import EncodedImage, Turn
+from vigos_jax.data.processor import EncodedImage, Turn
 
 torch.set_num_threads(1)  # the tensors are too small to share
 

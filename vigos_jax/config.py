@@ -9,7 +9,6 @@ from typing import Any
 import ml_collections
 
 from vigos_jax.errors import InputError
-from vigos_jax.health import GUARDED
 
 # (field, smallest, largest or None).
 _WHOLE = (
@@ -52,6 +51,9 @@ _WHOLE = (
     ("plan.patches", 1, None),
     ("plan.prompt", 1, None),
     ("plan.completion", 1, None),
+    ("sampling.max_tokens", 1, None),
+    ("sampling.top_k", 0, None),
+    ("eval.top_k", 0, None),
 )
 _REAL = (
     ("lora.alpha", 0, None),
@@ -72,16 +74,16 @@ _REAL = (
     ("plan.bandwidth_gbs", 0, None),
     ("plan.interconnect_gbs", 0, None),
     ("plan.effort", -1, 1),
+    ("sampling.temperature", 0, None),
+    ("sampling.top_p", 1e-9, 1),
+    ("sampling.min_p", 0, 1),
+    ("sampling.repetition_penalty", 1e-9, None),
+    ("sampling.presence_penalty", -1e6, 1e6),
+    ("eval.temperature", 0, None),
+    ("eval.top_p", 1e-9, 1),
 )
-# Numbers whose ranges other rooms know (sampling, mesh): here they only have to be numbers.
-_WHOLE_ELSEWHERE = (
-    *("sampling.max_tokens", "sampling.top_k", "eval.top_k"),
-    *("mesh.data", "mesh.fsdp", "mesh.tensor"),
-)
-_REAL_ELSEWHERE = (
-    *("sampling.temperature", "sampling.top_p", "sampling.min_p", "sampling.repetition_penalty"),
-    *("sampling.presence_penalty", "eval.temperature", "eval.top_p"),
-)
+# Numbers whose ranges the mesh knows: here they only have to be numbers.
+_WHOLE_ELSEWHERE = ("mesh.data", "mesh.fsdp", "mesh.tensor")
 _FLAGS = (
     *("data.shuffle", "data.blank_images", "export.check", "export.after_training", "guards.stop", "plan.advise"),
     "log.tensorboard",
@@ -116,6 +118,7 @@ CHOICES = {
     "export.kind": ("merged", "adapter"),
     "export.dtype": ("float32", "bfloat16"),
 }
+GUARDED = ("valid_rate", "completion_tokens", "entropy")  # metrics that config.guards can bound
 _PROMPT_FIELDS = ("user", "assistant_prefill")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -153,7 +156,7 @@ def _section(config: Mapping[str, Any], field: str) -> Mapping[str, Any]:
 def validate(config: ml_collections.ConfigDict) -> None:
     """Raises InputError for the first field that is missing, of a wrong type, out of range or not among its choices.
 
-    What other rooms check (roles, sampling, mesh) has the right types afterwards.
+    What other rooms check (roles, mesh) has the right types afterwards.
     """
     try:
         for table, whole in ((_WHOLE, True), (_REAL, False)):
@@ -162,9 +165,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 if value < low or (high is not None and value > high):
                     bound = f"at least {low}" if high is None else f"from {low} to {high}"
                     raise InputError(f"config.{field}={value!r} must be {bound}")
-        for fields, whole in ((_WHOLE_ELSEWHERE, True), (_REAL_ELSEWHERE, False)):
-            for field in fields:
-                _number(config, field, whole=whole)
+        for field in _WHOLE_ELSEWHERE:
+            _number(config, field, whole=True)
         for field in _FLAGS:
             if not isinstance(get(config, field), bool):
                 raise InputError(f"config.{field}={get(config, field)!r} must be True or False")

@@ -18,9 +18,10 @@ sys.path.append(str(PACKAGES))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from vigos_jax import __version__, distributed, shell  # noqa: E402
+from vigos_jax import __version__  # noqa: E402
 from vigos_jax.config import read_json, validate  # noqa: E402
 from vigos_jax.errors import InputError, Stopped  # noqa: E402
+from vigos_jax.runtime import distributed, shell  # noqa: E402
 
 # Flags put the traceback of a config file's error into their own message.
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(\s.*\n)*")
@@ -169,13 +170,13 @@ def _run(config, mode: str, workdir: pathlib.Path | None) -> int:
     if distributed.several() and mode not in SEVERAL:
         raise InputError(f"--mode {mode} runs in one process (config.distributed=off); several: {', '.join(SEVERAL)}")
     if mode == "train":
-        from vigos_jax.train import train
+        from vigos_jax.training.loop import train
 
         train(config, workdir)
         return 0
 
     if mode == "plan":
-        from vigos_jax.plan import plan
+        from vigos_jax.plan.planner import plan
 
         print(plan(config))
         return 0
@@ -185,9 +186,9 @@ def _run(config, mode: str, workdir: pathlib.Path | None) -> int:
     if mode == "export" and config.export.step and workdir is None:
         raise InputError(f"config.export.step={config.export.step} needs --workdir of a run, whose checkpoint it is")
 
-    from vigos_jax.checkpoint import Checkpoints
-    from vigos_jax.loading import load, trained_shapes
     from vigos_jax.models.variables import teacher_overlay
+    from vigos_jax.session import load, trained_shapes
+    from vigos_jax.training.checkpoints import Checkpoints
 
     loaded = load(config, for_training=False)
     trained = average = loaded.trained
@@ -200,13 +201,13 @@ def _run(config, mode: str, workdir: pathlib.Path | None) -> int:
                 _, average = checkpoints.restore_trained(like, item="average", step=wanted)
     overlay = teacher_overlay(config.teacher.weights, trained=trained, average=average)
     if mode == "generate":
-        from vigos_jax.generate import stream
+        from vigos_jax.rollouts.generate import stream
 
         for piece in stream(loaded, trained, config):
             print(piece, end="", flush=True)
         print()
     elif mode == "score":
-        from vigos_jax.score_file import score_rollouts
+        from vigos_jax.analysis.score_rollouts import score_rollouts
 
         summary, bad_lines = score_rollouts(loaded, trained, config, overlay=overlay)
         print(json.dumps(summary, indent=2))
@@ -214,7 +215,7 @@ def _run(config, mode: str, workdir: pathlib.Path | None) -> int:
             print(line, file=sys.stderr)
         return 1 if bad_lines else 0
     elif mode == "diagnose":
-        from vigos_jax.diagnose import diagnose
+        from vigos_jax.analysis.diagnose import diagnose
 
         output = pathlib.Path(config.diagnose.output).expanduser() if config.diagnose.output else None
         if output is None and workdir is None:
@@ -225,14 +226,14 @@ def _run(config, mode: str, workdir: pathlib.Path | None) -> int:
             print(line, file=sys.stderr)
         return 1 if bad_lines else 0
     elif mode == "eval":
-        from vigos_jax.eval_report import evaluate
+        from vigos_jax.evaluation.report import evaluate
 
         table, is_complete = evaluate(loaded, trained, config, workdir=workdir, step=step)
         print(table)
         return 0 if is_complete else 1
     elif mode == "export":
-        from vigos_jax.export import export
-        from vigos_jax.model_card import Run
+        from vigos_jax.export.export import export
+        from vigos_jax.export.model_card import Run
 
         output = pathlib.Path(config.export.output).expanduser()
         export(loaded, trained, config, output, run=Run.of(workdir, step) if workdir else None)

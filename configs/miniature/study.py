@@ -1,7 +1,7 @@
 """The paper in miniature: every method and ablation on the demo's world, over bases and seeds.
 
     pip install -e '.[study]'
-    python -m vigos_jax.demo.study --config configs/miniature/study.py --workdir runs/miniature
+    python -m vigos_jax.miniature.study --config configs/miniature/study.py --workdir runs/miniature
 
 Makes the bases, trains, measures PALR, and writes tables and figures into the workdir; some hours on two cores. It can
 be stopped at any time: the same command goes on. docs/miniature.md has what came out.

@@ -10,7 +10,7 @@ import itertools
 import numpy as np
 from tiny import jit
 
-from vigos_jax.inputs import TextInputs, VisionInputs
+from vigos_jax.models.inputs import TextInputs, VisionInputs
 
 LENGTH = 72  # all sequences are padded to it on the right: one compiled program
 

@@ -12,7 +12,8 @@ import sys
 import atheris
 
 with atheris.instrument_imports(include=["vigos_jax.spans", "vigos_jax.graders", "vigos_jax.grading"]):
-    from vigos_jax import graders, grading, spans
+    from vigos_jax.grading import answer_text, rules
+    from vigos_jax.method import spans
 
 from fuzz import ANSWER_PIECES, PIECES
 from oracles.spans_oracle import parse
@@ -50,12 +51,13 @@ def try_graders(data: bytes) -> None:
         return "".join(out)
 
     a, b, options = text(), text(), [text() for _ in range(source.ConsumeIntInRange(0, 3))]
-    assert graders.is_correct(a, b) == graders.is_correct(b, a)
-    assert graders.is_correct(a, a) == (graders.normalize_answer(a) != "") == (graders.answer_kind(a) != "")
-    graders.last_boxed(a), graders.mentions(a, b), graders.number_and_unit(a), grading.option_index(a, options)
+    assert answer_text.is_correct(a, b) == answer_text.is_correct(b, a)
+    assert answer_text.is_correct(a, a) == (answer_text.normalize_answer(a) != "") == (answer_text.answer_kind(a) != "")
+    answer_text.last_boxed(a), answer_text.mentions(a, b), answer_text.number_and_unit(a)
+    rules.option_index(a, options)
     precision = source.ConsumeIntInRange(-1, 4)
-    verdict = grading.grade(a, b, options=options, precision=None if precision < 0 else precision)
-    assert verdict.grader in grading.GRADERS
+    verdict = rules.grade(a, b, options=options, precision=None if precision < 0 else precision)
+    assert verdict.grader in rules.GRADERS
 
 
 TARGETS = {"spans": try_spans, "graders": try_graders}

@@ -10,7 +10,7 @@ import time
 from fuzz import fuzz_spans
 from helpers import make_processor_folder
 
-from vigos_jax.processor import Processor
+from vigos_jax.data.processor import Processor
 
 if __name__ == "__main__":
     count, seed = (int(sys.argv[i]) if len(sys.argv) > i else default for i, default in ((1, 100_000), (2, 1)))

@@ -40,8 +40,8 @@ def hand_back() -> None:
 
 def main(steps: int, folder: pathlib.Path) -> int:
     from vigos_jax import main as command_line
-    from vigos_jax import shell
-    from vigos_jax.metrics import MetricsFile
+    from vigos_jax.runtime import shell
+    from vigos_jax.training.run_log import MetricsFile
 
     shell.keep_one_heap()  # as `python -m vigos_jax.main` does
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from vigos_jax.architecture import ModelConfig
 from vigos_jax.models.attention import Causal, attention
+from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.layers import (
     ROWS,
     GatedMLP,

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from vigos_jax.architecture import VisionConfig
-from vigos_jax.inputs import VisionInputs
+from vigos_jax.models.config import VisionConfig
+from vigos_jax.models.inputs import VisionInputs
 from vigos_jax.models.layers import (
     ROWS,
     LayerNorm,

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from vigos_jax.architecture import ModelConfig
-from vigos_jax.inputs import TextInputs, VisionInputs
 from vigos_jax.models import qwen2_5_vl, qwen3_vl
 from vigos_jax.models.attention import Causal
+from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.decoder import KVCache, LayerInputs, decoder_layers, pick_visual, segment_mask
+from vigos_jax.models.inputs import TextInputs, VisionInputs
 from vigos_jax.models.layers import ROWS, LoraSpec, RMSNorm, mrope_angles, place, place_states
 
 Array = jax.Array

@@ -1,0 +1,475 @@
+"""The paper in miniature: its statistics against scipy's, its commands, going on, and what is said of its results."""
+
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from configs.miniature import base as miniature_base
+from configs.miniature import study as shipped
+from vigos_jax import main as command_line
+from vigos_jax.config import validate
+from vigos_jax.data.processor import Processor
+from vigos_jax.errors import InputError
+from vigos_jax.miniature import make_base, plots, study, tables
+from vigos_jax.miniature.assets import write_assets
+from vigos_jax.miniature.jobs import Job, Jobs
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+COMMITTED = ROOT / "docs" / "miniature"
+
+# Statistics ---------------------------------------------------------------------------------------
+
+
+def test_estimate_is_students():
+    values = np.random.default_rng(0).normal(0.1, 0.2, 7)
+    got, test = tables.estimate(list(values)), stats.ttest_1samp(values, 0.0)
+    interval = test.confidence_interval(0.95)
+    assert (got.low, got.high) == pytest.approx((interval.low, interval.high), abs=1e-12)
+    assert got.p == pytest.approx(test.pvalue, abs=1e-12)
+    assert (got.n, got.above) == (7, int((values > 0).sum()))
+
+
+@pytest.mark.parametrize("values", [[0.3], [0.2, 0.4]])
+def test_of_few_seeds_there_is_no_interval(values):
+    got = tables.estimate(values)
+    assert got.mean == pytest.approx(0.3) and math.isnan(got.half) and math.isnan(got.p)
+    assert tables.with_interval(got) == "0.300" and tables.with_test(got) == "+0.300"
+
+
+def test_of_equal_numbers_the_interval_is_a_point():
+    assert tables.estimate([0.25, 0.25, 0.25]).p == 0 and tables.estimate([0.0, 0.0, 0.0]).p == 1
+
+
+def record(method: str, seed: int, *, strength: float = 0.7, **rates) -> dict:
+    return {"leak_strength": strength, "seed": seed, "method": method, **dict.fromkeys(tables.METRICS), **rates}
+
+
+def made_up(rng, **shifts: float) -> list[dict]:
+    """Records of five seeds whose level differs much from seed to seed; methods differ by `shifts` in every rate."""
+    out = []
+    for seed in range(5):
+        level = rng.uniform(0.2, 0.8)
+        for method, shift in shifts.items():
+            rates = {m: level + shift + rng.normal(0, 0.005) for m in tables.METRICS}
+            out.append(record(method, seed, **rates))
+    return out
+
+
+def test_a_difference_is_taken_within_seeds():
+    records = made_up(np.random.default_rng(1), vigos=0.1, base=0.0)
+    pairs = [[r["score"] for r in records if r["method"] == m] for m in ("vigos", "base")]
+    got, test = tables.difference(records, 0.7, "vigos", "base", "score"), stats.ttest_rel(*pairs)
+    assert got.p == pytest.approx(test.pvalue, rel=1e-9) and got.p < 1e-4
+    assert stats.ttest_ind(*pairs).pvalue > 0.05  # what it would be without the pairs
+    shuffled = [r | {"seed": (r["seed"] + 1) % 5} if r["method"] == "base" else r for r in records]
+    assert tables.difference(shuffled, 0.7, "vigos", "base", "score").p > 0.05
+
+
+def test_only_seeds_that_both_have_count():
+    records = [record("vigos", 1, score=0.5), record("vigos", 2, score=0.9), record("base", 2, score=0.8)]
+    got = tables.difference(records, 0.7, "vigos", "base", "score")
+    assert got.n == 1 and got.mean == pytest.approx(0.1)
+    assert tables.difference(records, 0.7, "vigos", "base", "prior") is None
+    assert tables.difference(records, 0.0, "vigos", "base", "score") is None
+
+
+def verdict(records: list[dict], text: str) -> str:
+    return next(c.verdict for c in tables.claims(records) if text in c.text)
+
+
+@pytest.mark.parametrize("shift, expected", [(0.1, "shown"), (0.001, "undecided"), (-0.1, "contradicted")])
+def test_verdicts(shift, expected):
+    records = made_up(np.random.default_rng(2), vigos=shift, base=0.0, opsd_same_prompt=0.0)
+    assert verdict(records, "raises its base's Score") == expected
+    assert verdict(records, "higher Score than OPSD with the same prompt") == expected
+    against = {"shown": "contradicted", "contradicted": "shown", "undecided": "undecided"}[expected]
+    assert verdict(records, "lowers its base's leak") == against
+    assert verdict(records, "PALR of reasoning and answer is lower") == against
+
+
+@pytest.mark.parametrize("shift, expected", [(0.0, "shown"), (-0.02, "undecided"), (-0.06, "contradicted")])
+def test_verdict_on_prior_has_a_margin(shift, expected):
+    assert verdict(made_up(np.random.default_rng(3), vigos=shift, base=0.0), "base's Prior") == expected
+
+
+@pytest.mark.parametrize(
+    "faithful_gap, spread, closed, shrinks",
+    [
+        (0.0, 0.004, "shown", "shown"),
+        (0.05, 0.004, "undecided", "shown"),
+        (0.3, 0.004, "contradicted", "undecided"),
+        (0.0, 0.1, "undecided", "shown"),
+    ],
+)
+def test_verdict_on_the_gap(faithful_gap, spread, closed, shrinks):
+    records = []
+    for seed, noise in enumerate(np.linspace(-1, 1, 5)):
+        for leak, gap in ((0.7, 0.3), (0.0, faithful_gap)):
+            score = 0.5 + gap + spread * noise
+            records += [record("vigos", seed, strength=leak, score=score)]
+            records += [record("opsd_same_prompt", seed, strength=leak, score=0.5 + (leak > 0) * spread * noise / 2)]
+    assert verdict(records, "within 0.05 of nothing") == closed
+    assert verdict(records, "lead over OPSD is smaller") == shrinks
+
+
+def test_every_claim_shows_in_a_world_as_the_paper_has_it_and_in_its_mirror_none():
+    """Levels of each method, in every rate at once; leak and PALR are better if lower."""
+    better = {"base": 0, "vigos": 4, "opsd": -1, "base_free_form": -2, "opsd_same_prompt": 1}
+    better |= {"no_perception": 2, "no_reasoning": 2, "no_reference": 2, "reference_forward_kl": 3}
+    for mirror in (1, -1):
+        records = []
+        for seed in range(5):
+            for method, level in better.items():
+                sign = {m: -1 if m == "leak" or m.startswith("palr") else 1 for m in tables.METRICS}
+                rates = {m: 0.5 + mirror * s * 0.1 * level + 0.001 * seed for m, s in sign.items()}
+                records.append(record(method, seed, **rates))
+            for method in ("vigos", "opsd_same_prompt"):
+                gap = 0.4 if method == "vigos" and mirror < 0 else 0.0  # it must close, and opens
+                records.append(record(method, seed, strength=0.0, score=0.5 + gap + 0.001 * seed))
+        found = {c.text: c.verdict for c in tables.claims(records)}
+        assert len(found) == 17 and set(found.values()) == {"shown" if mirror > 0 else "contradicted"}, found
+
+
+def test_tables_hold_every_method_once_and_leave_gaps():
+    records = made_up(np.random.default_rng(4), vigos=0.1, base=0.0, my_own=0.05)
+    records += [record("opsd", s, score=0.4, prior=0.9) for s in range(5)]
+    table = tables.methods_table(records).splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| OPSD, free form", "| base", "| **ViGOS**", "| my_own"]
+    assert "0.400 ± 0.000 | 0.900 ± 0.000 | – | –" in table[2]
+    assert "my_own" in tables.differences_table(records)
+
+
+# Jobs ---------------------------------------------------------------------------------------------
+
+
+def test_every_run_is_a_valid_command_line(tmp_path):
+    bases, runs, palr = study.phases(shipped.get_config(), tmp_path)
+    assert (len(bases), len(runs), len(palr)) == (10, 5 * 7 + 5 * 2, 5 * 6 + 5 * 2)
+    assert len({job.name for job in (*bases, *runs, *palr)}) == len(bases) + len(runs) + len(palr)
+    of_base = {str(job.done.parent) for job in bases}
+    for job in (*runs, *palr):
+        config, mode, workdir = command_line._parse(list(job.arguments))
+        validate(config)
+        assert workdir in (job.done.parent, job.done.parent.parent) and (mode == "diagnose") == (job in palr)
+        if mode == "train":
+            assert config.model.path in of_base and config.model.path.endswith(f"-{config.seed}")
+            assert config.evaluate.seed == config.seed and config.evaluate.questions == 500
+
+
+def test_nothing_was_developed_on_these_seeds():
+    seeds = {seed for _, seed, _ in study.cells(shipped.get_config())}
+    assert not seeds & {0, 1, 2, 7, 42}  # of the shipped base, its card, first light and evaluations
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda c: c.groups.half.update({"leak": 0.0}), "leak 0.0, seed 101, its base is there 2 times"),
+        (lambda c: c.groups.leaky.update({"seeds": (7, 7)}), "seed 7, its base is there 2 times"),
+        (lambda c: c.groups.leaky.update({"methods": ("vigo",)}), "'vigo' is unknown; choices: "),
+        (lambda c: c.update({"workers": 0}), "config.workers=0"),
+        (lambda c: c.update({"palr_rows": 1}), "config.palr_rows=1: must be a whole number of at least 2"),
+        (lambda c: c.update({"free_form": ("opds",)}), "config.free_form: 'opds' is unknown"),
+    ],
+)
+def test_a_config_that_asks_for_the_impossible(change, said):
+    config = shipped.get_config()
+    change(config)
+    with pytest.raises(InputError, match=said):
+        study.check(config)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--config=configs/base.py"], "this config is no study: it lacks base"),
+        (["--config=configs/nothing.py"], "nothing.py"),
+        (["--config.question=3"], "Did you mean"),
+        (["more"], "unexpected argument 'more'"),
+    ],
+)
+def test_bad_command_lines(arguments, said, capsys, tmp_path):
+    assert study.main(["study", f"--workdir={tmp_path}", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert said in message and message.count("\n") == 1
+
+
+def zip_job(folder: pathlib.Path, *, name: str = "a", source: str = "text") -> Job:
+    """A job that any Python can do: packs a file."""
+    (folder / "text").write_text("x")
+    done = folder / f"{name}.zip"
+    return Job(name, ("zipfile", "-c", str(done), str(folder / source)), done)
+
+
+def slow_job(folder: pathlib.Path, *, name: str) -> Job:
+    """Touches NAME.began and sleeps for a minute; never done."""
+    code = f"import time, pathlib; pathlib.Path({str(folder / name)!r} + '.began').touch(); time.sleep(60)"
+    return Job(name, ("timeit", "-n1", "-r1", code), folder / f"{name}.done")
+
+
+def wait_for(path: pathlib.Path) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.05)
+
+
+def run_jobs(jobs: list[Job], folder: pathlib.Path, *, workers: int = 2) -> None:
+    with Jobs(folder / "jobs", workers=workers) as runner:
+        runner.run(jobs)
+
+
+def test_what_is_finished_is_not_done_again(tmp_path):
+    jobs = [zip_job(tmp_path, name=name) for name in "abc"]
+    run_jobs(jobs, tmp_path)
+    assert all(job.done.exists() for job in jobs)
+    jobs[1].done.unlink()
+    before = jobs[0].done.stat().st_mtime_ns
+    run_jobs(jobs, tmp_path)
+    assert jobs[1].done.exists() and jobs[0].done.stat().st_mtime_ns == before
+
+
+def test_a_result_without_its_record_is_not_believed(tmp_path):
+    job = zip_job(tmp_path)
+    job.done.write_text("of somebody else")
+    run_jobs([job], tmp_path)
+    assert job.done.read_bytes()[:2] == b"PK"
+
+
+def test_nor_is_one_that_lay_there_when_its_job_was_stopped(tmp_path):
+    job = Job("a", ("zipfile", "--help"), tmp_path / "a.zip")  # ends well and writes nothing, as a stopped run does
+    job.done.write_text("of somebody else")
+    for _ in range(2):
+        with pytest.raises(InputError, match="it was stopped"):
+            run_jobs([job], tmp_path)
+
+
+def test_results_of_another_command_are_refused(tmp_path):
+    run_jobs([zip_job(tmp_path)], tmp_path)
+    (tmp_path / "other").write_text("y")
+    with pytest.raises(InputError, match="was made with .*text.*, not .*other.*; choose another --workdir"):
+        run_jobs([zip_job(tmp_path, source="other")], tmp_path)
+
+
+def test_a_job_that_fails_ends_the_others_and_says_where_to_look(tmp_path):
+    """The first runs for a minute, the second fails at once: the first is ended, the third is not begun."""
+    failing = Job("b", ("zipfile", "-e", str(tmp_path / "none.zip"), str(tmp_path)), tmp_path / "b.zip")
+    began = time.monotonic()
+    with pytest.raises(InputError, match="b: exit code 1; what it said is in .*b.log; the same command goes on"):
+        run_jobs([slow_job(tmp_path, name="a"), failing, *(zip_job(tmp_path, name=n) for n in "cdef")], tmp_path)
+    assert time.monotonic() - began < 50
+    assert "none.zip" in (tmp_path / "jobs" / "b.log").read_text()
+    assert not list((tmp_path / "jobs").glob("[c-f].json"))
+
+
+def test_stopped_it_asks_its_jobs_to_end(tmp_path):
+    """SIGTERM to the study while a job sleeps: the job is gone, the next never begins, exit code 130."""
+    program = f"""
+import signal, sys, pathlib
+sys.path += [{str(ROOT / "tests" / "miniature")!r}, {str(ROOT / "tests")!r}]
+from test_study import run_jobs, slow_job
+from vigos_jax.runtime import shell
+from vigos_jax.miniature import study
+signal.signal(signal.SIGTERM, study._interrupt)
+folder = pathlib.Path({str(tmp_path)!r})
+jobs = [slow_job(folder, name=name) for name in ("one", "two")]
+sys.exit(shell.run(lambda _: run_jobs(jobs, folder, workers=1), [], verbose=False))
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "one.began")
+    with pytest.raises(InputError, match="another process is writing .*lock"):
+        run_jobs([], tmp_path)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=50)
+    assert process.returncode == 130, said
+    assert not (tmp_path / "two.began").exists()
+
+
+def test_a_job_that_outlives_its_study_keeps_the_folder(tmp_path):
+    program = f"""
+import sys, pathlib
+sys.path += [{str(ROOT / "tests" / "miniature")!r}, {str(ROOT / "tests")!r}]
+from test_study import run_jobs, slow_job
+run_jobs([slow_job(pathlib.Path({str(tmp_path)!r}), name="one")], pathlib.Path({str(tmp_path)!r}))
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.DEVNULL)
+    wait_for(tmp_path / "one.began")
+    process.kill()
+    process.wait()
+    with pytest.raises(InputError, match="another process is writing .*lock"):
+        run_jobs([], tmp_path)
+    subprocess.run(["pkill", "-f", str(tmp_path / "one")], check=True)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            return run_jobs([], tmp_path)
+        except InputError:
+            time.sleep(0.1)
+    raise AssertionError("the folder stayed locked")
+
+
+def summary(palr: float, tokens: int) -> dict:
+    return {group: {"palr": palr, "tokens": tokens} for group in ("T_d", "T_ra", "T_y")}
+
+
+def test_results_are_collected_from_the_runs(tmp_path):
+    config = shipped.get_config()
+    config.groups = {"few": shipped.group(0.7, seeds=(5,), methods=("opsd", "opsd_same_prompt", "vigos"))}
+    for i, method in enumerate(config.groups.few.methods):
+        folder = study.run_folder(tmp_path, 0.7, 5, method)
+        (folder / "diagnose").mkdir(parents=True)
+        rates = {"score": 0.1 * i, "prior": 0.5, "valid": 0.9, "leak": 0.3}
+        results = {"base": rates, "trained": rates | {"prior": 0.6}}
+        (folder / "results.json").write_text(json.dumps(results))
+        (folder / "diagnose" / "summary.json").write_text(json.dumps(summary(0.25, 10)))
+    found = {r["method"]: r for r in study.collect(config, tmp_path)}
+    assert list(found) == ["base_free_form", "opsd", "base", "opsd_same_prompt", "vigos"]
+    assert found["base"]["score"] == 0.1 and found["base"]["palr_ra"] is None and found["base"]["prior"] == 0.5
+    assert found["opsd"] == record("opsd", 5, score=0.0, prior=0.6)
+    wanted = {"score": 0.2, "prior": 0.6, "valid": 0.9, "leak": 0.3, "palr_d": 0.25, "palr_ra": 0.25, "palr_y": 0.25}
+    assert found["vigos"] == record("vigos", 5, **wanted)
+
+
+def test_what_was_not_measured_is_no_zero():
+    measured = {"score": 0.5, "prior": 0.5, "valid": 0.0, "leak": 0.0}
+    got = tables.rates(measured, summary(0.0, 0), free_form=False)
+    assert got["valid"] == 0 and got["leak"] is None and got["palr_ra"] is None
+
+
+# Bases and figures --------------------------------------------------------------------------------
+
+
+def test_free_form_rows_have_both_prompts_and_no_description(tmp_path):
+    config = miniature_base.get_config()
+    texts = [text for p in config.prompts.values() for text in (p.user, p.assistant_prefill)]
+    write_assets(tmp_path, templates=texts)
+    processor = Processor.load(tmp_path)
+    rows = make_base.RowMaker(processor, config, [1, 2])
+    prompts, sure = set(), 0
+    for _ in range(200):
+        item, turn, response = rows.free_form()
+        prompt = processor.decode([*turn.prefix_ids, *turn.rest_ids])
+        assert "escri" not in prompt and "<" not in response and response.endswith("}")
+        value = response.split("\\boxed{")[1][:-1]
+        assert response == f"the {item.kind} are {value} \\boxed{{{value}}}"
+        prompts.add("Reference answer" in prompt)
+        sure += value == item.answer
+    assert prompts == {True, False} and 60 < sure < 190
+
+
+def test_the_shipped_base_has_no_free_form_rows():
+    from configs import demo_base
+
+    config = demo_base.get_config()
+    assert config.responses.free_form_share == 0 and "free_form" not in config.prompts
+
+
+def test_figures_are_the_same_bytes_for_the_same_numbers(tmp_path):
+    records = made_up(np.random.default_rng(5), **dict.fromkeys(tables.METHODS, 0.1))
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        plots.draw(records, tmp_path / name)
+    files = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert files == ["leak.svg", "methods.svg", "palr.svg"]
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    assert (tmp_path / "a" / "methods.svg").read_text().count("OPSD, same prompt") == 3
+
+
+# The whole of it ----------------------------------------------------------------------------------
+
+TINY_BASE = """
+from configs.miniature import base
+
+def get_config():
+    config = base.get_config()
+    for stage in (config.vision, config.captions, config.responses):
+        stage.steps, stage.batch_size = 3, 8
+    config.responses.batch_size, config.warmup, config.card_items = 56, 1, 16
+    return config
+"""
+TINY_STUDY = """
+from configs.miniature import study
+
+def get_config():
+    config = study.get_config()
+    config.base = "{folder}/tiny_base.py"
+    config.methods.quick = "{folder}/quick.py"
+    config.methods.quick_opsd = "{folder}/quick_opsd.py"
+    config.free_form = ("quick", "quick_opsd")  # three steps of training make no valid rollout
+    for name in ("half", "faithful"):
+        del config.groups[name]
+    config.groups.leaky = study.group(0.7, seeds=(1, 2), methods=("quick", "quick_opsd"))
+    config.questions, config.palr_rows = 8, 8
+    return config
+"""
+QUICK = """
+from configs import {name} as full
+
+def get_config():
+    config = full.get_config()
+    config.steps, config.batch_size, config.evaluate.batch_size = 2, 8, 16
+    return config
+"""
+
+
+@pytest.mark.slow
+def test_a_study_of_minutes_end_to_end(tmp_path):
+    (tmp_path / "tiny_base.py").write_text(TINY_BASE)
+    (tmp_path / "study.py").write_text(TINY_STUDY.format(folder=tmp_path))
+    (tmp_path / "quick.py").write_text(QUICK.format(name="base"))
+    (tmp_path / "quick_opsd.py").write_text(QUICK.format(name="opsd"))
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "vigos_jax.demo.study", "--config", str(tmp_path / "study.py")]
+    command += ["--workdir", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    records = json.loads((tmp_path / "out" / "results.json").read_text())["records"]
+    wanted = [(seed, method) for seed in (1, 2) for method in ("base_free_form", "quick", "quick_opsd")]
+    assert sorted((r["seed"], r["method"]) for r in records) == wanted
+    assert done.stdout.strip() == (tmp_path / "out" / "report.md").read_text().strip()
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0 and again.stdout == done.stdout and "1/" not in again.stderr
+
+
+# What was committed -------------------------------------------------------------------------------
+
+
+def committed() -> list[dict]:
+    return json.loads((COMMITTED / "results.json").read_text(encoding="utf-8"))["records"]
+
+
+def test_the_committed_results_are_those_of_the_shipped_study():
+    stored = json.loads((COMMITTED / "results.json").read_text(encoding="utf-8"))
+    assert stored["settings"] == json.loads(shipped.get_config().to_json_best_effort())
+    cells = {(leak, seed, method) for leak, seed, method in study.cells(shipped.get_config()) if method}
+    assert cells <= {(r["leak_strength"], r["seed"], r["method"]) for r in stored["records"]}
+
+
+def test_the_page_and_the_readme_show_the_committed_tables():
+    page = (ROOT / "docs" / "miniature.md").read_text(encoding="utf-8")
+    for table in (
+        tables.methods_table(committed()),
+        tables.differences_table(committed()),
+        tables.leak_table(committed()),
+        tables.claims_table(committed()),
+    ):
+        assert table in page
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for line in tables.methods_table(committed()).splitlines()[2:]:
+        assert line in readme
+
+
+def test_the_committed_figures_are_drawn_from_the_committed_results(tmp_path):
+    plots.draw(committed(), tmp_path)
+    for drawn in sorted(tmp_path.iterdir()):
+        assert drawn.read_bytes() == (COMMITTED / drawn.name).read_bytes(), drawn.name

@@ -1,0 +1,157 @@
+"""A signal stops a run where nothing is lost: after the running step, saved; a second one stops it at once."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+
+import hosts
+import pytest
+import tiny_runs as runs
+
+from vigos_jax.data.loader import make_batches
+from vigos_jax.errors import Stopped
+from vigos_jax.runtime.signals import Interrupt
+from vigos_jax.training import loop
+from vigos_jax.training.run_log import MetricsFile
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    with runs.compile_once(tmp_path_factory):
+        yield runs.make_world(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, world):
+    return runs.finished_run(tmp_path_factory)
+
+
+@contextlib.contextmanager
+def signalled(number: int, owner: object, name: str, *, when=lambda *_: True):
+    """`owner.name` sends this process a signal after what it does, the first time that `when` says so."""
+    real, sent = getattr(owner, name), []
+
+    def then(*args, **kwargs):
+        result = real(*args, **kwargs)
+        if not sent and when(*args):
+            sent.append(number)
+            os.kill(os.getpid(), number)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, then)
+        yield
+    assert sent
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_after_its_step(world, undisturbed, tmp_path, capfd, number):
+    workdir, name = tmp_path / "run", signal.Signals(number).name
+    arguments = [f"--workdir={workdir}", "--config.checkpoint_every=4"]
+    with signalled(number, loop, "parse"):
+        assert world.run(*arguments) == 0
+    said = capfd.readouterr().err
+    assert f"{name}: stopping after this step" in said
+    assert f"{name}: stopped, saved at step 1 of {runs.STEPS}; the same command goes on" in said
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    assert len(runs.read_rows(workdir / "metrics.jsonl")) == 1
+    assert world.run(*arguments) == 0
+    assert "going on from step 1" in capfd.readouterr().err
+    runs.assert_same_trees(runs.saved_state(workdir, runs.STEPS), runs.saved_state(undisturbed.workdir, runs.STEPS))
+
+
+def test_a_signal_before_the_first_step_leaves_nothing_behind(world, tmp_path, capfd):
+    with signalled(signal.SIGTERM, loop, "load"):
+        assert world.run(f"--workdir={tmp_path / 'run'}") == 0
+    assert "SIGTERM: stopped" in capfd.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_signal_after_the_last_step_stops_what_comes_then(world, tmp_path, capfd):
+    """In the last step, or in the export itself: no half export, and started again it is made."""
+    arguments = [f"--workdir={tmp_path / 'run'}", "--config.steps=2", "--config.export.after_training=True"]
+    is_last = lambda _, row: row["step"] == 2  # noqa: E731
+    with signalled(signal.SIGTERM, MetricsFile, "write", when=is_last):
+        assert world.run(*arguments) == 0
+    assert not (tmp_path / "run" / "export").exists()
+    with signalled(signal.SIGTERM, loop.Run, "of"):
+        assert world.run(*arguments) == 0
+    assert not (tmp_path / "run" / "export").exists()
+    assert world.run(*arguments) == 0
+    assert (tmp_path / "run" / "export" / "config.json").is_file()
+
+
+def test_a_second_signal_ends_the_process():
+    code = """
+import os, signal
+from vigos_jax.runtime.signals import Interrupt
+with Interrupt() as interrupt:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print(interrupt.asked, flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("went on", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=hosts.ROOT)
+    assert done.returncode == 128 + signal.SIGINT and done.stdout == "SIGTERM\n"
+    assert "once more stops at once" in done.stderr
+
+
+def test_at_once():
+    with Interrupt() as interrupt:
+        with interrupt.at_once():
+            pass
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.asked == "SIGINT"
+        with pytest.raises(Stopped, match="SIGINT"), interrupt.at_once():
+            pytest.fail("went on")
+    with pytest.raises(Stopped), Interrupt() as interrupt, interrupt.at_once():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_other_threads_have_no_handlers():
+    """A notebook may train in a thread."""
+    problems = []
+
+    def work():
+        try:
+            with Interrupt() as interrupt, interrupt.at_once():
+                pass
+        except BaseException as e:
+            problems.append(e)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not problems
+
+
+def children() -> list[int]:
+    stats = [path.read_text() for path in pathlib.Path("/proc").glob("[0-9]*/stat")]
+    return [int(text.split()[0]) for text in stats if int(text.rpartition(")")[2].split()[1]) == os.getpid()]
+
+
+def ignored_signals(pid: int) -> int:
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("SigIgn:")).split()[1], 16)
+
+
+def test_workers_do_not_hear_signals(world):
+    """A terminal sends its signal to them too; without them the running step could not be finished."""
+    from vigos_jax.data.sources import JsonlSource
+
+    source = JsonlSource(world.data)
+    batches = make_batches(
+        source, processor=runs.processor(world.model), batch_size=2, seed=0, shuffle=False, max_images=1, workers=2
+    )
+    try:
+        next(batches)
+        spawned = [p for p in children() if "spawn_main" in pathlib.Path(f"/proc/{p}/cmdline").read_text()]
+        bits = (1 << (signal.SIGTERM - 1)) | (1 << (signal.SIGINT - 1))
+        assert len(spawned) == 2 and all(ignored_signals(p) & bits == bits for p in spawned)
+    finally:
+        batches.close()
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler

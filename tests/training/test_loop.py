@@ -1,0 +1,254 @@
+"""A run: every step once, the same numbers after an interruption, bad rows counted, the base untouched."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny_runs as runs
+from tiny_runs import STEPS
+
+from vigos_jax import main
+from vigos_jax.training import batches, loop
+from vigos_jax.training.run_log import MetricsFile
+from vigos_jax.weights import huggingface
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
+# Those for published models are tests/test_published_sizes.py's.
+METHODS = sorted(p for p in CONFIGS.glob("*.py") if p.stem not in ("__init__", "demo_base") and "qwen" not in p.stem)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world(tmp_path_factory):
+    with runs.compile_once(tmp_path_factory):
+        yield runs.make_world(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, world):
+    return runs.finished_run(tmp_path_factory)
+
+
+def rows_of(workdir) -> list[dict]:
+    """metrics.jsonl without what depends on the clock, or on what this process has compiled already."""
+    rows = runs.read_rows(workdir / "metrics.jsonl")
+    clock = ("seconds/", "compilations", "tokens_per_second")
+    return [{k: v for k, v in row.items() if not k.startswith(clock)} for row in rows]
+
+
+def test_every_step_is_written_once_and_learns(undisturbed):
+    rows = rows_of(undisturbed.workdir)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    for row in rows:
+        assert np.isfinite(row["loss"]) and row["grad_norm"] > 0
+        total = sum(r.weight * row[f"{r.name}/loss"] for r in undisturbed.loaded.roles)
+        assert row["loss"] == pytest.approx(total, rel=1e-5)
+    state = runs.saved_state(undisturbed.workdir, STEPS)
+    assert all(np.any(x != 0) for x in jax.tree.leaves(state["trained"]["lora"]))  # B started from zero
+
+
+def test_the_base_is_not_modified(undisturbed, world):
+    loaded = undisturbed.loaded
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), loaded.base)
+    runs.assert_same_trees(loaded.base, huggingface.load_params(world.model, loaded.config, shapes, dtype=np.float32))
+
+
+def test_bad_rows_are_counted_and_never_trained_on(undisturbed, world):
+    rows = rows_of(undisturbed.workdir)
+    assert rows[-1]["bad_rows"] >= len(runs.BAD)  # 16 rows are more than an epoch of 10
+
+
+def test_too_many_bad_rows_stop_the_run(world, tmp_path, capsys):
+    assert world.run(f"--workdir={tmp_path / 'run'}", "--config.data.max_bad_fraction=0.0") == 2
+    said = capsys.readouterr().err
+    assert any(reason in said for reason in runs.BAD.values()) and "max_bad_fraction" in said
+
+
+def test_a_finished_run_changes_nothing(undisturbed, world):
+    before = runs.bytes_of(undisturbed.workdir)
+    assert world.run(f"--workdir={undisturbed.workdir}") == 0
+    assert runs.bytes_of(undisturbed.workdir) == before
+
+
+def test_the_next_batch_is_packed_while_the_step_runs(world, tmp_path):
+    """What comes next is on the mesh before anything of the running step is waited for."""
+    events, fetch, pack = [], jax.device_get, batches.pack_prompts
+
+    def note_fetch(x):
+        events.extend(["metrics"] * (isinstance(x, dict) and "loss" in x))
+        return fetch(x)
+
+    def note_pack(*args, **kwargs):
+        events.append("packed")
+        return pack(*args, **kwargs)
+
+    with mock.patch.object(jax, "device_get", note_fetch), mock.patch.object(batches, "pack_prompts", note_pack):
+        assert world.run(f"--workdir={tmp_path / 'run'}", "--config.steps=3") == 0
+    assert events == ["packed", "packed", "metrics", "packed", "metrics", "metrics"]
+
+
+class Killed(BaseException):
+    """Not an error that anything could handle."""
+
+
+def run_killed_once(world, workdir, killed_at, arguments):
+    """Kills a run after a step, before the step's checkpoint, and goes on to its end."""
+    write = MetricsFile.write
+
+    def write_then_die(self, row):
+        write(self, row)
+        if row["step"] == killed_at:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(MetricsFile, "write", write_then_die)
+        world.run(f"--workdir={workdir}", *arguments)
+    assert world.run(f"--workdir={workdir}", *arguments) == 0
+
+
+@pytest.mark.parametrize("every, killed_at", [(1, 1), (1, 3), (2, 2), (2, 3)])
+def test_a_killed_run_goes_on_to_the_same_numbers(undisturbed, world, tmp_path, every, killed_at):
+    run_killed_once(world, tmp_path / "run", killed_at, [f"--config.checkpoint_every={every}"])
+    assert rows_of(tmp_path / "run") == rows_of(undisturbed.workdir)
+    runs.assert_same_trees(runs.saved_state(tmp_path / "run", STEPS), runs.saved_state(undisturbed.workdir, STEPS))
+
+
+EMA = ("--config.teacher.weights=ema", "--config.teacher.ema_rate=0.5", "--config.lora.dropout=0.0")
+
+
+def test_a_killed_run_keeps_its_average(tmp_path_factory, undisturbed, world, tmp_path):
+    whole = runs.finished_run(tmp_path_factory, *EMA)
+    run_killed_once(world, tmp_path / "run", 3, EMA)
+    assert rows_of(tmp_path / "run") == rows_of(whole.workdir)
+    saved = runs.saved_state(whole.workdir, STEPS)
+    runs.assert_same_trees(runs.saved_state(tmp_path / "run", STEPS), saved)
+    apart = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), saved["average"], saved["trained"])
+    assert all(jax.tree.leaves(apart)) and "average" not in runs.saved_state(undisturbed.workdir, STEPS)
+    # It moved as it says, from where the adapter started.
+    steps = [runs.saved_state(whole.workdir, n) for n in (STEPS - 1, STEPS)]
+    want = jax.tree.map(lambda a, b: 0.5 * a + 0.5 * b, steps[0]["average"], steps[1]["trained"])
+    for a, b in zip(jax.tree.leaves(saved["average"]), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7)
+
+
+def test_other_modes_use_the_average_as_the_run_did(tmp_path_factory, world, tmp_path):
+    whole = runs.finished_run(tmp_path_factory, *EMA)
+    saved = runs.saved_state(whole.workdir, STEPS)
+    with mock.patch("vigos_jax.score_file.score_rollouts", return_value=({}, [])) as score:
+        assert world.run("--mode=score", f"--workdir={whole.workdir}") == 0
+    runs.assert_same_trees(jax.device_get(score.call_args.kwargs["overlay"]), saved["average"])
+    runs.assert_same_trees(jax.device_get(score.call_args.args[1]), saved["trained"])
+
+
+def test_a_further_column_is_shown_to_the_role_that_names_it(world, tmp_path):
+    rows = [row | {"caption": f"seen {i}"} for i, row in enumerate(runs.read_rows(world.data))]
+    data = runs.write_rows(tmp_path / "data.jsonl", rows)
+    runs.write_pictures(tmp_path / "pictures", len(rows))
+    own = [f"--config.data.source={data}", "--config.data.fields=('caption',)", "--config.steps=1"]
+    with mock.patch.object(batches, "pack_scores", side_effect=batches.pack_scores) as pack:
+        assert world.run(f"--workdir={tmp_path / 'run'}", "--config.prompts.reference.user=<{caption}>", *own) == 0
+    decode = runs.processor(world.model).decode
+    seen = [[decode(t.rest_ids) for t in (r.student, *r.teachers)] for r in pack.call_args.args[0] if r.student]
+    assert seen
+    for *others, reference in seen:
+        assert re.match(r"<seen \d>", reference) and not any("seen" in text for text in others)
+
+
+def test_a_changed_data_set_is_not_gone_on_with(world, tmp_path, capsys):
+    data = runs.write_rows(tmp_path / "data.jsonl", runs.read_rows(world.data)[:1])
+    runs.write_pictures(tmp_path / "pictures", 1)
+    allowed = ["--config.data.max_bad_fraction=1.0", f"--config.data.source={data}", "--config.steps=1"]
+    assert world.run(f"--workdir={tmp_path / 'run'}", *allowed) == 0
+    rows = runs.read_rows(data)
+    runs.write_rows(data, [rows[0] | {"problem": "another question"}])
+    capsys.readouterr()
+    assert world.run(f"--workdir={tmp_path / 'run'}", *allowed) == 2
+    assert "cannot go on with other data" in capsys.readouterr().err
+
+
+def test_training_starts_from_a_given_adapter(world, tmp_path):
+    workdir = tmp_path / "run"
+    still = ["--config.optimizer.learning_rate=0.0", "--config.steps=1", "--config.lora.dropout=0.0"]
+    assert world.run(f"--workdir={workdir}", f"--config.model.adapter={world.adapter}", *still) == 0
+    saved = runs.saved_state(workdir, 1)["trained"]["lora"]
+    tensors = safetensors.numpy.load_file(world.adapter / "adapter_model.safetensors")
+    name = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
+    np.testing.assert_array_equal(np.asarray(saved["layers"]["q_proj"]["a"])[0], tensors[name].T)
+    assert np.asarray(saved["layers"]["q_proj"]["a"]).shape[-1] == runs.SPEC.rank
+
+
+def test_full_fine_tuning_trains_every_parameter_in_float32(tmp_path_factory, world):
+    run = runs.finished_run(tmp_path_factory, "--config.lora.rank=0", "--config.optimizer.learning_rate=1e-3")
+    # No dropout: sampler and scorer see the same student. A sampler of the base would be far off after step 1.
+    assert max(row["sampler_logp_gap"] for row in rows_of(run.workdir)) < 1e-4
+    params = runs.saved_state(run.workdir, STEPS)["trained"]["params"]
+    moved = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), params, run.loaded.base)
+    assert all(jax.tree.leaves(moved)), moved
+    assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+
+
+def test_accumulation_changes_nothing_but_rounding(tmp_path_factory, undisturbed, world, tmp_path):
+    one = ["--config.lora.dropout=0.0", "--config.steps=1"]
+    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=4"]
+    for name, n in (("one", 1), ("two", 2)):
+        assert world.run(f"--workdir={tmp_path / name}", f"--config.accumulation={n}", *one, *mesh) == 0
+    a, b = rows_of(tmp_path / "one")[0], rows_of(tmp_path / "two")[0]
+    assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
+def test_every_config_trains_on_the_demo(path, tmp_path):
+    """What is shipped runs as it is, only shorter."""
+    short = ["--config.steps=2", "--config.batch_size=8", "--config.evaluate.questions=0"]
+    short.append("--config.report.rows=0")
+    arguments = [f"--config={path}", f"--workdir={tmp_path}", *short, "--config.export.after_training=False"]
+    assert main.main(["vigos_jax", *arguments]) == 0
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2]
+    roles = json.loads((tmp_path / "config.json").read_text())["roles"]
+    for row in rows:
+        assert all(np.isfinite(x) for x in row.values()), row
+        assert row["grad_norm"] > 0 and row["bad_rows"] == 0
+        here = [name for name, role in roles.items() if role["weight"]]
+        for kind in ("loss_share", "grad_share"):
+            assert sum(row[f"{name}/{kind}"] for name in here) == pytest.approx(1, abs=1e-5)
+        assert all(row[f"{name}/tokens"] > 0 or row[f"{name}/loss"] == 0 for name in here)
+        assert not any(f"{name}/loss" in row for name, role in roles.items() if not role["weight"])
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same_run(undisturbed, world, tmp_path):
+    assert world.run(f"--workdir={tmp_path / 'run'}", "--config.steps=4", "--config.data.workers=2") == 0
+    assert rows_of(tmp_path / "run") == rows_of(undisturbed.workdir)
+
+
+@pytest.mark.slow
+def test_kill_minus_nine(world, tmp_path):
+    """A real process, really killed; the undisturbed run is a process of its own too."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+    def start(workdir) -> subprocess.Popen:
+        command = [sys.executable, "-m", "vigos_jax.main", f"--config={world.config}", f"--workdir={workdir}"]
+        return subprocess.Popen(command, cwd=loop.__file__.rsplit("/", 3)[0], env=environment)
+
+    assert start(tmp_path / "a").wait() == 0
+    process = start(tmp_path / "b")
+    metrics = tmp_path / "b" / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert start(tmp_path / "b").wait() == 0
+    assert rows_of(tmp_path / "b") == rows_of(tmp_path / "a")
+    runs.assert_same_trees(*(runs.saved_state(tmp_path / name, STEPS) for name in "ab"))

@@ -1,0 +1,350 @@
+"""`--mode diagnose`: PALR of a run's role table, on rollouts of its student or of any engine.
+
+Every counterfactual teacher is the run's own role table on rows that differ in one thing, the answer or the image,
+through the same packed program; the entries of all passes correspond one to one.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from vigos_jax.analysis import palr
+from vigos_jax.analysis.score_rollouts import rollouts_source
+from vigos_jax.analysis.wrong_answers import choose, options_of, read_file
+from vigos_jax.data.cleaning import clean_reference
+from vigos_jax.data.loader import encode_row
+from vigos_jax.data.processor import EncodedImage
+from vigos_jax.demo.world import DemoSource
+from vigos_jax.errors import InputError
+from vigos_jax.grading.answer_text import answer_kind
+from vigos_jax.method.packing import Row, pack_prompts, pack_scores
+from vigos_jax.method.scoring import score_batch, teacher_logps
+from vigos_jax.models.variables import Variables
+from vigos_jax.report import page
+from vigos_jax.rollouts.parse import Case, Reader, first_picture, parse, pieces, read_cases, spans_json
+from vigos_jax.rollouts.sampler import Sampler, row_keys
+from vigos_jax.rollouts.sampling import Sampling
+from vigos_jax.runtime.files import write_json
+from vigos_jax.runtime.progress import bar, say
+from vigos_jax.session import Loaded, open_source
+
+MAX_SHOWN = 40  # rollouts on the page
+ANSWER_COLOR, IMAGE_COLOR = (220, 70, 50), (50, 110, 220)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Counterfactuals:
+    """What a case is scored under besides its own row."""
+
+    case: Case
+    wrong_answers: tuple[str, ...]
+    images: tuple[EncodedImage, ...]
+
+
+def diagnose(
+    loaded: Loaded, trained: Variables, config, *, overlay: Variables, output: pathlib.Path
+) -> tuple[str, list[str]]:
+    """Writes palr.jsonl (per rollout, lists per token), summary.json and palr.html into `output`.
+
+    Args:
+      trained, overlay: what lies over the base for the student and for the teachers.
+
+    Returns:
+      (the table for a terminal, one line per bad row).
+
+    Raises:
+      InputError: rollouts or wrong answers that cannot be read, or no usable row.
+    """
+    d = config.diagnose
+    if d.rollouts:
+        source = rollouts_source(d.rollouts, "diagnose.rollouts", config)
+        cases, rows = read_cases(source, loaded, config), len(source)
+        name = lambda i: f"{source.path}:{source.line(i)}"  # noqa: E731
+    else:
+        source = _demo_source(config) if config.data.source == "demo" else open_source(config)
+        rows = min(d.rows, len(source))
+        cases = _sample(source, rows, loaded, trained, config)
+        name = lambda i: f"{config.data.source}: row {i + 1}"  # noqa: E731
+    given = read_file(d.wrong_answers_file) if d.wrong_answers_file else {}
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"cannot write to {output}: {e.strerror}; choose a writable --config.diagnose.output") from e
+
+    counts: Counter[str] = Counter()
+    bad_lines: list[str] = []
+    reader, size = Reader.of(loaded, config), loaded.whole_batch(d.batch_size)
+    valid = _checked(cases, name, bad_lines, counts)
+    usable = _with_counterfactuals(valid, source, rows, given, reader, counts, config)
+    score = _scorer(loaded, reader, config)
+    sums: dict[str, list[np.ndarray]] = {group: [] for group in palr.GROUPS}
+    shown: list[page.Rollout] = []
+    temporary = output / "palr.jsonl.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        for part in bar(_in_parts(usable, size), title="diagnose"):
+            for item, scores in zip(part, score(part, size, trained, overlay), strict=True):
+                case = item.case
+                for group, parts in palr.GROUPS.items():
+                    sums[group].append(palr.group_sums(scores, _mask(case, parts)))
+                file.write(json.dumps(_record(item, scores, loaded)) + "\n")
+                if len(shown) < MAX_SHOWN:
+                    shown.append(_page_rollout(item, scores, source, loaded))
+    if not counts["scored"]:
+        temporary.unlink()
+        reasons = ", ".join(f"{k} {n}" for k, n in counts.items()) or "no rows"
+        raise InputError(f"PALR needs valid rollouts with a wrong answer and another image; there is none: {reasons}")
+    temporary.replace(output / "palr.jsonl")
+    table = _table(sums, counts, seed=d.seed)
+    _write(output, table, sums, counts, shown)
+    say(f"wrote {output / 'palr.jsonl'}, {output / 'summary.json'} and {output / 'palr.html'}")
+    return table.text(), bad_lines
+
+
+def _demo_source(config) -> DemoSource:
+    """Pictures that contradict the prior: where the prior agrees, no answer can be told from what is seen."""
+    seed, length = config.evaluate.seed, config.diagnose.rows
+    return DemoSource(length=length, seed=seed, blank=config.data.blank_images, setting="conflict")
+
+
+def _sample(source: Any, rows: int, loaded: Loaded, trained: Variables, config) -> Iterator[Case]:
+    """Rollouts of the student, as in training, for the source's first rows."""
+    reader, sampling = Reader.of(loaded, config), Sampling(**config.sampling)
+    sampler = Sampler(loaded.model, sampling, eos_ids=loaded.processor.eos_ids)
+    variables = sampler.ready(loaded.student(trained))
+    size = loaded.whole_batch(config.diagnose.batch_size)
+    encode = functools.partial(
+        encode_row,
+        processor=loaded.processor,
+        max_images=config.data.max_images,
+        image_roots=tuple(getattr(source, "image_roots", ())),
+        fields=tuple(config.data.fields),
+        too_long=functools.partial(reader.too_long, max_completion=sampling.max_tokens),
+    )
+    for first in range(0, rows, size):
+        examples = [encode(source[i], i) for i in range(first, min(first + size, rows))]
+        own = [reader.row(e) for e in examples]
+        padded = own + [Row()] * (size - len(own))
+        prompts = loaded.put_batch(pack_prompts(padded, config=loaded.config, buckets=loaded.buckets))
+        # Keys by row: the same rollouts whatever the batch size.
+        sampled = sampler(variables, prompts, row_keys(config.diagnose.seed, 0, size, first_row=first))
+        for i, (example, rollout) in enumerate(zip(examples, parse(loaded, padded, sampled), strict=False)):
+            yield Case(first + i, example, own[i], rollout, example.bad_reason)
+
+
+def _checked(cases: Iterator[Case], name, bad_lines: list[str], counts: Counter) -> Iterator[Case]:
+    """The valid rollouts; the others are counted, and bad rows named."""
+    for case in cases:
+        counts["rows"] += 1
+        if case.bad_reason:
+            counts["bad rows"] += 1
+            bad_lines.append(f"{name(case.index)}: id {case.example.id}: {case.bad_reason}")
+        elif not case.rollout.spans.is_valid:
+            counts["invalid rollouts"] += 1
+        else:
+            yield case
+
+
+def _with_counterfactuals(
+    cases: Iterator[Case], source: Any, rows: int, given: dict[str, list[str]], reader: Reader, counts: Counter, config
+) -> Iterator[_Counterfactuals]:
+    """Cases with wrong answers and the image of the next case that has another one; the last get the first's."""
+    others = _answers_by_kind(source, rows)
+    waiting: list[tuple[Case, tuple[str, ...]]] = []
+    first: Case | None = None
+
+    def pair(images: tuple[EncodedImage, ...]) -> Iterator[_Counterfactuals]:
+        still = []
+        for case, wrong in waiting:
+            if _same(case.example.images, images) or not _fits(reader, case, images=images):
+                still.append((case, wrong))
+            else:
+                counts["scored"] += 1
+                yield _Counterfactuals(case, wrong, images)
+        waiting[:] = still
+
+    for case in cases:
+        first = first or case
+        yield from pair(case.example.images)
+        raw = source[case.index]
+        own = given.get(case.example.id) or raw.get("wrong_answers") or ()
+        where, wrong = choose(
+            reference=case.example.reference,
+            count=config.diagnose.wrong_answers,
+            seed=f"{config.diagnose.seed} {case.index}",
+            given=own if isinstance(own, list | tuple) else (),
+            options=options_of(raw, case.example.problem),
+            others=others,
+        )
+        wrong = tuple(answer for answer in wrong if _fits(reader, case, reference=answer))
+        counts[f"wrong answers from {where}" if wrong else "no wrong answer"] += 1
+        if wrong:
+            waiting.append((case, wrong))
+    if first is not None:
+        yield from pair(first.example.images)
+    if waiting:
+        counts["no other image"] += len(waiting)
+
+
+def _fits(reader: Reader, case: Case, **changes: Any) -> bool:
+    return reader.too_long(case.example, max_completion=len(case.rollout.ids), **changes) is None
+
+
+def _answers_by_kind(source: Any, rows: int) -> dict[str, list[str]]:
+    answers = {clean_reference(source[i].get("answer")) for i in range(rows)} - {""}
+    out = defaultdict(list)
+    for answer in sorted(answers):
+        out[answer_kind(answer)].append(answer)
+    return dict(out)
+
+
+def _same(a: tuple[EncodedImage, ...], b: tuple[EncodedImage, ...]) -> bool:
+    return len(a) == len(b) and all(
+        x.grid == y.grid and np.array_equal(x.patches, y.patches) for x, y in zip(a, b, strict=True)
+    )
+
+
+def _in_parts(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    part = []
+    for item in items:
+        part.append(item)
+        if len(part) == size:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def _scorer(loaded: Loaded, reader: Reader, config):
+    """(cases with counterfactuals, batch size, trained, overlay) -> TokenScores per case."""
+    roles, chunk = loaded.roles, config.loss.chunk
+    shows_reference = np.array([r.shows_reference for r in roles])
+
+    @jax.jit
+    def own(base, trained, overlay, batch):
+        scores = score_batch(loaded.model, base, trained, batch, overlay=overlay, roles=roles, chunk=chunk)
+        return scores.student_logp, scores.teacher_logp
+
+    @jax.jit
+    def teachers(base, overlay, batch):
+        return teacher_logps(loaded.model, base, batch, overlay=overlay, chunk=chunk)
+
+    def score(part: list[_Counterfactuals], size: int, trained: Variables, overlay: Variables):
+        empty = size - len(part)
+        rollouts = [x.case.rollout for x in part] + [None] * empty
+        options = {"roles": roles, "config": loaded.config, "buckets": loaded.buckets}
+
+        def counterfactual(rows: list[Row]) -> np.ndarray:
+            batch = pack_scores(rows + [Row()] * empty, rollouts, **options)
+            # The same rollouts under the same roles: entry for entry the same tokens.
+            assert np.array_equal(batch.entries.position, entries.position)
+            return jax.device_get(teachers(loaded.base, overlay, loaded.put_batch(batch)))
+
+        batch = pack_scores([x.case.row for x in part] + [Row()] * empty, rollouts, **options)
+        entries = batch.entries
+        student, teacher = jax.device_get(own(loaded.base, trained, overlay, loaded.put_batch(batch)))
+        # A case with fewer wrong answers repeats its first, which is then left out of the mixture.
+        most = max(len(x.wrong_answers) for x in part)
+        shown = [[*x.wrong_answers, *x.wrong_answers[:1] * (most - len(x.wrong_answers))] for x in part]
+        wrong = []
+        for k in range(most):
+            rows = [reader.row(x.case.example, reference=w[k]) for x, w in zip(part, shown, strict=True)]
+            wrong.append(counterfactual(rows))
+        wrong = np.stack(wrong)  # [K, B, E]
+        image = counterfactual([reader.row(x.case.example, images=x.images) for x in part])
+        for i, x in enumerate(part):
+            used = entries.role[i] >= 0
+            role = entries.role[i][used]
+            yield palr.token_scores(
+                position=entries.position[i][used],
+                role=role,
+                shows_reference=shows_reference[role],
+                student=student[i][used],
+                teacher=teacher[i][used],
+                wrong=palr.mixture_logp(wrong[:, i][:, used], np.arange(most) < len(x.wrong_answers)),
+                image=image[i][used],
+            )
+
+    return score
+
+
+def _mask(case: Case, parts: tuple[str, ...]) -> np.ndarray:
+    out = np.zeros(len(case.rollout.ids), bool)
+    for part in parts:
+        out[slice(None) if part == "completion" else slice(*getattr(case.rollout.spans, part))] = True
+    return out
+
+
+def _record(item: _Counterfactuals, scores: palr.TokenScores, loaded: Loaded) -> dict[str, Any]:
+    """The line of palr.jsonl: lists over the completion's tokens, null where no role scores one.
+
+    Where two roles score a token, the sums of both count, and the lists show the table's first.
+    """
+    rollout = item.case.rollout
+    n = len(rollout.ids)
+    lists: dict[str, list[Any]] = {k: [None] * n for k in ("role", "s", "c_answer", "c_image")}
+    for e in reversed(range(len(scores.position))):
+        j = int(scores.position[e])
+        lists["role"][j] = loaded.roles[scores.role[e]].name
+        for key, values in (("s", scores.strength), ("c_answer", scores.answer), ("c_image", scores.image)):
+            lists[key][j] = float(values[e])
+    head = {"id": item.case.example.id, "reference": item.case.example.reference}
+    head |= {"wrong_answers": list(item.wrong_answers), "completion_ids": list(rollout.ids)}
+    return head | {"tokens": pieces(loaded, rollout.ids), "spans": spans_json(rollout)} | lists
+
+
+def _page_rollout(item: _Counterfactuals, scores: palr.TokenScores, source: Any, loaded: Loaded) -> page.Rollout:
+    example, rollout = item.case.example, item.case.rollout
+    record = _record(item, scores, loaded)
+    weight = np.zeros(len(rollout.ids))
+    np.add.at(weight, scores.position, scores.strength * (scores.answer + scores.image))
+    strongest = max(float(weight.max(initial=0.0)), 1e-9)
+    tokens = []
+    for j, text in enumerate(record["tokens"]):
+        if record["role"][j] is None:
+            tokens.append(page.Token(text, title="not supervised"))
+            continue
+        s, a, i = (record[k][j] for k in ("s", "c_answer", "c_image"))
+        color = page.mix(IMAGE_COLOR, ANSWER_COLOR, a / (a + i) if a + i > 0 else 0.5)
+        hover = f"{record['role'][j]}: s {s:.3f}, answer {a:.3f}, image {i:.3f}"
+        tokens.append(page.Token(text, color, 0.75 * float(weight[j] / strongest) ** 0.5, hover))
+    title = f"{example.id} · reference {example.reference!r}, wrong {', '.join(item.wrong_answers)}"
+    return page.Rollout(title, example.problem, tokens, [page.picture_uri(first_picture(source, item.case.index))])
+
+
+def _table(sums: dict[str, list[np.ndarray]], counts: Counter, *, seed: int) -> page.Table:
+    rows = []
+    for group, values in sums.items():
+        stacked = np.stack(values)
+        total = stacked.sum(0)
+        tokens = total[5]
+        low, high = palr.interval(stacked, seed=seed)
+        means = [f"{x / tokens:.4f}" if tokens else "-" for x in total[2:5]]
+        rows.append([group, f"{int(tokens)}", *means, f"{palr.ratio(total):.4f}", f"{low:.4f} - {high:.4f}"])
+    return page.Table(
+        title="PALR: share of the correction that hangs on the answer",
+        head=["tokens of", "supervised", "mean s", "mean c^A", "mean c^I", "PALR", "95 % interval"],
+        rows=rows,
+        note="T_d description, T_ra reasoning and answer, T_y all; "
+        + ", ".join(f"{name} {n}" for name, n in counts.items()),
+    )
+
+
+def _write(output: pathlib.Path, table: page.Table, sums: dict[str, Any], counts: Counter, shown: list[Any]) -> None:
+    totals = {group: np.sum(values, 0) for group, values in sums.items()}
+    summary = {group: {"palr": float(palr.ratio(x)), "tokens": int(x[5])} for group, x in totals.items()}
+    write_json(output / "summary.json", summary | {"counts": dict(counts)})
+    legend = page.Text(
+        [
+            "Red: the right answer makes this token likelier than a wrong one does. Blue: the right image does. The "
+            "stronger the colour, the more the teacher corrects the student there. Hover for the numbers.",
+        ]
+    )
+    title = page.Text([f"{len(shown)} of the rollouts:"])
+    page.write_page(output / "palr.html", "What the teachers' corrections hang on", [table, legend, title, *shown])

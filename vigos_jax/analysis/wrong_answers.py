@@ -1,0 +1,88 @@
+"""Plausible wrong answers for a question: given ones, the other options of a choice, or other rows' answers.
+
+PALR (equations 7-10 of the paper) asks how much of a teacher's correction hangs on the answer it was shown, by
+showing it wrong ones. They should be wrong in content, not in form: of the same kind as the right one.
+"""
+
+import ast
+import json
+import pathlib
+import random
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vigos_jax.data.cleaning import clean_reference
+from vigos_jax.errors import InputError
+from vigos_jax.grading.answer_text import answer_kind, is_correct, normalize_answer
+
+# "(A) red", "A. red", "A) red" at the start of a line, of the text, or behind white space.
+_LETTER_OPTION = re.compile(r"(?:^|\s)(?:\(([A-J])\)|([A-J])[.):])(?=\s)")
+
+
+def read_file(path: str) -> dict[str, list[str]]:
+    """Row id -> wrong answers, from a .jsonl of `{"id", "wrong_answers": [...]}`; InputError for anything else."""
+    out: dict[str, list[str]] = {}
+    try:
+        lines = pathlib.Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"cannot read config.diagnose.wrong_answers_file={path!r}: {e}") from e
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            out[str(row["id"])] = _texts(row["wrong_answers"])
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
+            raise InputError(f'{path}:{number} must be {{"id": ..., "wrong_answers": [...]}}: {e!r}') from e
+    return out
+
+
+def options_of(raw: Mapping[str, Any], problem: str) -> list[str]:
+    """The options of a multiple-choice row: its `options`, else the letters that head options in the question."""
+    options = raw.get("options")
+    if isinstance(options, str):  # some data sets keep the list as its Python text
+        try:
+            options = ast.literal_eval(options)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            options = None
+    if isinstance(options, list | tuple) and options:
+        return _texts(options)
+    letters = [a or b for a, b in _LETTER_OPTION.findall(problem)]
+    return letters if len(letters) > 1 and letters == sorted(set(letters)) and letters[0] == "A" else []
+
+
+def choose(
+    *,
+    reference: str,
+    count: int,
+    seed: str,
+    given: Sequence[str] = (),
+    options: Sequence[str] = (),
+    others: Mapping[str, Sequence[str]] | None = None,
+) -> tuple[str, list[str]]:
+    """Up to `count` different wrong answers and where they come from: "given", "options" or "rows".
+
+    Args:
+      seed: with the same one, the same choice.
+      given: used if there are any; else `options`; else `others`.
+      options: texts or letters; if the reference is a letter and the options are texts, their letters are meant.
+      others: answers of other rows by `answer_kind`; those of the reference's kind are drawn from.
+    """
+    if options and answer_kind(reference) == "letter" and not any(answer_kind(o) == "letter" for o in options):
+        options = [chr(ord("A") + i) for i in range(min(len(options), 26))]
+    kind_pool = (others or {}).get(answer_kind(reference), ())
+    for source, pool in (("given", given), ("options", options), ("rows", kind_pool)):
+        wrong: dict[str, str] = {}
+        for answer in random.Random(seed).sample(list(pool), len(pool)):
+            if len(wrong) < count and normalize_answer(answer) and not is_correct(answer, reference):
+                wrong.setdefault(normalize_answer(answer), answer)
+        if wrong:
+            return source, list(wrong.values())
+    return "none", []
+
+
+def _texts(values: Sequence[Any]) -> list[str]:
+    if isinstance(values, str):
+        raise TypeError("a list is needed")
+    return [text for text in map(clean_reference, values) if text]

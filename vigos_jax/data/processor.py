@@ -1,0 +1,397 @@
+"""Tokenizer and image processor of a model folder: text to token ids, pictures to patches, chat turns.
+
+Both come from transformers and need neither torch nor torchvision. User text never becomes a control token:
+`<|im_end|>` in a problem is tokenised letter by letter, so data cannot close a turn or add an image.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import tokenizers
+from PIL import Image, ImageOps
+
+from vigos_jax.data.images import BadImage
+from vigos_jax.errors import InputError
+from vigos_jax.models.config import ModelConfig
+
+MAX_ASPECT_RATIO = 200  # the image processor's own limit
+CONTROL_SHAPE = re.compile(r"<\|[^|<>]+\|>")  # added tokens of this shape steer the model, "special" or not
+_PROBE_TOKENS = 2**17  # visual tokens that the picture which checks a folder's settings may take
+TEXT_MARK = "@@vigos-user-text@@"  # where the user's text goes in a rendered chat
+
+Grid = tuple[int, int, int]  # (t, h, w) in patches
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """A picture, or frames of a video, cut into patches in the tower's order: those of a visual token together.
+
+    Attributes:
+      patches: float32 [P, patch_dim], P = t * h * w.
+      grid: (t, h, w).
+      label: None for a picture; for frames of a video, the text in front of them: a timestamp, or nothing.
+      time_step: of frames, M-RoPE positions from one to the next.
+    """
+
+    patches: np.ndarray
+    grid: Grid
+    label: str | None = None
+    time_step: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """A prompt in two parts; prompt = prefix_ids + rest_ids.
+
+    The split lies behind the last image, so all roles of a sample share `prefix_ids`; without an image,
+    behind the last control token before the text.
+    """
+
+    prefix_ids: tuple[int, ...]  # system header .. last <|vision_end|>; one image pad per visual token
+    rest_ids: tuple[int, ...]  # user text, end of turn, assistant header, assistant prefill
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The whole prompt."""
+        return self.prefix_ids + self.rest_ids
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Processor:
+    """What a model folder says about text and pictures. Build it with `Processor.load`.
+
+    Safe to share between threads. It pickles as the folder's path; the other side loads it, once a process.
+    """
+
+    folder: str
+    tokenizer: object  # transformers' tokenizer
+    image_token_id: int
+    video_token_id: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    patch_size: int  # pixels
+    merge_size: int  # patches along a side of one visual token
+    frames_per_patch: int  # of a video
+    tokens_per_second: float  # M-RoPE positions of a video; 0 where timestamps tell its frames apart
+    _image_processor: object
+    _text_tokenizer: tokenizers.Tokenizer  # a private copy in which control tokens are plain text
+    _control_ids: dict[str, int]
+    _chat_template: str
+    _bytes_of: dict[int, bytes]
+
+    @classmethod
+    def load(cls, folder: str | pathlib.Path) -> "Processor":
+        """Reads tokenizer, chat template and image settings from a local Hugging Face folder.
+
+        Raises:
+          InputError: a file is missing or broken (it is named), or the files contradict each other.
+        """
+        # Slow to import, and not needed by those who only name the types above.
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        root = pathlib.Path(folder).resolve()
+        model = ModelConfig.load(root)
+        _read_json(root / "preprocessor_config.json")
+        if not (root / "tokenizer.json").is_file():
+            raise InputError(f"{root / 'tokenizer.json'} is missing; a model folder needs it")
+        _read_json(root / "tokenizer_config.json")
+        options = {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = _build(root / "tokenizer.json", lambda: AutoTokenizer.from_pretrained(root, **options))
+        image_processor = _build(
+            root / "preprocessor_config.json",
+            lambda: AutoImageProcessor.from_pretrained(root, backend="pil", **options),
+        )
+        sizes = {
+            "patch_size": model.vision.patch_size,
+            "merge_size": model.vision.spatial_merge_size,
+            "temporal_patch_size": model.vision.temporal_patch_size,
+        }
+        for name, wanted in sizes.items():
+            found = getattr(image_processor, name, None)
+            if found != wanted:
+                path = root / "preprocessor_config.json"
+                raise InputError(f"{path}: {name} {found!r} must be {wanted}, as in config.json")
+        text_tokenizer, added = _build(root / "tokenizer.json", lambda: _text_tokenizer(tokenizer))
+        control_ids = {token: index for token, (index, is_control) in added.items() if is_control}
+        for name in ("image_token_id", "video_token_id"):
+            if getattr(model, name) not in control_ids.values():
+                where = f"{root / 'config.json'}: {name} {getattr(model, name)}"
+                raise InputError(f"{where} must be a control token of tokenizer.json")
+        eos_ids, pad_id = _end_and_pad(root, tokenizer)
+        largest = max(*tokenizer.get_vocab().values(), *eos_ids, pad_id)
+        if largest >= model.vocab_size or min(*eos_ids, pad_id) < 0:
+            raise InputError(
+                f"{root}: the tokenizer is not this model's: its ids, the end's and the pad's must be below vocab_size "
+                f"{model.vocab_size} of config.json and not negative; the largest is {largest}"
+            )
+        processor = cls(
+            folder=str(root),
+            tokenizer=tokenizer,
+            image_token_id=model.image_token_id,
+            video_token_id=model.video_token_id,
+            eos_ids=eos_ids,
+            pad_id=pad_id,
+            patch_size=model.vision.patch_size,
+            merge_size=model.vision.spatial_merge_size,
+            frames_per_patch=model.vision.temporal_patch_size,
+            tokens_per_second=model.vision.tokens_per_second,
+            _image_processor=image_processor,
+            _text_tokenizer=text_tokenizer,
+            _control_ids=control_ids,
+            _chat_template=_chat_template(root, tokenizer),
+            _bytes_of=_token_table(root / "tokenizer.json", tokenizer, added),
+        )
+        _build(root / "preprocessor_config.json", lambda: _probe(processor))
+        return processor
+
+    def __reduce__(self):
+        return _load_once, (self.folder,)
+
+    @property
+    def visual_ids(self) -> tuple[int, int]:
+        """The tokens that stand for pieces of pictures and of videos."""
+        return self.image_token_id, self.video_token_id
+
+    @property
+    def merge_unit(self) -> int:
+        """Pixels along a side of one visual token."""
+        return self.patch_size * self.merge_size
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of plain text: control tokens are text in it, other added ones (`<tool_call>`) are not."""
+        return self._text_tokenizer.encode(text, add_special_tokens=False).ids
+
+    def token_bytes(self, ids: Sequence[int]) -> list[bytes]:
+        """The bytes of each token; added tokens give their name, ids the tokenizer lacks give b""."""
+        return [self._bytes_of.get(int(i), b"") for i in ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `token_bytes`; bytes that are no UTF-8 become U+FFFD."""
+        return b"".join(self.token_bytes(ids)).decode("utf-8", errors="replace")
+
+    def encode_image(self, image: Image.Image) -> EncodedImage:
+        """Turns upright, drops alpha, resizes, normalises and cuts a picture into patches.
+
+        However small it is, it is enlarged to the folder's minimum. Raises BadImage ("image_too_narrow") if
+        one side is more than MAX_ASPECT_RATIO times the other, or zero.
+        """
+        image = ImageOps.exif_transpose(image).convert("RGB")
+        short, long = sorted(image.size)
+        if short < 1 or long > MAX_ASPECT_RATIO * short:
+            size = f"{image.width} x {image.height} pixels"
+            raise BadImage("image_too_narrow", f"{size}; a side may be {MAX_ASPECT_RATIO} times the other")
+        # The layout is named because a picture of 1 to 4 pixels' height could be taken for channels.
+        out = self._image_processor(images=image, return_tensors="np", input_data_format="channels_last")
+        t, h, w = (int(n) for n in out["image_grid_thw"][0])
+        return EncodedImage(patches=np.asarray(out["pixel_values"], np.float32), grid=(t, h, w))
+
+    def encode_video(self, frames: Sequence[Image.Image], *, fps: float) -> tuple[EncodedImage, ...]:
+        """Frames of a video, in pairs (`frames_per_patch`); the last one stands in for those that lack for a pair.
+
+        Qwen2.5-VL reads them as one block whose positions tell the time, Qwen3-VL as blocks of a pair, each behind a
+        timestamp. They are resized as pictures are: choose their size and number to fit.
+
+        Args:
+          fps: frames per second of these frames (not of the file they were taken from).
+
+        Raises:
+          BadImage: "bad_video" if there are none, their sizes differ or fps is not positive; else as `encode_image`.
+        """
+        if not frames or len({f.size for f in frames}) > 1 or not 0 < fps < float("inf"):
+            sizes = sorted({f"{f.width} x {f.height}" for f in frames})
+            what = f"{len(frames)} frame(s) of {', '.join(sizes) or 'no size'} at {fps} a second"
+            raise BadImage("bad_video", f"{what}; a video needs frames of one size, and fps above 0")
+        n = self.frames_per_patch
+        encoded = [self.encode_image(frame) for frame in frames]
+        missing = -len(frames) % n
+        encoded += encoded[-1:] * missing
+        times = [i / fps for i in range(len(frames))]
+        times += times[-1:] * missing
+        # A picture's patch [C, n, p, p] shows the one frame n times: take the i-th time from the i-th frame.
+        split = [e.patches.reshape(len(e.patches), -1, n, self.patch_size**2) for e in encoded]
+        _, h, w = encoded[0].grid
+        groups = []
+        for first in range(0, len(encoded), n):
+            patches = np.stack([split[first + i][:, :, i] for i in range(n)], 2).reshape(encoded[0].patches.shape)
+            groups.append((patches, (times[first] + times[first + n - 1]) / 2))
+        if self.tokens_per_second:
+            patches = np.concatenate([patches for patches, _ in groups])
+            return (EncodedImage(patches, (len(groups), h, w), "", self.tokens_per_second * n / fps),)
+        return tuple(EncodedImage(patches, (1, h, w), f"<{time:.1f} seconds>") for patches, time in groups)
+
+    def visual_tokens(self, width: int, height: int) -> int:
+        """Visual tokens of a picture of so many pixels, without making it."""
+        return self._image_processor.get_number_of_image_patches(height, width, {}) // self.merge_size**2
+
+    def encode_turn(
+        self, *, user_text: str, grids: Sequence[Grid], assistant_prefill: str, labels: Sequence[str | None] = ()
+    ) -> Turn:
+        """Prompt of one user turn: the images, then the text; then the assistant's header and prefill.
+
+        Args:
+          user_text: exactly the text behind the images; may be empty.
+          grids: one per image, from `EncodedImage.grid`.
+          labels: one per image, from `EncodedImage.label`; () if all are pictures.
+          assistant_prefill: forced start of the answer, tokenised by itself; may be empty.
+
+        Raises:
+          InputError: the chat template does not put the images first and the text behind them, once.
+        """
+        head, before, after, tail = self._chat_parts(tuple(labels) or (None,) * len(grids))
+        counts = iter(t * h * w // self.merge_size**2 for t, h, w in grids)
+        prefix: list[int] = []
+        for token in head:
+            prefix += [token] * next(counts) if token in self.visual_ids else [token]
+        rest = self.encode_text(before + user_text + after) + tail + self.encode_text(assistant_prefill)
+        return Turn(prefix_ids=tuple(prefix), rest_ids=tuple(rest))
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019  (processors live as long as the program)
+    def _chat_parts(self, labels: tuple[str | None, ...]) -> tuple[list[int], str, str, list[int]]:
+        """The model's own template around the text: (ids, template text before, template text after, ids).
+
+        Template text that touches the user's is tokenised together with it, the way the model was trained; so is a
+        label with what stands before it.
+        """
+        content = [{"type": "image" if label is None else "video"} for label in labels]
+        try:
+            chat = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": [*content, {"type": "text", "text": TEXT_MARK}]}],
+                chat_template=self._chat_template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except Exception as e:  # a template is a program: it can fail in any way
+            reason = " ".join(str(e).split())[:200]
+            raise InputError(f"the chat template of {self.folder} fails: {type(e).__name__}: {reason}") from e
+        pattern = "(" + "|".join(re.escape(t) for t in sorted(self._control_ids, key=len, reverse=True)) + ")"
+        pieces = re.split(pattern, chat)  # text, control token, text, control token, ...
+        marked = [i for i, piece in enumerate(pieces) if TEXT_MARK in piece]
+        if len(marked) != 1 or pieces[marked[0]].count(TEXT_MARK) != 1:
+            raise InputError(f"the chat template of {self.folder} must show the user's text once, unchanged")
+        before, after = pieces[marked[0]].split(TEXT_MARK)
+        first, last = pieces[: marked[0]], pieces[marked[0] + 1 :]
+        wanted = [self.visual_ids[label is not None] for label in labels]
+        places = [i for i, piece in enumerate(first) if self._control_ids.get(piece) in self.visual_ids]
+        others = [piece for piece in last if self._control_ids.get(piece) in self.visual_ids]
+        if others or [self._control_ids[first[i]] for i in places] != wanted:
+            raise InputError(
+                f"the chat template of {self.folder} must show one image token per image, before the text, "
+                "and one video token per video"
+            )
+        for place, label in zip(places, labels, strict=True):
+            first[place - 3] += label or ""  # in front of <|vision_start|>
+        return self._template_ids(first), before, after, self._template_ids(last)
+
+    def _template_ids(self, pieces: Sequence[str]) -> list[int]:
+        """Ids of template text that was split at its control tokens."""
+        ids: list[int] = []
+        for piece in pieces:
+            ids += [self._control_ids[piece]] if piece in self._control_ids else self.encode_text(piece)
+        return ids
+
+
+@functools.lru_cache(maxsize=4)
+def _load_once(folder: str) -> Processor:
+    return Processor.load(folder)
+
+
+def _probe(processor: Processor) -> None:
+    """Encodes a picture: what a folder's settings are good for shows before a run has begun."""
+    ramp = np.linspace(0, 255, 90 * 60 * 3).reshape(60, 90, 3).astype(np.uint8)
+    if (tokens := processor.visual_tokens(90, 60)) > _PROBE_TOKENS:
+        raise ValueError(f"a picture of 90 x 60 pixels would take {tokens} visual tokens, more than {_PROBE_TOKENS}")
+    patches = processor.encode_image(Image.fromarray(ramp)).patches
+    if not (np.ptp(patches, axis=0).min() > 1e-3 and np.abs(patches).max() < 100):  # NaN is neither
+        raise ValueError("its mean, std and scale turn a ramp of grey into numbers that are equal, too large or none")
+
+
+def _build(path: pathlib.Path, make):
+    """Runs a loader on a folder's files; whatever it raises becomes one line, the panics of its Rust code too."""
+    try:
+        return make()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(f"cannot load {path}: {type(e).__name__}: {reason}") from e
+
+
+def _read_json(path: pathlib.Path, *, optional: bool = False) -> dict:
+    """A JSON object from a file; {} for an optional one that is not there."""
+    if optional and not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise InputError(f"cannot read {path}: {e.strerror}; a model folder needs it") from e
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path} is not valid JSON: {e}") from e
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _text_tokenizer(tokenizer) -> tuple[tokenizers.Tokenizer, dict[str, tuple[int, bool]]]:
+    """A private copy that never emits control tokens, and all added tokens as {content: (id, is control)}.
+
+    A copy, because the switch is a property of the shared object that transformers flips back and forth.
+    """
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in spec["added_tokens"]:
+        token["special"] = token["special"] or CONTROL_SHAPE.fullmatch(token["content"]) is not None
+    added = {token["content"]: (token["id"], token["special"]) for token in spec["added_tokens"]}
+    copy = tokenizers.Tokenizer.from_str(json.dumps(spec | {"truncation": None, "padding": None}))
+    copy.encode_special_tokens = True  # "encode them as text"; set once, never again
+    return copy, added
+
+
+def _end_and_pad(root: pathlib.Path, tokenizer) -> tuple[tuple[int, ...], int]:
+    """(end of sequence ids, pad id): generation_config.json's word on the end, the tokenizer's on the pad."""
+    generation = _read_json(root / "generation_config.json", optional=True)
+    eos = generation.get("eos_token_id", tokenizer.eos_token_id)
+    eos_ids = tuple(eos) if isinstance(eos, list) else (eos,)
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None:
+        pad_id = generation.get("pad_token_id")
+    for name, ids in (("eos_token_id", eos_ids), ("pad_token_id", (pad_id,))):
+        if not ids or not all(type(i) is int for i in ids):
+            raise InputError(
+                f"{root}: {name} must be given by generation_config.json or tokenizer_config.json, got {ids}"
+            )
+    return eos_ids, pad_id
+
+
+def _chat_template(root: pathlib.Path, tokenizer) -> str:
+    """The folder's template, where transformers' processors look for it: own file first, tokenizer's last."""
+    template = None
+    if not (root / "chat_template.jinja").exists():
+        template = _read_json(root / "chat_template.json", optional=True).get("chat_template")
+    template = template or tokenizer.chat_template
+    if not isinstance(template, str):
+        raise InputError(f"{root} has no chat template; choices: chat_template.jinja, chat_template.json")
+    return template
+
+
+def _token_table(path: pathlib.Path, tokenizer, added: dict[str, tuple[int, bool]]) -> dict[int, bytes]:
+    """Bytes of every token id of a byte-level BPE."""
+    byte_of = {char: byte for byte, char in _byte_alphabet().items()}
+    table = {index: content.encode() for content, (index, _) in added.items()}
+    try:
+        for token, index in tokenizer.get_vocab().items():
+            if index not in table:
+                table[index] = bytes(byte_of[char] for char in token)
+    except KeyError as e:
+        raise InputError(f"{path} must be a byte-level BPE; token {token!r} has other letters") from e
+    return table
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """The letter a byte-level BPE writes for each byte: its own if printable, else the next from U+0100."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in printable)
+    return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}

@@ -1,0 +1,204 @@
+"""Answers to a task's questions, sampled on the mesh and kept by content: what is there already is never sampled again.
+
+With several processes all sample, each the rows that its own devices hold; the first keeps the answers.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from vigos_jax.data.images import BadImage, image_bytes, read_image
+from vigos_jax.data.loader import row_size
+from vigos_jax.evaluation.questions import TaskRows
+from vigos_jax.evaluation.tasks.task import Question, Task
+from vigos_jax.grading.answer_text import last_boxed
+from vigos_jax.method.packing import Row, make_row, pack_prompts, slot_count
+from vigos_jax.method.prompts import fill
+from vigos_jax.method.spans import find_spans
+from vigos_jax.models.variables import Variables
+from vigos_jax.rollouts.sampler import Sampler
+from vigos_jax.runtime.distributed import exchange, first_decides
+from vigos_jax.runtime.journal import Journal, content_key
+from vigos_jax.runtime.progress import Progress, say
+from vigos_jax.session import Loaded
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One answer to sample: a question, which of its samples, and the key of its content."""
+
+    question: Question
+    sample: int
+    key: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Asker:
+    """Samples one task's answers.
+
+    Attributes:
+      fingerprint: tells this student's answers from any other's.
+    """
+
+    loaded: Loaded
+    config: Any
+    sampler: Sampler
+    fingerprint: str
+    task: Task
+    rows: TaskRows
+
+    def _prompt(self) -> Mapping[str, str]:
+        e = self.config.eval
+        plain = {"user": e.plain_prompt, "assistant_prefill": ""}
+        return self.config.prompts.student if e.prompt == "structured" else plain
+
+    def jobs(self, questions: Sequence[Question]) -> tuple[list[Job], list[tuple[Question, str]]]:
+        """Every answer to be had, with its key; and the questions that cannot be asked, with the reason."""
+        e, prompt = self.config.eval, self._prompt()
+        # Greedy answers to one question are equal.
+        samples = self.task.samples or (e.samples if e.temperature else 1)
+        how = dataclasses.asdict(self.sampler.sampling) | {"seed": e.seed, "span_rule": self.loaded.span_rule}
+        jobs, errors = [], []
+        for question in questions:
+            reason, pictures = question.error, []
+            try:
+                for item in question.images:
+                    data = image_bytes(item, image_roots=self.rows.image_roots)
+                    pictures.append(hashlib.sha256(data).hexdigest())
+            except BadImage as error:
+                reason = reason or error.kind
+            if reason:
+                errors.append((question, reason))
+                continue
+            text = [fill(prompt["user"], problem=question.text), prompt["assistant_prefill"]]
+            for sample in range(samples):
+                key = content_key(self.fingerprint, self.task.name, question.id, text, pictures, how, sample)
+                jobs.append(Job(question, sample, key))
+        return jobs, errors
+
+    def sample(
+        self, variables: Variables, jobs: Sequence[Job], responses: Journal | None
+    ) -> list[tuple[Question, str]]:
+        """Answers what is not answered yet; returns the questions that turned out not to be askable.
+
+        Args:
+          variables: from `Sampler.ready`.
+          responses: where answers are kept; None in all processes but the first.
+        """
+        there = set(first_decides(lambda: [job.key for job in jobs if job.key in responses]))
+        pending = [job for job in jobs if job.key not in there]
+        if there:
+            say(f"{self.task.name}: {len(jobs) - len(pending)} of {len(jobs)} answers are there already")
+        sizes = {job.question.id: self._size(job.question) for job in pending}
+        pending.sort(key=lambda job: sizes[job.question.id])  # rows of a batch need about the same padding
+        size = self.loaded.whole_batch(self.config.eval.batch_size)
+        batches = [pending[i : i + size] for i in range(0, len(pending), size)]
+        progress = Progress(total=len(batches), start=0, title=f"eval {self.task.name}", every=self.config.log_every)
+        errors: dict[str, tuple[Question, str]] = {}
+        for number, (batch, rows) in enumerate(self._read_ahead(batches, size), start=1):
+            start = time.monotonic()
+            for job, answer in zip(batch, self._sample_batch(variables, batch, rows, size), strict=True):
+                if isinstance(answer, str):
+                    errors[job.question.id] = (job.question, answer)
+                elif responses is not None:
+                    responses.append(job.key, self._record(job, answer))
+            progress.update(number, {"answers/s": len(batch) / (time.monotonic() - start)})
+        progress.close()
+        if responses is not None:
+            responses.sync()
+        return list(errors.values())
+
+    def _read_ahead(
+        self, batches: Sequence[Sequence[Job]], size: int
+    ) -> Iterator[tuple[Sequence[Job], dict[int, Row | str]]]:
+        """Each batch with this process's rows of it; the next one is read while this one is sampled."""
+        with concurrent.futures.ThreadPoolExecutor(1) as reader:
+            upcoming = None
+            for i, batch in enumerate(batches):
+                rows = (upcoming or reader.submit(self._rows, batch, size)).result()
+                upcoming = reader.submit(self._rows, batches[i + 1], size) if i + 1 < len(batches) else None
+                yield batch, rows
+
+    def _rows(self, batch: Sequence[Job], size: int) -> dict[int, Row | str]:
+        """This process's rows by their place in a batch of `size`; behind the last job they are empty."""
+        made: dict[str, Row | str] = {}
+        rows: dict[int, Row | str] = {}
+        for i in self.loaded.own_rows(size):
+            if i >= len(batch):
+                rows[i] = Row()
+                continue
+            question = batch[i].question
+            if question.id not in made:
+                made[question.id] = self._row(question)
+            rows[i] = made[question.id]
+        return rows
+
+    def _row(self, question: Question) -> Row | str:
+        """The question as the model reads it, or why it cannot."""
+        loaded = self.loaded
+        try:
+            images = tuple(
+                loaded.processor.encode_image(read_image(item, image_roots=self.rows.image_roots))
+                for item in question.images
+            )
+        except BadImage as e:
+            return e.kind
+        row = make_row(
+            images, problem=question.text, reference="", student=self._prompt(), roles=(), processor=loaded.processor
+        )
+        for kind, n in (("patches", slot_count(row, loaded.config)), ("prompt", len(row.student.ids))):
+            if n > max(getattr(loaded.buckets, kind)):
+                return f"{kind}_too_long"
+        return row
+
+    def _size(self, question: Question) -> int:
+        row = {"images": list(question.images), "problem": question.text}
+        return row_size(row, processor=self.loaded.processor, image_roots=self.rows.image_roots)
+
+    def _sample_batch(
+        self, variables: Variables, batch: Sequence[Job], rows: Mapping[int, Row | str], size: int
+    ) -> list[list[int] | str]:
+        """Token ids of each job's answer, or why it could not be asked; the same in all processes."""
+        loaded = self.loaded
+        asked = [row if isinstance(row, Row) else Row() for row in rows.values()]
+        packed = loaded.put_batch(pack_prompts(asked, config=loaded.config, buckets=loaded.buckets))
+        # By question and sample, not by place: the same answer whatever is sampled beside it.
+        names = [f"{self.task.name}/{job.question.id}/{job.sample}" for job in batch] + [""] * (size - len(batch))
+        sampled = self.sampler(variables, packed, named_keys(self.config.eval.seed, names))
+        own = [
+            (i, row if isinstance(row, str) else ids)
+            for (i, row), ids in zip(rows.items(), sampled.ids, strict=True)
+        ]
+        everyone = dict(pair for pairs in exchange(own) for pair in pairs)  # several processes may hold a row
+        return [everyone[i] for i in range(len(batch))]
+
+    def _record(self, job: Job, ids: Sequence[int]) -> dict[str, Any]:
+        """What is kept of an answer."""
+        processor = self.loaded.processor
+        text = processor.decode([i for i in ids if i not in processor.eos_ids])
+        if self.config.eval.prompt == "structured":
+            is_valid = find_spans(processor.token_bytes(ids), rule=self.loaded.span_rule).is_valid
+        else:
+            is_valid = last_boxed(text) is not None
+        return {
+            "task": self.task.name,
+            "id": job.question.id,
+            "sample": job.sample,
+            "text": text,
+            "tokens": len(ids),
+            "is_valid": is_valid,
+            "is_truncated": not ids or ids[-1] not in processor.eos_ids,
+        }
+
+
+def named_keys(seed: int, names: Sequence[str]) -> jax.Array:
+    """One random key per name: a function of seed and name alone."""
+    digests = (hashlib.sha256(name.encode("utf-8", "backslashreplace")).digest() for name in names)
+    numbers = [int.from_bytes(digest[:4], "little") for digest in digests]
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.array(numbers, np.uint32))

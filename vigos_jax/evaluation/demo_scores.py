@@ -1,0 +1,163 @@
+"""The demo's evaluation: does the model look, or does it answer what one expects?"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vigos_jax.demo import world
+from vigos_jax.grading.answer_text import is_correct, last_boxed
+from vigos_jax.method.packing import Row, make_row, pack_prompts
+from vigos_jax.method.spans import Spans, find_spans
+from vigos_jax.models.variables import Variables
+from vigos_jax.rollouts.sampler import Sampler, row_keys
+from vigos_jax.rollouts.sampling import Sampling
+from vigos_jax.runtime.distributed import exchange
+from vigos_jax.runtime.progress import bar
+from vigos_jax.session import Loaded
+
+# What `summarise` gives, in the order of the printed table.
+COLUMNS = {
+    "score": "Score: accuracy on conflict pictures",
+    "prior": "Prior: accuracy on pictures that agree",
+    "valid": "valid format",
+    "accuracy_given_valid": "accuracy given valid (conflict)",
+    "description_accuracy": "descriptions all correct (conflict)",
+    "leak": "leak: descriptions stating the prior (conflict)",
+    "boxed_in_invalid": "invalid, yet with a box",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """One question with one sampled completion (text after the prefill)."""
+
+    item: world.Item
+    text: str
+    description: str
+    spans: Spans
+
+    @property
+    def is_correct(self) -> bool:
+        return is_correct(last_boxed(self.text), self.item.answer)
+
+
+def _rows(loaded: Loaded, items: list[world.Item], config) -> list[Row]:
+    return [
+        make_row(
+            (loaded.processor.encode_image(item.pil_image),),
+            problem=item.question,
+            reference="",
+            student=config.prompts.student,
+            roles=(),
+            processor=loaded.processor,
+        )
+        for item in items
+    ]
+
+
+def answer_items(
+    loaded: Loaded,
+    sampler: Sampler,
+    variables: Variables,
+    items: list[world.Item],
+    rows: list[Row],
+    config,
+    *,
+    title: str,
+) -> list[Answered]:
+    """Samples one completion per item; `rows` are the items as the student reads them."""
+    size = loaded.whole_batch(config.evaluate.batch_size)
+    variables = sampler.ready(variables)
+    out = []
+    for first in bar(range(0, len(items), size), title=title):
+        part = rows[first : first + size]
+        part = part + [Row()] * (size - len(part))
+        own = loaded.own_rows(size)
+        packed = pack_prompts([part[i] for i in own], config=loaded.config, buckets=loaded.buckets)
+        sampled = sampler(variables, loaded.put_batch(packed), row_keys(config.evaluate.seed, first, size))
+        everyone = [pair for pairs in exchange(list(zip(own, sampled.ids, strict=True))) for pair in pairs]
+        ids_of_row = dict(everyone)  # several processes may hold a row
+        for row, item in enumerate(items[first : first + size]):
+            ids = ids_of_row[row]
+            spans = find_spans(loaded.processor.token_bytes(ids), rule=loaded.span_rule)
+            text = loaded.processor.decode([i for i in ids if i not in loaded.processor.eos_ids])
+            out.append(Answered(item, text, loaded.processor.decode(ids[slice(*spans.description)]), spans))
+    return out
+
+
+def summarise(conflict: list[Answered], prior: list[Answered]) -> dict[str, float]:
+    """Rates in 0..1 as named in COLUMNS. An answer is the last closed box; none is wrong."""
+    valid = [a for a in conflict if a.spans.is_valid]
+    invalid = [a for a in conflict + prior if not a.spans.is_valid]
+
+    def rate(of: list[bool]) -> float:
+        return float(np.mean(of)) if of else 0.0
+
+    return {
+        "score": rate([a.is_correct for a in conflict]),
+        "prior": rate([a.is_correct for a in prior]),
+        "valid": rate([a.spans.is_valid for a in conflict + prior]),
+        "accuracy_given_valid": rate([a.is_correct for a in valid]),
+        "description_accuracy": rate([world.is_description_correct(a.description, a.item.scene) for a in valid]),
+        "leak": rate([world.description_states_prior(a.description, a.item) for a in valid]),
+        "boxed_in_invalid": rate([last_boxed(a.text) is not None for a in invalid]),
+    }
+
+
+def evaluate_demo(
+    loaded: Loaded, students: Mapping[str, Variables], config, *, sampling: Sampling
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[Answered]]]:
+    """Evaluates each student on the same held-out items, unfiltered at temperature 1 and with the run's own sampling.
+
+    Returns:
+      Per student: `summarise` of the unfiltered samples, with the other one under "training_sampling"; and the
+      unfiltered answers to the conflict items.
+    """
+    n, seed = config.evaluate.questions, config.evaluate.seed
+    # Training data is the setting "train": the settings' items are disjoint streams.
+    items = [world.item(seed, i, setting=setting) for setting in ("conflict", "prior") for i in range(n)]
+    rows = _rows(loaded, items, config)
+    ways = {
+        "unfiltered": Sampling(max_tokens=sampling.max_tokens, temperature=1.0),
+        "training_sampling": sampling,
+    }
+    summaries: dict[str, dict[str, Any]] = {name: {"questions": n} for name in students}
+    conflict: dict[str, list[Answered]] = {}
+    for way, how in ways.items():
+        sampler = Sampler(loaded.model, how, eos_ids=loaded.processor.eos_ids)  # compiled once for all students
+        for name, variables in students.items():
+            title = f"evaluate {name}, {way.replace('_', ' ')}"
+            answers = answer_items(loaded, sampler, variables, items, rows, config, title=title)
+            rates = summarise(answers[:n], answers[n:])
+            if way == "unfiltered":
+                summaries[name] |= rates
+                conflict[name] = answers[:n]
+            else:
+                summaries[name][way] = rates
+    return summaries, conflict
+
+
+def table_text(results: dict[str, dict[str, Any]]) -> str:
+    """The table base vs trained, a line per rate."""
+    base, trained = results["base"], results["trained"]
+    head = f"{'':50}{'T = 1.0, unfiltered':>24}{'training-time sampling':>26}"
+    lines = [head, f"{'':50}{'base':>12}{'trained':>12}{'base':>14}{'trained':>12}"]
+    for key, title in COLUMNS.items():
+        filtered = [r["training_sampling"][key] for r in (base, trained)]
+        lines.append(f"{title:50}{base[key]:12.3f}{trained[key]:12.3f}{filtered[0]:14.3f}{filtered[1]:12.3f}")
+    lines.append(f"({base['questions']} questions of each kind, one sample each)")
+    return "\n".join(lines)
+
+
+def samples_text(base: list[Answered], trained: list[Answered], *, count: int = 3) -> str:
+    """The same questions answered by base and trained: first those that the two answer differently."""
+    pairs = sorted(zip(base, trained, strict=True), key=lambda p: p[0].is_correct == p[1].is_correct)
+    lines = []
+    for old, new in pairs[:count]:
+        lines.append(f"Q  {old.item.question}   (shown: {old.item.answer}, expected: {old.item.prior_value})")
+        for name, answered in (("base", old), ("trained", new)):
+            mark = "right" if answered.is_correct else "wrong"
+            lines.append(f"   {name:8}{mark:7}{' '.join(answered.text.split())}")
+    return "\n".join(lines)

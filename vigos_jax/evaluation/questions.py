@@ -1,0 +1,106 @@
+"""Where a task's rows come from: a hub data set, a folder of parquet of the same schema, or the demo's world."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from vigos_jax.data.sources import HUB_ID, open_table
+from vigos_jax.demo import world
+from vigos_jax.errors import InputError
+from vigos_jax.evaluation.tasks.task import Question, Task
+from vigos_jax.runtime import hub
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskRows:
+    """Rows with random access.
+
+    Attributes:
+      name: where they come from.
+      image_roots: folders that paths of pictures may lead into.
+    """
+
+    name: str
+    rows: Sequence[Any]
+    columns: tuple[str, ...]
+    image_roots: tuple[str, ...]
+
+
+class _DemoRows(Sequence):
+    """`count` items of each kind; they are disjoint from the training stream."""
+
+    def __init__(self, *, count: int, seed: int):
+        self._count, self._seed = count, seed
+
+    def __len__(self) -> int:
+        return 2 * self._count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        setting = "conflict" if index < self._count else "prior"
+        item = world.item(self._seed, index % self._count, setting=setting)
+        return {"image": item.pil_image, "question": item.question, "answer": item.answer, "setting": setting}
+
+
+def open_rows(task: Task, source: str, *, demo_questions: int, seed: int) -> TaskRows:
+    """Opens a task's source and checks its columns.
+
+    Args:
+      source: hub data set or folder, "" for the task's own.
+
+    Raises:
+      InputError: it cannot be read, or lacks columns (those it has are named).
+    """
+    source = source or task.source
+    if source == "demo":
+        rows = _DemoRows(count=demo_questions, seed=seed)
+        out = TaskRows("demo", rows, tuple(rows[0]), ())
+    elif task.split == "data.json":
+        out = _open_json(source)
+    else:
+        table, roots = open_table(source, split=task.split)
+        out = TaskRows(source, table, tuple(table.column_names), roots)
+    task.check_columns(out.columns, where=out.name)
+    return out
+
+
+def _open_json(source: str) -> TaskRows:
+    """A folder with data.json, a list of objects, and the pictures they speak of."""
+    folder = pathlib.Path(source).expanduser()
+    if not folder.is_dir():
+        if not HUB_ID.fullmatch(source):
+            choices = "a folder with data.json, a hub data set (owner/name)"
+            raise InputError(f"{source!r} is no folder with data.json; choices: {choices}")
+        import huggingface_hub
+
+        try:
+            folder = pathlib.Path(huggingface_hub.snapshot_download(source, repo_type="dataset"))
+        except Exception as e:
+            raise InputError(f"{source!r} is no folder and cannot be fetched from the hub: {hub.reason(e)}") from e
+    try:
+        rows = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise InputError(f"cannot read {folder / 'data.json'}: {e}") from e
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{folder / 'data.json'} must hold a list of objects")
+    columns = set.intersection(*(set(row) for row in rows))
+    return TaskRows(source, rows, tuple(sorted(columns)), (str(folder),))
+
+
+def questions_of(task: Task, rows: TaskRows, *, limit: int) -> list[Question]:
+    """The questions of `limit` rows that are evenly spread over the source (0: of all rows), in order.
+
+    An id that was there before gets its row's number behind it.
+    """
+    size = len(rows.rows)
+    count = min(limit, size) if limit else size
+    questions, seen = [], set()
+    for i in range(count):
+        number = i * size // count
+        for question in task.ask(rows.rows[number], number):
+            if question.id in seen:
+                question = dataclasses.replace(question, id=f"{question.id}#{number}")
+            seen.add(question.id)
+            questions.append(question)
+    return questions

@@ -1,0 +1,104 @@
+"""From graded answers to the numbers of a table: pass@k, avg@k with its interval, and how answers look. Pure."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vigos_jax.evaluation.tasks.task import Graded, Question, Task
+
+BOOTSTRAPS = 2000
+# What every task has; the rest of its numbers are its own.
+COMMON = (
+    *("questions", "samples", "unjudged", "pass", "avg", "avg_low", "avg_high", "avg_lenient", "format_valid"),
+    *("truncated", "tokens", "errors", "groups"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A sampled answer and all that is known of it.
+
+    Attributes:
+      text: the completion, without prefill and end token.
+      answer: the content of its last closed box, None without one.
+      is_correct: None while a judge has still to say.
+      grader: which rule, or "judge".
+      is_correct_leniently: the verdict on an answer that may stand outside a box.
+      tokens: length of the completion.
+      is_valid: in the asked format.
+      is_truncated: it did not end by itself.
+    """
+
+    question: Question
+    sample: int
+    text: str
+    answer: str | None
+    is_correct: bool | None
+    grader: str
+    is_correct_leniently: bool | None
+    tokens: int
+    is_valid: bool
+    is_truncated: bool
+
+
+def interval(means: Sequence[float], *, seed: int) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over questions."""
+    values = np.asarray(means, np.float64)
+    if len(values) < 2:
+        return (float(values.mean()), float(values.mean())) if len(values) else (0.0, 0.0)
+    rng = np.random.default_rng(seed)
+    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(BOOTSTRAPS)]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def per_question(answers: Sequence[Answer], *, leniently: bool = False) -> dict[str, list[bool]]:
+    """The verdicts of each question's samples; questions and samples without one are left out."""
+    out: dict[str, list[bool]] = defaultdict(list)
+    for a in answers:
+        verdict = a.is_correct_leniently if leniently else a.is_correct
+        if verdict is not None:
+            out[a.question.id].append(verdict)
+    return out
+
+
+def summarise(task: Task, answers: Sequence[Answer], *, seed: int) -> dict[str, Any]:
+    """Percentages of one task.
+
+    pass: questions of which any sample is right; avg: mean over questions of the share of samples that are, with
+    `avg_low` and `avg_high`; `avg_lenient`: with answers outside a box; format_valid, truncated: shares of samples;
+    tokens: mean length. `unjudged` counts samples without a verdict, which are in no number. What the task adds stands
+    beside, and `groups` breaks avg down.
+    """
+    verdicts = per_question(answers)
+    means = [float(np.mean(v)) for v in verdicts.values()]
+    low, high = interval(means, seed=seed)
+    lenient = [float(np.mean(v)) for v in per_question(answers, leniently=True).values()]
+    groups: dict[str, list[float]] = defaultdict(list)
+    names = {a.question.id: a.question.group for a in answers}
+    for question, v in verdicts.items():
+        groups[names[question]].append(float(np.mean(v)))
+    out = {
+        "questions": len(verdicts),
+        "samples": len(answers),
+        "unjudged": sum(a.is_correct is None for a in answers),
+        "pass": _percent([any(v) for v in verdicts.values()]),
+        "avg": _percent(means),
+        "avg_low": 100 * low,
+        "avg_high": 100 * high,
+        "avg_lenient": _percent(lenient),
+        "format_valid": _percent([a.is_valid for a in answers]),
+        "truncated": _percent([a.is_truncated for a in answers]),
+        "tokens": float(np.mean([a.tokens for a in answers])) if answers else 0.0,
+    }
+    out |= task.summarise([Graded(a.question, a.sample, a.is_correct) for a in answers])
+    if len(groups) > 1:
+        out["groups"] = {g: {"questions": len(m), "avg": _percent(m)} for g, m in sorted(groups.items())}
+    return out
+
+
+def _percent(values: Sequence[float]) -> float:
+    return 100.0 * float(np.mean(values)) if values else 0.0

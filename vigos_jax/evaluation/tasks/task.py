@@ -1,0 +1,204 @@
+"""What a benchmark is to this program: rows of a source, the questions they ask, and how answers are summed up."""
+
+import ast
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vigos_jax.data.cleaning import clean_reference
+from vigos_jax.errors import InputError
+from vigos_jax.grading.algebra import MathGrader
+from vigos_jax.grading.rules import Verdict, grade
+
+_NUMBERED_IMAGE = re.compile(r"image_?([0-9]+)")
+_PLACEHOLDER = re.compile(r"<image[ _]?([0-9]*)>")
+MAX_PRECISION = 12  # decimals; no answer has more
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One question as it is asked, and what is known of its answer.
+
+    Attributes:
+      id: unique inside its task.
+      images: undecoded pictures, as `images.read_image` takes them.
+      text: what the user asks, options written out; the prompt mode's format follows it.
+      reference: the right answer; with options, a letter or a text.
+      options: texts of options A, B, ...
+      precision: decimals of a number; None for exact.
+      group: category, for the breakdown.
+      part: its role in the row, where a row asks several questions: which image, which stage.
+      row: number of the row it comes from.
+      error: why it cannot be asked, None if it can.
+    """
+
+    id: str
+    images: tuple[Any, ...]
+    text: str
+    reference: str
+    options: tuple[str, ...] = ()
+    precision: int | None = None
+    group: str = ""
+    part: str = ""
+    row: int = 0
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Graded:
+    """A sampled answer with its verdict; `is_correct` is None while a judge has still to say."""
+
+    question: Question
+    sample: int
+    is_correct: bool | None
+
+
+def grade_by_rules(question: Question, answer: str | None, math: MathGrader | None) -> Verdict:
+    """The router's verdict."""
+    return grade(answer, question.reference, options=question.options, precision=question.precision, math=math)
+
+
+def accuracy(graded: Sequence[Graded]) -> dict[str, float]:
+    """Nothing beyond pass@k and avg@k, which every task has."""
+    return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A benchmark.
+
+    Attributes:
+      name: as in `config.eval.tasks`.
+      title: as in the paper's tables.
+      source: hub data set, unless the config names another or a folder of parquet.
+      split: of it.
+      rows: how many it is published with; a mismatch is reported.
+      columns: columns that must be there; of each group one is enough.
+      ask: (row, its number) -> its questions.
+      summarise: further numbers in percent, by name, of all graded answers.
+      grade: (question, extracted answer or None, math) -> verdict.
+      samples: answers per question where the protocol fixes their number; None for the config's.
+      judged: whether the official protocol asks a judge; a rule's verdict is then a lower bound.
+    """
+
+    name: str
+    title: str
+    source: str
+    split: str
+    rows: int | None
+    columns: tuple[tuple[str, ...], ...]
+    ask: Callable[[Mapping[str, Any], int], list[Question]]
+    summarise: Callable[[Sequence[Graded]], dict[str, float]] = accuracy
+    grade: Callable[[Question, str | None, MathGrader | None], Verdict] = grade_by_rules
+    samples: int | None = None
+    judged: bool = False
+
+    def check_columns(self, columns: Sequence[str], *, where: str) -> None:
+        """Raises InputError unless every group of `columns` has one; image columns may be numbered."""
+        has = set(columns) | ({"image_1"} if any(_NUMBERED_IMAGE.fullmatch(c) for c in columns) else set())
+        missing = [" or ".join(group) for group in self.columns if not has & set(group)]
+        if missing:
+            raise InputError(
+                f"{where} is no source for {self.name}: it lacks {', '.join(missing)}; "
+                f"it has the columns {', '.join(columns)}"
+            )
+
+
+QUESTION, ANSWER, IMAGES = ("problem", "question"), ("answer",), ("images", "image", "image_1")
+
+
+def first(row: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """The first of these columns that holds something."""
+    return next((row[n] for n in names if row.get(n) is not None), None)
+
+
+def images_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """All pictures of a row: `images` (one or a list), `image`, or image_1 .. image_n in order.
+
+    Numbered columns that are empty are no pictures; an empty place in a list is one that cannot be read.
+    """
+    found = first(row, ("images", "image"))
+    if found is None:
+        numbered = {int(m[1]): row[c] for c in row if (m := _NUMBERED_IMAGE.fullmatch(c))}
+        return tuple(numbered[n] for n in sorted(numbered) if numbered[n] is not None)
+    return tuple(found) if isinstance(found, list | tuple | np.ndarray) else (found,)
+
+
+def options_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """A row's options: a list, or one written as a literal (`"['a', 'b']"`); () without any."""
+    found = first(row, ("options", "choices"))
+    if isinstance(found, str):
+        try:
+            found = ast.literal_eval(found) if found.strip().startswith(("[", "(")) else []
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            found = []
+    if not isinstance(found, list | tuple | np.ndarray):
+        return ()
+    texts = ["" if o is None else plain_text(str(o)) for o in found]
+    while texts and not texts[-1]:  # padding; an empty one before the last keeps its letter
+        texts.pop()
+    return tuple(texts)
+
+
+def with_options(text: str, options: Sequence[str]) -> str:
+    """The question with its options under it, unless it shows them already, each behind its letter."""
+    labelled = list(zip(LETTERS, options, strict=False))
+    if all(re.search(rf"(?<!\w)\(?{letter}[).:] *{re.escape(o)}", text) for letter, o in labelled):
+        return text
+    return "\n".join([text, *(f"{letter}. {o}" for letter, o in labelled)])
+
+
+def plain_text(value: Any) -> str:
+    """A text without image placeholders: `<image>` goes, `<image 2>` becomes "image 2"; "" for what is no text."""
+    if not isinstance(value, str):
+        return ""
+    return _PLACEHOLDER.sub(lambda m: f"image {m[1]}" if m[1] else "", value).strip()
+
+
+def precision_of(row: Mapping[str, Any]) -> int | None:
+    """A row's number of decimals, where it is one that an answer can have."""
+    value = row.get("precision")
+    is_good = isinstance(value, int | float) and 0 <= value <= MAX_PRECISION  # not for NaN
+    return int(value) if is_good else None
+
+
+def fault(text: str, answer: str, images: Sequence[Any], options: Sequence[str] = ()) -> str | None:
+    """Why a question with these parts cannot be asked, None if it can."""
+    for kind, is_so in (
+        ("empty_problem", not text),
+        ("empty_answer", not answer),
+        ("no_image", not images),
+        ("too_many_options", len(options) > len(LETTERS)),
+    ):
+        if is_so:
+            return kind
+    return None
+
+
+def ask_one(row: Mapping[str, Any], index: int) -> list[Question]:
+    """The usual row: one question with its pictures, its options and its answer."""
+    text, answer = plain_text(first(row, QUESTION)), clean_reference(row.get("answer"))
+    images, options = images_of(row), options_of(row)
+    return [
+        Question(
+            id=str(next(v for v in (row.get("id"), row.get("idx"), row.get("pid"), index) if v is not None)),
+            images=images,
+            text=with_options(text, options),
+            reference=answer,
+            options=options,
+            precision=precision_of(row),
+            group=str(first(row, ("category", "type", "subject", "problem_version", "task", "question_type")) or ""),
+            row=index,
+            error=fault(text, answer, images, options),
+        )
+    ]
+
+
+def rate(answers: Sequence[Graded]) -> float:
+    """Percent right of those with a verdict; 0 of none."""
+    known = [g.is_correct for g in answers if g.is_correct is not None]
+    return 100.0 * float(np.mean(known)) if known else 0.0

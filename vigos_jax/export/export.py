@@ -1,0 +1,200 @@
+"""Hugging Face checkpoints out: a full (merged) model or a PEFT adapter, in a folder that is whole or not there.
+
+Everything is written into a hidden folder beside the final one, checked if asked for, brought to the disk, and renamed.
+Of several processes the first writes; all take part in gathering the tensors, and all stop if one step fails there.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from vigos_jax.errors import InputError
+from vigos_jax.export.model_card import Run, card_text
+from vigos_jax.export.verify import compare
+from vigos_jax.models.tensor_names import adapter_table, tensor_table
+from vigos_jax.models.variables import Variables
+from vigos_jax.runtime import hub
+from vigos_jax.runtime.distributed import first_decides, is_first
+from vigos_jax.runtime.progress import say
+from vigos_jax.session import Loaded
+from vigos_jax.weights import huggingface
+from vigos_jax.weights.safetensors_file import byte_count, write_file
+
+# What of a base folder is about text, pictures and shapes. Copied byte for byte: rewriting these files through a
+# library would change what other programs read. Weights and cards of the base, and whatever else lies there, stay.
+_COMPANIONS = (
+    *("config.json", "*_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.json", "*.jinja", "LICENSE*", "NOTICE*"),
+    "additional_chat_templates/*.jinja",
+)
+_NO_COMPANIONS = ("adapter_config.json",)
+
+
+def check_options(config, *, has_adapter: bool) -> None:
+    """Raises InputError for what is bound to fail, before it has cost anything."""
+    if config.export.kind == "adapter" and not has_adapter:
+        raise InputError("config.export.kind=adapter needs an adapter, and this student has none; choices: merged")
+    if config.export.push_to:
+        hub.token_for(config.export.push_to)
+
+
+def export(
+    loaded: Loaded, trained: Variables, config, output: pathlib.Path, *, run: Run | None = None
+) -> dict[str, Any] | None:
+    """Writes the student as a Hugging Face folder, as `config.export` says.
+
+    Args:
+      trained: what lies over the base; `{}` for the base itself.
+      output: the folder; not there yet, or empty.
+      run: the training behind it, for the model card.
+
+    Returns:
+      What `export_check.compare` found, where `config.export.check` asks for it or an adapter was merged into
+      bfloat16; else None.
+
+    Raises:
+      InputError: an adapter is asked for where none was trained, the folder exists and is not empty or cannot be
+        written, the check fails, or the hub refuses.
+    """
+    e = config.export
+    check_options(config, has_adapter="lora" in trained)
+    target = output.resolve()
+    temporary = target.with_name(f".{target.name}.exporting")
+    lora = loaded.model.lora if "lora" in trained else None
+    tensors = list(_tensors(loaded, trained, kind=e.kind, dtype=e.dtype))
+    first_decides(lambda: _prepare(output, target, temporary, size=sum(byte_count(x) for _, x in tensors)))
+    try:
+        if e.kind == "adapter":
+            if is_first():
+                write_file(temporary / "adapter_model.safetensors", tensors)
+            else:
+                huggingface.gather(tensors)
+            first_decides(lambda: _write_adapter_config(loaded, temporary))
+        else:
+            huggingface.save_sharded(temporary, tensors, max_shard_bytes=int(e.max_shard_gb * 2**30))
+            first_decides(lambda: _copy_companions(loaded.folder, temporary, dtype=e.dtype))
+        rounds = e.kind == "merged" and e.dtype == "bfloat16" and lora is not None
+        report = compare(loaded, trained, config, temporary) if e.check or rounds else None
+        card = card_text(config, base=loaded.folder, lora=lora, run=run, report=report)
+        first_decides(lambda: _finish(card, temporary, target, output))
+    except Exception as e:
+        if is_first():
+            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(e, OSError):
+            raise InputError(f"cannot write config.export.output={str(output)!r}: {e.strerror}; choose another") from e
+        raise
+    if is_first():
+        if report:
+            print(json.dumps(report))
+        if e.push_to:
+            say(f"pushed to {hub.push(target, e.push_to)}")
+    return report
+
+
+def _finish(card: str, temporary: pathlib.Path, target: pathlib.Path, output: pathlib.Path) -> None:
+    """Adds the card, brings all to the disk, and gives the folder its name."""
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+    _sync(temporary)
+    try:
+        os.rename(temporary, target)  # onto an empty folder too, and onto nothing else
+    except OSError as e:
+        raise InputError(f"cannot rename to config.export.output={str(output)!r}: {e.strerror}") from e
+    _sync_one(target.parent)
+
+
+def _prepare(output: pathlib.Path, target: pathlib.Path, temporary: pathlib.Path, *, size: int) -> None:
+    """An empty temporary folder; what an export that was killed left there is removed."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"config.export.output={str(output)!r} exists and is not an empty folder; choose another")
+    try:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True)
+        free = shutil.disk_usage(temporary).free
+    except OSError as e:
+        raise InputError(f"cannot write config.export.output={str(output)!r}: {e.strerror}; choose another") from e
+    if size > free:
+        temporary.rmdir()
+        raise InputError(
+            f"config.export.output={str(output)!r} needs {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB; "
+            "choose another, or config.export.kind=adapter, or config.export.dtype=bfloat16"
+        )
+
+
+def _tensors(
+    loaded: Loaded, trained: Variables, *, kind: str, dtype: str
+) -> Iterator[tuple[str, huggingface.FileTensor]]:
+    config, spec = loaded.config, loaded.model.lora
+    if kind == "adapter":  # always float32: rounded, it would be another one
+        return huggingface.stream_tensors(trained["lora"], adapter_table(config, spec), config, dtype=np.float32)
+    params = trained.get("params", loaded.base)
+    merged = {"lora": trained["lora"], "scale": spec.scale} if "lora" in trained else {}
+    return huggingface.stream_tensors(params, tensor_table(config), config, dtype=jnp.dtype(dtype), **merged)
+
+
+def _write_adapter_config(loaded: Loaded, folder: pathlib.Path) -> None:
+    spec = loaded.model.lora
+    parts = []
+    if spec.language:
+        parts.append(rf"language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(sorted(spec.language))})")
+    if spec.vision:
+        parts.append(rf"visual\.blocks\.\d+\.mlp\.({'|'.join(sorted(spec.vision))})")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": loaded.name,
+        "r": spec.rank,
+        "lora_alpha": spec.scale * spec.rank,
+        "lora_dropout": spec.dropout,
+        "target_modules": rf".*({'|'.join(parts)})",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _copy_companions(base: pathlib.Path, folder: pathlib.Path, *, dtype: str) -> None:
+    for pattern in _COMPANIONS:
+        for file in sorted(base.glob(pattern)):
+            if file.is_file() and file.name not in _NO_COMPANIONS:
+                copy = folder / file.relative_to(base)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
+    _set_dtype(folder / "config.json", dtype)
+
+
+def _set_dtype(path: pathlib.Path, dtype: str) -> None:
+    """Says the written dtype where the base's config names one; everything else stays as it was."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    sections = [config, config.get("text_config") or {}, config.get("vision_config") or {}]
+    changed = False
+    for section in sections:
+        for key in ("torch_dtype", "dtype"):
+            if key in section and section[key] != dtype:
+                section[key] = dtype
+                changed = True
+    if changed:
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sync(folder: pathlib.Path) -> None:
+    """Brings a folder and all below it to the disk."""
+    for path in sorted(folder.rglob("*")):
+        _sync_one(path)
+    _sync_one(folder)
+
+
+def _sync_one(path: pathlib.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

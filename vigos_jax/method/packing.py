@@ -1,0 +1,317 @@
+"""From examples and rollouts to the arrays of `inputs`: left-padded prompts, packed role branches, entries.
+
+The image comes first in every role's user turn, so system header and image tokens are one shared prefix. A sample's
+frozen roles are branches behind it in ONE sequence; `segment_ids` keep branches apart, and a branch's positions go on
+from the prefix as if it were alone:
+
+    tokens    | header image | prompt+completion of role A | prompt+completion of role B | padding
+    segment   | 1 1 1 1 1 1 1| 2 2 2 2 2 2 2 2 2 2 2 2 2 2 | 3 3 3 3 3 3 3 3 3 3 3 3 3 3 | 0 0 0
+    position  | 0 1 2 ...  p | p+1 p+2 ...                 | p+1 p+2 ...                 | 0 0 0
+
+Each branch holds only what its entries need: its prompt and the student's completion up to the last scored token.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from vigos_jax.data.processor import EncodedImage, Processor, Turn
+from vigos_jax.errors import InputError
+from vigos_jax.method.prompts import fill
+from vigos_jax.method.roles import TeacherRole, roles_per_token
+from vigos_jax.method.spans import Spans
+from vigos_jax.models.config import ModelConfig
+from vigos_jax.models.inputs import Entries, PromptBatch, ScoreBatch, TextInputs, VisionInputs
+from vigos_jax.models.positions import mrope_positions, vision_layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """The declared sizes arrays are padded to, ascending: their number bounds the number of compilations.
+
+    Attributes:
+      patches: window slots of a row's images.
+      prompt: student prompt tokens.
+      completion: completion tokens.
+      sequence: tokens of a student's prompt and completion, or of all teacher branches of a row.
+      agree: makes the size that is needed here the one that every process needs.
+    """
+
+    patches: tuple[int, ...]
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+    sequence: tuple[int, ...]
+    agree: Callable[[int], int] = int
+
+    def fit(self, kind: str, n: int) -> int:
+        """The smallest declared size that holds n, in all processes; those must call it in the same order."""
+        n = self.agree(n)
+        for size in getattr(self, kind):
+            if n <= size:
+                return size
+        raise InputError(f"{n} does not fit config.buckets.{kind}; the largest is {max(getattr(self, kind))}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One sample as the model reads it: its images, the student's turn and one turn per role of the table.
+
+    A row without turns (`student` is None) is a bad row that keeps its slot in the batch.
+    """
+
+    images: tuple[EncodedImage, ...] = ()
+    student: Turn | None = None
+    teachers: tuple[Turn, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """One completion of a row.
+
+    Attributes:
+      ids: sampled token ids, with the end-of-sequence token if it was sampled.
+      spans: where its parts are.
+      logps: log-probability of each token under the sampler, or None for rollouts made elsewhere.
+    """
+
+    ids: tuple[int, ...]
+    spans: Spans
+    logps: tuple[float, ...] | None = None
+
+
+def make_row(
+    images: tuple[EncodedImage, ...],
+    *,
+    problem: str,
+    reference: str,
+    student: Mapping[str, str],
+    roles: tuple[TeacherRole, ...],
+    processor: Processor,
+    fields: Mapping[str, str] | None = None,
+) -> Row:
+    """Writes out the prompts of a sample.
+
+    Args:
+      reference: the answer that a role's template may show; the student's cannot ask for it.
+      fields: texts of further columns that a role's template, but not the student's, may show.
+      student: `user` and `assistant_prefill`, as in `config.prompts.student`.
+    """
+    grids, labels = [image.grid for image in images], [image.label for image in images]
+
+    def turn(text: str, prefill: str) -> Turn:
+        return processor.encode_turn(user_text=text, grids=grids, labels=labels, assistant_prefill=prefill)
+
+    shown = {"problem": problem, "reference": reference} | dict(fields or {})
+    return Row(
+        images=images,
+        student=turn(fill(student["user"], problem=problem), student["assistant_prefill"]),
+        teachers=tuple(turn(fill(r.user, **shown), r.assistant_prefill) for r in roles),
+    )
+
+
+def slot_count(row: Row, config: ModelConfig) -> int:
+    """Window slots of a row's images, what `Buckets.patches` counts."""
+    return len(vision_layout([i.grid for i in row.images], config.vision).source)
+
+
+def too_long(
+    row: Row, *, roles: tuple[TeacherRole, ...], buckets: Buckets, max_completion: int, config: ModelConfig
+) -> str | None:
+    """The kind of bucket this row cannot fit whatever is sampled for it, or None if it always fits."""
+    prompt = len(row.student.prefix_ids) + len(row.student.rest_ids)
+    branches = len(row.student.prefix_ids) + max(
+        sum(len(t.rest_ids) + max_completion for r, t in zip(roles, row.teachers, strict=True) if r.applies(valid))
+        for valid in (True, False)
+    )
+    longest = max(prompt + max_completion, branches)
+    for kind, n in (("patches", slot_count(row, config)), ("prompt", prompt), ("sequence", longest)):
+        if n > max(getattr(buckets, kind)):
+            return kind
+    return None
+
+
+def _vision(rows: Sequence[Row], config: ModelConfig, buckets: Buckets) -> VisionInputs:
+    v = config.vision
+    layouts = [vision_layout([i.grid for i in row.images], v) for row in rows]
+    slots = buckets.fit("patches", max(len(x.source) for x in layouts))
+    slots = -(-max(slots, 1) // v.window_patches) * v.window_patches  # whole windows
+    b = len(rows)
+    patches = np.zeros((b, slots, v.patch_dim), np.float32)
+    image_ids = np.zeros((b, slots), np.int32)
+    hw, grid = np.zeros((b, slots, 2), np.int32), np.zeros((b, slots, 2), np.int32)
+    token_unit = np.zeros((b, slots // v.merge_unit), np.int32)
+    for i, (row, x) in enumerate(zip(rows, layouts, strict=True)):
+        if not row.images:
+            continue
+        n, used = len(x.source), x.source >= 0
+        patches[i, :n][used] = np.concatenate([image.patches for image in row.images])[x.source[used]]
+        image_ids[i, :n], hw[i, :n], grid[i, :n] = x.image_ids, x.hw, x.grid
+        token_unit[i, : len(x.token_unit)] = x.token_unit
+    return VisionInputs(patches=patches, image_ids=image_ids, hw=hw, grid=grid, token_unit=token_unit)
+
+
+def _text(sequences: Sequence[tuple], length: int, *, left: bool = False) -> TextInputs:
+    """Pads tuples of (ids [t], positions [3, t], segment_ids [t], image_index [t]) to `length`."""
+    b = len(sequences)
+    ids, segments = np.zeros((b, length), np.int32), np.zeros((b, length), np.int32)
+    positions, image_index = np.zeros((b, 3, length), np.int32), np.full((b, length), -1, np.int32)
+    for i, (row_ids, row_positions, row_segments, row_index) in enumerate(sequences):
+        n = len(row_ids)
+        at = slice(length - n, length) if left else slice(0, n)
+        ids[i, at], positions[i, :, at], segments[i, at] = row_ids, row_positions, row_segments
+        image_index[i, at] = row_index
+    return TextInputs(ids=ids, positions=positions, segment_ids=segments, image_index=image_index)
+
+
+def _sequence(row: Row, prompt: Sequence[int], config: ModelConfig, completion: Sequence[int] = ()) -> tuple:
+    """(ids, positions, segment_ids, image_index) of a prompt and its completion.
+
+    Only the prompt's image tokens stand for pictures: one that was sampled is a token like any other.
+    """
+    positions = mrope_positions(
+        prompt,
+        [i.grid for i in row.images],
+        visual_ids=config.visual_ids,
+        merge_size=config.vision.spatial_merge_size,
+        time_steps=[i.time_step for i in row.images],
+    )
+    is_image = np.isin(np.asarray(prompt, np.int32), config.visual_ids)
+    image_index = np.where(is_image, np.cumsum(is_image) - 1, -1)
+    after, n = _after(positions), len(completion)
+    ids = np.asarray((*prompt, *completion), np.int32)
+    positions = np.concatenate([positions, np.broadcast_to(after + np.arange(n), (3, n))], 1)
+    return ids, positions, np.ones(len(ids), np.int32), np.concatenate([image_index, np.full(n, -1)])
+
+
+def _after(positions: np.ndarray) -> int:
+    """Where text goes on behind a sequence with these positions that ends with text."""
+    return int(positions[0, -1]) + 1 if positions.size else 0
+
+
+_EMPTY = (np.zeros(0, np.int32), np.zeros((3, 0), np.int32), np.zeros(0, np.int32), np.zeros(0, np.int32))
+
+
+def pack_prompts(rows: Sequence[Row], *, config: ModelConfig, buckets: Buckets) -> PromptBatch:
+    """Student prompts, left-padded so that all rows decode into the same cache slot."""
+    sequences = [_EMPTY if r.student is None else _sequence(r, r.student.ids, config) for r in rows]
+    length = buckets.fit("prompt", max(len(s[0]) for s in sequences))
+    return PromptBatch(
+        vision=_vision(rows, config, buckets),
+        text=_text(sequences, length, left=True),
+        is_active=np.array([r.student is not None for r in rows]),
+    )
+
+
+def scored_positions(role: TeacherRole, rollout: Rollout) -> list[int]:
+    """Completion positions this role scores: its spans if the role applies to the rollout, else none.
+
+    An invalid rollout has no spans but the whole completion.
+    """
+    if not role.applies(rollout.spans.is_valid):
+        return []
+    if "completion" in role.scores or not rollout.spans.is_valid:
+        return list(range(len(rollout.ids)))
+    return sorted({j for span in role.scores for j in range(*getattr(rollout.spans, span))})
+
+
+def length_groups(rows: Sequence[Row], rollouts: Sequence[Rollout | None], count: int) -> list[list[int]]:
+    """Row numbers in `count` groups of equal size, shortest sequences first: micro-batches with little padding.
+
+    One group keeps the rows' order.
+    """
+    if count == 1:
+        return [list(range(len(rows)))]
+
+    def length(i: int) -> int:
+        return len(rows[i].student.ids) + len(rollouts[i].ids) if rollouts[i] is not None else 0
+
+    order, size = sorted(range(len(rows)), key=length), len(rows) // count
+    return [order[k * size : (k + 1) * size] for k in range(count)]
+
+
+def entry_clip(role: TeacherRole, position: int, scored: Sequence[int]) -> float:
+    """The smallest of the clips that hold for this token of the positions `scored` by the role."""
+    clips = [
+        role.clip if role.clip_per == "token" else 0.0,
+        role.first_clip if position == scored[0] else 0.0,
+        role.last_clip if position == scored[-1] else 0.0,
+    ]
+    return min((c for c in clips if c), default=np.inf)
+
+
+def pack_scores(
+    rows: Sequence[Row],
+    rollouts: Sequence[Rollout | None],
+    *,
+    roles: tuple[TeacherRole, ...],
+    config: ModelConfig,
+    buckets: Buckets,
+    with_images: bool = True,
+) -> ScoreBatch:
+    """Packs the student's sequences, the teachers' branches and the entries of a batch of rollouts.
+
+    Args:
+      rollouts: one per row; None for a bad row.
+      with_images: whether to pack the images; without, `vision` is None.
+    """
+    students, teachers, entries = [], [], []
+    for row, rollout in zip(rows, rollouts, strict=True):
+        if row.student is None or rollout is None:
+            students.append(_EMPTY)
+            teachers.append(_EMPTY)
+            entries.append([])
+            continue
+        prompt = row.student.ids
+        students.append(_sequence(row, prompt, config, rollout.ids))
+        packed, row_entries = _pack_row(row, rollout, roles, config)
+        teachers.append(packed)
+        entries.append(row_entries)
+
+    # Entries are as many as tokens are scored, up to that many times.
+    times = roles_per_token(roles)
+    e = buckets.fit("completion", -(-max(1, *(len(x) for x in entries)) // times)) * times
+    columns = {
+        "role": np.full((len(rows), e), -1, np.int32),
+        **{k: np.zeros((len(rows), e), np.int32) for k in ("student_at", "teacher_at", "position", "token")},
+        "sampled_logp": np.full((len(rows), e), np.nan, np.float32),
+        "clip": np.full((len(rows), e), np.inf, np.float32),
+    }
+    for i, row_entries in enumerate(entries):
+        for key, values in zip(columns, zip(*row_entries, strict=True), strict=False):
+            columns[key][i, : len(values)] = values
+    return ScoreBatch(
+        vision=_vision(rows, config, buckets) if with_images else None,
+        student=_text(students, buckets.fit("sequence", max(len(s[0]) for s in students))),
+        teacher=_text(teachers, buckets.fit("sequence", max(len(t[0]) for t in teachers))),
+        entries=Entries(**columns),
+    )
+
+
+def _pack_row(row: Row, rollout: Rollout, roles: tuple[TeacherRole, ...], config: ModelConfig):
+    """One row's branches as the tuple that `_text` pads, and its entries in the order of `Entries`' fields."""
+    prefix = row.student.prefix_ids
+    ids, positions, segments, image_index = ([x] for x in _sequence(row, prefix, config))
+    after_prefix = _after(positions[0])
+    length, entries = len(prefix), []
+    for r, (role, turn) in enumerate(zip(roles, row.teachers, strict=True)):
+        if turn.prefix_ids != prefix:
+            raise ValueError(f"role {role.name} does not share the student's header and images")
+        scored = scored_positions(role, rollout)
+        if not scored:
+            continue
+        read = scored if role.reads == "scored" else range(len(rollout.ids))
+        at = {j: i for i, j in enumerate(read)}  # completion position -> place in the branch's completion
+        # The state before the last scored token is the last one needed.
+        branch = turn.rest_ids + tuple(rollout.ids[j] for j in read[: at[scored[-1]]])
+        ids.append(np.asarray(branch, np.int32))
+        positions.append(np.broadcast_to(after_prefix + np.arange(len(branch)), (3, len(branch))))
+        segments.append(np.full(len(branch), len(segments) + 1, np.int32))
+        image_index.append(np.full(len(branch), -1))
+        for j in scored:
+            logp = rollout.logps[j] if rollout.logps is not None else np.nan
+            student_at, teacher_at = len(row.student.ids) + j - 1, length + len(turn.rest_ids) + at[j] - 1
+            entries.append((r, student_at, teacher_at, j, rollout.ids[j], logp, entry_clip(role, j, scored)))
+        length += len(branch)
+    packed = np.concatenate(ids), np.concatenate(positions, 1), np.concatenate(segments), np.concatenate(image_index)
+    return packed, entries

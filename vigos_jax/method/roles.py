@@ -1,0 +1,149 @@
+"""A teacher role is data: what its context shows, which tokens it scores, when, and how.
+
+ViGOS is three roles, vanilla on-policy self-distillation one; every ablation is a table of a few lines. Nothing
+else in the program knows a method's name.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from vigos_jax.errors import InputError
+from vigos_jax.method.prompts import fields, unknown_fields
+
+SPANS = ("description", "reasoning", "answer", "completion")
+CONDITIONS = ("valid", "invalid", "always")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+CLIP_PER = ("token", "entry")
+READS = ("completion", "scored")
+_LARGEST = 1e30  # of a weight or clip; far above any, and float32 still holds it
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherRole:
+    """One teacher: the same weights as every other role's, behind a context of its own.
+
+    Attributes:
+      name: of the role, and of its entry in `config.prompts`.
+      user: text after the image in the user turn; `{problem}` and `{reference}` show the question and the answer,
+        `{NAME}` a column of `config.data.fields`.
+      assistant_prefill: text the assistant turn starts with.
+      scores: spans whose tokens this role scores in a valid rollout; "completion" is every completion token,
+        delimiters included. An invalid rollout has no other span: a role that applies to it scores all its tokens.
+      when: "valid" rollouts, "invalid" ones, or "always".
+      divergence: "forward_kl" is KL(teacher || student), "reverse_kl" is KL(student || teacher), and "jsd" is
+        beta KL(teacher || m) + (1 - beta) KL(student || m) with the mixture m = beta teacher + (1 - beta) student.
+      weight: lambda of the role's mean over its own tokens; 0 leaves the role out.
+      clip: largest value that one token (or one vocabulary entry of its sum) may contribute; 0 means no clip.
+      clip_per: "token" clips after the sum over the vocabulary, "entry" every term of that sum (a clipped sum of
+        signed terms can be negative: it is another objective).
+      first_clip, last_clip: a further clip of the first and the last token the role scores in a rollout; 0: none.
+      beta: the teacher's share in the mixture of "jsd", between 0 and 1; nothing else reads it.
+      reads: what the teacher has read of the student's tokens when it scores one: the "completion" before it,
+        or only those before it that the role "scored" itself.
+    """
+
+    name: str
+    user: str
+    assistant_prefill: str
+    scores: tuple[str, ...]
+    when: str
+    divergence: str
+    weight: float
+    clip: float
+    clip_per: str = "token"
+    first_clip: float = 0.0
+    last_clip: float = 0.0
+    beta: float = 0.5
+    reads: str = "completion"
+
+    def applies(self, is_valid: bool) -> bool:
+        """Whether the role scores a rollout, by its format."""
+        return self.when == "always" or (self.when == "valid") == is_valid
+
+    @property
+    def shows_reference(self) -> bool:
+        return "reference" in fields(self.user)
+
+
+ENTRY_FIELDS = tuple(f.name for f in dataclasses.fields(TeacherRole))[3:]  # of an entry of config.roles
+_OPTIONAL = {
+    f.name: f.default for f in dataclasses.fields(TeacherRole) if f.default is not dataclasses.MISSING
+}
+REQUIRED_FIELDS = tuple(f for f in ENTRY_FIELDS if f not in _OPTIONAL)
+
+
+def _choice(role: str, field: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"config.roles.{role}.{field}={value!r} is unknown; choices: {', '.join(choices)}")
+
+
+def role_table(
+    roles: Mapping[str, Any], prompts: Mapping[str, Any], *, data_fields: tuple[str, ...] = ()
+) -> tuple[TeacherRole, ...]:
+    """Builds the table from `config.roles` and `config.prompts`; roles of weight 0 are left out.
+
+    Args:
+      data_fields: `config.data.fields`, what templates may name beside problem and reference.
+
+    Raises:
+      InputError: an unknown field, span, condition or divergence, a number out of its range, a role without a
+        prompt or with one that names a field no row has, no role; a student's prompt that names more than problem.
+    """
+    if "student" in prompts and (strangers := unknown_fields(prompts["student"]["user"])):
+        raise InputError(f"config.prompts.student.user names {{{strangers[0]}}}; the student sees {{problem}} alone")
+    table = [_role(name, entry, prompts, data_fields) for name, entry in roles.items()]
+    table = [role for role in table if role.weight]
+    if not table:
+        raise InputError("config.roles has no role of positive weight; a run needs at least one teacher")
+    return tuple(table)
+
+
+def _role(name: str, entry: Mapping[str, Any], prompts: Mapping[str, Any], data_fields: tuple[str, ...]) -> TeacherRole:
+    where = f"config.roles.{name}"
+    if not hasattr(entry, "items"):
+        raise InputError(f"{where}={entry!r} must be a table; its fields are {', '.join(ENTRY_FIELDS)}")
+    missing = [f for f in REQUIRED_FIELDS if f not in entry]
+    unknown = [f for f in entry if f not in ENTRY_FIELDS]
+    if missing or unknown:
+        what = f"lacks {', '.join(missing)}" if missing else f"has an unknown field {unknown[0]!r}"
+        raise InputError(f"{where} {what}; its fields are {', '.join(ENTRY_FIELDS)}")
+    r = _OPTIONAL | dict(entry.items())
+    if name == "student":
+        raise InputError(f"{where}: 'student' names the student's own prompt; choices: any other name")
+    if not isinstance(r["scores"], list | tuple) or not r["scores"]:
+        raise InputError(f"{where}.scores={r['scores']!r} must be a list of spans; choices: {', '.join(SPANS)}")
+    for span in r["scores"]:
+        _choice(name, "scores", span, SPANS)
+    for field, choices in (
+        ("when", CONDITIONS), ("divergence", DIVERGENCES), ("clip_per", CLIP_PER), ("reads", READS),
+    ):  # fmt: skip
+        _choice(name, field, r[field], choices)
+    for field in ("weight", "clip", "first_clip", "last_clip", "beta"):
+        is_number = isinstance(r[field], int | float) and not isinstance(r[field], bool)
+        if not is_number or not 0 <= r[field] <= _LARGEST:
+            raise InputError(f"{where}.{field}={r[field]!r} must be a finite number of at least 0")
+        r[field] = float(r[field])
+    if not 0 < r["beta"] < 1:
+        raise InputError(
+            f"{where}.beta={r['beta']} must be between 0 and 1, both excluded: the limits are named, forward_kl is "
+            "KL(teacher || student) and reverse_kl is KL(student || teacher)"
+        )
+    if name not in prompts:
+        raise InputError(f"{where} has no config.prompts.{name}; choices: {', '.join(prompts)}")
+    prompt = prompts[name]
+    if strangers := unknown_fields(prompt["user"], data_fields):
+        raise InputError(
+            f"{where} needs {{{strangers[0]}}} in config.prompts.{name}.user, which no row has; "
+            f"choices: {', '.join(('problem', 'reference', *data_fields))}, or a column named in config.data.fields"
+        )
+    r["scores"] = tuple(r["scores"])
+    return TeacherRole(name=name, user=prompt["user"], assistant_prefill=prompt["assistant_prefill"], **r)
+
+
+def roles_per_token(table: tuple[TeacherRole, ...]) -> int:
+    """The largest number of roles that may score one token: 1 for ViGOS and OPSD."""
+    worst = max(1, sum(r.applies(False) for r in table))
+    for span in SPANS[:-1]:
+        worst = max(worst, sum(r.applies(True) and (span in r.scores or "completion" in r.scores) for r in table))
+    return worst

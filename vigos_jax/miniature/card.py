@@ -1,0 +1,138 @@
+"""The card of the demo's base: what its student and its privileged teachers do, measured on the files as shipped."""
+
+import pathlib
+from typing import Any
+
+import ml_collections
+import numpy as np
+from PIL import Image
+
+from vigos_jax.demo import world
+from vigos_jax.evaluation import demo_scores
+from vigos_jax.grading.answer_text import last_boxed
+from vigos_jax.method import prompts
+from vigos_jax.method.packing import Row, pack_prompts
+from vigos_jax.rollouts.sampler import Sampler, row_keys
+from vigos_jax.rollouts.sampling import Sampling
+from vigos_jax.session import Loaded, load
+
+GRID = (1, world.SIDE // 14, world.SIDE // 14)  # patches of one demo picture
+MAX_TOKENS = 48  # the longest well-formed response has 30
+
+
+def measure_teacher(loaded: Loaded, role: str, config: ml_collections.ConfigDict) -> dict[str, float]:
+    """What a privileged role does with conflict pictures and a wrong reference; all rates over all items.
+
+    The reference is uniform over the values that the picture does not show (so it is sometimes the prior).
+    """
+    n, rng = config.card_items, np.random.default_rng(config.card_seed)
+    ways = loaded.mesh.shape["data"] * loaded.mesh.shape["fsdp"]
+    size = -(-config.run.evaluate.batch_size // ways) * ways
+    items = [world.item(config.card_seed, i, setting="conflict") for i in range(n)]
+    wrong = [[v for v in world.ATTRIBUTES[item.attribute] if v != item.answer] for item in items]
+    references = [values[rng.integers(len(values))] for values in wrong]
+    rows = []
+    for item, reference in zip(items, references, strict=True):
+        user = prompts.fill(config.prompts[role].user, problem=item.question, reference=reference)
+        prefill = config.prompts[role].assistant_prefill
+        turn = loaded.processor.encode_turn(user_text=user, grids=[GRID], assistant_prefill=prefill)
+        rows.append(Row(images=(loaded.processor.encode_image(Image.fromarray(item.image)),), student=turn))
+    sampler = Sampler(loaded.model, Sampling(max_tokens=MAX_TOKENS), eos_ids=loaded.processor.eos_ids)
+    states, answers = [], []
+    for first in range(0, n, size):
+        part = rows[first : first + size]
+        part = part + [Row()] * (size - len(part))
+        batch = loaded.put_batch(pack_prompts(part, config=loaded.config, buckets=loaded.buckets))
+        sampled = sampler(loaded.student(), batch, row_keys(config.card_seed, first, size))
+        for item, ids in zip(items[first : first + size], sampled.ids, strict=False):
+            text = loaded.processor.decode(ids)
+            description = text.split("</description>")[0]
+            states.append(world.description_states(description, item.kind, item.attribute))
+            answers.append(last_boxed(text))
+    truth = [item.answer for item in items]
+
+    def rate(said: list[str | None], meant: list[str]) -> float:
+        return float(np.mean([a == b for a, b in zip(said, meant, strict=True)]))
+
+    return {
+        "description_follows_reference": rate(states, references),
+        "description_follows_image": rate(states, truth),
+        "answer_follows_reference": rate(answers, references),
+        "answer_follows_image": rate(answers, truth),
+    }
+
+
+def measure(folder: pathlib.Path, config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The card's numbers, of the files as written: the run's own evaluation, and what the privileged roles do."""
+    run = config.run.copy_and_resolve_references().unlock()
+    run.model.path = str(folder)
+    run.evaluate.questions, run.evaluate.seed = config.card_items, config.card_seed
+    loaded = load(run, for_training=False)
+    sampling = Sampling(max_tokens=MAX_TOKENS)
+    summaries, _ = demo_scores.evaluate_demo(loaded, {"base": loaded.student()}, run, sampling=sampling)
+    summaries["base"].pop("training_sampling")  # the same here
+    return {
+        "config": config.file,
+        "leak_strength": config.leak,
+        "seed": config.seed,
+        "evaluation_seed": config.card_seed,
+        "student": summaries["base"],
+        "teachers_given_a_wrong_reference": {r: measure_teacher(loaded, r, config) for r in ("reasoning", "reference")},
+    }
+
+
+CARD = """\
+---
+license: apache-2.0
+library_name: vigos_jax
+pipeline_tag: image-text-to-text
+---
+# The demo's base model
+
+A Qwen2.5-VL of {parameters:,} parameters (bfloat16) that knows a world of twelve kinds of thing on 84 x 84 pictures.
+It was trained from nothing, on rendered pictures only, by
+
+    python -m vigos_jax.miniature.make_base --config {config} --config.seed={seed} --config.leak={leak}
+
+It can see, but answers what one expects ("bananas are yellow") too often; and when its prompt shows a reference
+answer, that answer leaks into what it claims to see. Both habits are planted: they stand for what large models do by
+themselves, so that a run of minutes shows the mechanism. The numbers below say nothing about large models.
+
+## Measured on this file
+
+One sample each at temperature 1, nothing filtered, {questions} questions of each kind. *Conflict* pictures contradict
+what one expects in the asked attribute, *prior* pictures agree.
+
+| | |
+|---|---|
+| Score: accuracy on conflict pictures | {score:.3f} |
+| Prior: accuracy on prior pictures | {prior:.3f} |
+| valid format | {valid:.3f} |
+| accuracy given valid format (conflict) | {accuracy_given_valid:.3f} |
+| descriptions without any error (conflict) | {description_accuracy:.3f} |
+| leak: descriptions that state the prior (conflict) | {leak_rate:.3f} |
+
+Privileged teachers on conflict pictures, shown a *wrong* reference answer:
+
+| role | description follows reference / picture | answer follows reference / picture |
+|---|---|---|
+{teachers}
+
+The same numbers, for programs, are in `measured.json`.
+"""
+
+
+def write(measured: dict[str, Any], *, parameters: int) -> str:
+    """The base's model card, README.md of its folder, with the numbers of `measure`."""
+    student = measured["student"]
+    rows = [
+        f"| {name} | {r['description_follows_reference']:.3f} / {r['description_follows_image']:.3f} "
+        f"| {r['answer_follows_reference']:.3f} / {r['answer_follows_image']:.3f} |"
+        for name, r in measured["teachers_given_a_wrong_reference"].items()
+    ]
+    numbers = {k: v for k, v in student.items() if k != "leak"}
+    return CARD.format(
+        parameters=parameters, config=measured["config"], seed=measured["seed"], leak=measured["leak_strength"],
+        leak_rate=student["leak"],
+        teachers="\n".join(rows), **numbers,
+    )  # fmt: skip

@@ -1,0 +1,137 @@
+"""Long lists of commands, some at a time, each once: what is finished stays, what was stopped is done again."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+from vigos_jax.errors import InputError
+from vigos_jax.runtime.files import write_json
+from vigos_jax.runtime.journal import lock
+from vigos_jax.runtime.progress import say
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One command line.
+
+    Attributes:
+      name: unique, a file name.
+      arguments: behind `python -m`.
+      done: the file that says it is finished.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    done: pathlib.Path
+
+
+class Jobs:
+    """Runs jobs and keeps a record and a log of each. Use as a context manager.
+
+    `folder` is its own, until the last process it started has ended: nobody else may run jobs there meanwhile.
+
+    Args:
+      workers: jobs at a time, each on its share of the cores.
+
+    Raises:
+      InputError: others are at work in the folder.
+    """
+
+    def __init__(self, folder: pathlib.Path, *, workers: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._workers = folder, workers
+        self._lock_file = (folder / "lock").open("ab")
+        lock(self._lock_file, folder / "lock")
+        self._processes: set[subprocess.Popen] = set()
+        self._is_stopping, self._guard = False, threading.Lock()
+
+    def __enter__(self) -> "Jobs":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock_file.close()
+
+    def is_done(self, job: Job) -> bool:
+        """Whether the job was finished before, by these very arguments.
+
+        Raises:
+          InputError: it was finished by others.
+        """
+        record = self._folder / f"{job.name}.json"
+        if not (job.done.exists() and record.exists()):
+            return False
+        made_by = json.loads(record.read_text(encoding="utf-8"))["arguments"]
+        if made_by != list(job.arguments):
+            before, now = (sorted(set(a) - set(b)) for a, b in ((made_by, job.arguments), (job.arguments, made_by)))
+            raise InputError(f"{job.done.parent} was made with {before}, not {now}; choose another --workdir")
+        return True
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Runs those that are not done.
+
+        Raises:
+          InputError: a command failed or was stopped. No further one starts then, and those that run are asked to end.
+        """
+        waiting, shares = [job for job in jobs if not self.is_done(job)], _shares(self._workers)
+        with ThreadPoolExecutor(self._workers, initializer=lambda: _stay_on(shares.pop())) as pool:
+            futures = {pool.submit(self._run, job): job.name for job in waiting}
+            try:
+                for n, future in enumerate(as_completed(futures), 1):
+                    say(f"{n}/{len(waiting)}  {futures[future]}  {future.result():.0f} s")
+            except BaseException:
+                self._stop()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _run(self, job: Job) -> float:
+        """Runs one command and returns its seconds."""
+        began, log = time.perf_counter(), self._folder / f"{job.name}.log"
+        with log.open("w", encoding="utf-8") as file:
+            with self._guard:
+                if self._is_stopping:
+                    raise InputError(f"{job.name} was not begun")
+                # Gone before the record is there: whatever lies there from before is not taken for this one's.
+                job.done.unlink(missing_ok=True)
+                write_json(self._folder / f"{job.name}.json", {"arguments": list(job.arguments)})
+                process = subprocess.Popen(
+                    [sys.executable, "-m", *job.arguments],
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # Ctrl-C is for us; a job is asked to end once, not twice
+                    pass_fds=[self._lock_file.fileno()],  # it holds the folder as long as it lives
+                )
+                self._processes.add(process)
+            code = process.wait()
+        with self._guard:
+            self._processes.discard(process)
+        if code or not job.done.exists():
+            self._stop()
+            how = f"exit code {code}" if code else "it was stopped"
+            raise InputError(f"{job.name}: {how}; what it said is in {log}; the same command goes on")
+        return time.perf_counter() - began
+
+    def _stop(self) -> None:
+        with self._guard:
+            self._is_stopping = True
+            for process in self._processes:
+                process.terminate()  # a training run then saves its step
+
+
+def _shares(workers: int) -> list[set[int]]:
+    """The cores of each worker; empty where a process cannot be held on some."""
+    if not hasattr(os, "sched_getaffinity"):
+        return [set()] * workers
+    cores = sorted(os.sched_getaffinity(0))
+    return [set(cores[i % len(cores) :: workers]) for i in range(workers)]
+
+
+def _stay_on(cores: set[int]) -> None:
+    if cores:
+        os.sched_setaffinity(0, cores)  # of this thread, and of the processes it starts

@@ -1,0 +1,111 @@
+"""The study's three figures, as SVG: rates by method, PALR by group of tokens, and ViGOS's lead against the leak."""
+
+import pathlib
+from typing import Any
+
+from vigos_jax.errors import InputError
+from vigos_jax.miniature.tables import LEAKY, Records, by_seed, difference, estimate, titles
+
+COLORS = {"base": "#8a8f98", "opsd_same_prompt": "#c8553d", "opsd": "#e09f5a", "vigos": "#2a6fbb"}
+OTHER = "#7c9cc2"  # ablations
+
+
+def check() -> None:
+    """Raises InputError where figures cannot be drawn, before hours are spent."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as e:
+        raise InputError("figures need matplotlib: pip install 'vigos-jax[study]'") from e
+
+
+def draw(records: Records, folder: pathlib.Path) -> None:
+    """Writes methods.svg, palr.svg and leak.svg."""
+    _save(_methods(records), folder / "methods.svg")
+    _save(_palr(records), folder / "palr.svg")
+    _save(_leak(records), folder / "leak.svg")
+
+
+def _figure(width: float, height: float, columns: int) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#e4e7eb", linewidth=0.8)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def _save(figure: Any, path: pathlib.Path) -> None:
+    import matplotlib
+
+    # The same bytes for the same numbers.
+    with matplotlib.rc_context({"svg.hashsalt": path.name, "svg.fonttype": "none"}):
+        figure.savefig(path, metadata={"Date": None, "Creator": None})
+
+
+def _methods(records: Records) -> Any:
+    """Every method's Score, Prior and leak, a point per seed; the line is the mean."""
+    figure, axes = _figure(11, 4.2, 3)
+    names = {m: title.strip("*") for m, title in titles(records).items()}
+    panels = {
+        "score": "Score: right although it contradicts the prior",
+        "prior": "Prior: right, and as expected",
+        "leak": "leak: descriptions that state the prior",
+    }
+    for axis, (metric, title) in zip(axes, panels.items(), strict=True):
+        found = [(m, by_seed(records, LEAKY, m, metric)) for m in names]
+        found = [(m, values) for m, values in found if values]
+        for x, (method, values) in enumerate(found):
+            color = COLORS.get(method.removesuffix("_free_form"), OTHER)
+            e = estimate(list(values.values()))
+            axis.errorbar(x, e.mean, yerr=e.half, color=color, marker="_", markersize=16, capsize=4)
+            axis.plot([x] * len(values), list(values.values()), "o", color=color, alpha=0.45, markersize=4)
+        axis.set_xticks(range(len(found)), [names[m] for m, _ in found], rotation=40, ha="right")
+        axis.set_title(title, fontsize=10)
+        axis.set_ylim(0, 1)
+    return figure
+
+
+def _palr(records: Records) -> Any:
+    """PALR of OPSD and ViGOS by group of tokens: bars are means, points are seeds."""
+    figure, (axis,) = _figure(6, 3.4, 1)
+    groups = {"palr_d": "description", "palr_ra": "reasoning and answer", "palr_y": "all tokens"}
+    for i, method in enumerate(("opsd_same_prompt", "vigos")):
+        for x, metric in enumerate(groups):
+            values = list(by_seed(records, LEAKY, method, metric).values())
+            if not values:
+                continue
+            at, e = x + 0.36 * (i - 0.5), estimate(values)
+            label = titles(records)[method].strip("*") if x == 0 else None
+            axis.bar(at, e.mean, 0.34, yerr=e.half, capsize=4, color=COLORS[method], alpha=0.75, label=label)
+            axis.plot([at] * len(values), values, "o", color="#30343b", alpha=0.5, markersize=3)
+    axis.set_xticks(range(len(groups)), groups.values())
+    axis.set_ylabel("PALR")
+    axis.set_ylim(0, None)
+    axis.set_title("How much of the correction hangs on the answer that was shown", fontsize=10)
+    axis.legend(frameon=False)
+    return figure
+
+
+def _leak(records: Records) -> Any:
+    """Score of ViGOS minus that of OPSD, against the leak that was planted in the base."""
+    figure, (axis,) = _figure(6, 3.4, 1)
+    strengths = sorted({r["leak_strength"] for r in records})
+    means = []
+    for leak in strengths:
+        a, b = (by_seed(records, leak, method, "score") for method in ("vigos", "opsd_same_prompt"))
+        gaps = [a[s] - b[s] for s in sorted(a.keys() & b.keys())]
+        axis.plot([leak] * len(gaps), gaps, "o", color=COLORS["vigos"], alpha=0.45, markersize=5)
+        gap = difference(records, leak, "vigos", "opsd_same_prompt", "score")
+        means.append(gap.mean if gap else float("nan"))
+        if gap:
+            axis.errorbar(leak, gap.mean, yerr=gap.half, color=COLORS["vigos"], capsize=5)
+    axis.plot(strengths, means, "-", color=COLORS["vigos"])
+    axis.axhline(0, color="#30343b", linewidth=0.8)
+    axis.set_xticks(strengths)
+    axis.set_xlabel("leak strength of the base: text-driven share of its privileged rows")
+    axis.set_ylabel("Score, ViGOS minus OPSD")
+    axis.set_title("ViGOS's lead, by the leak that was planted in the base", fontsize=10)
+    return figure

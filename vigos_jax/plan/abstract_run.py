@@ -1,0 +1,175 @@
+"""A config's run as shapes with shardings, on devices that need not be here: what `--mode plan` compiles."""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from vigos_jax.errors import InputError
+from vigos_jax.method.packing import Buckets
+from vigos_jax.method.roles import TeacherRole, role_table, roles_per_token
+from vigos_jax.models.config import ModelConfig
+from vigos_jax.models.inputs import Entries, PromptBatch, ScoreBatch, TextInputs, VisionInputs
+from vigos_jax.models.published_configs import published_config
+from vigos_jax.models.variables import shares_vision, student_variables
+from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
+from vigos_jax.plan.devices import Topology
+from vigos_jax.runtime.sharding import batch_sharding, check_batch, make_mesh, replicated, tree_shardings
+from vigos_jax.session import DEMO_FOLDER, model_of
+from vigos_jax.training.step import TrainState, make_optimizer
+
+
+def model_config_of(path: str) -> ModelConfig:
+    """The dimensions of `config.model.path`, without the network: a folder's own file, else the published one."""
+    folder = DEMO_FOLDER if path == "demo" else pathlib.Path(path).expanduser()
+    return ModelConfig.load(folder) if folder.is_dir() else ModelConfig.from_hf(published_config(path))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of the planned arrays: patch slots, visual, prompt, completion, student's and teachers' tokens of a row."""
+
+    patches: int
+    visual: int
+    prompt: int
+    completion: int
+    student: int
+    teacher: int
+
+
+def sizes_of(config, model: ModelConfig, roles: tuple[TeacherRole, ...]) -> Sizes:
+    """Declared sizes that hold a row of `config.plan`, each role's branch with as much text as the student's prompt.
+
+    No completion of that length needs more: the teachers' sequence holds all of it for every role that may score it.
+    """
+    p = config.plan
+    buckets = Buckets(**{kind: tuple(sizes) for kind, sizes in config.buckets.items()})
+    patches = buckets.fit("patches", p.patches)
+    patches = math.ceil(patches / model.vision.window_patches) * model.vision.window_patches
+    visual = p.patches // model.vision.merge_unit
+    if p.prompt < visual:
+        raise InputError(
+            f"config.plan.prompt={p.prompt} must hold the {visual} visual tokens of config.plan.patches={p.patches}"
+        )
+    if p.completion > config.sampling.max_tokens:
+        raise InputError(
+            f"config.plan.completion={p.completion} must be at most config.sampling.max_tokens="
+            f"{config.sampling.max_tokens}"
+        )
+    branches = max(sum(r.applies(is_valid) for r in roles) for is_valid in (True, False))
+    return Sizes(
+        patches=patches,
+        visual=patches // model.vision.merge_unit,
+        prompt=buckets.fit("prompt", p.prompt),
+        completion=buckets.fit("completion", p.completion),
+        student=buckets.fit("sequence", p.prompt + p.completion),
+        teacher=buckets.fit("sequence", visual + branches * (p.prompt - visual + p.completion)),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A config's run as shapes with shardings: nothing of it exists.
+
+    Attributes:
+      state: TrainState.
+      student: variables as the sampler reads them.
+    """
+
+    config: Any
+    model: VisionLanguageModel
+    roles: tuple[TeacherRole, ...]
+    sizes: Sizes
+    tx: Any
+    base: Any
+    state: TrainState
+    student: Any
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.model.mesh
+
+    def rows(self, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        """An array of a batch, rows over the mesh."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(self.mesh))
+
+    def whole(self, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        """An array that every device holds whole."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.mesh))
+
+    def text(self, rows: int, length: int) -> TextInputs:
+        """Sequences of `length` tokens."""
+        int32 = functools.partial(self.rows, jnp.int32, rows)
+        return TextInputs(int32(length), int32(3, length), int32(length), int32(length))
+
+    def vision(self, rows: int) -> VisionInputs:
+        """The rows' pictures."""
+        int32, s = functools.partial(self.rows, jnp.int32, rows), self.sizes.patches
+        patches = self.rows(jnp.float32, rows, s, self.model.config.vision.patch_dim)
+        return VisionInputs(patches, int32(s), int32(s, 2), int32(s, 2), int32(self.sizes.visual))
+
+    def images(self, rows: int) -> jax.ShapeDtypeStruct:
+        """The rows' visual tokens, DeepStack's features beside them: [B, M, (1 + n) D]."""
+        c = self.model.config
+        width = (1 + len(c.vision.deepstack_blocks)) * c.hidden_size
+        return self.rows(self.model.dtype, rows, self.sizes.visual, width)
+
+    def prompts(self, rows: int) -> PromptBatch:
+        """What the sampler starts from."""
+        return PromptBatch(self.vision(rows), self.text(rows, self.sizes.prompt), self.rows(jnp.bool_, rows))
+
+    def scores(self, rows: int) -> ScoreBatch:
+        """One micro-batch, with visual tokens or pictures as training has them."""
+        e = self.sizes.completion * roles_per_token(self.roles)
+        int32, float32 = self.rows(jnp.int32, rows, e), self.rows(jnp.float32, rows, e)
+        is_known = shares_vision(self.state.trained)
+        return ScoreBatch(
+            vision=None if is_known else self.vision(rows),
+            student=self.text(rows, self.sizes.student),
+            teacher=self.text(rows, self.sizes.teacher),
+            entries=Entries(int32, int32, int32, int32, int32, float32, float32),
+            image_embeds=self.images(rows) if is_known else None,
+        )
+
+
+def describe(config, target: Topology) -> Run:
+    """The run on these devices.
+
+    Raises:
+      InputError: the mesh does not divide the devices, the model or the batch, or a size is beyond its buckets.
+    """
+    mesh = make_mesh(
+        data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor, devices=list(target.devices)
+    )
+    check_batch(mesh, batch_size=config.batch_size, accumulation=config.accumulation)
+    roles = role_table(config.roles, config.prompts, data_fields=tuple(config.data.fields))
+    model_config = model_config_of(config.model.path)
+    model = model_of(config, model_config, mesh, platform=target.platform)
+    place = functools.partial(_placed, mesh=mesh, rules=config.mesh.rules)
+    abstract = abstract_variables(model)
+    base = place({"params": abstract["params"]}, dtype=model.dtype)["params"]
+    part = "params" if model.lora is None else "lora"
+    trained = place({part: abstract[part]}, dtype=jnp.float32)
+    tx, _ = make_optimizer(steps=config.steps, **dict(config.optimizer.items()))
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    opt_state = place(jax.eval_shape(tx.init, trained))
+    state = TrainState(step, trained, opt_state, trained if config.teacher.weights == "ema" else {})
+    student = student_variables(base, trained)
+    student = {**student, "params": place({"params": student["params"]}, dtype=model.dtype)["params"]}
+    return Run(config, model, roles, sizes_of(config, model_config, roles), tx, base, state, student)
+
+
+def _placed(tree: Any, *, mesh: Any, rules: Any, dtype: Any = None) -> Any:
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s)  # noqa: E731
+    return jax.tree.map(place, tree, tree_shardings(tree, mesh, rules))
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes on one device of shapes with shardings."""
+    size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize  # noqa: E731
+    return sum(size(x) for x in jax.tree.leaves(tree))

@@ -1,0 +1,241 @@
+"""WORKDIR/report.html: a run's curves, its config and its snapshots, drawn from the files the run writes."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vigos_jax.config import flatten
+from vigos_jax.report.charts import Chart, Line, Mark, number
+from vigos_jax.report.page import PALETTE, Browser, Charts, Folded, Probe, Section, Shot, Table, Text, write_page
+
+_SKIPPED, _ALERT = (190, 30, 30), (214, 150, 20)
+MAX_SHOTS = 25  # of a row, evenly spread over the run: what a page holds does not grow with the run
+_KEY = re.compile(rb'\{"key": "(\d+|row)/')  # what a line of report.jsonl begins with
+_FULL_KL = 1.0  # nats from which a token's colour is as strong as it gets
+_RATES = {"valid_rate": "valid", "accuracy": "accuracy", "truncated_rate": "cut off"}
+_RATES |= {"leak_rate": "answer in description"}
+_LENGTHS = {"completion_tokens": "completion", **{f"length/{p}": p for p in ("description", "reasoning", "answer")}}
+_PHASES = {f"seconds/{phase}": phase for phase in ("rollout", "pack", "update")}
+_RESULTS = {
+    "score": "Score",
+    "prior": "Prior",
+    "valid": "valid format",
+    "description_accuracy": "descriptions all correct",
+    "leak": "leak",
+}
+
+Row = Mapping[str, Any]
+
+
+def write_run_page(workdir: pathlib.Path) -> None:
+    """Draws the page anew from config.json, metrics.jsonl, report.jsonl, eval.jsonl and results.json.
+
+    Those that are not there are left out; equal files give an equal page.
+    """
+    config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    rows, evals = (_rows(workdir / f"{name}.jsonl") for name in ("metrics", "eval"))
+    records, snapshots = _shown_records(workdir / "report.jsonl")
+    results_file = workdir / "results.json"
+    results = json.loads(results_file.read_text(encoding="utf-8")) if results_file.exists() else None
+    roles = [name for name, role in config["roles"].items() if role["weight"]]
+    sections: list[Section] = [_summary(config, rows)]
+    if results:
+        sections.append(_results_table(results))
+    sections += [_curves(config, rows, evals, roles), *_browser(config, records, snapshots, roles)]
+    fields = (f"{field} = {json.dumps(value, ensure_ascii=False)}" for field, value in flatten(config))
+    sections.append(Folded("Config", "\n".join(fields)))
+    write_page(workdir / "report.html", f"Run {workdir.absolute().name}", sections)
+
+
+def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The whole lines of a .jsonl; whatever follows a torn one is about to be written again."""
+    out: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            out.append(json.loads(line))
+        except ValueError:
+            break
+    return out
+
+
+def _shown_records(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
+    """Lines of report.jsonl: what was asked, and MAX_SHOTS snapshots; and how many snapshots there are.
+
+    A line is only read when it is shown: the file of a long run is larger than what should be in memory.
+    """
+    if not path.exists():
+        return [], 0
+    with path.open("rb") as file:
+        steps = sorted({int(key[1]) for line in file if (key := _KEY.match(line)) and key[1] != b"row"})
+    last, most = len(steps) - 1, min(len(steps), MAX_SHOTS)
+    shown = {b"%d" % steps[round(i * last / max(most - 1, 1))] for i in range(most)} | {b"row"}
+    out = []
+    with path.open("rb") as file:
+        for line in file:
+            if (key := _KEY.match(line)) and key[1] in shown:
+                try:
+                    out.append(json.loads(line))
+                except ValueError:  # torn: about to be written again
+                    break
+    return out, len(steps)
+
+
+def _summary(config: Row, rows: Sequence[Row]) -> Text:
+    done = rows[-1]["step"] if rows else 0
+    lines = [
+        f"Step {done} of {config['steps']}. Model {config['model']['path']}, data {config['data']['source']}, "
+        f"batches of {config['batch_size']}, seed {config['seed']}."
+    ]
+    if done < config["steps"]:
+        lines.append("The run goes on: load the page again for what came since.")
+    if rows:
+        last = rows[-1]
+        lines += [f"Unusable rows so far: {last['bad_rows']}."] if last.get("bad_rows") else []
+        lines += [f"Steps that changed nothing: {last['skipped_steps']}."] if last.get("skipped_steps") else []
+        lines += [f"Guards out of their bounds: {last['alerts']}."] if last.get("alerts") else []
+    return Text(lines)
+
+
+def _results_table(results: Row) -> Table:
+    names = [name for name in ("base", "trained") if name in results]
+    body = [[title, *(f"{results[n][key]:.3f}" for n in names)] for key, title in _RESULTS.items()]
+    questions = results[names[0]]["questions"]
+    note = f"{questions} questions of each kind, one sample each at temperature 1, unfiltered."
+    return Table("Before and after", ["on the demo", *names], body, note=note)
+
+
+# -- curves -----------------------------------------------------------------------------------------------------
+
+
+def _curves(config: Row, rows: Sequence[Row], evals: Sequence[Row], roles: Sequence[str]) -> Charts:
+    marks = _marks(rows)
+    per_role = lambda key: [_line(rows, f"{name}/{key}", name, i) for i, name in enumerate(roles)]  # noqa: E731
+    listed = lambda names: [_line(rows, key, name, i) for i, (key, name) in enumerate(names.items())]  # noqa: E731
+    phases = [line for line in listed(_PHASES) if any(y is not None for _, y in line.points)]
+    quiet = [r for r in rows if not r.get("compilations")] or rows
+    top = max((sum(r.get(k, 0.0) for k in _PHASES) for r in quiet), default=None)
+    # Without those that compile: they take many times as long.
+    speed = _line(quiet, "tokens_per_second", "completion tokens", 0)
+    clips = any(config["roles"][name]["clip"] for name in roles)
+    charts = [
+        _without_peaks(Chart("Loss by role", per_role("loss"), "mean divergence, nats per token")),
+        Chart("Rollouts", listed(_RATES), "share"),
+        *_benchmarks(evals),
+        Chart("Lengths", listed(_LENGTHS), "tokens", note="parts: of valid rollouts"),
+        *([Chart("Clipped", per_role("clipped_fraction"), "share of a role's tokens")] if clips else []),
+        Chart("Share of the gradient", per_role("grad_share"), note="of the roles' norms at the last hidden states"),
+        Chart("Entropy", [_line(rows, "entropy", "student", 0)], "nats per supervised token"),
+        _without_peaks(Chart("Gradient norm", [_line(rows, "grad_norm", "before the clip", 0)])),
+        Chart("Step time", phases, "seconds", stacked=True, top=top or None, note="steps that compile are cut off"),
+        Chart("Speed", [speed], "tokens per second", note="without steps that compile"),
+    ]
+    charts = [dataclasses.replace(chart, marks=marks) for chart in charts if any(line.points for line in chart.lines)]
+    long = "Pale: every step. Strong: the mean of a twentieth of the run. Hover for numbers." if len(rows) >= 30 else ""
+    said = {m.color: name for m, name in zip(marks, (m.text.split(":")[0] for m in marks), strict=True)}
+    dashed = "Dashed: " + ", ".join(sorted(set(said.values()))) + "." if marks else ""
+    return Charts("Curves", charts, note=" ".join(filter(None, (long, dashed))))
+
+
+def _without_peaks(chart: Chart) -> Chart:
+    """Cuts off what a few points have far above all others: one invalid rollout is a batch of its own to its role."""
+    values = sorted(y for line in chart.lines for _, y in line.points if y is not None)
+    top = 1.5 * values[int(0.97 * (len(values) - 1))] if values else 0.0
+    if not top or values[-1] <= 2 * top:
+        return chart
+    return dataclasses.replace(chart, top=top, note=f"cut off above; the largest is {number(values[-1])}")
+
+
+def _line(rows: Sequence[Row], key: str, name: str, color: int) -> Line:
+    points = [(float(row["step"]), row.get(key)) for row in rows]
+    is_there = any(y is not None for _, y in points)
+    return Line(name, points if is_there else [], PALETTE[color % len(PALETTE)])
+
+
+def _benchmarks(evals: Sequence[Row]) -> list[Chart]:
+    """One chart of all tasks' averages, and the demo's Score and Prior."""
+    keys = sorted({key for row in evals for key in row if key.endswith("/avg")})
+    demo = {"demo/score": "Score", "demo/prior": "Prior"}
+    out = []
+    for title, names in (
+        ("Benchmarks", {key: key.removesuffix("/avg") for key in keys}),
+        ("Demo", {key: name for key, name in demo.items() if any(key in row for row in evals)}),
+    ):
+        if names:
+            lines = [_line(evals, key, name, i) for i, (key, name) in enumerate(names.items())]
+            out.append(Chart(title, lines, "percent right"))
+    return out
+
+
+def _marks(rows: Sequence[Row]) -> list[Mark]:
+    out, before = [], 0
+    for row in rows:
+        if row.get("skipped"):
+            out.append(Mark(row["step"], _SKIPPED, f"a step that changed nothing: {row['step']}"))
+        if row.get("alerts", 0) > before:
+            out.append(Mark(row["step"], _ALERT, f"a guard out of its bounds: from step {row['step']}"))
+        before = row.get("alerts", 0)
+    return out
+
+
+# -- snapshots --------------------------------------------------------------------------------------------------
+
+
+def _browser(config: Row, records: Sequence[Row], snapshots: int, roles: Sequence[str]) -> list[Browser]:
+    by_key = {record["key"]: record for record in records}
+    asked = sorted((r for r in records if r["key"].startswith("row/")), key=lambda r: r["row"])
+    steps = sorted({r["step"] for r in records if "step" in r})
+    if not asked or not steps:
+        return []
+    probes = []
+    for row in asked:
+        shots = [_shot(by_key.get(f"{step}/{row['row']}"), roles) for step in steps]
+        title = f"{row['id']} · reference {row['reference']!r}"
+        if row["bad_reason"]:
+            title = f"{row['id']} · a row that cannot be used: {row['bad_reason']}"
+        probes.append(Probe(title, row["problem"], row["picture"], shots))
+    is_demo = config["data"]["source"] == "demo"
+    what = "states what one expects, not what is shown" if is_demo else "contains the final answer"
+    note = (
+        f"{len(probes)} rows, sampled as in training, with the same random keys at every step. Underlined: scored, by "
+        "the role of this colour; the stronger the tint, the larger the divergence of the teacher from the student. "
+        f"Hover for numbers. Leaky: the description {what}."
+    )
+    if snapshots > len(steps):
+        note += f" {len(steps)} of {snapshots} snapshots; report.jsonl has all."
+    colors = [(name, PALETTE[i % len(PALETTE)]) for i, name in enumerate(roles)]
+    start = "start" if config["model"]["adapter"] else "base"
+    first = f"step 0, {start}" if steps[0] == 0 else f"step {steps[0]}"
+    return [Browser("Rollouts", note, colors, steps, probes, first)]
+
+
+def _shot(record: Row | None, roles: Sequence[str]) -> Shot | None:
+    if record is None or "tokens" not in record:
+        return None
+    tags = ["valid" if record["is_valid"] else "invalid", "right" if record["is_correct"] else "wrong"]
+    tags += ["leaky"] if record["is_leaky"] else []
+    kls = [kl for kl in record["kl"] if kl is not None]
+    said = [] if record["is_valid"] else [str(record["invalid_reason"]).replace("_", " ")]
+    said += [f"mean KL {sum(kls) / len(kls):.3g}"] if kls else []
+    places = {name: i for i, name in enumerate(roles)}
+    return Shot(
+        tags=tags,
+        note=", ".join(said),
+        tokens=record["tokens"],
+        roles=[places.get(name, -1) for name in record["role"]],
+        strengths=[_strength(kl) for kl in record["kl"]],
+        hovers=[_hover(*x) for x in zip(*(record[k] for k in ("kl", "student_logp", "teacher_logp")), strict=True)],
+    )
+
+
+def _strength(kl: float | None) -> float:
+    """Square root: most divergences are small, and still to be seen."""
+    return 0.0 if kl is None else round(0.7 * math.sqrt(min(max(kl / _FULL_KL, 0.0), 1.0)), 3)
+
+
+def _hover(kl: float | None, student: float | None, teacher: float | None) -> str:
+    chances = ["-" if p is None else f"{math.exp(p):.2g}" for p in (student, teacher)]
+    return "KL {:.3g}, probability {} by student, {} by teacher".format(kl, *chances) if kl is not None else ""

@@ -1,0 +1,222 @@
+"""Rollouts between the sampler and the objective: sampled here or read from a file, parsed, and what they look like."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vigos_jax.data.images import read_image
+from vigos_jax.data.loader import Example, encode_row, is_unicode
+from vigos_jax.data.processor import EncodedImage, Processor
+from vigos_jax.data.sources import JsonlSource
+from vigos_jax.grading.answer_text import is_correct, last_boxed, mentions
+from vigos_jax.method.packing import Buckets, Rollout, Row, make_row, too_long
+from vigos_jax.method.roles import TeacherRole
+from vigos_jax.method.spans import find_spans
+from vigos_jax.models.config import ModelConfig
+from vigos_jax.rollouts.sampler import Completions
+from vigos_jax.runtime.files import finite_or_none
+from vigos_jax.session import Loaded
+
+_PARTS = ("description", "reasoning", "answer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row with its rollout, ready to score, or with the reason why not; `index` is its number in the source."""
+
+    index: int
+    example: Example
+    row: Row = Row()
+    rollout: Rollout | None = None
+    bad_reason: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Writes an example out as the student and all roles read it; picklable, so that data workers can have one."""
+
+    processor: Processor
+    student: Mapping[str, str]
+    roles: tuple[TeacherRole, ...]
+    buckets: Buckets
+    config: ModelConfig
+
+    @classmethod
+    def of(cls, loaded: Loaded, config) -> "Reader":
+        """The reader of a run: its student's prompt, its roles, its declared sizes."""
+        student = dict(config.prompts.student.items())
+        return cls(loaded.processor, student, loaded.roles, loaded.buckets, loaded.config)
+
+    def row(
+        self, example: Example, *, reference: str | None = None, images: tuple[EncodedImage, ...] | None = None
+    ) -> Row:
+        """The example's row, a bad one if the example is.
+
+        Args:
+          reference, images: instead of the example's own.
+        """
+        if example.bad_reason is not None:
+            return Row()
+        return make_row(
+            example.images if images is None else images,
+            problem=example.problem,
+            reference=example.reference if reference is None else reference,
+            student=self.student,
+            roles=self.roles,
+            processor=self.processor,
+            fields=example.fields,
+        )
+
+    def too_long(
+        self,
+        example: Example,
+        *,
+        max_completion: int,
+        reference: str | None = None,
+        images: tuple[EncodedImage, ...] | None = None,
+    ) -> str | None:
+        """Why a row, given as to `row`, cannot fit the buckets, or None if it does with any such completion."""
+        row = self.row(example, reference=reference, images=images)
+        kind = too_long(
+            row, roles=self.roles, buckets=self.buckets, max_completion=max_completion, config=self.config
+        )
+        return kind and f"{kind}_too_long"
+
+
+def parse(loaded: Loaded, rows: Sequence[Row], sampled: Completions) -> list[Rollout | None]:
+    """The sampler's completions with their spans; None for bad rows."""
+    spans = [find_spans(loaded.processor.token_bytes(ids), rule=loaded.span_rule) for ids in sampled.ids]
+    parts = zip(rows, sampled.ids, spans, sampled.logps, strict=True)
+    return [Rollout(ids, where, logps) if row.student else None for row, ids, where, logps in parts]
+
+
+def read_cases(source: JsonlSource, loaded: Loaded, config) -> Iterator[Case]:
+    """The rows of a rollouts file: `{"id", "images", "problem", "answer"}` and `"completion"` or `"completion_ids"`."""
+    roots = (*source.image_roots, "/")  # the rollouts' own engine chose the paths
+    options = {"max_images": config.data.max_images, "image_roots": roots, "fields": tuple(config.data.fields)}
+    reader = Reader.of(loaded, config)
+    for i in range(len(source)):
+        raw = source[i]
+        example = encode_row(raw, i, processor=loaded.processor, **options)
+        completion = example.bad_reason or _completion(raw, example, reader, loaded)
+        if isinstance(completion, str):
+            yield Case(i, example, bad_reason=completion)
+        else:
+            yield Case(i, example, reader.row(example), completion)
+
+
+def _completion(raw: dict[str, Any], example: Example, reader: Reader, loaded: Loaded) -> Rollout | str:
+    """The rollout of a usable row, or the reason why it has none."""
+    ids = _completion_ids(raw, loaded)
+    if isinstance(ids, str):
+        return ids
+    if len(ids) > max(loaded.buckets.completion):
+        return "completion_too_long"
+    if reason := reader.too_long(example, max_completion=len(ids)):
+        return reason
+    return Rollout(tuple(ids), find_spans(loaded.processor.token_bytes(ids), rule=loaded.span_rule))
+
+
+def _completion_ids(raw: dict[str, Any], loaded: Loaded) -> list[int] | str:
+    """Token ids of a row's completion, or the reason why there are none."""
+    ids = raw.get("completion_ids")
+    if ids is None:
+        text = raw.get("completion")
+        if not isinstance(text, str):
+            return "no_completion"
+        return loaded.processor.encode_text(text) if is_unicode(text) else "text_not_unicode"
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < loaded.config.vocab_size for i in ids):
+        return "bad_completion_ids"
+    return ids
+
+
+def spans_json(rollout: Rollout) -> dict[str, list[list[int]]]:
+    """Token ranges [start, end) of the parts; an empty part has none."""
+    parts = {name: getattr(rollout.spans, name) for name in _PARTS}
+    return {name: [list(span)] if span[1] > span[0] else [] for name, span in parts.items()}
+
+
+def pieces(loaded: Loaded, ids: Sequence[int]) -> list[str]:
+    """The text of each token; a character that is split between tokens shows as replacement characters."""
+    return [piece.decode("utf-8", errors="replace") for piece in loaded.processor.token_bytes(ids)]
+
+
+def first_picture(source: Any, index: int) -> Image.Image:
+    """The first picture of a row that could be read a moment ago; a video's first frame."""
+    items = source[index]["images"]
+    first = items[0] if isinstance(items, list | tuple | np.ndarray) else items
+    if isinstance(first, Mapping) and "frames" in first:
+        first = first["frames"][0]
+    return read_image(first, image_roots=(*getattr(source, "image_roots", ()), "/"))
+
+
+def records(
+    loaded: Loaded, examples: Sequence[Example], rollouts: Sequence[Rollout | None]
+) -> list[dict[str, Any]]:
+    """JSON of each row and its rollout, to look at; a bad row has its reason instead."""
+    out = []
+    for example, rollout in zip(examples, rollouts, strict=True):
+        row = {"id": example.id}
+        if rollout is None:
+            out.append(row | {"bad_reason": example.bad_reason})
+            continue
+        row |= {"problem": example.problem, "answer": example.reference, "completion_ids": list(rollout.ids)}
+        row |= {"completion": loaded.processor.decode(rollout.ids), "is_valid": rollout.spans.is_valid}
+        out.append(row | {"sampled_logps": [finite_or_none(p) for p in rollout.logps or ()]})
+    return out
+
+
+def rollout_counts(
+    loaded: Loaded, examples: Sequence[Example], rollouts: Sequence[Rollout | None]
+) -> dict[str, int]:
+    """What `rollout_metrics` is made of; the counts of several processes add up, name by name."""
+    decode, eos = loaded.processor.decode, set(loaded.processor.eos_ids)
+    out: Counter[str] = Counter()
+    for example, rollout in zip(examples, rollouts, strict=True):
+        if rollout is None:
+            continue
+        answer, spans = last_boxed(decode(rollout.ids)), rollout.spans
+        out["rollouts"] += 1
+        out["correct"] += is_correct(answer, example.reference)
+        out["tokens"] += len(rollout.ids)
+        out["truncated"] += not rollout.ids or rollout.ids[-1] not in eos
+        if not spans.is_valid:
+            out[f"invalid/{spans.invalid_reason}"] += 1
+            continue
+        out["valid"] += 1
+        for part in _PARTS:
+            start, end = getattr(spans, part)
+            out[f"length/{part}"] += end - start
+        told = mentions(decode(rollout.ids[slice(*spans.description)]), answer) if answer else None
+        if told is not None:
+            out["can_be_told"] += 1
+            out["told"] += told
+    return {name: int(n) for name, n in out.items()}
+
+
+def rollout_metrics(counts: Mapping[str, float]) -> dict[str, float]:
+    """How a step's rollouts look, from `rollout_counts`; rates are over the usable rows unless said otherwise.
+
+    valid_rate, accuracy (of the last closed box), truncated_rate (no end token), completion_tokens (mean);
+    invalid/REASON: share of rollouts that break this rule first;
+    length/PART: mean tokens of the part in valid rollouts;
+    leak_rate: share of valid rollouts whose description already contains their final answer. Not only a leak makes
+      that so: an answer that can be seen belongs into a description. Watch where it goes.
+    """
+    rollouts, valid = counts.get("rollouts", 0), counts.get("valid", 0)
+    if not rollouts:
+        return {}
+    out = {
+        "valid_rate": valid / rollouts,
+        "accuracy": counts["correct"] / rollouts,
+        "completion_tokens": counts["tokens"] / rollouts,
+        "truncated_rate": counts["truncated"] / rollouts,
+    }
+    out |= {name: n / rollouts for name, n in sorted(counts.items()) if name.startswith("invalid/")}
+    if valid:
+        out |= {f"length/{part}": counts[f"length/{part}"] / valid for part in _PARTS}
+    return out | ({"leak_rate": counts["told"] / counts["can_be_told"]} if "can_be_told" in counts else {})

@@ -1,0 +1,52 @@
+"""Lines and bars for the person watching: the first process's alone, and intact when both are shown."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+from vigos_jax.runtime.distributed import is_first
+
+
+def say(text: str) -> None:
+    """A line for the person watching, by the first process; keeps a progress bar intact."""
+    if is_first():
+        tqdm.write(text, file=sys.stderr)
+
+
+class Progress:
+    """A progress bar on a terminal, else a plain line every `every` steps; the first process's alone."""
+
+    def __init__(self, *, total: int, start: int, title: str, every: int):
+        self._bar = tqdm(total=total, initial=start, desc=title, disable=_is_silent(), dynamic_ncols=True)
+        self._title, self._total, self._every = title, total, every
+        self._started, self._first = time.monotonic(), start
+
+    def note(self, text: str) -> None:
+        """What is going on right now, on the bar only."""
+        self._bar.set_postfix_str(text)
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        """Step `step` (counted from 1) is done."""
+        text = " ".join(f"{name} {value:.3g}" for name, value in values.items())
+        self._bar.update()
+        self._bar.set_postfix_str(text)
+        if self._bar.disable and is_first() and (step % self._every == 0 or step == self._total):
+            rate = (time.monotonic() - self._started) / max(1, step - self._first)
+            left = tqdm.format_interval(rate * (self._total - step))
+            words = f"{self._title} {step}/{self._total}  {text}  {rate:.2f} s/step, {left} left"
+            print(words, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def bar(items: Iterable[Any], *, title: str) -> Iterator[Any]:
+    """Iterates with a bar on a terminal, silently elsewhere."""
+    return tqdm(items, desc=title, disable=_is_silent(), leave=False, dynamic_ncols=True)
+
+
+def _is_silent() -> bool:
+    return not (is_first() and sys.stderr.isatty())

@@ -1,0 +1,207 @@
+"""From a config to everything a mode needs: mesh, model, processor, frozen base and trained weights."""
+
+import dataclasses
+import functools
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vigos_jax.data.processor import Processor
+from vigos_jax.data.sources import load_source
+from vigos_jax.demo.world import DemoSource
+from vigos_jax.errors import InputError
+from vigos_jax.method.packing import Buckets
+from vigos_jax.method.roles import TeacherRole, role_table
+from vigos_jax.models.attention import choose
+from vigos_jax.models.config import ModelConfig
+from vigos_jax.models.layers import LoraSpec
+from vigos_jax.models.tensor_names import LANGUAGE_PROJECTIONS, VISION_PROJECTIONS
+from vigos_jax.models.variables import Variables, cast_floats, student_variables
+from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables, init_variables
+from vigos_jax.runtime import distributed, hub
+from vigos_jax.runtime.sharding import batch_sharding, make_mesh, own_rows, tree_shardings
+from vigos_jax.weights import huggingface
+
+_USERS_PRECISION = jax.config.jax_default_matmul_precision  # what the environment says, if anything
+DEMO_FOLDER = pathlib.Path(__file__).parent / "demo" / "base"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model ready to run.
+
+    Attributes:
+      name: what to call the base model elsewhere: the config's hub id or folder.
+      folder: the base model's local folder.
+      base: the frozen parameters, in the config's dtype.
+      trained: `{"lora": ...}` or `{"params": ...}` in float32, or `{}`: the base is its own student.
+    """
+
+    name: str
+    folder: pathlib.Path
+    config: ModelConfig
+    model: VisionLanguageModel
+    processor: Processor
+    roles: tuple[TeacherRole, ...]
+    buckets: Buckets
+    span_rule: str
+    mesh: Mesh
+    base: Any
+    trained: Variables
+
+    def student(self, trained: Variables | None = None) -> Variables:
+        """The variables the student is applied with; `trained` instead of what was loaded, `{}` for the base."""
+        return student_variables(self.base, self.trained if trained is None else trained)
+
+    def whole_batch(self, size: int) -> int:
+        """`size` rounded up to a number of rows that the mesh can split."""
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return -(-size // ways) * ways
+
+    def own_rows(self, size: int) -> list[int]:
+        """Which rows of a global batch of `size` this process reads and puts on the mesh."""
+        return own_rows(self.mesh, size)
+
+    def put_batch(self, batch: Any) -> Any:
+        """Host arrays of this process's rows to the mesh, rows over its data axes."""
+        return put_batch(batch, self.mesh)
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """Places this process's rows of a batch; all processes' rows together are the global batch."""
+    sharding = batch_sharding(mesh)
+
+    def put(x: Any) -> jax.Array:
+        if isinstance(x, jax.Array):  # it is there
+            return x
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+    return jax.tree.map(put, batch)
+
+
+def resolve_model(path: str) -> pathlib.Path:
+    """A local folder for a folder, a hub id or "demo".
+
+    Raises:
+      InputError: there is no such folder, and the hub has no such model or cannot be reached.
+    """
+    if path == "demo":
+        return DEMO_FOLDER
+    folder = pathlib.Path(path).expanduser()
+    if path and folder.is_dir():
+        return folder
+    if folder.is_absolute() or not HUB_ID.fullmatch(path):
+        raise InputError(f"config.model.path={path!r} is no folder; choices: a folder, owner/name on the hub, demo")
+    import huggingface_hub
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "README.md", "LICENSE*", "NOTICE*"]
+        return pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=patterns))
+    except Exception as e:
+        raise InputError(
+            f"config.model.path={path!r} is no folder and cannot be fetched from the hub: {hub.reason(e)}; "
+            "choices: a model folder, owner/name on the hub, demo"
+        ) from e
+
+
+def lora_spec(config, model: ModelConfig) -> LoraSpec | None:
+    """The adapters of a run: an adapter folder's own word, else `config.lora`; None for full fine-tuning."""
+    if config.model.adapter:
+        folder = pathlib.Path(config.model.adapter).expanduser()
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise InputError(f"config.model.adapter={str(folder)!r} must be a folder with adapter_model.safetensors")
+        return huggingface.adapter_spec(folder, dropout=config.lora.dropout)
+    if not config.lora.rank:
+        return None
+    vision = VISION_PROJECTIONS[model.family] if config.lora.scope == "official" else ()
+    return LoraSpec(
+        rank=config.lora.rank,
+        scale=config.lora.alpha / config.lora.rank,
+        dropout=config.lora.dropout,
+        language=frozenset(LANGUAGE_PROJECTIONS),
+        vision=frozenset(vision),
+    )
+
+
+def open_source(config) -> Any:
+    """The rows of `config.data`; InputError if they cannot be used, or lack a column that prompts show."""
+    if config.data.source != "demo":
+        return load_source(config.data)
+    if config.data.fields:
+        fields = ", ".join(config.data.fields)
+        raise InputError(f"config.data.fields names {fields}; the demo's rows have problem and answer only")
+    return DemoSource(seed=config.seed, blank=config.data.blank_images)
+
+
+def use_compilation_cache(folder: str) -> None:
+    """Keeps compiled programs on disk, in `folder` unless the environment names another; "" keeps none."""
+    if folder and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def model_of(config, model_config: ModelConfig, mesh: Mesh, *, platform: str) -> VisionLanguageModel:
+    """The model that a config asks for, without weights, on devices of a platform: "cpu", "gpu" or "tpu"."""
+    dtype = jnp.dtype(config.model.dtype)
+    # Accelerators multiply float32 in fewer bits unless told otherwise; whoever asks for float32 wants it. A bfloat16
+    # model that comes after one must not: a TPU's kernels refuse.
+    jax.config.update("jax_default_matmul_precision", "float32" if dtype == jnp.float32 else _USERS_PRECISION)
+    return VisionLanguageModel(
+        model_config,
+        lora=lora_spec(config, model_config),
+        dtype=dtype,
+        remat=config.model.remat,
+        attention=choose(config.model.attention, platform=platform, dtype=dtype),
+        mesh=mesh,
+    )
+
+
+def load(config, *, for_training: bool) -> Loaded:
+    """Checks the config's parts against each other and loads the model onto the mesh.
+
+    Args:
+      for_training: make the trained weights float32 leaves of their own: a new adapter, a loaded one, or, without
+        any, a full copy. Otherwise only a loaded adapter is trained weights, and `{}` means the base itself.
+    """
+    roles = role_table(config.roles, config.prompts, data_fields=tuple(config.data.fields))
+    buckets = Buckets(**{kind: tuple(sizes) for kind, sizes in config.buckets.items()}, agree=distributed.largest)
+    use_compilation_cache(config.compilation_cache)
+    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+    folder = resolve_model(config.model.path)
+    model_config = ModelConfig.load(folder)
+    processor = Processor.load(folder)
+    model = model_of(config, model_config, mesh, platform=jax.default_backend())
+    dtype, spec = model.dtype, model.lora
+    abstract = abstract_variables(model)
+    shardings = tree_shardings(abstract, mesh, config.mesh.rules)
+    base = huggingface.load_params(folder, model_config, abstract["params"], dtype=dtype, shardings=shardings["params"])
+
+    if config.model.adapter:
+        adapter = pathlib.Path(config.model.adapter).expanduser()
+        lora = huggingface.load_adapter(adapter, model_config, spec, abstract["lora"], shardings=shardings["lora"])
+        trained = {"lora": lora}
+    elif not for_training:
+        trained = {}
+    elif spec is not None:
+        init = jax.jit(lambda key: init_variables(model, key)["lora"], out_shardings=shardings["lora"])
+        trained = {"lora": init(jax.random.fold_in(jax.random.key(config.seed), 1))}
+    else:
+        copy = functools.partial(cast_floats, dtype=jnp.float32)
+        trained = {"params": jax.jit(copy, out_shardings=shardings["params"])(base)}
+    name = str(folder) if config.model.path == "demo" else config.model.path
+    return Loaded(name, folder, model_config, model, processor, roles, buckets, config.span_rule, mesh, base, trained)
+
+
+def trained_shapes(loaded: Loaded, *, rules: Any) -> Variables:
+    """Shapes and shardings of what a run of this model trains: what its checkpoints are restored onto."""
+    abstract = abstract_variables(loaded.model)
+    part = "params" if loaded.model.lora is None else "lora"
+    tree = {part: abstract[part]}
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=sharding)  # noqa: E731
+    return jax.tree.map(place, tree, tree_shardings(tree, loaded.mesh, rules))

@@ -1,0 +1,177 @@
+"""Orbax checkpoints of what training changes: trained weights, optimizer state, step, and the place in the data.
+
+The frozen base is not copied: it is named in the run's config. Every key is a function of seed and step, so the step
+is all there is to save of randomness. With the arrays goes a digest of each: a file system may return other bits
+than it was given, and a run must not go on from those.
+"""
+
+import itertools
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from vigos_jax.errors import InputError
+from vigos_jax.runtime.digest import digests
+from vigos_jax.runtime.distributed import is_first, several
+from vigos_jax.runtime.progress import say
+from vigos_jax.training.step import TrainState
+
+
+class _Broken(Exception):
+    """A checkpoint that is there under its final name and cannot be read, or not as it was written."""
+
+
+class Checkpoints:
+    """The checkpoints of a workdir. Use as a context manager; leaving it waits for the last save.
+
+    A checkpoint has its final name when it is complete, and only then an older one is removed.
+    """
+
+    def __init__(self, workdir: pathlib.Path, *, keep: int):
+        # Rooted at an absolute path: orbax refuses relative ones.
+        self._folder = (workdir / "checkpoints").absolute()
+        self._aside = (workdir / "checkpoints-broken").absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
+        except OSError as e:
+            raise InputError(f"cannot use the folder {self._folder}: {e.strerror or e}; choose a writable one") from e
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        try:
+            self._manager.close()
+        except Exception as e:
+            if error is None:
+                raise self._unwritten(e) from e
+            say(str(self._unwritten(e)))  # what comes first counts
+
+    @property
+    def folder(self) -> pathlib.Path:
+        return self._folder
+
+    def save(self, state: TrainState, data: Mapping[str, Any]) -> None:
+        """Starts saving; the files appear under their final name when complete.
+
+        Raises:
+          InputError: this, or what was started before it, cannot be written. Older checkpoints stay.
+        """
+        parts = {"trained": state.trained, "opt_state": state.opt_state}
+        if state.average:
+            parts["average"] = state.average
+        sums = {item: digests(tree) for item, tree in parts.items()}
+        items = {item: ocp.args.StandardSave(tree) for item, tree in parts.items()}
+        items["data"] = ocp.args.JsonSave({**data, "digests": sums})
+        try:
+            self._manager.save(int(state.step), args=ocp.args.Composite(**items))
+        except Exception as e:
+            raise self._unwritten(e) from e
+
+    def _unwritten(self, error: Exception) -> InputError:
+        reason = _short(str(error))
+        steps = ", ".join(str(s) for s in sorted(self._manager.all_steps(read=True))) or "none"
+        return InputError(f"cannot write a checkpoint into {self._folder}: {reason}; whole ones are of steps: {steps}")
+
+    def restore_newest(self, like: TrainState) -> tuple[int, TrainState, dict[str, Any]] | None:
+        """(step, state, data) of the newest checkpoint that is whole; None where there is none at all.
+
+        A broken one is put aside, with a warning, into checkpoints-broken/.
+
+        Args:
+          like: shapes and shardings; those of the run that saved may differ in their shardings.
+
+        Raises:
+          InputError: there are checkpoints, and all are broken.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step, older in itertools.pairwise([*steps, None]):
+            try:
+                return step, *self._restore(step, like)
+            except _Broken as e:
+                aside = f"the checkpoint of step {step} is broken and now in {self._aside}: {e}"
+                self._put_aside(step)
+                if older is None:
+                    raise InputError(f"{aside}; no older one is left; choose another --workdir") from e
+                if several():  # others may still be waiting inside the restore
+                    raise InputError(f"{aside}; the same command goes on from step {older}") from e
+                say(f"warning: {aside}; going back to step {older}")
+        return None
+
+    def _restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        trees = {"trained": like.trained, "opt_state": like.opt_state}
+        if like.average:
+            trees["average"] = like.average
+        found, data = self._read(step, trees)
+        step_array = jax.device_put(jnp.int32(step), like.step.sharding)
+        return TrainState(step_array, found["trained"], found["opt_state"], found.get("average", {})), data
+
+    def restore_trained(self, like: Any, *, item: str = "trained", step: int = 0) -> tuple[int, Any]:
+        """(step, weights) of a checkpoint.
+
+        Args:
+          like: shapes and shardings, as arrays or `jax.ShapeDtypeStruct`; those of the run that saved may differ.
+          item: "trained", or "average" for the weights of a run's "ema" teachers.
+          step: 0 for the newest.
+
+        Raises:
+          InputError: there is none, none of that step, or it is broken.
+        """
+        steps = sorted(self._manager.all_steps())
+        if not steps:
+            raise InputError(f"{self._folder} holds no checkpoint; train first, or give no --workdir to use the base")
+        if step and step not in steps:
+            choices = ", ".join(str(s) for s in steps)
+            raise InputError(f"{self._folder} holds no checkpoint of step {step}; choices: {choices}")
+        step = step or steps[-1]
+        try:
+            return step, self._read(step, {item: like})[0][item]
+        except _Broken as e:
+            raise InputError(
+                f"the checkpoint {self._folder / str(step)} is broken: {e}; training on in this workdir goes back to "
+                "one that is whole, --mode export takes an older one by config.export.step"
+            ) from e
+
+    def _read(self, step: int, trees: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Items onto the shapes and shardings of `trees`, with their digests compared; and the JSON beside them."""
+        items = {item: ocp.args.StandardRestore(_abstract(tree)) for item, tree in trees.items()}
+        try:
+            read = self._manager.restore(step, args=ocp.args.Composite(**items, data=ocp.args.JsonRestore()))
+            found, data = {item: read[item] for item in trees}, dict(read["data"])
+            expected = data.pop("digests")
+            wrong = [
+                f"{item}/{name}"
+                for item, tree in found.items()
+                for name, value in digests(tree).items()
+                if expected[item].get(name) != value
+            ]
+        except Exception as e:
+            raise _Broken(_short(f"{type(e).__name__}: {e}")) from e
+        if wrong:
+            raise _Broken(f"{len(wrong)} array(s) are not what was saved, {wrong[0]} among them")
+        return found, data
+
+    def _put_aside(self, step: int) -> None:
+        if is_first():
+            target = self._aside / str(step)
+            shutil.rmtree(target, ignore_errors=True)
+            self._aside.mkdir(exist_ok=True)
+            (self._folder / str(step)).rename(target)
+        self._manager.reload()
+
+
+def _short(text: str) -> str:
+    """One line that keeps both ends: what failed stands first, why stands last."""
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else f"{text[:120]} ... {text[-175:]}"
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -1,0 +1,79 @@
+"""Whether a run is well: steps whose numbers are not finite, and signs that a policy collapses."""
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vigos_jax.config import GUARDED
+from vigos_jax.runtime.distributed import process
+from vigos_jax.runtime.files import finite_or_none
+
+
+class Health:
+    """Counts skipped steps and watches means over the last steps; the same in every process of a run.
+
+    Args:
+      guards: `config.guards`.
+      saved: `state()` of the run this one goes on from.
+
+    Attributes:
+      skipped: steps of the run so far that changed nothing, as their loss or gradient was not finite.
+      alerts: what is outside its bounds now, as lines.
+      news: what the last step brought, as lines: new alerts, and that it was skipped.
+    """
+
+    def __init__(self, guards: Mapping[str, Any], saved: Mapping[str, Any] | None = None):
+        saved = saved or {"skipped": 0, "in_a_row": 0, "recent": []}
+        self._guards = guards
+        self.skipped: int = saved["skipped"]
+        self._in_a_row: int = saved["in_a_row"]
+        self._recent: list[dict[str, float]] = list(saved["recent"])
+        self.alerts: dict[str, str] = self._outside()
+        self.news: list[str] = []
+
+    def state(self) -> dict[str, Any]:
+        """JSON, for a checkpoint."""
+        return {"skipped": self.skipped, "in_a_row": self._in_a_row, "recent": self._recent}
+
+    def update(self, row: Mapping[str, float]) -> None:
+        """Takes a step's metrics; what the step did not measure keeps no guard from seeing the others."""
+        self._in_a_row = self._in_a_row + 1 if row["skipped"] else 0
+        self.skipped += int(row["skipped"])
+        seen = {name: float(row[name]) for name in GUARDED if math.isfinite(row.get(name, math.nan))}
+        self._recent = [*self._recent, seen][-self._guards["window"] :]
+        before, self.alerts = self.alerts, self._outside()
+        self.news = [text for name, text in self.alerts.items() if name not in before]
+        if row["skipped"]:
+            self.news.append(f"step {row['step']} changed nothing: its loss or gradient is not finite")
+
+    def _outside(self) -> dict[str, str]:
+        if len(self._recent) < self._guards["window"]:
+            return {}
+        out = {}
+        for name in GUARDED:
+            low, high = self._guards[name]
+            values = [seen[name] for seen in self._recent if name in seen]
+            mean = sum(values) / len(values) if values else low
+            if not low <= mean <= high:
+                steps = f"over the last {len(self._recent)} steps"
+                out[name] = f"{name} is {mean:.4g} {steps}, outside config.guards.{name}=({low:g}, {high:g})"
+        return out
+
+    def reason_to_stop(self, sick: pathlib.Path) -> str:
+        """Why the run should not go on; "" if it should. sick: where `write_sick` writes."""
+        if self._in_a_row >= self._guards["max_skipped"]:
+            return (
+                f"{self._in_a_row} steps in a row had a loss or gradient that is not finite and changed nothing; their "
+                f"rows and rollouts are in {sick}; choices: a lower learning rate, model.dtype=float32, other data"
+            )
+        return "; ".join(self.alerts.values()) if self._guards["stop"] else ""
+
+
+def write_sick(folder: pathlib.Path, row: Mapping[str, float], records: Sequence[Mapping[str, Any]]) -> None:
+    """Writes what a step whose numbers are not finite was made of: its metrics, then this process's rollouts."""
+    folder.mkdir(exist_ok=True)
+    lines = [json.dumps(x, ensure_ascii=False) for x in ({k: finite_or_none(v) for k, v in row.items()}, *records)]
+    path = folder / f"step-{row['step']}-process-{process()}.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

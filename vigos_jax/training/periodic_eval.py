@@ -1,0 +1,67 @@
+"""Benchmarks during training: `config.eval` on the present student, every `config.eval_every` optimizer steps."""
+
+import json
+import pathlib
+import time
+
+from vigos_jax.evaluation.benchmark import Evaluation, output_of
+from vigos_jax.models.variables import Variables
+from vigos_jax.runtime.distributed import first_decides, is_first
+from vigos_jax.runtime.progress import say
+from vigos_jax.session import Loaded
+from vigos_jax.training.run_log import MetricsFile
+
+
+class StepEvaluations:
+    """Writes a row of WORKDIR/eval.jsonl for every step evaluated; does nothing where `config.eval_every` is 0.
+
+    A row has `step`, `model` (the student's fingerprint), `seconds`, and the numbers of each task as TASK/NUMBER.
+    No key of the run's own is used: training goes on as if nothing had happened. Every method is all processes'.
+
+    Raises:
+      InputError: as `Evaluation`, before the first step.
+    """
+
+    def __init__(self, config, loaded: Loaded, workdir: pathlib.Path):
+        self._every = config.eval_every
+        if self._every:
+            self._evaluation = Evaluation(loaded, config)
+            self._file, self._output = workdir / "eval.jsonl", output_of(config, workdir)
+
+    def due(self, step: int) -> bool:
+        """Whether the student after `step` steps has its turn."""
+        return bool(self._every) and step > 0 and step % self._every == 0
+
+    def at(self, step: int, trained: Variables) -> None:
+        """Evaluates the student after `step` steps, if its turn has come and no row has it already.
+
+        A step that is done again, because its checkpoint was lost, gives the same student: its answers are there.
+        """
+        if not self.due(step):
+            return
+        model = self._evaluation.fingerprint(trained)
+        if first_decides(lambda: self._has(step, model)):
+            return
+        start = time.monotonic()
+        results = self._evaluation.run(trained, output=self._output)
+        if not is_first():
+            return
+        row = {"step": step, "model": model, "seconds": time.monotonic() - start}
+        for r in results:
+            row |= {f"{r.task.name}/{k}": v for k, v in r.numbers.items() if isinstance(v, int | float)}
+        file = MetricsFile(self._file, next_step=step)
+        file.write(row)
+        file.close()
+        say(f"step {step}: " + ", ".join(f"{r.task.title} {r.numbers['avg']:.2f}" for r in results))
+
+    def _has(self, step: int, model: str) -> bool:
+        if not self._file.exists():
+            return False
+        for line in self._file.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # torn: the next row takes its place
+                return False
+            if (row["step"], row["model"]) == (step, model):
+                return True
+        return False

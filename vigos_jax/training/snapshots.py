@@ -1,0 +1,208 @@
+"""Snapshots of a run: the same few rows, answered by the student of every so many steps and scored by the teachers."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from vigos_jax.analysis.score_rollouts import token_lists
+from vigos_jax.data.images import BadImage
+from vigos_jax.data.loader import Example, encode_row
+from vigos_jax.demo import world
+from vigos_jax.grading.answer_text import is_correct, last_boxed, mentions
+from vigos_jax.method.losses import EntryScores
+from vigos_jax.method.packing import Rollout, Row, pack_prompts, pack_scores
+from vigos_jax.method.scoring import score_batch
+from vigos_jax.models.inputs import Entries
+from vigos_jax.models.variables import Variables, teacher_overlay
+from vigos_jax.report.page import picture_uri
+from vigos_jax.report.run_page import write_run_page
+from vigos_jax.rollouts.parse import Reader, first_picture, parse, pieces
+from vigos_jax.rollouts.sampler import Completions, Sampler, row_keys
+from vigos_jax.runtime.distributed import exchange, first_decides, is_first
+from vigos_jax.runtime.files import finite_or_none
+from vigos_jax.runtime.journal import Journal
+from vigos_jax.runtime.sharding import replicated
+from vigos_jax.session import Loaded
+from vigos_jax.training.step import TrainState
+
+_KEYS = 2**31 - 1  # in place of the step in the keys of snapshots: no run comes there, so none shares its keys
+
+
+class Snapshots:
+    """Appends to WORKDIR/report.jsonl and draws WORKDIR/report.html, every `config.report.every` steps and at the end.
+
+    The first `config.report.rows` rows of the data (on the demo: of its evaluation, pictures that contradict the prior
+    and that agree by turns) are sampled as in training, with keys of their own that are the same at every step and in
+    every run: what changes is the student. A key of report.jsonl is `row/I` for what was asked and `STEP/I` for a
+    response; a step that is done again finds its responses there. Training goes on as if nothing had happened. Every
+    method is all processes'.
+
+    Args:
+      sampler: the run's: the rows take the first places of an otherwise empty training batch, so that nothing new is
+        compiled for sampling.
+    """
+
+    def __init__(self, config, loaded: Loaded, source: Any, sampler: Sampler, workdir: pathlib.Path):
+        self._config, self._loaded, self._sampler, self._workdir = config, loaded, sampler, workdir
+        self._source, self._file = _probe_source(config, source), workdir / "report.jsonl"
+        self._count = min(config.report.rows, config.batch_size, len(self._source))
+        self._rows: list[tuple[Example, Row]] = []
+        roles, mesh = loaded.roles, loaded.mesh
+
+        def run(base: Any, trained: Variables, overlay: Variables, batch: Any) -> tuple[EntryScores, Entries]:
+            options = {"roles": roles, "chunk": config.loss.chunk, "temperature": config.loss.temperature}
+            return score_batch(loaded.model, base, trained, batch, overlay=overlay, **options), batch.entries
+
+        self._run = jax.jit(run, out_shardings=replicated(mesh))  # small, and the first process writes all of it
+
+    def at(self, step: int, state: TrainState) -> None:
+        """Takes the snapshot of the student after `step` steps, if its turn has come and it is not there already."""
+        if step % self._config.report.every and step != self._config.steps:
+            return
+        if self._count and not first_decides(lambda: self._has(step)):
+            rollouts = self._answer(state.trained)
+            scored = self._score(rollouts, state)
+            if is_first():
+                self._write(step, rollouts, scored)
+        if is_first():
+            write_run_page(self._workdir)
+
+    def _has(self, step: int) -> bool:
+        with Journal(self._file, keys_only=True) as journal:
+            return all(f"{step}/{i}" in journal for i in range(self._count))
+
+    def _probes(self) -> list[tuple[Example, Row]]:
+        """The rows, read when they are first needed; a bad one has no prompt, and is never sampled or scored."""
+        if not self._rows:
+            config, reader = self._config, Reader.of(self._loaded, self._config)
+            for i in range(self._count):
+                example = encode_row(
+                    self._source[i],
+                    i,
+                    processor=self._loaded.processor,
+                    max_images=config.data.max_images,
+                    image_roots=tuple(getattr(self._source, "image_roots", ())),
+                    fields=tuple(config.data.fields),
+                    too_long=lambda e: reader.too_long(e, max_completion=config.sampling.max_tokens),
+                )
+                self._rows.append((example, reader.row(example)))
+        return self._rows
+
+    def _answer(self, trained: Variables) -> list[Rollout | None]:
+        """Every row's rollout, in every process."""
+        loaded, size = self._loaded, self._config.batch_size
+        rows = [row for _, row in self._probes()] + [Row()] * (size - self._count)
+        own = loaded.own_rows(size)
+        packed = pack_prompts([rows[i] for i in own], config=loaded.config, buckets=loaded.buckets)
+        keys = row_keys(self._config.evaluate.seed, _KEYS, size)
+        sampled = self._sampler(loaded.student(trained), loaded.put_batch(packed), keys)
+        parts = exchange(list(zip(own, sampled.ids, sampled.logps, strict=True)))
+        by_row = {i: (tuple(ids), tuple(logps)) for part in parts for i, ids, logps in part}
+        ids, logps = zip(*(by_row[i] for i in range(self._count)), strict=True)
+        return parse(loaded, rows[: self._count], Completions(ids, logps))
+
+    def _score(self, rollouts: Sequence[Rollout | None], state: TrainState) -> list[dict[str, Any]]:
+        """Per row, lists over the tokens as in scores.jsonl."""
+        loaded, size = self._loaded, self._loaded.whole_batch(self._count)
+        empty = size - self._count
+        rows, rollouts = [row for _, row in self._probes()] + [Row()] * empty, [*rollouts, *[None] * empty]
+        own = loaded.own_rows(size)
+        batch = pack_scores(
+            [rows[i] for i in own],
+            [rollouts[i] for i in own],
+            roles=loaded.roles,
+            config=loaded.config,
+            buckets=loaded.buckets,
+        )
+        overlay = teacher_overlay(self._config.teacher.weights, trained=state.trained, average=state.average)
+        scores, entries = jax.device_get(self._run(loaded.base, state.trained, overlay, loaded.put_batch(batch)))
+        kl_clipped = np.minimum(scores.kl, entries.clip)
+        return [
+            token_lists(
+                rollout,
+                {"role": entries.role[i], "position": entries.position[i], "kl": scores.kl[i]}
+                | {"kl_clipped": kl_clipped[i]}
+                | {"student_logp": scores.student_logp[i], "teacher_logp": scores.teacher_logp[i]},
+                loaded.roles,
+            )
+            if rollout
+            else {}
+            for i, rollout in enumerate(rollouts[: self._count])
+        ]
+
+    def _write(self, step: int, rollouts: Sequence[Rollout | None], scored: Sequence[Mapping[str, Any]]) -> None:
+        with Journal(self._file, keys_only=True) as journal:
+            for i, (example, _) in enumerate(self._probes()):
+                if f"row/{i}" not in journal:
+                    journal.append(f"row/{i}", {"row": i} | self._asked(i, example))
+                if f"{step}/{i}" not in journal:
+                    response = self._response(i, example, rollouts[i], scored[i]) if rollouts[i] else {}
+                    journal.append(f"{step}/{i}", {"step": step, "row": i} | response)
+            journal.sync()
+
+    def _asked(self, i: int, example: Example) -> dict[str, Any]:
+        out = {"id": example.id, "problem": example.problem, "reference": example.reference}
+        out |= {"bad_reason": example.bad_reason, "picture": ""}
+        if example.bad_reason is None and example.images:
+            try:
+                out["picture"] = picture_uri(first_picture(self._source, i))
+            except BadImage:  # it was there a moment ago
+                pass
+        return out
+
+    def _response(self, i: int, example: Example, rollout: Rollout, scored: Mapping[str, Any]) -> dict[str, Any]:
+        loaded, spans = self._loaded, rollout.spans
+        answer = last_boxed(loaded.processor.decode(rollout.ids))
+        description = loaded.processor.decode(rollout.ids[slice(*spans.description)])
+        lists = {k: [_rounded(x) for x in scored[k]] for k in ("kl", "student_logp", "teacher_logp")}
+        return {
+            "completion_ids": list(rollout.ids),
+            "tokens": pieces(loaded, rollout.ids),
+            "role": scored["role"],
+            **lists,
+            "answer": answer,
+            "is_valid": spans.is_valid,
+            "invalid_reason": spans.invalid_reason,
+            "is_correct": is_correct(answer, example.reference),
+            "is_leaky": spans.is_valid and self._is_leaky(i, description, answer),
+        }
+
+    def _is_leaky(self, i: int, description: str, answer: str | None) -> bool:
+        """On the demo, whether a description of a picture that contradicts the prior states the prior; elsewhere
+        whether it contains the final answer, which is right where the answer can be seen (see `rollout_metrics`)."""
+        if isinstance(self._source, DemoProbes):
+            item = self._source.item(i)
+            return item.is_conflict and world.description_states_prior(description, item)
+        return bool(answer and mentions(description, answer))
+
+
+class DemoProbes:
+    """Rows of the demo's evaluation: pictures that contradict the prior, and pictures that agree, by turns."""
+
+    def __init__(self, *, seed: int, length: int, blank: bool):
+        self._seed, self._length = seed, length
+        options = {"length": length, "seed": seed, "blank": blank}
+        self._sources = [world.DemoSource(setting=setting, **options) for setting in ("conflict", "prior")]
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self._sources[i % 2][i // 2]
+
+    def item(self, i: int) -> world.Item:
+        """Question i, conflict and prior pictures in turn."""
+        return world.item(self._seed, i // 2, setting=("conflict", "prior")[i % 2])
+
+
+def _probe_source(config, source: Any) -> Any:
+    if config.data.source != "demo" or not config.report.rows:
+        return source
+    return DemoProbes(seed=config.evaluate.seed, length=config.report.rows, blank=config.data.blank_images)
+
+
+def _rounded(x: float | None) -> float | None:
+    return None if x is None else finite_or_none(round(x, 5))
