@@ -80,7 +80,7 @@ def test_the_wheel_has_every_file_of_the_packages_and_no_other(distributions):
     with zipfile.ZipFile(distributions[1]) as wheel:
         names = {n for n in wheel.namelist() if ".dist-info/" not in n}
     assert names == PACKAGED
-    assert {"vigos_jax/page.html.j2", "vigos_jax/demo/base/model.safetensors", "configs/base.py"} <= names
+    assert {"vigos_jax/report/page.html.j2", "vigos_jax/demo/base/model.safetensors", "configs/base.py"} <= names
     assert any(n.startswith("vigos_jax/evaluation/tasks/") for n in names)
 
 
