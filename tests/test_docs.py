@@ -175,7 +175,7 @@ def test_a_misspelling_is_found(text):
     "text",
     [
         "`--config.sampling.max_tokens=3` `config.roles.mine.weight` `config.prompts.mine.user` `config.FIELD`",
-        "`vigos_jax/method/losses.py` `metrics.jsonl` `losses.divergence` `find_spans()` `config.json` `my_run.py`",
+        "`vigos_jax/method/losses.py` `metrics.jsonl` `losses.weighted_loss` `find_spans()` `config.json` `my_run.py`",
         "# Some heading\n[data](data.md#wrong-answers-configdiagnosewrong_answers_file) [here](#some-heading)",
         "`python -m vigos_jax.main --config configs/base.py --mode eval -v --workdir x`",
     ],

@@ -14,7 +14,8 @@ from oracles import objective as oracle
 from tiny import CONFIG, ROLES, pack
 
 from vigos_jax.config import CHOICES
-from vigos_jax.method import losses
+from vigos_jax.method import divergences, losses
+from vigos_jax.method import roles as role_tables
 from vigos_jax.method.losses import EntryScores, RoleStats
 from vigos_jax.method.packing import Buckets
 from vigos_jax.models import vlm
@@ -60,7 +61,7 @@ TABLES = [(k,) for k in KINDS] + [(KINDS[0], KINDS[1]), KINDS[:3], KINDS]
 def test_divergence(roles, temperature):
     student, teacher = random_logits((70, 50))
     role = np.arange(70) % len(roles)
-    kl, _ = losses.divergence(student, teacher, role, roles=roles, temperature=temperature)
+    kl, _ = divergences.divergence(student, teacher, role, roles=roles, temperature=temperature)
     want = plain(roles, student, teacher, role, temperature)
     np.testing.assert_allclose(kl, want, rtol=1e-5, atol=1e-6)
     for other in KINDS:  # none can be taken for another
@@ -69,14 +70,44 @@ def test_divergence(roles, temperature):
             assert np.abs(wrong - want).max() > 1e-3
 
 
+def test_a_new_divergence_is_one_row(monkeypatch):
+    """Half the squared distance of the log-probabilities, weighed by the teacher: value, gradient, role."""
+
+    def terms(log_p, log_q, p, q):
+        return 0.5 * q * (log_p - log_q) ** 2, q * (log_p - log_q)
+
+    table = divergences.DIVERGENCES | {"squared": divergences.Divergence(terms)}
+    monkeypatch.setattr(divergences, "DIVERGENCES", table)
+    monkeypatch.setattr(role_tables, "DIVERGENCES", table)
+    entry = {"scores": ("completion",), "when": "always", "divergence": "squared", "weight": 1.0, "clip": 0.0}
+    prompt = {"user": "", "assistant_prefill": ""}
+    (own,) = role_tables.role_table({"own": entry}, {"own": prompt})
+    student, teacher = random_logits((12, 30))
+    role = np.arange(12) % 2
+
+    def value(student):
+        return jnp.sum(divergences.divergence(student, teacher, role, roles=(own, REVERSE), temperature=1.5)[0])
+
+    def plainly(student):
+        log_p, log_q = jax.nn.log_softmax(student / 1.5), jax.nn.log_softmax(teacher / 1.5)
+        squared = 0.5 * jnp.sum(jnp.exp(log_q) * (log_p - log_q) ** 2, -1)
+        return jnp.sum(jnp.where(role == 0, squared, jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)))
+
+    _, gradient = divergences.divergence(student, teacher, role, roles=(own, REVERSE), temperature=1.5)
+    np.testing.assert_allclose(value(student), plainly(student), rtol=1e-5)
+    np.testing.assert_allclose(gradient, jax.grad(plainly)(student), atol=1e-5)
+    with pytest.raises(AssertionError):  # another row of the table is another divergence
+        np.testing.assert_allclose(gradient, jax.grad(lambda s: 2 * plainly(s))(student), atol=1e-5)
+
+
 def test_the_limits_of_the_mixture():
     """Divided by the smaller share, jsd goes to forward_kl with beta to 0, and to reverse_kl with beta to 1."""
     student, teacher = random_logits((20, 50), scale=1.0)
     role = np.zeros(20, int)
-    of = lambda r: losses.divergence(student, teacher, role, roles=(r,), temperature=1.0)[0]  # noqa: E731
+    of = lambda r: divergences.divergence(student, teacher, role, roles=(r,), temperature=1.0)[0]  # noqa: E731
     for beta, end in ((1e-3, FORWARD), (1 - 1e-3, REVERSE)):
         np.testing.assert_allclose(of(replaced(JSD, beta=beta)) / min(beta, 1 - beta), of(end), rtol=1e-2)
-    swapped, _ = losses.divergence(teacher, student, role, roles=(replaced(JSD, beta=0.7),), temperature=1.0)
+    swapped, _ = divergences.divergence(teacher, student, role, roles=(replaced(JSD, beta=0.7),), temperature=1.0)
     np.testing.assert_allclose(of(JSD), swapped, rtol=1e-5)
 
 
@@ -85,7 +116,7 @@ def test_divergence_is_float32_and_never_below_zero():
     near = (teacher + 1e-3 * student).astype(np.float32)
     role = jnp.zeros(400, int)
     for kind in (FORWARD, REVERSE, JSD):
-        of = lambda a, b, kind=kind: losses.divergence(a, b, role, roles=(kind,), temperature=1.0)[0]  # noqa: E731
+        of = lambda a, b, kind=kind: divergences.divergence(a, b, role, roles=(kind,), temperature=1.0)[0]  # noqa: E731
         for a in (near, teacher, student):
             kl = of(a, teacher)
             assert kl.dtype == jnp.float32 and np.isfinite(kl).all()
@@ -97,7 +128,7 @@ def test_divergence_is_float32_and_never_below_zero():
 def test_a_clip_per_entry_of_a_sum_of_signed_terms_can_be_negative():
     role = replaced(FORWARD, clip=0.01, clip_per="entry")
     student, teacher = random_logits((70, 50))
-    assert losses.divergence(student, teacher, np.zeros(70, int), roles=(role,), temperature=1.0)[0].min() < 0
+    assert divergences.divergence(student, teacher, np.zeros(70, int), roles=(role,), temperature=1.0)[0].min() < 0
 
 
 @pytest.mark.parametrize("roles", [KINDS[:3], KINDS[4:]], ids=["plain", "clipped per entry"])
@@ -105,7 +136,7 @@ def test_gradient_of_the_divergence(roles):
     """Central differences of the float64 divergence, logit by logit."""
     student, teacher = random_logits((6, 9), scale=2.0)
     role, h = np.arange(6) % 3, 1e-6
-    _, gradient = losses.divergence(student, teacher, role, roles=roles, temperature=2.0)
+    _, gradient = divergences.divergence(student, teacher, role, roles=roles, temperature=2.0)
     for v in range(9):
         step = h * np.eye(9)[v]
         up, down = (plain(roles, student.astype(np.float64) + s, teacher, role, 2.0) for s in (step, -step))

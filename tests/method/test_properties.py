@@ -115,7 +115,7 @@ extras = st.fixed_dictionaries(
     {
         "scores": st.lists(st.sampled_from(SPANS), min_size=1, max_size=3, unique=True),
         "when": st.sampled_from(["valid", "invalid", "always"]),
-        "divergence": st.sampled_from(DIVERGENCES),
+        "divergence": st.sampled_from(tuple(DIVERGENCES)),
         "clip": st.sampled_from([0.0, 0.5]),
     }
 )

@@ -1,14 +1,9 @@
 """The segment-masked divergence over the full vocabulary, without ever holding [T, V] logits.
 
-Equations 18-21 of the ViGOS paper. For every supervised entry, with teacher q and student p over the vocabulary,
-
-    forward_kl  KL(q || p) = sum_v q_v (log q_v - log p_v)
-    reverse_kl  KL(p || q) = sum_v p_v (log p_v - log q_v)
-    jsd         beta KL(q || m) + (1 - beta) KL(p || m),  m = beta q + (1 - beta) p
-
-in float32, clipped per token after the sum over v (or every term of it), averaged over each role's own tokens of the
-global batch. A role's mean is `sum(share * divergence) / sum(share)`: a share is 1 to average over tokens, and
-one over the number of the role's tokens in the rollout to average over rollouts.
+Equations 18-21 of the ViGOS paper. Every supervised entry has a divergence between its teacher and the student (see
+`divergences`), in float32, clipped per token after the sum over the vocabulary (or every term of it), and averaged over
+each role's own tokens of the global batch. A role's mean is `sum(share * divergence) / sum(share)`: a share is 1 to
+average over tokens, and one over the number of the role's tokens in the rollout to average over rollouts.
 """
 
 import functools
@@ -19,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from vigos_jax.method.divergences import divergence, log_softmax
 from vigos_jax.method.roles import TeacherRole
 from vigos_jax.models.inputs import Entries
 
@@ -56,58 +52,6 @@ class RoleStats:
     tokens: Array
     clipped_tokens: Array
     entropy: Array
-
-
-def divergence(
-    student_logits: Array, teacher_logits: Array, role: Array, *, roles: tuple[TeacherRole, ...], temperature: float
-) -> tuple[Array, Array]:
-    """The divergence of each entry under its role, and its gradient at the student's logits.
-
-    A sum over the vocabulary of terms t_v that depend on log p_v has, with g_v = dt_v / d log p_v, the gradient
-    g - p sum(g) at the logits, since log p = logits - logsumexp(logits).
-
-    Args:
-      student_logits, teacher_logits: [..., V].
-      role: int [...].
-      temperature: divides both logits; the result is not multiplied by its square.
-
-    Returns:
-      (float32 [...], float32 [..., V]).
-    """
-    log_p = _log_softmax(student_logits, temperature)
-    log_q = _log_softmax(teacher_logits, temperature)
-    p, q = jnp.exp(log_p), jnp.exp(log_q)
-
-    def of_role(values: list) -> Array:  # one value per role -> [..., 1]
-        return jnp.array(values)[role][..., None]
-
-    parts = {}  # kind -> (terms, their slopes)
-    kinds = sorted({r.divergence for r in roles})
-    for kind in kinds:
-        if kind == "forward_kl":
-            parts[kind] = q * (log_q - log_p), -q
-        elif kind == "reverse_kl":
-            parts[kind] = p * (log_p - log_q), p * (log_p - log_q + 1)
-        else:
-            beta = of_role([r.beta for r in roles])
-            log_m = jnp.logaddexp(jnp.log(beta) + log_q, jnp.log1p(-beta) + log_p)
-            terms = beta * q * (log_q - log_m) + (1 - beta) * p * (log_p - log_m)
-            parts[kind] = terms, (1 - beta) * p * (log_p - log_m)
-    terms, slopes = parts[kinds[0]]
-    for kind in kinds[1:]:
-        is_kind = of_role([r.divergence == kind for r in roles])
-        terms, slopes = (jnp.where(is_kind, a, b) for a, b in zip(parts[kind], (terms, slopes), strict=True))
-    is_clipped = any(r.clip and r.clip_per == "entry" for r in roles)
-    if is_clipped:
-        clip = of_role([r.clip if r.clip and r.clip_per == "entry" else jnp.inf for r in roles])
-        slopes = jnp.where(terms < clip, slopes, 0.0)
-        terms = jnp.minimum(terms, clip)
-    value = jnp.sum(terms, -1)
-    if is_clipped or "jsd" in kinds:
-        slope_sum = jnp.sum(slopes, -1)
-    else:  # known without a pass over the vocabulary: sum(-q) and sum(p (log p - log q + 1))
-        slope_sum = jnp.where(of_role([r.divergence == "reverse_kl" for r in roles])[..., 0], value + 1, -1.0)
-    return value, (slopes - p * slope_sum[..., None]) / temperature
 
 
 def score_entries(
@@ -218,7 +162,7 @@ _weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward)
 
 def token_logps(hidden: Array, head: Array, token: Array, *, chunk: int) -> Array:
     """Log-probability of `token` [B, E] in the states `hidden` [B, E, D] under `head` [V, D], float32 [B, E]."""
-    return _in_chunks(lambda h, t: _pick(_log_softmax(_logits(h, head)), t), (hidden, token), chunk)
+    return _in_chunks(lambda h, t: _pick(log_softmax(_logits(h, head)), t), (hidden, token), chunk)
 
 
 def _logits(hidden: Array, head: Array) -> Array:
@@ -235,15 +179,8 @@ def _both_logits(
     return logits[:, :n], logits[:, n:]
 
 
-def _log_softmax(logits: Array, temperature: float = 1.0) -> Array:
-    logits = logits.astype(jnp.float32)
-    if temperature != 1.0:
-        logits = logits / temperature
-    return logits - jax.nn.logsumexp(logits, -1, keepdims=True)
-
-
 def _scores(student_logits: Array, teacher_logits: Array, kl: Array, token: Array) -> EntryScores:
-    log_p, log_q = _log_softmax(student_logits), _log_softmax(teacher_logits)
+    log_p, log_q = log_softmax(student_logits), log_softmax(teacher_logits)
     entropy = -jnp.sum(jnp.exp(log_p) * log_p, -1)
     return EntryScores(kl, _pick(log_p, token), _pick(log_q, token), entropy)
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from vigos_jax.errors import InputError
+from vigos_jax.method.divergences import DIVERGENCES
 from vigos_jax.method.prompts import fields, unknown_fields
 
 SPANS = ("description", "reasoning", "answer", "completion")
 CONDITIONS = ("valid", "invalid", "always")
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 CLIP_PER = ("token", "entry")
 READS = ("completion", "scored")
 _LARGEST = 1e30  # of a weight or clip; far above any, and float32 still holds it
@@ -116,7 +116,7 @@ def _role(name: str, entry: Mapping[str, Any], prompts: Mapping[str, Any], data_
     for span in r["scores"]:
         _choice(name, "scores", span, SPANS)
     for field, choices in (
-        ("when", CONDITIONS), ("divergence", DIVERGENCES), ("clip_per", CLIP_PER), ("reads", READS),
+        ("when", CONDITIONS), ("divergence", tuple(DIVERGENCES)), ("clip_per", CLIP_PER), ("reads", READS),
     ):  # fmt: skip
         _choice(name, field, r[field], choices)
     for field in ("weight", "clip", "first_clip", "last_clip", "beta"):
