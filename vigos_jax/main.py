@@ -233,10 +233,10 @@ def _run(config, mode: str, workdir: pathlib.Path | None) -> int:
         return 0 if is_complete else 1
     elif mode == "export":
         from vigos_jax.export.export import export
-        from vigos_jax.export.model_card import Run
+        from vigos_jax.export.model_card import RunFacts
 
         output = pathlib.Path(config.export.output).expanduser()
-        export(loaded, trained, config, output, run=Run.of(workdir, step) if workdir else None)
+        export(loaded, trained, config, output, run=RunFacts.of(workdir, step) if workdir else None)
         print(output)
     return 0
 

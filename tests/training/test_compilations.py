@@ -1,6 +1,7 @@
 """A run of mixed sizes compiles no more programs than its buckets declare."""
 
 import json
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,6 @@ import pytest
 import tiny_runs as runs
 from PIL import Image
 
-from vigos_jax.training.loop import declared_programs
 from vigos_jax.training.run_log import CompileCounter
 
 STEPS = 200
@@ -19,6 +19,26 @@ SETTINGS = {
     "buckets.patches": (64, 128), "buckets.prompt": (48, 96), "buckets.completion": (6, 16),
     "buckets.sequence": (64, 112, 384),
 }  # fmt: skip
+
+
+def declared_programs(buckets: Mapping[str, Sequence[int]], *, max_tokens: int) -> dict[str, int]:
+    """The most programs a run can compile, by kind: one for each combination of declared sizes that it can meet.
+
+    "other" are the update, adding up and grouping micro-batches, and what jax compiles for keys, copies and casts.
+    Scoring a snapshot takes programs of its own, between the steps: at most as many as "gradient" for one micro-batch.
+    """
+    capacities = len([n for n in buckets["completion"] if n < max_tokens]) + 1
+    images, prompts, sequences = len(buckets["patches"]), len(buckets["prompt"]), len(buckets["sequence"])
+    entries = len(buckets["completion"])
+    return {
+        "encode": images,
+        "prefill": images * prompts,
+        "decode": prompts * capacities,
+        "grow": prompts * (capacities - 1),
+        "gradient": images * sequences**2 * entries,
+        "shares": entries,
+        "other": 40,
+    }
 
 
 @pytest.mark.slow

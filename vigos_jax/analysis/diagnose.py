@@ -4,8 +4,8 @@ Every counterfactual teacher is the run's own role table on rows that differ in 
 through the same packed program; the entries of all passes correspond one to one.
 """
 
+import contextlib
 import dataclasses
-import functools
 import json
 import pathlib
 from collections import Counter, defaultdict
@@ -19,17 +19,18 @@ from vigos_jax.analysis import palr
 from vigos_jax.analysis.score_rollouts import rollouts_source
 from vigos_jax.analysis.wrong_answers import choose, options_of, read_file
 from vigos_jax.data.cleaning import clean_reference
-from vigos_jax.data.loader import encode_row
 from vigos_jax.data.processor import EncodedImage
 from vigos_jax.demo.world import DemoSource
 from vigos_jax.errors import InputError
 from vigos_jax.grading.answer_text import answer_kind
-from vigos_jax.method.packing import Row, pack_prompts, pack_scores
+from vigos_jax.method.packing import Row, pack_scores
 from vigos_jax.method.scoring import score_batch, teacher_logps
 from vigos_jax.models.variables import Variables
 from vigos_jax.report import page
+from vigos_jax.rollouts.engine import EngineFactory, NativeEngine
 from vigos_jax.rollouts.parse import Case, Reader, first_picture, parse, pieces, read_cases, spans_json
-from vigos_jax.rollouts.sampler import Sampler, row_keys
+from vigos_jax.rollouts.sample_rows import sample_rows
+from vigos_jax.rollouts.sampler import row_keys
 from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.runtime.files import write_json
 from vigos_jax.runtime.progress import bar, say
@@ -49,7 +50,13 @@ class _Counterfactuals:
 
 
 def diagnose(
-    loaded: Loaded, trained: Variables, config, *, overlay: Variables, output: pathlib.Path
+    loaded: Loaded,
+    trained: Variables,
+    config,
+    *,
+    overlay: Variables,
+    output: pathlib.Path,
+    open_engine: EngineFactory = NativeEngine,
 ) -> tuple[str, list[str]]:
     """Writes palr.jsonl (per rollout, lists per token), summary.json and palr.html into `output`.
 
@@ -70,7 +77,7 @@ def diagnose(
     else:
         source = _demo_source(config) if config.data.source == "demo" else open_source(config)
         rows = min(d.rows, len(source))
-        cases = _sample(source, rows, loaded, trained, config)
+        cases = _sample(source, rows, loaded, trained, config, open_engine)
         name = lambda i: f"{config.data.source}: row {i + 1}"  # noqa: E731
     given = read_file(d.wrong_answers_file) if d.wrong_answers_file else {}
     try:
@@ -113,29 +120,23 @@ def _demo_source(config) -> DemoSource:
     return DemoSource(length=length, seed=seed, blank=config.data.blank_images, setting="conflict")
 
 
-def _sample(source: Any, rows: int, loaded: Loaded, trained: Variables, config) -> Iterator[Case]:
+def _sample(
+    source: Any, rows: int, loaded: Loaded, trained: Variables, config, open_engine: EngineFactory
+) -> Iterator[Case]:
     """Rollouts of the student, as in training, for the source's first rows."""
     reader, sampling = Reader.of(loaded, config), Sampling(**config.sampling)
-    sampler = Sampler(loaded.model, sampling, eos_ids=loaded.processor.eos_ids)
-    variables = sampler.ready(loaded.student(trained))
     size = loaded.whole_batch(config.diagnose.batch_size)
-    encode = functools.partial(
-        encode_row,
-        processor=loaded.processor,
-        max_images=config.data.max_images,
-        image_roots=tuple(getattr(source, "image_roots", ())),
-        fields=tuple(config.data.fields),
-        too_long=functools.partial(reader.too_long, max_completion=sampling.max_tokens),
-    )
-    for first in range(0, rows, size):
-        examples = [encode(source[i], i) for i in range(first, min(first + size, rows))]
-        own = [reader.row(e) for e in examples]
-        padded = own + [Row()] * (size - len(own))
-        prompts = loaded.put_batch(pack_prompts(padded, config=loaded.config, buckets=loaded.buckets))
-        # Keys by row: the same rollouts whatever the batch size.
-        sampled = sampler(variables, prompts, row_keys(config.diagnose.seed, 0, size, first_row=first))
-        for i, (example, rollout) in enumerate(zip(examples, parse(loaded, padded, sampled), strict=False)):
-            yield Case(first + i, example, own[i], rollout, example.bad_reason)
+    with contextlib.closing(open_engine(loaded, sampling)) as engine:
+        engine.sync(trained)
+        for first in range(0, rows, size):
+            numbers = range(first, min(first + size, rows))
+            examples = [reader.example(source, i, max_completion=sampling.max_tokens) for i in numbers]
+            own = [reader.row(e) for e in examples]
+            # Keys by row: the same rollouts whatever the batch size.
+            keys = row_keys(config.diagnose.seed, 0, size, first_row=first)
+            rollouts = parse(loaded, own, sample_rows(engine, loaded, own, keys))
+            for i, example, row, rollout in zip(numbers, examples, own, rollouts, strict=True):
+                yield Case(i, example, row, rollout, example.bad_reason)
 
 
 def _checked(cases: Iterator[Case], name, bad_lines: list[str], counts: Counter) -> Iterator[Case]:

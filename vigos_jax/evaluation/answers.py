@@ -18,11 +18,12 @@ from vigos_jax.data.loader import row_size
 from vigos_jax.evaluation.questions import TaskRows
 from vigos_jax.evaluation.tasks.task import Question, Task
 from vigos_jax.grading.answer_text import last_boxed
-from vigos_jax.method.packing import Row, make_row, pack_prompts, slot_count
+from vigos_jax.method.packing import Row, make_row, slot_count
 from vigos_jax.method.prompts import fill
 from vigos_jax.method.spans import find_spans
-from vigos_jax.models.variables import Variables
-from vigos_jax.rollouts.sampler import Sampler
+from vigos_jax.rollouts.engine import Engine
+from vigos_jax.rollouts.sample_rows import sample_rows
+from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.runtime.distributed import exchange, first_decides
 from vigos_jax.runtime.journal import Journal, content_key
 from vigos_jax.runtime.progress import Progress, say
@@ -40,15 +41,17 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Asker:
-    """Samples one task's answers.
+    """Samples one task's answers with the student that the engine has.
 
     Attributes:
+      sampling: how the engine samples.
       fingerprint: tells this student's answers from any other's.
     """
 
     loaded: Loaded
     config: Any
-    sampler: Sampler
+    engine: Engine
+    sampling: Sampling
     fingerprint: str
     task: Task
     rows: TaskRows
@@ -63,7 +66,7 @@ class Asker:
         e, prompt = self.config.eval, self._prompt()
         # Greedy answers to one question are equal.
         samples = self.task.samples or (e.samples if e.temperature else 1)
-        how = dataclasses.asdict(self.sampler.sampling) | {"seed": e.seed, "span_rule": self.loaded.span_rule}
+        how = dataclasses.asdict(self.sampling) | {"seed": e.seed, "span_rule": self.loaded.span_rule}
         jobs, errors = [], []
         for question in questions:
             reason, pictures = question.error, []
@@ -82,13 +85,10 @@ class Asker:
                 jobs.append(Job(question, sample, key))
         return jobs, errors
 
-    def sample(
-        self, variables: Variables, jobs: Sequence[Job], responses: Journal | None
-    ) -> list[tuple[Question, str]]:
+    def sample(self, jobs: Sequence[Job], responses: Journal | None) -> list[tuple[Question, str]]:
         """Answers what is not answered yet; returns the questions that turned out not to be askable.
 
         Args:
-          variables: from `Sampler.ready`.
           responses: where answers are kept; None in all processes but the first.
         """
         there = set(first_decides(lambda: [job.key for job in jobs if job.key in responses]))
@@ -103,7 +103,7 @@ class Asker:
         errors: dict[str, tuple[Question, str]] = {}
         for number, (batch, rows) in enumerate(self._read_ahead(batches, size), start=1):
             start = time.monotonic()
-            for job, answer in zip(batch, self._sample_batch(variables, batch, rows, size), strict=True):
+            for job, answer in zip(batch, self._sample_batch(batch, rows, size), strict=True):
                 if isinstance(answer, str):
                     errors[job.question.id] = (job.question, answer)
                 elif responses is not None:
@@ -162,21 +162,17 @@ class Asker:
         return row_size(row, processor=self.loaded.processor, image_roots=self.rows.image_roots)
 
     def _sample_batch(
-        self, variables: Variables, batch: Sequence[Job], rows: Mapping[int, Row | str], size: int
+        self, batch: Sequence[Job], rows: Mapping[int, Row | str], size: int
     ) -> list[list[int] | str]:
         """Token ids of each job's answer, or why it could not be asked; the same in all processes."""
-        loaded = self.loaded
-        asked = [row if isinstance(row, Row) else Row() for row in rows.values()]
-        packed = loaded.put_batch(pack_prompts(asked, config=loaded.config, buckets=loaded.buckets))
+        errors = dict(
+            pair for pairs in exchange([(i, row) for i, row in rows.items() if isinstance(row, str)]) for pair in pairs
+        )
+        asked = [row if isinstance(row := rows.get(i), Row) else Row() for i in range(size)]
         # By question and sample, not by place: the same answer whatever is sampled beside it.
         names = [f"{self.task.name}/{job.question.id}/{job.sample}" for job in batch] + [""] * (size - len(batch))
-        sampled = self.sampler(variables, packed, named_keys(self.config.eval.seed, names))
-        own = [
-            (i, row if isinstance(row, str) else ids)
-            for (i, row), ids in zip(rows.items(), sampled.ids, strict=True)
-        ]
-        everyone = dict(pair for pairs in exchange(own) for pair in pairs)  # several processes may hold a row
-        return [everyone[i] for i in range(len(batch))]
+        sampled = sample_rows(self.engine, self.loaded, asked, named_keys(self.config.eval.seed, names))
+        return [errors.get(i, list(sampled.ids[i])) for i in range(len(batch))]
 
     def _record(self, job: Job, ids: Sequence[int]) -> dict[str, Any]:
         """What is kept of an answer."""

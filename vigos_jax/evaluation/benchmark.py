@@ -19,7 +19,7 @@ from vigos_jax.grading.algebra import MathGrader
 from vigos_jax.grading.answer_text import last_boxed
 from vigos_jax.grading.judge import PROMPT, Item, Judge
 from vigos_jax.models.variables import Variables
-from vigos_jax.rollouts.sampler import Sampler
+from vigos_jax.rollouts.engine import EngineFactory, NativeEngine
 from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.runtime.digest import digests
 from vigos_jax.runtime.distributed import is_first
@@ -54,7 +54,7 @@ class Evaluation:
       InputError: an unknown task, a source that cannot be read or lacks columns, a judge that cannot be reached.
     """
 
-    def __init__(self, loaded: Loaded, config):
+    def __init__(self, loaded: Loaded, config, *, open_engine: EngineFactory = NativeEngine):
         e = config.eval
         tasks = [find_task(name) for name in dict.fromkeys(e.tasks)]
         if not tasks:
@@ -62,12 +62,8 @@ class Evaluation:
         options = {"demo_questions": e.demo_questions, "seed": e.seed}
         self._opened = [(task, open_rows(task, e.sources.get(task.name, ""), **options)) for task in tasks]
         self._judge = _open_judge(e.judge) if is_first() else None
-        self._sampler = Sampler(
-            loaded.model,
-            Sampling(max_tokens=e.max_tokens, temperature=e.temperature, top_k=e.top_k, top_p=e.top_p),
-            eos_ids=loaded.processor.eos_ids,
-            cache_sizes=loaded.buckets.completion,
-        )
+        self._sampling = Sampling(max_tokens=e.max_tokens, temperature=e.temperature, top_k=e.top_k, top_p=e.top_p)
+        self._engine = open_engine(loaded, self._sampling)
         self._loaded, self._config = loaded, config
         self._base = fingerprint_of([loaded.folder], config.model.dtype)
 
@@ -90,16 +86,20 @@ class Evaluation:
           InputError: nowhere to write, or another process is writing there. Nothing written is lost.
         """
         fingerprint = self.fingerprint(trained)
-        variables = self._sampler.ready(self._loaded.student(trained))
+        self._engine.sync(trained)
         results = []
         with _journals(output) as (responses, verdicts):
             for task, rows in self._opened:
-                asker = Asker(self._loaded, self._config, self._sampler, fingerprint, task, rows)
+                asker = Asker(self._loaded, self._config, self._engine, self._sampling, fingerprint, task, rows)
                 jobs, errors = asker.jobs(questions_of(task, rows, limit=self._config.eval.limit))
-                errors += asker.sample(variables, jobs, responses)
+                errors += asker.sample(jobs, responses)
                 if responses is not None:
                     results.append(self._result(task, rows, jobs, errors, responses, verdicts))
         return results
+
+    def close(self) -> None:
+        """Closes the engine."""
+        self._engine.close()
 
     def _result(
         self,

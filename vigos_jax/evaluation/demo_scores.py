@@ -1,5 +1,6 @@
 """The demo's evaluation: does the model look, or does it answer what one expects?"""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -8,12 +9,13 @@ import numpy as np
 
 from vigos_jax.demo import world
 from vigos_jax.grading.answer_text import is_correct, last_boxed
-from vigos_jax.method.packing import Row, make_row, pack_prompts
+from vigos_jax.method.packing import Row, make_row
 from vigos_jax.method.spans import Spans, find_spans
 from vigos_jax.models.variables import Variables
-from vigos_jax.rollouts.sampler import Sampler, row_keys
+from vigos_jax.rollouts.engine import Engine, EngineFactory, NativeEngine
+from vigos_jax.rollouts.sample_rows import sample_rows
+from vigos_jax.rollouts.sampler import row_keys
 from vigos_jax.rollouts.sampling import Sampling
-from vigos_jax.runtime.distributed import exchange
 from vigos_jax.runtime.progress import bar
 from vigos_jax.session import Loaded
 
@@ -58,29 +60,20 @@ def _rows(loaded: Loaded, items: list[world.Item], config) -> list[Row]:
 
 
 def answer_items(
-    loaded: Loaded,
-    sampler: Sampler,
-    variables: Variables,
-    items: list[world.Item],
-    rows: list[Row],
-    config,
-    *,
-    title: str,
+    engine: Engine, loaded: Loaded, items: list[world.Item], rows: list[Row], options, *, title: str
 ) -> list[Answered]:
-    """Samples one completion per item; `rows` are the items as the student reads them."""
-    size = loaded.whole_batch(config.evaluate.batch_size)
-    variables = sampler.ready(variables)
+    """Samples one completion per item with the engine's student.
+
+    Args:
+      rows: the items as the student reads them.
+      options: `config.evaluate`.
+    """
+    size = loaded.whole_batch(options.batch_size)
     out = []
     for first in bar(range(0, len(items), size), title=title):
-        part = rows[first : first + size]
-        part = part + [Row()] * (size - len(part))
-        own = loaded.own_rows(size)
-        packed = pack_prompts([part[i] for i in own], config=loaded.config, buckets=loaded.buckets)
-        sampled = sampler(variables, loaded.put_batch(packed), row_keys(config.evaluate.seed, first, size))
-        everyone = [pair for pairs in exchange(list(zip(own, sampled.ids, strict=True))) for pair in pairs]
-        ids_of_row = dict(everyone)  # several processes may hold a row
-        for row, item in enumerate(items[first : first + size]):
-            ids = ids_of_row[row]
+        keys = row_keys(options.seed, first, size)
+        sampled = sample_rows(engine, loaded, rows[first : first + size], keys)
+        for ids, item in zip(sampled.ids, items[first : first + size], strict=True):
             spans = find_spans(loaded.processor.token_bytes(ids), rule=loaded.span_rule)
             text = loaded.processor.decode([i for i in ids if i not in loaded.processor.eos_ids])
             out.append(Answered(item, text, loaded.processor.decode(ids[slice(*spans.description)]), spans))
@@ -107,9 +100,17 @@ def summarise(conflict: list[Answered], prior: list[Answered]) -> dict[str, floa
 
 
 def evaluate_demo(
-    loaded: Loaded, students: Mapping[str, Variables], config, *, sampling: Sampling
+    loaded: Loaded,
+    students: Mapping[str, Variables],
+    config,
+    *,
+    sampling: Sampling,
+    open_engine: EngineFactory = NativeEngine,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[Answered]]]:
     """Evaluates each student on the same held-out items, unfiltered at temperature 1 and with the run's own sampling.
+
+    Args:
+      students: trained weights by name; `{}` is the base.
 
     Returns:
       Per student: `summarise` of the unfiltered samples, with the other one under "training_sampling"; and the
@@ -126,16 +127,17 @@ def evaluate_demo(
     summaries: dict[str, dict[str, Any]] = {name: {"questions": n} for name in students}
     conflict: dict[str, list[Answered]] = {}
     for way, how in ways.items():
-        sampler = Sampler(loaded.model, how, eos_ids=loaded.processor.eos_ids)  # compiled once for all students
-        for name, variables in students.items():
-            title = f"evaluate {name}, {way.replace('_', ' ')}"
-            answers = answer_items(loaded, sampler, variables, items, rows, config, title=title)
-            rates = summarise(answers[:n], answers[n:])
-            if way == "unfiltered":
-                summaries[name] |= rates
-                conflict[name] = answers[:n]
-            else:
-                summaries[name][way] = rates
+        with contextlib.closing(open_engine(loaded, how)) as engine:  # compiled once for all students
+            for name, trained in students.items():
+                engine.sync(trained)
+                title = f"evaluate {name}, {way.replace('_', ' ')}"
+                answers = answer_items(engine, loaded, items, rows, config.evaluate, title=title)
+                rates = summarise(answers[:n], answers[n:])
+                if way == "unfiltered":
+                    summaries[name] |= rates
+                    conflict[name] = answers[:n]
+                else:
+                    summaries[name][way] = rates
     return summaries, conflict
 
 

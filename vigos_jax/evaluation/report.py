@@ -10,6 +10,7 @@ from vigos_jax.evaluation.benchmark import Evaluation, TaskResult, output_of, ta
 from vigos_jax.evaluation.statistics import COMMON, Answer
 from vigos_jax.models.variables import Variables
 from vigos_jax.report.page import Rollout, Table, Text, Token, picture_uri, write_page
+from vigos_jax.rollouts.engine import EngineFactory, NativeEngine
 from vigos_jax.runtime.files import write_json
 from vigos_jax.session import Loaded
 
@@ -37,7 +38,13 @@ _BOX = "\\boxed{"
 
 
 def evaluate(
-    loaded: Loaded, trained: Variables, config, *, workdir: pathlib.Path | None, step: int
+    loaded: Loaded,
+    trained: Variables,
+    config,
+    *,
+    workdir: pathlib.Path | None,
+    step: int,
+    open_engine: EngineFactory = NativeEngine,
 ) -> tuple[str, bool]:
     """Evaluates a student on `config.eval.tasks` and writes results.json and the report.
 
@@ -51,7 +58,8 @@ def evaluate(
       InputError: as `Evaluation`, or nowhere to write.
     """
     output = output_of(config, workdir)
-    results = Evaluation(loaded, config).run(trained, output=output)
+    with contextlib.closing(Evaluation(loaded, config, open_engine=open_engine)) as evaluation:
+        results = evaluation.run(trained, output=output)
     write_json(
         output / "results.json", {r.task.name: r.numbers | {"source": r.source, "notes": r.notes} for r in results}
     )

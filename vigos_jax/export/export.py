@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vigos_jax.errors import InputError
-from vigos_jax.export.model_card import Run, card_text
+from vigos_jax.export.model_card import RunFacts, card_text
 from vigos_jax.export.verify import compare
 from vigos_jax.models.tensor_names import adapter_table, tensor_table
 from vigos_jax.models.variables import Variables
@@ -45,7 +45,7 @@ def check_options(config, *, has_adapter: bool) -> None:
 
 
 def export(
-    loaded: Loaded, trained: Variables, config, output: pathlib.Path, *, run: Run | None = None
+    loaded: Loaded, trained: Variables, config, output: pathlib.Path, *, run: RunFacts | None = None
 ) -> dict[str, Any] | None:
     """Writes the student as a Hugging Face folder, as `config.export` says.
 

@@ -28,7 +28,7 @@ model = PeftModel.from_pretrained(base, FOLDER)"""
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunFacts:
     """The training behind an export.
 
     Attributes:
@@ -40,7 +40,7 @@ class Run:
     metrics: Mapping[str, Any]
 
     @classmethod
-    def of(cls, workdir: pathlib.Path, step: int) -> "Run":
+    def of(cls, workdir: pathlib.Path, step: int) -> "RunFacts":
         """The run in `workdir` after `step` steps, with the metrics of the last of them that were written."""
         path, metrics = workdir / "metrics.jsonl", {}
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
@@ -54,7 +54,7 @@ class Run:
 
 
 def card_text(
-    config, *, base: pathlib.Path, lora: LoraSpec | None, run: Run | None, report: Mapping[str, Any] | None
+    config, *, base: pathlib.Path, lora: LoraSpec | None, run: RunFacts | None, report: Mapping[str, Any] | None
 ) -> str:
     """The card of an export as `config.export` describes it.
 
@@ -114,7 +114,7 @@ def _metadata(config, base: pathlib.Path, *, is_adapter: bool) -> str:
     return CardData(**data, tags=["vigos", "self-distillation"]).to_yaml().rstrip("\n") + "\n"
 
 
-def _facts(config, name: str, lora: LoraSpec | None, run: Run) -> dict[str, str]:
+def _facts(config, name: str, lora: LoraSpec | None, run: RunFacts) -> dict[str, str]:
     o, s = config.optimizer, config.sampling
     source = config.data.source
     data = source if _is_on_hub(source) else "rendered by vigos_jax" if source == "demo" else pathlib.Path(source).name
@@ -146,7 +146,7 @@ def _role(config, name: str) -> tuple[str, ...]:
     return (name, ", ".join(sees), ", ".join(role.scores), role.when, role.divergence, f"{role.weight:g}", clip)
 
 
-def _measured(run: Run | None, report: Mapping[str, Any] | None) -> list[str]:
+def _measured(run: RunFacts | None, report: Mapping[str, Any] | None) -> list[str]:
     parts = []
     if report:
         parts.append(

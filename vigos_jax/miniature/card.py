@@ -11,8 +11,10 @@ from vigos_jax.demo import world
 from vigos_jax.evaluation import demo_scores
 from vigos_jax.grading.answer_text import last_boxed
 from vigos_jax.method import prompts
-from vigos_jax.method.packing import Row, pack_prompts
-from vigos_jax.rollouts.sampler import Sampler, row_keys
+from vigos_jax.method.packing import Row
+from vigos_jax.rollouts.engine import NativeEngine
+from vigos_jax.rollouts.sample_rows import sample_rows
+from vigos_jax.rollouts.sampler import row_keys
 from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.session import Loaded, load
 
@@ -26,8 +28,7 @@ def measure_teacher(loaded: Loaded, role: str, config: ml_collections.ConfigDict
     The reference is uniform over the values that the picture does not show (so it is sometimes the prior).
     """
     n, rng = config.card_items, np.random.default_rng(config.card_seed)
-    ways = loaded.mesh.shape["data"] * loaded.mesh.shape["fsdp"]
-    size = -(-config.run.evaluate.batch_size // ways) * ways
+    size = loaded.whole_batch(config.run.evaluate.batch_size)
     items = [world.item(config.card_seed, i, setting="conflict") for i in range(n)]
     wrong = [[v for v in world.ATTRIBUTES[item.attribute] if v != item.answer] for item in items]
     references = [values[rng.integers(len(values))] for values in wrong]
@@ -37,14 +38,12 @@ def measure_teacher(loaded: Loaded, role: str, config: ml_collections.ConfigDict
         prefill = config.prompts[role].assistant_prefill
         turn = loaded.processor.encode_turn(user_text=user, grids=[GRID], assistant_prefill=prefill)
         rows.append(Row(images=(loaded.processor.encode_image(Image.fromarray(item.image)),), student=turn))
-    sampler = Sampler(loaded.model, Sampling(max_tokens=MAX_TOKENS), eos_ids=loaded.processor.eos_ids)
+    engine = NativeEngine(loaded, Sampling(max_tokens=MAX_TOKENS))
+    engine.sync(loaded.trained)
     states, answers = [], []
     for first in range(0, n, size):
-        part = rows[first : first + size]
-        part = part + [Row()] * (size - len(part))
-        batch = loaded.put_batch(pack_prompts(part, config=loaded.config, buckets=loaded.buckets))
-        sampled = sampler(loaded.student(), batch, row_keys(config.card_seed, first, size))
-        for item, ids in zip(items[first : first + size], sampled.ids, strict=False):
+        sampled = sample_rows(engine, loaded, rows[first : first + size], row_keys(config.card_seed, first, size))
+        for item, ids in zip(items[first : first + size], sampled.ids, strict=True):
             text = loaded.processor.decode(ids)
             description = text.split("</description>")[0]
             states.append(world.description_states(description, item.kind, item.attribute))
@@ -69,7 +68,7 @@ def measure(folder: pathlib.Path, config: ml_collections.ConfigDict) -> dict[str
     run.evaluate.questions, run.evaluate.seed = config.card_items, config.card_seed
     loaded = load(run, for_training=False)
     sampling = Sampling(max_tokens=MAX_TOKENS)
-    summaries, _ = demo_scores.evaluate_demo(loaded, {"base": loaded.student()}, run, sampling=sampling)
+    summaries, _ = demo_scores.evaluate_demo(loaded, {"base": loaded.trained}, run, sampling=sampling)
     summaries["base"].pop("training_sampling")  # the same here
     return {
         "config": config.file,

@@ -73,7 +73,7 @@ def sizes_of(config, model: ModelConfig, roles: tuple[TeacherRole, ...]) -> Size
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class AbstractRun:
     """A config's run as shapes with shardings: nothing of it exists.
 
     Attributes:
@@ -137,7 +137,7 @@ class Run:
         )
 
 
-def describe(config, target: Topology) -> Run:
+def describe(config, target: Topology) -> AbstractRun:
     """The run on these devices.
 
     Raises:
@@ -161,7 +161,7 @@ def describe(config, target: Topology) -> Run:
     state = TrainState(step, trained, opt_state, trained if config.teacher.weights == "ema" else {})
     student = student_variables(base, trained)
     student = {**student, "params": place({"params": student["params"]}, dtype=model.dtype)["params"]}
-    return Run(config, model, roles, sizes_of(config, model_config, roles), tx, base, state, student)
+    return AbstractRun(config, model, roles, sizes_of(config, model_config, roles), tx, base, state, student)
 
 
 def _placed(tree: Any, *, mesh: Any, rules: Any, dtype: Any = None) -> Any:

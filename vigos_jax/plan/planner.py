@@ -18,13 +18,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from vigos_jax.errors import InputError
-from vigos_jax.plan.abstract_run import Run, describe, device_bytes
+from vigos_jax.plan.abstract_run import AbstractRun, describe, device_bytes
 from vigos_jax.plan.devices import Topology, topology
 from vigos_jax.plan.program_cost import flops, read_traffic
 from vigos_jax.plan.table import Plan, Program, report
 from vigos_jax.rollouts.sampler import Sampler
 from vigos_jax.rollouts.sampling import Sampling
-from vigos_jax.training.loop import train_step_of
+from vigos_jax.training.step import train_step_of
 
 _GB = 1e9
 _EOS = (0, 1)  # which tokens end a row does not matter to the program
@@ -83,17 +83,17 @@ def compile_plan(config, target: Topology, *, only: tuple[str, ...] = ()) -> Pla
     )
 
 
-def _capacity(run: Run) -> int:
+def _capacity(run: AbstractRun) -> int:
     """Completion slots that the cache has grown to when the planned completion is sampled."""
     return next(n for n in _sampler(run).capacities if n >= run.config.plan.completion)
 
 
-def _sampler(run: Run) -> Sampler:
+def _sampler(run: AbstractRun) -> Sampler:
     sizes = tuple(run.config.buckets.completion)
-    return Sampler(run.model, Sampling(run.config), eos_ids=_EOS, cache_sizes=sizes)
+    return Sampler(run.model, Sampling(**run.config.sampling), eos_ids=_EOS, cache_sizes=sizes)
 
 
-def _programs(run: Run, target: Topology, only: tuple[str, ...]) -> Iterator[Program]:
+def _programs(run: AbstractRun, target: Topology, only: tuple[str, ...]) -> Iterator[Program]:
     """In the order of a step. What another program would have made, had it fit, is not compiled on."""
     config, b, micro = run.config, run.config.batch_size, run.config.batch_size // run.config.accumulation
     sampler, step = _sampler(run), train_step_of(config, run.model, run.roles, run.tx, run.state)
@@ -155,7 +155,14 @@ def _grown(state: Any, capacity: int) -> Any:
 
 
 def _measure(
-    run: Run, target: Topology, name: str, runs: int, function: Callable, *args: Any, beside: int, sampler_steps: int
+    run: AbstractRun,
+    target: Topology,
+    name: str,
+    runs: int,
+    function: Callable,
+    *args: Any,
+    beside: int,
+    sampler_steps: int,
 ) -> tuple[Program, Any]:
     """Compiles one program; returns what it takes, and its results as shapes, or None where it does not fit at all."""
     traced = function.trace(*args)

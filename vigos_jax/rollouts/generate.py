@@ -1,75 +1,73 @@
 """`--mode generate`: one picture, one question, the answer as it is written; or a quick look at the demo."""
 
+import contextlib
 import pathlib
 from collections.abc import Iterator
 
-import jax.numpy as jnp
 from PIL import Image
 
 from vigos_jax.data.cleaning import clean_problem
 from vigos_jax.data.images import BadImage, read_image
 from vigos_jax.demo import world
 from vigos_jax.errors import InputError
-from vigos_jax.method.packing import make_row, pack_prompts
+from vigos_jax.method.packing import make_row
 from vigos_jax.models.variables import Variables
-from vigos_jax.rollouts.sampler import Sampler, completions, row_keys
+from vigos_jax.rollouts.engine import EngineFactory, NativeEngine
+from vigos_jax.rollouts.sampler import row_keys
 from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.session import Loaded
 
-_TOKENS_PER_PIECE = 8
 
-
-def stream(loaded: Loaded, trained: Variables, config) -> Iterator[str]:
+def stream(
+    loaded: Loaded, trained: Variables, config, *, open_engine: EngineFactory = NativeEngine
+) -> Iterator[str]:
     """Yields the answer's text in pieces; of the demo's model without picture and question, `quick_look`.
 
     Raises:
       InputError: no question, or a picture that cannot be read.
     """
     if config.model.path == "demo" and not (config.generate.image or config.generate.question):
-        yield from quick_look(loaded, trained, config)
+        yield from quick_look(loaded, trained, config, open_engine)
         return
     if not config.generate.image or not config.generate.question.strip():
         raise InputError("--mode generate needs --config.generate.image=FILE and --config.generate.question='...'")
     try:
         image = read_image(str(pathlib.Path(config.generate.image).expanduser().absolute()), image_roots=("/",))
-        yield from _answer(loaded, trained, config, image, clean_problem(config.generate.question))
+        problem = clean_problem(config.generate.question)
+        yield from _answer(loaded, trained, config, image, problem, open_engine)
     except BadImage as e:
         raise InputError(f"config.generate.image={config.generate.image!r}: {e}") from e
 
 
-def quick_look(loaded: Loaded, trained: Variables, config) -> Iterator[str]:
+def quick_look(loaded: Loaded, trained: Variables, config, open_engine: EngineFactory) -> Iterator[str]:
     """Yields a picture that agrees with what one expects and one that contradicts it, in words, and the answers."""
     for k, setting in enumerate(("prior", "conflict")):
         item = world.item(config.evaluate.seed, 0, setting=setting)
         usual = "as usual" if setting == "prior" else f"usually {item.prior_value}"
         yield "\n\n" * bool(k) + f"picture   {world.describe(item.scene.things)}\n"
         yield f"question  {item.question}\nright     {item.answer} ({usual})\nanswer    "
-        for piece in _answer(loaded, trained, config, item.pil_image, item.question):
+        for piece in _answer(loaded, trained, config, item.pil_image, item.question, open_engine):
             yield piece.replace("\n", " ")
 
 
-def _answer(loaded: Loaded, trained: Variables, config, image: Image.Image, problem: str) -> Iterator[str]:
+def _answer(
+    loaded: Loaded, trained: Variables, config, image: Image.Image, problem: str, open_engine: EngineFactory
+) -> Iterator[str]:
     """Yields the student's completion, prefill included; raises BadImage."""
     encoded = loaded.processor.encode_image(image)
     row = make_row(
         (encoded,), problem=problem, reference="", student=config.prompts.student, roles=(), processor=loaded.processor
     )
-    # One row cannot be split, so every data slot of the mesh gets a copy of it.
-    copies = loaded.mesh.shape["data"] * loaded.mesh.shape["fsdp"]
-    prompts = loaded.put_batch(pack_prompts([row] * copies, config=loaded.config, buckets=loaded.buckets))
-    sampler = Sampler(loaded.model, Sampling(**config.sampling), eos_ids=loaded.processor.eos_ids)
-    student = sampler.ready(loaded.student(trained))
-    state = sampler.start(student, prompts, row_keys(config.seed, 0, copies))
-    yield config.prompts.student.assistant_prefill
-    said = ""
-    while True:
-        state = sampler.advance(student, state, int(state.step) + _TOKENS_PER_PIECE)
-        ids = [i for i in completions(state).ids[0] if i not in loaded.processor.eos_ids]
-        text = loaded.processor.decode(ids)
-        is_over = bool(jnp.all(state.is_done)) or int(state.step) >= sampler.sampling.max_tokens
-        # A character may be split between pieces; hold it back until it is whole.
-        ready = text if is_over else text.rstrip("\ufffd")
-        yield ready[len(said) :]
-        said = ready
-        if is_over:
-            return
+    copies = loaded.whole_batch(1)  # one row cannot be split: every data slot of the mesh gets a copy of it
+    said = text = ""
+    with contextlib.closing(open_engine(loaded, Sampling(**config.sampling))) as engine:
+        engine.sync(trained)
+        prepared = engine.prepare([row] * copies)
+        yield config.prompts.student.assistant_prefill
+        for completions in engine.stream(prepared, row_keys(config.seed, 0, copies)):
+            text = loaded.processor.decode([i for i in completions.ids[0] if i not in loaded.processor.eos_ids])
+            # A character may be split between pieces; hold it back until it is whole.
+            ready = text.rstrip("\ufffd")
+            yield ready[len(said) :]
+            said = ready
+    yield text[len(said) :]

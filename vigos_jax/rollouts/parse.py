@@ -1,6 +1,7 @@
 """Rollouts between the sampler and the objective: sampled here or read from a file, parsed, and what they look like."""
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -44,12 +45,33 @@ class Reader:
     roles: tuple[TeacherRole, ...]
     buckets: Buckets
     config: ModelConfig
+    max_images: int
+    fields: tuple[str, ...]
 
     @classmethod
     def of(cls, loaded: Loaded, config) -> "Reader":
         """The reader of a run: its student's prompt, its roles, its declared sizes."""
         student = dict(config.prompts.student.items())
-        return cls(loaded.processor, student, loaded.roles, loaded.buckets, loaded.config)
+        images, fields = config.data.max_images, tuple(config.data.fields)
+        return cls(loaded.processor, student, loaded.roles, loaded.buckets, loaded.config, images, fields)
+
+    def example(
+        self, source: Any, index: int, *, image_roots: Sequence[str] = (), max_completion: int | None = None
+    ) -> Example:
+        """Row `index` of a source, encoded.
+
+        Args:
+          image_roots: folders that its images may lie in, beside the source's own.
+          max_completion: makes a row bad that does not fit the buckets with a completion of this length.
+        """
+        check = None if max_completion is None else functools.partial(self.too_long, max_completion=max_completion)
+        roots = (*getattr(source, "image_roots", ()), *image_roots)
+        return encode_row(source[index], index, **self.options(roots), too_long=check)
+
+    def options(self, image_roots: Sequence[str]) -> dict[str, Any]:
+        """What `encode_row` takes beside the row."""
+        kept = {"processor": self.processor, "max_images": self.max_images, "fields": self.fields}
+        return kept | {"image_roots": tuple(image_roots)}
 
     def row(
         self, example: Example, *, reference: str | None = None, images: tuple[EncodedImage, ...] | None = None
@@ -96,13 +118,10 @@ def parse(loaded: Loaded, rows: Sequence[Row], sampled: Completions) -> list[Rol
 
 def read_cases(source: JsonlSource, loaded: Loaded, config) -> Iterator[Case]:
     """The rows of a rollouts file: `{"id", "images", "problem", "answer"}` and `"completion"` or `"completion_ids"`."""
-    roots = (*source.image_roots, "/")  # the rollouts' own engine chose the paths
-    options = {"max_images": config.data.max_images, "image_roots": roots, "fields": tuple(config.data.fields)}
     reader = Reader.of(loaded, config)
     for i in range(len(source)):
-        raw = source[i]
-        example = encode_row(raw, i, processor=loaded.processor, **options)
-        completion = example.bad_reason or _completion(raw, example, reader, loaded)
+        example = reader.example(source, i, image_roots=("/",))  # the rollouts' own engine chose the paths
+        completion = example.bad_reason or _completion(source[i], example, reader, loaded)
         if isinstance(completion, str):
             yield Case(i, example, bad_reason=completion)
         else:

@@ -8,15 +8,15 @@ import dataclasses
 import functools
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from vigos_jax.data.loader import Example, make_batches
-from vigos_jax.method.packing import Rollout, Row, length_groups, pack_prompts, pack_scores
-from vigos_jax.models.inputs import PromptBatch, ScoreBatch
+from vigos_jax.method.packing import Rollout, Row, length_groups, pack_scores
+from vigos_jax.models.inputs import ScoreBatch
 from vigos_jax.rollouts.parse import Reader
 from vigos_jax.runtime.distributed import total
 from vigos_jax.runtime.sharding import batch_sharding, counts_rows
@@ -29,23 +29,29 @@ class Batch:
 
     Attributes:
       examples, rows: this process's, in the order of `Loaded.own_rows`.
-      prompts: all processes' student prompts, on the mesh.
+      prompts: what the engine samples from, from `Engine.prepare`.
       bad_rows: of all processes, how many are unusable, by reason.
       seconds: what reading and packing took here.
     """
 
     examples: list[Example]
     rows: list[Row]
-    prompts: PromptBatch
+    prompts: Any
     bad_rows: dict[str, int]
     seconds: float
 
 
 class Batches:
-    """A run's batches from number `first` on, read ahead, and their micro-batches. Every method is all processes'."""
+    """A run's batches from number `first` on, read ahead, and their micro-batches. Every method is all processes'.
 
-    def __init__(self, config, loaded: Loaded, source: Any, *, first: int):
-        self._loaded, self._accumulation = loaded, config.accumulation
+    A context manager: leaving it ends the processes that read.
+
+    Args:
+      prepare: an engine's.
+    """
+
+    def __init__(self, config, loaded: Loaded, source: Any, *, prepare: Callable[[Sequence[Row]], Any], first: int):
+        self._loaded, self._prepare, self._accumulation = loaded, prepare, config.accumulation
         self._reader = Reader.of(loaded, config)
         self._own = loaded.own_rows(config.batch_size)
         self._counts = counts_rows(loaded.mesh)
@@ -71,8 +77,7 @@ class Batches:
         examples = next(self._examples)
         bad_rows = self.total(Counter(e.bad_reason for e in examples if e.bad_reason is not None))
         rows = [self._reader.row(e) for e in examples]
-        packed = pack_prompts(rows, config=self._loaded.config, buckets=self._loaded.buckets)
-        return Batch(examples, rows, self._loaded.put_batch(packed), bad_rows, time.monotonic() - start)
+        return Batch(examples, rows, self._prepare(rows), bad_rows, time.monotonic() - start)
 
     def total(self, counts: dict[str, int]) -> dict[str, int]:
         """Sums what the processes counted over their rows; rows that several hold count once."""
@@ -105,7 +110,9 @@ class Batches:
             out.append(batch)
         return out
 
-    def close(self) -> None:
-        """Ends the processes that read."""
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         if hasattr(self._examples, "close"):
             self._examples.close()

@@ -1,8 +1,7 @@
 """The training loop, top to bottom: batch, rollout, parse, pack, step, log, save."""
 
-import functools
+import contextlib
 import pathlib
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,13 +12,13 @@ from vigos_jax.data.loader import BadRows, data_state, resume_batch
 from vigos_jax.errors import InputError, Stopped
 from vigos_jax.evaluation import demo_scores
 from vigos_jax.export.export import check_options, export
-from vigos_jax.export.model_card import Run
-from vigos_jax.method.roles import TeacherRole
+from vigos_jax.export.model_card import RunFacts
+from vigos_jax.method.packing import Rollout
 from vigos_jax.models.variables import shares_vision
-from vigos_jax.models.vlm import VisionLanguageModel
 from vigos_jax.report.run_page import write_run_page
+from vigos_jax.rollouts.engine import EngineFactory, NativeEngine
 from vigos_jax.rollouts.parse import parse, records, rollout_counts, rollout_metrics
-from vigos_jax.rollouts.sampler import Sampler, row_keys
+from vigos_jax.rollouts.sampler import row_keys
 from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.runtime.distributed import exchange, first_decides, is_first
 from vigos_jax.runtime.files import write_json
@@ -27,13 +26,13 @@ from vigos_jax.runtime.progress import say
 from vigos_jax.runtime.sharding import check_batch, replicated, tree_shardings
 from vigos_jax.runtime.signals import Interrupt
 from vigos_jax.session import Loaded, load, open_source
-from vigos_jax.training.batches import Batches
+from vigos_jax.training.batches import Batch, Batches
 from vigos_jax.training.checkpoints import Checkpoints
 from vigos_jax.training.guards import Health, write_sick
 from vigos_jax.training.periodic_eval import StepEvaluations
 from vigos_jax.training.run_log import RunLog
 from vigos_jax.training.snapshots import Snapshots
-from vigos_jax.training.step import TrainState, TrainStep, make_optimizer, make_train_step
+from vigos_jax.training.step import TrainState, make_optimizer, train_step_of
 from vigos_jax.training.trackers import check_installed
 
 
@@ -79,18 +78,22 @@ def _initial_state(config, loaded: Loaded, tx: Any) -> TrainState:
     )
 
 
-def train(config, workdir: pathlib.Path) -> None:
+def train(config, workdir: pathlib.Path, *, open_engine: EngineFactory = NativeEngine) -> None:
     """Runs `config.steps` optimizer steps in `workdir`, going on from its newest checkpoint if there is one.
 
     Writes config.json, metrics.jsonl, report.jsonl and report.html, checkpoints/, with `config.eval_every` eval.jsonl
     and eval/, at the end export/ and, on the demo, results.json. With several processes all call it, on the same
     workdir: the first writes, all write the checkpoints.
 
+    Args:
+      open_engine: makes what samples, for rollouts and evaluations alike.
+
     Raises:
       Stopped: a signal came, and everything that was done is saved.
       InputError: bad config or data, or a run that is not well (`config.guards`), which is saved too.
     """
-    with Interrupt() as interrupt:
+    with contextlib.ExitStack() as stack:
+        interrupt = stack.enter_context(Interrupt())
         with interrupt.at_once():
             first_decides(lambda: _check_workdir(config, workdir))
             first_decides(lambda: check_installed(config))
@@ -100,166 +103,178 @@ def train(config, workdir: pathlib.Path) -> None:
             output = pathlib.Path(config.export.output).expanduser() if config.export.output else workdir / "export"
             if config.export.after_training:
                 first_decides(lambda: _check_export(config, workdir, output, has_adapter="lora" in loaded.trained))
-            evaluations = StepEvaluations(config, loaded, workdir)
+            evaluations = StepEvaluations(config, loaded, workdir, open_engine=open_engine)
+            stack.callback(evaluations.close)
             first_decides(lambda: _open_workdir(config, workdir))
             if not (workdir / "config.json").exists():
                 raise InputError(f"--workdir {workdir} is not the first process's; choose a folder all hosts share")
 
-        trained = _steps(config, workdir, loaded, source, evaluations, interrupt)
+        with Run(config, workdir, loaded, source, evaluations=evaluations, open_engine=open_engine) as run:
+            run.resume(interrupt)
+            while run.number < config.steps and run.ending is None:
+                run.step()
+                run.keep(interrupt)
+        if run.ending is not None:  # only now: the last checkpoint is whole
+            raise run.ending
+        trained = run.state.trained
         with interrupt.at_once():
             has_results = config.data.source == "demo" and config.evaluate.questions > 0
             if has_results and first_decides(lambda: not (workdir / "results.json").exists()):
-                _evaluate(config, workdir, loaded, trained)
+                _evaluate(config, workdir, loaded, trained, open_engine)
             if config.export.after_training and first_decides(lambda: not output.exists()):
-                export(loaded, trained, config, output, run=Run.of(workdir, config.steps))
+                export(loaded, trained, config, output, run=RunFacts.of(workdir, config.steps))
     if is_first():
         write_run_page(workdir)
         _show(workdir, output)
 
 
-def _steps(
-    config, workdir: pathlib.Path, loaded: Loaded, source: Any, evaluations: StepEvaluations, interrupt: Interrupt
-) -> Any:
-    """All steps that are not in the newest checkpoint; returns the trained weights."""
-    options = {k: v for k, v in config.optimizer.items()}
-    tx, learning_rate = make_optimizer(steps=config.steps, **options)
-    place = functools.partial(
-        data_state,
-        source,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
-        window=config.data.window,
-    )
-    with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
-        state, bad_rows, health = _initial_state(config, loaded, tx), BadRows(), Health(config.guards)
-        first = 0
-        if found := checkpoints.restore_newest(state):
-            first, state, saved = found
-            resume_batch(saved, place(next_batch=first))
-            bad_rows.update(saved["rows_seen"], saved["bad_rows"])
-            health = Health(config.guards, saved["health"])
-            say(f"going on from step {first} of {config.steps} in {workdir}")
-        sampler = Sampler(
-            loaded.model,
-            Sampling(**config.sampling),
-            eos_ids=loaded.processor.eos_ids,
-            cache_sizes=loaded.buckets.completion,
-        )
-        snapshots = Snapshots(config, loaded, source, sampler, workdir)
-        with interrupt.at_once():
-            evaluations.at(first, state.trained)  # the step may have been saved, but not evaluated
-            snapshots.at(first, state)
-        if first == config.steps:
-            return state.trained
+class Run:
+    """A run of `config.steps` optimizer steps. A context manager: leaving it, on whatever way, closes all it holds.
 
-        train_step = train_step_of(config, loaded.model, loaded.roles, tx, state)
-        one_tower = shares_vision(state.trained)
-        dropout_key = jax.random.fold_in(jax.random.key(config.seed), 2)
-        batches = Batches(config, loaded, source, first=first)
-        log = RunLog(config, workdir, first=first)
-        shown = ("loss", *(f"{r.name}/loss" for r in loaded.roles), "valid_rate", "accuracy")
-        sick, upcoming = workdir / "sick", batches.next()
-        for step in range(first, config.steps):
-            batch = upcoming
-            bad_rows.update(config.batch_size, batch.bad_rows)
-            bad_rows.check(config.data.max_bad_fraction)
-            log.begin("rollout", batch.prompts)
-
-            keys = row_keys(config.seed, step, config.batch_size)
-            student = sampler.ready(loaded.student(state.trained))
-            images = sampler.encode(student, batch.prompts.vision)
-            sampled = sampler(student, batch.prompts, keys, images)
-            log.begin("pack")
-
-            rollouts = parse(loaded, batch.rows, sampled)
-            # Where student, teachers and rollouts see with the same eyes, the tower need not run again.
-            micro_batches = batches.micro_batches(batch.rows, rollouts, images if one_tower else None)
-            log.begin("update", micro_batches)
-
-            state, values = train_step(state, loaded.base, micro_batches, jax.random.fold_in(dropout_key, step))
-            # The devices are at work: time to grade what was sampled, and to read and pack what comes next.
-            counts = batches.total(rollout_counts(loaded, batch.examples, rollouts))
-            upcoming = batches.next() if step + 1 < config.steps else None
-            values = {k: float(v) for k, v in jax.device_get(values).items()}
-
-            row = {"step": step + 1, "learning_rate": float(learning_rate(step - health.skipped))} | values
-            row |= rollout_metrics(counts) | {"bad_rows": bad_rows.bad}
-            health.update(row)
-            row |= {"skipped_steps": health.skipped, "alerts": len(health.alerts)}
-            row |= {"seconds/data": batch.seconds}  # during the last step's update, but for the first
-            log.write(row, tokens=counts.get("tokens", 0), shown=shown)
-            if row["skipped"]:
-                write_sick(sick, row, records(loaded, batch.examples, rollouts))
-            for text in health.news:
-                say(f"warning: {text}")
-            # Every process hears here of a signal that any of them got, and of one that has failed.
-            signals = sorted(filter(None, exchange(interrupt.asked)))
-            unwell = health.reason_to_stop(sick)
-            is_last = bool(signals or unwell) or step + 1 == config.steps
-            if is_last or (step + 1) % config.checkpoint_every == 0 or evaluations.due(step + 1):
-                seen = {"rows_seen": bad_rows.rows, "bad_rows": dict(bad_rows.reasons), "health": health.state()}
-                log.sync()
-                checkpoints.save(state, place(next_batch=step + 1) | seen)
-            if signals or unwell:
-                break
-            snapshots.at(step + 1, state)  # about as long as a step, so that a signal can wait for it
-            if evaluations.due(step + 1):
-                with interrupt.at_once():
-                    evaluations.at(step + 1, state.trained)
-        log.close()
-        batches.close()
-    if bad_rows.bad:
-        say(bad_rows.summary())
-    if unwell:
-        raise InputError(f"{unwell}; saved at step {step + 1} of {config.steps}")
-    if signals:
-        raise Stopped(f"{signals[0]}: stopped, saved at step {step + 1} of {config.steps}; the same command goes on")
-    return state.trained
-
-
-def train_step_of(
-    config, model: VisionLanguageModel, roles: tuple[TeacherRole, ...], tx: Any, state: TrainState
-) -> TrainStep:
-    """The step that a config asks for. state: of arrays, or of shapes with the shardings that they will have."""
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    return make_train_step(
-        model,
-        tx,
-        roles=roles,
-        chunk=config.loss.chunk,
-        use_dropout="lora" in state.trained and model.lora.dropout > 0,
-        temperature=config.loss.temperature,
-        reduction=config.loss.reduction,
-        teacher_weights=config.teacher.weights,
-        ema_rate=config.teacher.ema_rate,
-        shardings=(shardings, replicated(model.mesh)),
-    )
-
-
-def declared_programs(buckets: Mapping[str, Sequence[int]], *, max_tokens: int) -> dict[str, int]:
-    """The most programs a run can compile, by kind: one for each combination of declared sizes that it can meet.
-
-    "other" are the update, adding up and grouping micro-batches, and what jax compiles for keys, copies and casts.
-    Scoring a snapshot takes programs of its own, between the steps: at most as many as "gradient" for one micro-batch.
+    Attributes:
+      number: optimizer steps taken so far.
+      state: after those steps.
+      ending: why no further step may be taken, None while there may: Stopped for a signal, InputError for a run that
+        is not well. Both are saved.
     """
-    capacities = len([n for n in buckets["completion"] if n < max_tokens]) + 1
-    images, prompts, sequences = len(buckets["patches"]), len(buckets["prompt"]), len(buckets["sequence"])
-    entries = len(buckets["completion"])
-    return {
-        "encode": images,
-        "prefill": images * prompts,
-        "decode": prompts * capacities,
-        "grow": prompts * (capacities - 1),
-        "gradient": images * sequences**2 * entries,
-        "shares": entries,
-        "other": 40,
-    }
+
+    def __init__(
+        self,
+        config,
+        workdir: pathlib.Path,
+        loaded: Loaded,
+        source: Any,
+        *,
+        evaluations: StepEvaluations,
+        open_engine: EngineFactory,
+    ):
+        self._config, self._workdir, self._loaded, self._source = config, workdir, loaded, source
+        self._evaluations, self._open_engine = evaluations, open_engine
+        self._closes = contextlib.ExitStack()
+        self._tx, self._learning_rate = make_optimizer(steps=config.steps, **dict(config.optimizer.items()))
+        self._dropout_key = jax.random.fold_in(jax.random.key(config.seed), 2)
+        self._one_tower = shares_vision(loaded.trained)
+        self._sick = workdir / "sick"
+        self._shown = ("loss", *(f"{r.name}/loss" for r in loaded.roles), "valid_rate", "accuracy")
+        self.number = 0
+        self.ending: Stopped | InputError | None = None
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *error: object) -> bool | None:
+        return self._closes.__exit__(*error)
+
+    def resume(self, interrupt: Interrupt) -> None:
+        """Goes to the newest checkpoint, or to the start, and makes everything ready for the steps that are left."""
+        config, loaded = self._config, self._loaded
+        self._checkpoints = self._closes.enter_context(Checkpoints(self._workdir, keep=config.keep_checkpoints))
+        self.state = _initial_state(config, loaded, self._tx)
+        self._bad_rows, self._health = BadRows(), Health(config.guards)
+        if found := self._checkpoints.restore_newest(self.state):
+            self.number, self.state, saved = found
+            resume_batch(saved, self._place_in_data())
+            self._bad_rows.update(saved["rows_seen"], saved["bad_rows"])
+            self._health = Health(config.guards, saved["health"])
+            say(f"going on from step {self.number} of {config.steps} in {self._workdir}")
+        self._engine = self._open_engine(loaded, Sampling(**config.sampling))
+        self._closes.callback(self._engine.close)
+        self._snapshots = Snapshots(config, loaded, self._source, self._engine, self._workdir)
+        with interrupt.at_once():
+            self._evaluations.at(self.number, self.state.trained)  # the step may have been saved, but not evaluated
+            self._snapshots.at(self.number, self.state)
+        if self.number == config.steps:
+            return
+        self._train_step = train_step_of(config, loaded.model, loaded.roles, self._tx, self.state)
+        batches = Batches(config, loaded, self._source, prepare=self._engine.prepare, first=self.number)
+        self._batches = self._closes.enter_context(batches)
+        self._log = self._closes.enter_context(RunLog(config, self._workdir, first=self.number))
+        self._upcoming = self._batches.next()
+
+    def step(self) -> None:
+        """One optimizer step: rollout, parse, pack, update; its row of metrics.jsonl."""
+        config, loaded, batch = self._config, self._loaded, self._upcoming
+        self._bad_rows.update(config.batch_size, batch.bad_rows)
+        self._bad_rows.check(config.data.max_bad_fraction)
+        self._log.begin("rollout", batch.prompts)
+
+        self._engine.sync(self.state.trained, step=self.number)
+        sampled = self._engine.sample(batch.prompts, row_keys(config.seed, self.number, config.batch_size))
+        self._log.begin("pack")
+
+        rollouts = parse(loaded, batch.rows, sampled.completions)
+        # Where student, teachers and rollouts share the vision tower, it need not run again.
+        images = sampled.images if self._one_tower else None
+        micro_batches = self._batches.micro_batches(batch.rows, rollouts, images)
+        self._log.begin("update", micro_batches)
+
+        key = jax.random.fold_in(self._dropout_key, self.number)
+        self.state, values = self._train_step(self.state, loaded.base, micro_batches, key)
+        # The devices are at work: time to grade what was sampled, and to read and pack what comes next.
+        counts = self._batches.total(rollout_counts(loaded, batch.examples, rollouts))
+        self.number += 1
+        self._upcoming = self._batches.next() if self.number < config.steps else None
+        self._record(batch, rollouts, counts, {k: float(v) for k, v in jax.device_get(values).items()})
+
+    def _record(
+        self, batch: Batch, rollouts: list[Rollout | None], counts: dict[str, int], values: dict[str, float]
+    ) -> None:
+        """Writes the row of the step just taken, and what went wrong in it."""
+        learning_rate = float(self._learning_rate(self.number - 1 - self._health.skipped))
+        row = {"step": self.number, "learning_rate": learning_rate} | values
+        row |= rollout_metrics(counts) | {"bad_rows": self._bad_rows.bad}
+        self._health.update(row)
+        row |= {"skipped_steps": self._health.skipped, "alerts": len(self._health.alerts)}
+        row |= {"seconds/data": batch.seconds}  # during the last step's update, but for the first
+        self._log.write(row, tokens=counts.get("tokens", 0), shown=self._shown)
+        if row["skipped"]:
+            write_sick(self._sick, row, records(self._loaded, batch.examples, rollouts))
+        for text in self._health.news:
+            say(f"warning: {text}")
+
+    def keep(self, interrupt: Interrupt) -> None:
+        """After a step: a checkpoint, an evaluation, a snapshot, where their turn has come; whether to go on."""
+        config, number = self._config, self.number
+        # Every process hears here of a signal that any of them got, and of one that has failed.
+        signals = sorted(filter(None, exchange(interrupt.asked)))
+        unwell = self._health.reason_to_stop(self._sick)
+        is_last = bool(signals or unwell) or number == config.steps
+        if is_last or number % config.checkpoint_every == 0 or self._evaluations.due(number):
+            seen = {"rows_seen": self._bad_rows.rows, "bad_rows": dict(self._bad_rows.reasons)}
+            self._log.sync()
+            self._checkpoints.save(self.state, self._place_in_data() | seen | {"health": self._health.state()})
+        if is_last and self._bad_rows.bad:
+            say(self._bad_rows.summary())
+        saved = f"saved at step {number} of {config.steps}"
+        if unwell:
+            self.ending = InputError(f"{unwell}; {saved}")
+        elif signals:
+            self.ending = Stopped(f"{signals[0]}: stopped, {saved}; the same command goes on")
+        if self.ending is not None:
+            return
+        self._snapshots.at(number, self.state)  # about as long as a step, so that a signal can wait for it
+        if self._evaluations.due(number):
+            with interrupt.at_once():
+                self._evaluations.at(number, self.state.trained)
+
+    def _place_in_data(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the data: the next batch, and what makes it the same one."""
+        config = self._config
+        return data_state(
+            self._source,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+            next_batch=self.number,
+            window=config.data.window,
+        )
 
 
-def _evaluate(config, workdir: pathlib.Path, loaded: Loaded, trained: Any) -> None:
-    students = {"base": loaded.student({}), "trained": loaded.student(trained)}
-    results, answers = demo_scores.evaluate_demo(loaded, students, config, sampling=Sampling(**config.sampling))
+def _evaluate(config, workdir: pathlib.Path, loaded: Loaded, trained: Any, open_engine: EngineFactory) -> None:
+    students, sampling = {"base": {}, "trained": trained}, Sampling(**config.sampling)
+    results, answers = demo_scores.evaluate_demo(
+        loaded, students, config, sampling=sampling, open_engine=open_engine
+    )
     if not is_first():
         return
     write_json(workdir / "results.json", results)

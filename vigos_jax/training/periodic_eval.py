@@ -6,6 +6,7 @@ import time
 
 from vigos_jax.evaluation.benchmark import Evaluation, output_of
 from vigos_jax.models.variables import Variables
+from vigos_jax.rollouts.engine import EngineFactory
 from vigos_jax.runtime.distributed import first_decides, is_first
 from vigos_jax.runtime.progress import say
 from vigos_jax.session import Loaded
@@ -22,10 +23,10 @@ class StepEvaluations:
       InputError: as `Evaluation`, before the first step.
     """
 
-    def __init__(self, config, loaded: Loaded, workdir: pathlib.Path):
+    def __init__(self, config, loaded: Loaded, workdir: pathlib.Path, *, open_engine: EngineFactory):
         self._every = config.eval_every
         if self._every:
-            self._evaluation = Evaluation(loaded, config)
+            self._evaluation = Evaluation(loaded, config, open_engine=open_engine)
             self._file, self._output = workdir / "eval.jsonl", output_of(config, workdir)
 
     def due(self, step: int) -> bool:
@@ -53,6 +54,11 @@ class StepEvaluations:
         file.write(row)
         file.close()
         say(f"step {step}: " + ", ".join(f"{r.task.title} {r.numbers['avg']:.2f}" for r in results))
+
+    def close(self) -> None:
+        """Closes the evaluation's engine."""
+        if self._every:
+            self._evaluation.close()
 
     def _has(self, step: int, model: str) -> bool:
         if not self._file.exists():

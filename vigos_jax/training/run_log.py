@@ -101,7 +101,7 @@ class RunLog:
         if not self._phases:
             self._programs = self._compiled.programs
         self._phases.append((phase, time.monotonic()))
-        shapes = (phase, *(x.shape for x in jax.tree.leaves(arrays)))
+        shapes = (phase, *(x.shape for x in jax.tree.leaves(arrays) if hasattr(x, "shape")))
         if arrays is not None and shapes not in self._met:
             self._met.add(shapes)
             self._progress.note(f"compiling the {phase} (shapes not met before)")
@@ -130,7 +130,10 @@ class RunLog:
         if self._file:
             self._file.sync()
 
-    def close(self) -> None:
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._progress.close()
         self._compiled.close()
         for logger in (self._file, *self._loggers) if self._file else ():

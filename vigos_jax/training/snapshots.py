@@ -9,19 +9,21 @@ import numpy as np
 
 from vigos_jax.analysis.score_rollouts import token_lists
 from vigos_jax.data.images import BadImage
-from vigos_jax.data.loader import Example, encode_row
+from vigos_jax.data.loader import Example
 from vigos_jax.demo import world
 from vigos_jax.grading.answer_text import is_correct, last_boxed, mentions
 from vigos_jax.method.losses import EntryScores
-from vigos_jax.method.packing import Rollout, Row, pack_prompts, pack_scores
+from vigos_jax.method.packing import Rollout, Row, pack_scores
 from vigos_jax.method.scoring import score_batch
 from vigos_jax.models.inputs import Entries
 from vigos_jax.models.variables import Variables, teacher_overlay
 from vigos_jax.report.page import picture_uri
 from vigos_jax.report.run_page import write_run_page
+from vigos_jax.rollouts.engine import Engine
 from vigos_jax.rollouts.parse import Reader, first_picture, parse, pieces
-from vigos_jax.rollouts.sampler import Completions, Sampler, row_keys
-from vigos_jax.runtime.distributed import exchange, first_decides, is_first
+from vigos_jax.rollouts.sample_rows import sample_rows
+from vigos_jax.rollouts.sampler import row_keys
+from vigos_jax.runtime.distributed import first_decides, is_first
 from vigos_jax.runtime.files import finite_or_none
 from vigos_jax.runtime.journal import Journal
 from vigos_jax.runtime.sharding import replicated
@@ -41,12 +43,12 @@ class Snapshots:
     method is all processes'.
 
     Args:
-      sampler: the run's: the rows take the first places of an otherwise empty training batch, so that nothing new is
+      engine: the run's: the rows take the first places of an otherwise empty training batch, so that nothing new is
         compiled for sampling.
     """
 
-    def __init__(self, config, loaded: Loaded, source: Any, sampler: Sampler, workdir: pathlib.Path):
-        self._config, self._loaded, self._sampler, self._workdir = config, loaded, sampler, workdir
+    def __init__(self, config, loaded: Loaded, source: Any, engine: Engine, workdir: pathlib.Path):
+        self._config, self._loaded, self._engine, self._workdir = config, loaded, engine, workdir
         self._source, self._file = _probe_source(config, source), workdir / "report.jsonl"
         self._count = min(config.report.rows, config.batch_size, len(self._source))
         self._rows: list[tuple[Example, Row]] = []
@@ -63,7 +65,7 @@ class Snapshots:
         if step % self._config.report.every and step != self._config.steps:
             return
         if self._count and not first_decides(lambda: self._has(step)):
-            rollouts = self._answer(state.trained)
+            rollouts = self._answer(state.trained, step)
             scored = self._score(rollouts, state)
             if is_first():
                 self._write(step, rollouts, scored)
@@ -77,32 +79,18 @@ class Snapshots:
     def _probes(self) -> list[tuple[Example, Row]]:
         """The rows, read when they are first needed; a bad one has no prompt, and is never sampled or scored."""
         if not self._rows:
-            config, reader = self._config, Reader.of(self._loaded, self._config)
+            reader = Reader.of(self._loaded, self._config)
             for i in range(self._count):
-                example = encode_row(
-                    self._source[i],
-                    i,
-                    processor=self._loaded.processor,
-                    max_images=config.data.max_images,
-                    image_roots=tuple(getattr(self._source, "image_roots", ())),
-                    fields=tuple(config.data.fields),
-                    too_long=lambda e: reader.too_long(e, max_completion=config.sampling.max_tokens),
-                )
+                example = reader.example(self._source, i, max_completion=self._config.sampling.max_tokens)
                 self._rows.append((example, reader.row(example)))
         return self._rows
 
-    def _answer(self, trained: Variables) -> list[Rollout | None]:
+    def _answer(self, trained: Variables, step: int) -> list[Rollout | None]:
         """Every row's rollout, in every process."""
-        loaded, size = self._loaded, self._config.batch_size
-        rows = [row for _, row in self._probes()] + [Row()] * (size - self._count)
-        own = loaded.own_rows(size)
-        packed = pack_prompts([rows[i] for i in own], config=loaded.config, buckets=loaded.buckets)
-        keys = row_keys(self._config.evaluate.seed, _KEYS, size)
-        sampled = self._sampler(loaded.student(trained), loaded.put_batch(packed), keys)
-        parts = exchange(list(zip(own, sampled.ids, sampled.logps, strict=True)))
-        by_row = {i: (tuple(ids), tuple(logps)) for part in parts for i, ids, logps in part}
-        ids, logps = zip(*(by_row[i] for i in range(self._count)), strict=True)
-        return parse(loaded, rows[: self._count], Completions(ids, logps))
+        rows = [row for _, row in self._probes()]
+        keys = row_keys(self._config.evaluate.seed, _KEYS, self._config.batch_size)
+        self._engine.sync(trained, step=step)
+        return parse(self._loaded, rows, sample_rows(self._engine, self._loaded, rows, keys))
 
     def _score(self, rollouts: Sequence[Rollout | None], state: TrainState) -> list[dict[str, Any]]:
         """Per row, lists over the tokens as in scores.jsonl."""

@@ -16,6 +16,7 @@ from vigos_jax.method.scoring import loss_of_batch
 from vigos_jax.models.inputs import ScoreBatch
 from vigos_jax.models.variables import teacher_overlay
 from vigos_jax.models.vlm import VisionLanguageModel
+from vigos_jax.runtime.sharding import replicated
 
 Array = jax.Array
 
@@ -199,6 +200,25 @@ def make_train_step(
         gradient=jax.jit(gradient),
         add=jax.jit(add, donate_argnums=0),
         update=jax.jit(update, donate_argnums=0, **out),
+    )
+
+
+def train_step_of(
+    config, model: VisionLanguageModel, roles: tuple[TeacherRole, ...], tx: Any, state: TrainState
+) -> TrainStep:
+    """The step that a config asks for. state: of arrays, or of shapes with the shardings that they will have."""
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return make_train_step(
+        model,
+        tx,
+        roles=roles,
+        chunk=config.loss.chunk,
+        use_dropout="lora" in state.trained and model.lora.dropout > 0,
+        temperature=config.loss.temperature,
+        reduction=config.loss.reduction,
+        teacher_weights=config.teacher.weights,
+        ema_rate=config.teacher.ema_rate,
+        shardings=(shardings, replicated(model.mesh)),
     )
 
 

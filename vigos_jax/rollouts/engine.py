@@ -1,0 +1,108 @@
+"""Where rollouts come from: an engine answers rows with the student that it was last given.
+
+Training, snapshots, evaluation, diagnosis and `--mode generate` know this protocol and nothing else. `NativeEngine` is
+the sampler of this package, on the mesh of the run.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from vigos_jax.method.packing import Row, pack_prompts
+from vigos_jax.models.variables import Variables
+from vigos_jax.rollouts.sampler import Completions, Sampler, completions
+from vigos_jax.rollouts.sampling import Sampling
+from vigos_jax.session import Loaded
+
+Array = jax.Array
+_TOKENS_PER_PIECE = 8  # of a stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """What an engine gives for a batch.
+
+    Attributes:
+      completions: of this process's rows.
+      images: [B, M, D], all rows' visual tokens by the student's tower, if the engine has them at hand: whoever shares
+        the tower need not compute them again. None where it has not.
+    """
+
+    completions: Completions
+    images: Array | None = None
+
+
+class Engine(Protocol):
+    """Samples completions. With several processes every method is all processes', in the same order."""
+
+    def prepare(self, rows: Sequence[Row]) -> Any:
+        """What `sample` takes for a batch: all that can be done before its student is there.
+
+        Args:
+          rows: this process's rows of a global batch, in the order of `Loaded.own_rows`; a bad row is never sampled.
+        """
+        ...
+
+    def sync(self, trained: Variables, *, step: int = 0) -> None:
+        """Makes the student with these trained weights the one that answers; `{}` is the base.
+
+        Args:
+          step: optimizer steps that the weights have taken.
+        """
+        ...
+
+    def sample(self, prepared: Any, keys: Array) -> Sampled:
+        """One completion per row.
+
+        Args:
+          keys: a random key for each row of the global batch, [B]: a row's completion depends on nothing else but
+            its prompt and the student.
+        """
+        ...
+
+    def stream(self, prepared: Any, keys: Array) -> Iterator[Completions]:
+        """The completions of `sample` as they grow; the last ones are whole."""
+        ...
+
+    def close(self) -> None:
+        """Gives back what the engine holds."""
+        ...
+
+
+EngineFactory = Callable[[Loaded, Sampling], Engine]
+
+
+class NativeEngine:
+    """The package's own sampler behind the protocol: the same mesh, the same weights, nothing copied."""
+
+    def __init__(self, loaded: Loaded, sampling: Sampling):
+        self._loaded = loaded
+        self._sampler = Sampler(
+            loaded.model, sampling, eos_ids=loaded.processor.eos_ids, cache_sizes=loaded.buckets.completion
+        )
+        self._student = None
+
+    def prepare(self, rows: Sequence[Row]) -> Any:
+        packed = pack_prompts(rows, config=self._loaded.config, buckets=self._loaded.buckets)
+        return self._loaded.put_batch(packed)
+
+    def sync(self, trained: Variables, *, step: int = 0) -> None:
+        self._student = self._sampler.ready(self._loaded.student(trained))
+
+    def sample(self, prepared: Any, keys: Array) -> Sampled:
+        images = self._sampler.encode(self._student, prepared.vision)
+        return Sampled(self._sampler(self._student, prepared, keys, images), images)
+
+    def stream(self, prepared: Any, keys: Array) -> Iterator[Completions]:
+        state = self._sampler.start(self._student, prepared, keys)
+        is_over = False
+        while not is_over:
+            state = self._sampler.advance(self._student, state, int(state.step) + _TOKENS_PER_PIECE)
+            is_over = bool(jnp.all(state.is_done)) or int(state.step) >= self._sampler.sampling.max_tokens
+            yield completions(state, self._loaded.mesh)
+
+    def close(self) -> None:
+        self._student = None
