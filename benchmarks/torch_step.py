@@ -17,7 +17,7 @@ from benchmarks.harness import Result, race
 from benchmarks.teachers import make_batches
 from vigos_jax.method.losses import entry_shares, entry_weights
 from vigos_jax.method.scoring import loss_of_batch
-from vigos_jax.models.tensor_names import adapter_table, tensor_table
+from vigos_jax.models.families import adapter_table, tensor_table
 from vigos_jax.weights import huggingface
 
 ROWS = 2

@@ -138,7 +138,7 @@ if MODEL == "tiny":
     from configs import base
     from vigos_jax.miniature.assets import write_assets
     from vigos_jax.models.config import ModelConfig
-    from vigos_jax.models.tensor_names import tensor_table
+    from vigos_jax.models.families import tensor_table
     from vigos_jax.models.vlm import VisionLanguageModel, init_variables
     from vigos_jax.weights.huggingface import file_tensors, save_sharded
 

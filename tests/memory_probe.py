@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from configs import base
 from vigos_jax.models.config import ModelConfig
-from vigos_jax.models.tensor_names import tensor_table
+from vigos_jax.models.families import tensor_table
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.runtime.sharding import make_mesh, tree_shardings
 from vigos_jax.weights import huggingface

@@ -19,7 +19,7 @@ from vigos_jax import main
 from vigos_jax.data.processor import Processor
 from vigos_jax.errors import InputError
 from vigos_jax.export import export as export_module
-from vigos_jax.models.config import FAMILIES, ModelConfig
+from vigos_jax.models.config import PARSERS, ModelConfig
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.weights import huggingface
 from vigos_jax.weights.safetensors_file import DTYPES, read_header
@@ -248,7 +248,7 @@ def fields_of(tree, path=()):
             yield from fields_of(value, (*path, key))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PARSERS)
 def test_a_model_config_of_nonsense(tmp_path, family):
     """Every field of config.json, replaced by each of NONSENSE: refused in one line, or a model of sane sizes."""
     raw = json.loads((make_processor_folder(tmp_path, family=family) / "config.json").read_text())

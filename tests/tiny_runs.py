@@ -25,8 +25,9 @@ from PIL import Image
 from vigos_jax import main
 from vigos_jax.data.processor import Processor
 from vigos_jax.models.config import ModelConfig
+from vigos_jax.models.families import adapter_table, tensor_table
 from vigos_jax.models.layers import LoraSpec
-from vigos_jax.models.tensor_names import LANGUAGE_PROJECTIONS, adapter_table, tensor_table
+from vigos_jax.models.tensor_names import LANGUAGE_PROJECTIONS
 from vigos_jax.models.vlm import VisionLanguageModel
 from vigos_jax.session import Loaded
 from vigos_jax.training import loop

@@ -19,8 +19,9 @@ from vigos_jax.method.packing import Buckets
 from vigos_jax.method.roles import TeacherRole, role_table
 from vigos_jax.models.attention import choose
 from vigos_jax.models.config import ModelConfig
+from vigos_jax.models.families import FAMILIES
 from vigos_jax.models.layers import LoraSpec
-from vigos_jax.models.tensor_names import LANGUAGE_PROJECTIONS, VISION_PROJECTIONS
+from vigos_jax.models.tensor_names import LANGUAGE_PROJECTIONS
 from vigos_jax.models.variables import Variables, cast_floats, student_variables
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables, init_variables
 from vigos_jax.runtime import distributed, hub
@@ -119,7 +120,7 @@ def lora_spec(config, model: ModelConfig) -> LoraSpec | None:
         return huggingface.adapter_spec(folder, dropout=config.lora.dropout)
     if not config.lora.rank:
         return None
-    vision = VISION_PROJECTIONS[model.family] if config.lora.scope == "official" else ()
+    vision = FAMILIES[model.family].vision_adapters if config.lora.scope == "official" else ()
     return LoraSpec(
         rank=config.lora.rank,
         scale=config.lora.alpha / config.lora.rank,

@@ -14,7 +14,7 @@ from vigos_jax.data.sources import JsonlSource, load_source
 from vigos_jax.method.packing import Buckets, pack_prompts, pack_scores
 from vigos_jax.method.roles import TeacherRole
 from vigos_jax.method.spans import find_spans
-from vigos_jax.models.config import FAMILIES, ModelConfig
+from vigos_jax.models.config import PARSERS, ModelConfig
 from vigos_jax.rollouts.parse import Reader, read_cases
 
 PICTURE = picture_bytes(size=(60, 70))  # large enough for both families
@@ -47,7 +47,7 @@ BUCKETS = Buckets(patches=(64,), prompt=(2048,), completion=(1024,), sequence=(8
 VALID = " a red square </description> <think> it is red </think> \\boxed{red}"
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=PARSERS)
 def loaded(request, tmp_path_factory):
     """What of a `Loaded` is read here: no weights."""
     folder = make_processor_folder(tmp_path_factory.mktemp("model"), family=request.param)

@@ -25,7 +25,7 @@ from vigos_jax.method.roles import role_table
 from vigos_jax.method.scoring import score_batch
 from vigos_jax.method.spans import Spans, find_spans
 from vigos_jax.models.config import ModelConfig
-from vigos_jax.models.tensor_names import adapter_table
+from vigos_jax.models.families import adapter_table
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.training.step import TrainState, make_train_step
 from vigos_jax.weights import huggingface

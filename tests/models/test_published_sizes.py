@@ -18,8 +18,9 @@ from transformers import (
 from vigos_jax.config import validate
 from vigos_jax.evaluation.tasks import TASKS
 from vigos_jax.models.config import ModelConfig
+from vigos_jax.models.families import adapter_table, tensor_table
 from vigos_jax.models.published_configs import published_config
-from vigos_jax.models.tensor_names import adapter_table, canonical, tensor_table
+from vigos_jax.models.tensor_names import canonical
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.session import lora_spec
 

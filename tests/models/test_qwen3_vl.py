@@ -18,8 +18,9 @@ import torch_models as tm
 from parity import NOTICEABLE, Pair, check_packed_row, make_pair, make_run, pack, worst
 
 from vigos_jax.errors import InputError
-from vigos_jax.models import decoder, layers, positions, qwen3_vl, vlm
-from vigos_jax.models.config import FAMILIES, ModelConfig
+from vigos_jax.models import decoder, layers, positions, qwen3_vl
+from vigos_jax.models.config import PARSERS, ModelConfig
+from vigos_jax.models.families import FAMILIES
 from vigos_jax.models.tensor_names import MLP_PROJECTIONS
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.rollouts.sampler import Sampler, row_keys
@@ -321,4 +322,4 @@ def test_adapter_parity(pairs, batch, tmp_path):
 
 
 def test_every_family_has_its_tower():
-    assert set(vlm.TOWERS) == set(FAMILIES)
+    assert set(PARSERS) == set(FAMILIES)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from vigos_jax.models.config import ModelConfig
+from vigos_jax.models.families import tensor_table
 from vigos_jax.models.published_configs import published_config
-from vigos_jax.models.tensor_names import tensor_table
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -21,7 +21,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from vigos_jax.errors import InputError
 from vigos_jax.method.packing import Buckets, Row, pack_prompts
 from vigos_jax.models.config import ModelConfig
-from vigos_jax.models.tensor_names import adapter_table, tensor_table
+from vigos_jax.models.families import adapter_table, tensor_table
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.weights import huggingface
 

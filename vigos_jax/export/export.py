@@ -17,7 +17,7 @@ import numpy as np
 from vigos_jax.errors import InputError
 from vigos_jax.export.model_card import RunFacts, card_text
 from vigos_jax.export.verify import compare
-from vigos_jax.models.tensor_names import adapter_table, tensor_table
+from vigos_jax.models.families import adapter_table, tensor_table
 from vigos_jax.models.variables import Variables
 from vigos_jax.runtime import hub
 from vigos_jax.runtime.distributed import first_decides, is_first

@@ -26,8 +26,8 @@ from vigos_jax.method import prompts
 from vigos_jax.miniature import assets, card, responses
 from vigos_jax.models import positions as geometry
 from vigos_jax.models.config import ModelConfig
+from vigos_jax.models.families import tensor_table
 from vigos_jax.models.inputs import TextInputs, VisionInputs
-from vigos_jax.models.tensor_names import tensor_table
 from vigos_jax.models.vlm import VisionLanguageModel, init_variables
 from vigos_jax.runtime.progress import Progress
 from vigos_jax.weights import huggingface

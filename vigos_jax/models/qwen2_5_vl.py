@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's vision tower: attention inside windows in most blocks, RMSNorm, SwiGLU."""
+"""Qwen2.5-VL: a vision tower with attention inside windows in most blocks, RMSNorm and SwiGLU; its tensor names."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from vigos_jax.models.config import VisionConfig
+from vigos_jax.models.config import ModelConfig, VisionConfig
 from vigos_jax.models.inputs import VisionInputs
 from vigos_jax.models.layers import (
     ROWS,
@@ -21,6 +21,7 @@ from vigos_jax.models.layers import (
     rematerialised,
     unroll,
 )
+from vigos_jax.models.tensor_names import Tensor, decoder_tensors, dense
 
 Array = jax.Array
 
@@ -72,3 +73,18 @@ class VisionTower(nn.Module):
         x = jax.nn.gelu(Projection(x.shape[-1], use_bias=True, name="merger_in")(x), approximate=False)
         x = place(Projection(c.out_hidden_size, use_bias=True, name="merger_out")(x), self.mesh, ROWS)
         return jnp.take_along_axis(x, inputs.token_unit[:, :, None], axis=1)  # [B, M, D]
+
+
+def tensors(config: ModelConfig) -> list[Tensor]:
+    """The published layout, in file order, but for `lm_head`."""
+    name = "visual"
+    depth, blocks, file_blocks = config.vision.depth, ("visual", "blocks"), f"{name}.blocks.{{i}}"
+    rows = [Tensor(("visual", "patch_embed", "kernel"), f"{name}.patch_embed.proj.weight", layout="conv")]
+    for norm in ("norm1", "norm2"):
+        rows.append(Tensor((*blocks, norm, "scale"), f"{file_blocks}.{norm}.weight", depth))
+    for part in ("attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
+        rows += dense((*blocks, *part.split(".")), f"{file_blocks}.{part}", depth)
+    rows.append(Tensor(("visual", "merger_norm", "scale"), f"{name}.merger.ln_q.weight"))
+    rows += dense(("visual", "merger_in"), f"{name}.merger.mlp.0")
+    rows += dense(("visual", "merger_out"), f"{name}.merger.mlp.2")
+    return rows + decoder_tensors(config, "model")

@@ -1,4 +1,4 @@
-"""Qwen3-VL's vision tower: learned positions resampled to each image's grid, LayerNorm, and DeepStack features."""
+"""Qwen3-VL: a vision tower with learned positions resampled to each image's grid, and DeepStack; its tensor names."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from vigos_jax.models.config import VisionConfig
+from vigos_jax.models.config import ModelConfig, VisionConfig
 from vigos_jax.models.inputs import VisionInputs
 from vigos_jax.models.layers import (
     ROWS,
@@ -20,6 +20,7 @@ from vigos_jax.models.layers import (
     rematerialised,
     unroll,
 )
+from vigos_jax.models.tensor_names import Tensor, decoder_tensors, dense, layer_norm
 
 Array = jax.Array
 
@@ -122,3 +123,27 @@ def resample(table: Array, hw: Array, grid: Array) -> Array:
         for col, col_share in ((low[..., 1], 1 - share[..., 1]), (high[..., 1], share[..., 1])):
             out = out + table[row * side + col].astype(jnp.float32) * (row_share * col_share)[..., None]
     return out
+
+
+def tensors(config: ModelConfig) -> list[Tensor]:
+    """The published layout, in file order, but for `lm_head`."""
+    name = "model.visual"
+    depth, blocks, file_blocks = config.vision.depth, ("visual", "blocks"), f"{name}.blocks.{{i}}"
+    rows = [
+        Tensor(("visual", "patch_embed", "kernel"), f"{name}.patch_embed.proj.weight", layout="conv"),
+        Tensor(("visual", "patch_embed", "bias"), f"{name}.patch_embed.proj.bias"),
+        Tensor(("visual", "positions"), f"{name}.pos_embed.weight"),
+    ]
+    for norm in ("norm1", "norm2"):
+        rows += layer_norm((*blocks, norm), f"{file_blocks}.{norm}", depth)
+    for part in ("qkv", "proj"):
+        rows += dense((*blocks, "attn", part), f"{file_blocks}.attn.{part}", depth)
+    for ours, theirs in (("mlp_in", "linear_fc1"), ("mlp_out", "linear_fc2")):
+        rows += dense((*blocks, ours), f"{file_blocks}.mlp.{theirs}", depth)
+    mergers = {"merger": "merger"}
+    mergers |= {f"deepstack_{i}": f"deepstack_merger_list.{i}" for i in range(len(config.vision.deepstack_blocks))}
+    for ours, theirs in mergers.items():
+        rows += layer_norm(("visual", ours, "norm"), f"{name}.{theirs}.norm")
+        rows += dense(("visual", ours, "fc1"), f"{name}.{theirs}.linear_fc1")
+        rows += dense(("visual", ours, "fc2"), f"{name}.{theirs}.linear_fc2")
+    return rows + decoder_tensors(config, "model.language_model")

@@ -12,16 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from vigos_jax.models import qwen2_5_vl, qwen3_vl
 from vigos_jax.models.attention import Causal
 from vigos_jax.models.config import ModelConfig
-from vigos_jax.models.decoder import KVCache, LayerInputs, decoder_layers, pick_visual, segment_mask
+from vigos_jax.models.decoder import KVCache, LayerInputs, pick_visual, segment_mask
+from vigos_jax.models.families import FAMILIES
 from vigos_jax.models.inputs import TextInputs, VisionInputs
 from vigos_jax.models.layers import ROWS, LoraSpec, RMSNorm, mrope_angles, place, place_states
 
 Array = jax.Array
-
-TOWERS = {"qwen2_5_vl": qwen2_5_vl.VisionTower, "qwen3_vl": qwen3_vl.VisionTower}
 
 
 class VisionLanguageModel(nn.Module):
@@ -46,9 +44,10 @@ class VisionLanguageModel(nn.Module):
 
     def setup(self):
         c = self.config
-        self.visual = TOWERS[c.family](c.vision, self.lora, self.dtype, self.remat, self.mesh)
+        family = FAMILIES[c.family]
+        self.visual = family.tower(c.vision, self.lora, self.dtype, self.remat, self.mesh)
         self.embedding = self.param("embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size))
-        self.layers = decoder_layers(
+        self.layers = family.layers(
             c, lora=self.lora, attention=self.attention, mesh=self.mesh, remat=self.remat
         )
         self.norm = RMSNorm(c.rms_eps)

@@ -15,16 +15,9 @@ from jax.experimental import multihost_utils
 
 from vigos_jax.errors import InputError
 from vigos_jax.models.config import ModelConfig
+from vigos_jax.models.families import adapter_table, tensor_table
 from vigos_jax.models.layers import LoraSpec
-from vigos_jax.models.tensor_names import (
-    LANGUAGE_PROJECTIONS,
-    MLP_PROJECTIONS,
-    Path,
-    Tensor,
-    adapter_table,
-    canonical,
-    tensor_table,
-)
+from vigos_jax.models.tensor_names import LANGUAGE_PROJECTIONS, MLP_PROJECTIONS, Path, Tensor, canonical
 from vigos_jax.weights.safetensors_file import DTYPES, byte_count, write_file
 from vigos_jax.weights.weight_files import WeightFiles, open_weights, read_leaf, some
 
