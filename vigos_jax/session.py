@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from vigos_jax.data.processor import Processor
 from vigos_jax.data.sources import load_source
-from vigos_jax.demo.world import DemoSource
+from vigos_jax.demo.source import DemoSource
 from vigos_jax.errors import InputError
 from vigos_jax.method.packing import Buckets
 from vigos_jax.method.roles import TeacherRole, role_table

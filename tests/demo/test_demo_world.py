@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from vigos_jax.demo import world
+from vigos_jax.demo.source import DemoSource
 from vigos_jax.miniature import assets, responses
 
 TEMPLATES = ("{problem}\nDescribe the image inside <description> </description>.", "Reference: {reference}")
@@ -78,14 +79,14 @@ def test_cell_labels_name_what_is_drawn():
 
 
 def test_source_is_random_access_and_blank_pictures_show_nothing():
-    source, blank = world.DemoSource(length=50, seed=4), world.DemoSource(length=50, seed=4, blank=True)
+    source, blank = DemoSource(length=50, seed=4), DemoSource(length=50, seed=4, blank=True)
     row = source[7]
     assert len(source) == 50 and set(row) == {"id", "problem", "answer", "images", "options"}
     assert row["answer"] in row["options"] and row["options"] == blank[7]["options"]
     assert np.array_equal(np.asarray(row["images"][0]), world.item(4, 7, setting="train").image)
     assert {**blank[7], "images": 0} == {**row, "images": 0}
     assert np.unique(np.asarray(blank[7]["images"][0])).tolist() == [128]
-    other = world.DemoSource(length=50, seed=4, setting="conflict")
+    other = DemoSource(length=50, seed=4, setting="conflict")
     assert np.array_equal(np.asarray(other[7]["images"][0]), world.item(4, 7, setting="conflict").image)
     assert len({repr(source), repr(blank), repr(other)}) == 3
     with pytest.raises(IndexError):

@@ -11,6 +11,7 @@ from task_files import image, make_all, write_table
 from configs import base
 from vigos_jax.data import images as images_lib
 from vigos_jax.errors import InputError
+from vigos_jax.evaluation import tasks as tasks_package
 from vigos_jax.evaluation.questions import open_rows, questions_of
 from vigos_jax.evaluation.statistics import Answer, interval, summarise
 from vigos_jax.evaluation.tasks import TASKS, find_task
@@ -35,7 +36,7 @@ def questions(sources, name, limit=0):
 
 def test_the_config_names_every_task():
     assert set(base.get_config().eval.sources.keys()) == set(TASKS)
-    with pytest.raises(InputError, match="'mmvet' is unknown; choices: mm_vet, mmmu"):
+    with pytest.raises(InputError, match="'mmvet' is unknown; choices: cv_bench, demo"):
         find_task("mmvet")
 
 
@@ -59,6 +60,17 @@ PUBLISHED = {
 def test_where_the_benchmarks_are_and_how_large():
     assert {name: (t.source, t.split, t.rows) for name, t in TASKS.items()} == PUBLISHED
     assert [name for name, t in TASKS.items() if t.samples == 1] == ["vilp_f", "vilp_p", "vlind"]
+
+
+def test_a_task_is_one_file(tmp_path, monkeypatch):
+    """A file beside the others is found by the name of its task."""
+    (tmp_path / "own.py").write_text(
+        "from vigos_jax.evaluation.tasks.task import ANSWER, IMAGES, QUESTION, Task, ask_one\n"
+        "TASK = Task('own', 'Own', 'me/own', 'test', None, (QUESTION, ANSWER, IMAGES), ask_one)\n"
+    )
+    monkeypatch.setattr(tasks_package, "__path__", [*tasks_package.__path__, str(tmp_path)])
+    found = {task.name: task for task in tasks_package._found()}
+    assert set(found) == {*TASKS, "own"} and found["own"].title == "Own"
 
 
 @pytest.mark.parametrize("name", TASKS)

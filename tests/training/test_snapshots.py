@@ -7,9 +7,10 @@ import tiny_runs as runs
 from tiny_runs import STEPS
 
 from vigos_jax.demo import world as demo
+from vigos_jax.demo.source import DemoProbes
 from vigos_jax.runtime.journal import Journal
 from vigos_jax.training.run_log import MetricsFile
-from vigos_jax.training.snapshots import DemoProbes, Snapshots
+from vigos_jax.training.snapshots import Snapshots
 
 EVERY = ("--config.report.rows=3", "--config.report.every=2")  # row 2 is a bad one
 KEYS = [*(f"row/{i}" for i in range(3)), *(f"{step}/{i}" for step in (0, 2, 4) for i in range(3))]

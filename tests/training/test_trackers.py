@@ -59,11 +59,11 @@ def sent_to_wandb(workdir) -> list[tuple[str, dict]]:
 
 
 def test_tensorboard_shows_a_step_that_is_done_again_once(tmp_path):
-    first = TensorBoard(tmp_path, next_step=1)
+    first = TensorBoard(tmp_path, True, first=0, last_step=0)
     for step in (1, 2, 3):
         first.write({"step": step, "loss": step / 4, "perception/loss": None, "entropy": math.nan})
     del first  # killed: never closed
-    again = TensorBoard(tmp_path, next_step=3)
+    again = TensorBoard(tmp_path, True, first=2, last_step=3)
     again.write({"step": 3, "loss": 7.0})
     again.write({"step": 4, "loss": 8.0})
     again.close()
@@ -72,13 +72,13 @@ def test_tensorboard_shows_a_step_that_is_done_again_once(tmp_path):
 
 def test_wandb_gets_every_step_once(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    options = {"project": "vigos", "last_step": 0}
-    first = WeightsAndBiases(tmp_path, {"steps": 4}, **options)
+    (tmp_path / "config.json").write_text('{"steps": 4}')
+    first = WeightsAndBiases(tmp_path, "vigos", first=0, last_step=0)
     for step in (1, 2):
         first.write({"step": step, "loss": step / 4, "entropy": None})
     first.close()
     time.sleep(1.1)  # W&B names its folders by the second
-    again = WeightsAndBiases(tmp_path, {"steps": 4}, **(options | {"last_step": 2}))
+    again = WeightsAndBiases(tmp_path, "vigos", first=2, last_step=2)
     for step in (2, 3):
         again.write({"step": step, "loss": step / 4})
     again.close()
@@ -99,12 +99,28 @@ def test_what_is_not_installed_is_named_with_its_extra(monkeypatch, field, value
 
     monkeypatch.setattr(trackers.importlib, "import_module", without)
     with pytest.raises(InputError, match=rf"^config.log.{field} needs {field}: pip install 'vigos-jax\[tracking\]'"):
-        trackers.check_installed({"log": {"tensorboard": False, "wandb": ""} | {field: value}})
+        trackers.check_installed({"tensorboard": False, "wandb": ""} | {field: value})
 
 
 def test_neither_is_imported_unless_asked_for(monkeypatch):
     monkeypatch.setattr(trackers.importlib, "import_module", lambda name: pytest.fail(f"imports {name}"))
-    trackers.check_installed({"log": {"tensorboard": False, "wandb": ""}})
+    trackers.check_installed({"tensorboard": False, "wandb": ""})
+
+
+def test_a_tracker_of_ones_own_is_a_class_and_a_row(monkeypatch, tmp_path):
+    class Mine:
+        import_package = staticmethod(lambda: pytest.fail("asked for what it needs"))
+
+        def __init__(self, workdir, asked, *, first, last_step):
+            self.made = (workdir, asked, first, last_step)
+
+    monkeypatch.setitem(trackers.TRACKERS, "mine", Mine)
+    log = {"tensorboard": False, "wandb": "", "mine": "here"}
+    (mine,) = trackers.open_trackers(log, tmp_path, first=3, last_step=5)
+    assert mine.made == (tmp_path, "here", 3, 5)
+    with pytest.raises(pytest.fail.Exception, match="asked for what it needs"):
+        trackers.check_installed(log)
+    trackers.check_installed(log | {"mine": ""})
 
 
 class Killed(BaseException):

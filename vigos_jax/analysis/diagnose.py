@@ -20,7 +20,6 @@ from vigos_jax.analysis.score_rollouts import rollouts_source
 from vigos_jax.analysis.wrong_answers import choose, options_of, read_file
 from vigos_jax.data.cleaning import clean_reference
 from vigos_jax.data.processor import EncodedImage
-from vigos_jax.demo.world import DemoSource
 from vigos_jax.errors import InputError
 from vigos_jax.grading.answer_text import answer_kind
 from vigos_jax.method.packing import Row, pack_scores
@@ -75,7 +74,7 @@ def diagnose(
         cases, rows = read_cases(source, loaded, config), len(source)
         name = lambda i: f"{source.path}:{source.line(i)}"  # noqa: E731
     else:
-        source = _demo_source(config) if config.data.source == "demo" else open_source(config)
+        source = open_source(config).for_diagnosis(count=d.rows, seed=config.evaluate.seed)
         rows = min(d.rows, len(source))
         cases = _sample(source, rows, loaded, trained, config, open_engine)
         name = lambda i: f"{config.data.source}: row {i + 1}"  # noqa: E731
@@ -112,12 +111,6 @@ def diagnose(
     _write(output, table, sums, counts, shown)
     say(f"wrote {output / 'palr.jsonl'}, {output / 'summary.json'} and {output / 'palr.html'}")
     return table.text(), bad_lines
-
-
-def _demo_source(config) -> DemoSource:
-    """Pictures that contradict the prior: where the prior agrees, no answer can be told from what is seen."""
-    seed, length = config.evaluate.seed, config.diagnose.rows
-    return DemoSource(length=length, seed=seed, blank=config.data.blank_images, setting="conflict")
 
 
 def _sample(

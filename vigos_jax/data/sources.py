@@ -15,13 +15,38 @@ from typing import Any
 import numpy as np
 
 from vigos_jax.errors import InputError
+from vigos_jax.grading.answer_text import mentions
 from vigos_jax.runtime import hub
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SOURCE_CHOICES = "a .jsonl file, a .parquet file, a folder of .parquet files, a hub data set (owner/name)"
 
 
-class TableSource:
+class Source(Sequence):
+    """Rows with random access, and what a source may know of itself; here what holds for any data.
+
+    Attributes:
+      image_roots: folders that paths of images may lead into, see `read_image`.
+      has_own_evaluation: whether a run on it ends with the demo's evaluation, results.json.
+    """
+
+    image_roots: tuple[str, ...] = ()
+    has_own_evaluation = False
+
+    def probes(self, *, count: int, seed: int) -> "Source":
+        """The source whose first `count` rows a run answers again and again: its own."""
+        return self
+
+    def for_diagnosis(self, *, count: int, seed: int) -> "Source":
+        """The source whose first `count` rows a diagnosis samples rollouts for: its own."""
+        return self
+
+    def is_leaky(self, index: int, description: str, answer: str | None) -> bool:
+        """Whether the description contains the final answer, which is right where the answer can be seen."""
+        return bool(answer and mentions(description, answer))
+
+
+class TableSource(Source):
     """Rows of a `datasets.Dataset` (memory-mapped), pictures left undecoded; `image_roots` as of `read_image`."""
 
     def __init__(self, table, *, name: str, image_roots: Sequence[str], fields: Sequence[str] = ()):
@@ -38,7 +63,7 @@ class TableSource:
         return row | raw_row(row, int(index))
 
 
-class JsonlSource:
+class JsonlSource(Source):
     """Rows of a .jsonl file, read when asked for; other fields are handed on as they are.
 
     Memory holds only the lines' places. Every read opens the file, so threads and processes can share it.

@@ -249,34 +249,6 @@ def item(seed: int, index: int, *, setting: str) -> Item:
     return make_item(rng, id=f"{setting}-{seed}-{index}", conflict=conflict)
 
 
-class DemoSource(Sequence):
-    """Random access to rows `{"id", "problem", "answer", "images": [PIL image], "options"}`, all answers true.
-
-    Args:
-      length: number of rows; row `i` is `item(seed, i, setting=setting)`.
-      blank: the control run: every picture is mid-grey, questions and references stay.
-    """
-
-    def __init__(self, *, length: int = 100_000, seed: int = 0, blank: bool = False, setting: str = "train"):
-        if length < 1 or seed < 0:
-            raise ValueError(f"demo length {length} must be at least 1 and seed {seed} at least 0")
-        self.length, self.seed, self.blank, self.setting = length, seed, blank, setting
-
-    def __repr__(self) -> str:  # grain prints its source; also a fingerprint of what the rows are
-        return f"DemoSource(length={self.length}, seed={self.seed}, blank={self.blank}, setting={self.setting!r})"
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict:
-        if not 0 <= index < self.length:
-            raise IndexError(f"row {index} of {self.length}")
-        row = item(self.seed, int(index), setting=self.setting)
-        image = Image.fromarray(blank_image()) if self.blank else row.pil_image
-        options = list(ATTRIBUTES[row.attribute])
-        return {"id": row.id, "problem": row.question, "answer": row.answer, "images": [image], "options": options}
-
-
 # Descriptions, and the judges that read them ------------------------------------------------------
 
 def describe(things: Sequence[Thing]) -> str:

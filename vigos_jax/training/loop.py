@@ -96,7 +96,7 @@ def train(config, workdir: pathlib.Path, *, open_engine: EngineFactory = NativeE
         interrupt = stack.enter_context(Interrupt())
         with interrupt.at_once():
             first_decides(lambda: _check_workdir(config, workdir))
-            first_decides(lambda: check_installed(config))
+            first_decides(lambda: check_installed(config.log))
             source = open_source(config)
             loaded = load(config, for_training=True)
             check_batch(loaded.mesh, batch_size=config.batch_size, accumulation=config.accumulation)
@@ -118,7 +118,7 @@ def train(config, workdir: pathlib.Path, *, open_engine: EngineFactory = NativeE
             raise run.ending
         trained = run.state.trained
         with interrupt.at_once():
-            has_results = config.data.source == "demo" and config.evaluate.questions > 0
+            has_results = source.has_own_evaluation and config.evaluate.questions > 0
             if has_results and first_decides(lambda: not (workdir / "results.json").exists()):
                 _evaluate(config, workdir, loaded, trained, open_engine)
             if config.export.after_training and first_decides(lambda: not output.exists()):

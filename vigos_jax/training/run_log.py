@@ -13,7 +13,7 @@ import jax
 from vigos_jax.runtime.distributed import is_first
 from vigos_jax.runtime.files import finite_or_none
 from vigos_jax.runtime.progress import Progress
-from vigos_jax.training.trackers import Logger, open_loggers
+from vigos_jax.training.trackers import Tracker, open_trackers
 
 
 class MetricsFile:
@@ -75,22 +75,22 @@ class CompileCounter:
 
 
 class RunLog:
-    """What a run says: a row per step with the seconds of its phases, to metrics.jsonl in `workdir` and to the loggers
+    """What a run says: a row per step with the seconds of its phases, to metrics.jsonl in `workdir` and to the trackers
     of `config.log`, and progress. The first process's word alone.
 
     Args:
       first: steps done before.
 
     Raises:
-      InputError: a logger that is not installed or cannot be reached.
+      InputError: a tracker that is not installed or cannot be reached.
     """
 
     def __init__(self, config, workdir: pathlib.Path, *, first: int):
         self._file: MetricsFile | None = None
-        self._loggers: list[Logger] = []
+        self._trackers: list[Tracker] = []
         if is_first():
             self._file = MetricsFile(workdir / "metrics.jsonl", next_step=first + 1)
-            self._loggers = open_loggers(config, workdir, first=first, last_step=self._file.last_step)
+            self._trackers = open_trackers(config.log, workdir, first=first, last_step=self._file.last_step)
         self._progress = Progress(total=config.steps, start=first, title="train", every=config.log_every)
         self._compiled, self._programs = CompileCounter(), 0
         self._met: set[Any] = set()
@@ -120,8 +120,8 @@ class RunLog:
         row |= {f"seconds/{name}": s for name, s in zip(names, seconds, strict=True)}
         row["tokens_per_second"] = tokens / max(sum(seconds), 1e-9)
         self._phases = []
-        for logger in (self._file, *self._loggers) if self._file else ():
-            logger.write(row)
+        for tracker in (self._file, *self._trackers) if self._file else ():
+            tracker.write(row)
         values = {k.removesuffix("/loss").removesuffix("_rate"): row.get(k, 0.0) for k in shown}
         self._progress.update(row["step"], values)
 
@@ -136,5 +136,5 @@ class RunLog:
     def __exit__(self, *error: object) -> None:
         self._progress.close()
         self._compiled.close()
-        for logger in (self._file, *self._loggers) if self._file else ():
-            logger.close()
+        for tracker in (self._file, *self._trackers) if self._file else ():
+            tracker.close()

@@ -10,8 +10,7 @@ import numpy as np
 from vigos_jax.analysis.score_rollouts import token_lists
 from vigos_jax.data.images import BadImage
 from vigos_jax.data.loader import Example
-from vigos_jax.demo import world
-from vigos_jax.grading.answer_text import is_correct, last_boxed, mentions
+from vigos_jax.grading.answer_text import is_correct, last_boxed
 from vigos_jax.method.losses import EntryScores
 from vigos_jax.method.packing import Rollout, Row, pack_scores
 from vigos_jax.method.scoring import score_batch
@@ -49,7 +48,9 @@ class Snapshots:
 
     def __init__(self, config, loaded: Loaded, source: Any, engine: Engine, workdir: pathlib.Path):
         self._config, self._loaded, self._engine, self._workdir = config, loaded, engine, workdir
-        self._source, self._file = _probe_source(config, source), workdir / "report.jsonl"
+        rows = config.report.rows
+        self._source = source.probes(count=rows, seed=config.evaluate.seed) if rows else source
+        self._file = workdir / "report.jsonl"
         self._count = min(config.report.rows, config.batch_size, len(self._source))
         self._rows: list[tuple[Example, Row]] = []
         roles, mesh = loaded.roles, loaded.mesh
@@ -155,41 +156,8 @@ class Snapshots:
             "is_valid": spans.is_valid,
             "invalid_reason": spans.invalid_reason,
             "is_correct": is_correct(answer, example.reference),
-            "is_leaky": spans.is_valid and self._is_leaky(i, description, answer),
+            "is_leaky": spans.is_valid and self._source.is_leaky(i, description, answer),
         }
-
-    def _is_leaky(self, i: int, description: str, answer: str | None) -> bool:
-        """On the demo, whether a description of a picture that contradicts the prior states the prior; elsewhere
-        whether it contains the final answer, which is right where the answer can be seen (see `rollout_metrics`)."""
-        if isinstance(self._source, DemoProbes):
-            item = self._source.item(i)
-            return item.is_conflict and world.description_states_prior(description, item)
-        return bool(answer and mentions(description, answer))
-
-
-class DemoProbes:
-    """Rows of the demo's evaluation: pictures that contradict the prior, and pictures that agree, by turns."""
-
-    def __init__(self, *, seed: int, length: int, blank: bool):
-        self._seed, self._length = seed, length
-        options = {"length": length, "seed": seed, "blank": blank}
-        self._sources = [world.DemoSource(setting=setting, **options) for setting in ("conflict", "prior")]
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return self._sources[i % 2][i // 2]
-
-    def item(self, i: int) -> world.Item:
-        """Question i, conflict and prior pictures in turn."""
-        return world.item(self._seed, i // 2, setting=("conflict", "prior")[i % 2])
-
-
-def _probe_source(config, source: Any) -> Any:
-    if config.data.source != "demo" or not config.report.rows:
-        return source
-    return DemoProbes(seed=config.evaluate.seed, length=config.report.rows, blank=config.data.blank_images)
 
 
 def _rounded(x: float | None) -> float | None:

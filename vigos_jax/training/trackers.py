@@ -1,4 +1,4 @@
-"""Who else gets a run's rows besides metrics.jsonl: TensorBoard, Weights & Biases. The first process's alone."""
+"""Experiment trackers: what gets a run's rows besides metrics.jsonl. They run in the first process alone."""
 
 import importlib
 import json
@@ -13,8 +13,13 @@ from typing import Any, Protocol
 from vigos_jax.errors import InputError
 
 
-class Logger(Protocol):
-    """Takes the rows of a run, one per step, in order."""
+class Tracker(Protocol):
+    """Takes the rows of a run, one per step, in order.
+
+    A class is made with (workdir, its value in `config.log`, first=steps in the checkpoint that this start goes on
+    from, last_step=the newest step that an earlier start wrote), and has a static `import_package` that raises
+    InputError where what it needs is not installed.
+    """
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Takes one row; it has `step`. Numbers may be None or not finite: they are left out."""
@@ -29,18 +34,20 @@ class TensorBoard:
     A step that is done again is shown once: a file says from which step on it takes the place of the earlier ones.
     What a killed process had not written yet is lost only together with its checkpoint, so it comes again.
 
-    Args:
-      next_step: the first step that will be written.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, next_step: int):
-        package = _import("tensorboard", "tensorboard.summary.writer.event_file_writer", field="tensorboard")
+    def __init__(self, workdir: pathlib.Path, asked: bool, *, first: int, last_step: int):
+        package = self.import_package()
         proto = importlib.import_module("tensorboard.compat.proto.event_pb2")
         self._event = proto.Event
         self._summary = importlib.import_module("tensorboard.compat.proto.summary_pb2").Summary
         self._writer = package.EventFileWriter(str(workdir / "tensorboard"))
         start = proto.SessionLog(status=proto.SessionLog.START)
-        self._writer.add_event(self._event(wall_time=time.time(), step=next_step, session_log=start))
+        self._writer.add_event(self._event(wall_time=time.time(), step=first + 1, session_log=start))
+
+    @staticmethod
+    def import_package() -> ModuleType:
+        return _import("tensorboard", "tensorboard.summary.writer.event_file_writer", field="tensorboard")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Adds the row's numbers as scalars of its step."""
@@ -59,13 +66,11 @@ class WeightsAndBiases:
     No step is sent twice: rows up to `last_step` are left out, as they were sent when they were first done. What a
     killed process had taken but not sent yet is missing there; metrics.jsonl has it.
 
-    Args:
-      config: shown beside the run.
-      last_step: the newest step that an earlier start wrote; 0 for none.
     """
 
-    def __init__(self, workdir: pathlib.Path, config: Mapping[str, Any], *, project: str, last_step: int):
-        wandb = _import("wandb", "wandb", field="wandb")
+    def __init__(self, workdir: pathlib.Path, project: str, *, first: int, last_step: int):
+        wandb = self.import_package()
+        config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
         id_file = workdir / "wandb-id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(8) + "\n", encoding="ascii")
@@ -76,7 +81,7 @@ class WeightsAndBiases:
                 id=id_file.read_text(encoding="ascii").strip(),
                 resume="allow",
                 dir=str(workdir),
-                config=dict(config),
+                config=config,
                 # Our own words go to the terminal, not to it.
                 settings=wandb.Settings(console="off", silent=True),
             )
@@ -85,6 +90,10 @@ class WeightsAndBiases:
             choices = "choices: `wandb login`, the environment's WANDB_MODE=offline, or config.log.wandb=''"
             raise InputError(f"config.log.wandb={project!r}: {reason}; {choices}") from e
         self._last = last_step
+
+    @staticmethod
+    def import_package() -> ModuleType:
+        return _import("wandb", "wandb", field="wandb")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Logs the row, unless its step was logged before a kill."""
@@ -95,16 +104,25 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def check_installed(config: Mapping[str, Any]) -> None:
+# By their names in `config.log`, where a value that is not empty asks for one. A new one is a class, a row, a field.
+TRACKERS: dict[str, type[TensorBoard] | type[WeightsAndBiases]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+}
+
+
+def _asked(log: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: log[name] for name in TRACKERS if log[name]}
+
+
+def check_installed(log: Mapping[str, Any]) -> None:
     """Raises InputError if `config.log` names what is not installed."""
-    if config["log"]["tensorboard"]:
-        _import("tensorboard", "tensorboard.summary.writer.event_file_writer", field="tensorboard")
-    if config["log"]["wandb"]:
-        _import("wandb", "wandb", field="wandb")
+    for name in _asked(log):
+        TRACKERS[name].import_package()
 
 
-def open_loggers(config: Mapping[str, Any], workdir: pathlib.Path, *, first: int, last_step: int) -> list[Logger]:
-    """The loggers of `config.log`.
+def open_trackers(log: Mapping[str, Any], workdir: pathlib.Path, *, first: int, last_step: int) -> list[Tracker]:
+    """The trackers of `config.log`.
 
     Args:
       first: steps that are in the checkpoint this start goes on from.
@@ -113,13 +131,7 @@ def open_loggers(config: Mapping[str, Any], workdir: pathlib.Path, *, first: int
     Raises:
       InputError: one is not installed or cannot be reached.
     """
-    out: list[Logger] = []
-    if config["log"]["tensorboard"]:
-        out.append(TensorBoard(workdir, next_step=first + 1))
-    if project := config["log"]["wandb"]:
-        shown = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-        out.append(WeightsAndBiases(workdir, shown, project=project, last_step=last_step))
-    return out
+    return [TRACKERS[name](workdir, asked, first=first, last_step=last_step) for name, asked in _asked(log).items()]
 
 
 def _import(package: str, module: str, *, field: str) -> ModuleType:

@@ -1,38 +1,20 @@
-"""The benchmarks by name, in the order of the paper's tables."""
+"""The benchmarks, found by name: every file here but task.py has a TASK, or several TASKS."""
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
 
 from vigos_jax.errors import InputError
-from vigos_jax.evaluation.tasks import (
-    cv_bench,
-    demo,
-    mathverse,
-    mathvista,
-    mm_vet,
-    mmmu,
-    mmsi,
-    realworldqa,
-    vilp,
-    vlind,
-)
 from vigos_jax.evaluation.tasks.task import Task
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        mm_vet.TASK,
-        mmmu.MMMU,
-        mmmu.MMMU_PRO,
-        mmmu.MMMU_PRO_VISION,
-        mathverse.TASK,
-        mathvista.TASK,
-        mmsi.TASK,
-        realworldqa.TASK,
-        cv_bench.TASK,
-        vilp.VILP_F,
-        vilp.VILP_P,
-        vlind.TASK,
-        demo.TASK,
-    )
-}
+
+def _found() -> Iterator[Task]:
+    for file in sorted(module.name for module in pkgutil.iter_modules(__path__)):
+        module = importlib.import_module(f"{__name__}.{file}")
+        yield from getattr(module, "TASKS", None) or ([module.TASK] if hasattr(module, "TASK") else [])
+
+
+TASKS: dict[str, Task] = {task.name: task for task in _found()}
 
 
 def find_task(name: str) -> Task:

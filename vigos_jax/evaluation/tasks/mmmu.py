@@ -21,3 +21,4 @@ MMMU_PRO = Task("mmmu_pro", "MMMU-Pro (10 options)", "zli12321/mmmu_pro_10option
 MMMU_PRO_VISION = Task(
     "mmmu_pro_vision", "MMMU-Pro (vision)", "zli12321/mmmu-pro-vision", "test", None, (ANSWER, IMAGES), ask_in_picture
 )
+TASKS = (MMMU, MMMU_PRO, MMMU_PRO_VISION)

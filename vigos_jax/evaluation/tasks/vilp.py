@@ -38,3 +38,4 @@ COLUMNS = tuple((name,) for name in ("question", *(f"{k}{n}" for k in ("image", 
 _SHARED = {"source": "ViLP/ViLP", "split": "train", "rows": 300, "columns": COLUMNS}
 VILP_F = Task("vilp_f", "ViLP-F", ask=_asker(keeps_fact=True), summarise=summarise, samples=1, **_SHARED)
 VILP_P = Task("vilp_p", "ViLP-P", ask=_asker(keeps_fact=False), summarise=summarise, samples=1, **_SHARED)
+TASKS = (VILP_F, VILP_P)

@@ -1,0 +1,76 @@
+"""The demo as a source of rows, which also knows its own probes and what a leaky description is.
+
+It answers what `data.sources.Source` answers; being a leaf, it does not import that.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from vigos_jax.demo import world
+
+
+class DemoSource(Sequence):
+    """Random access to rows `{"id", "problem", "answer", "images": [PIL image], "options"}`, all answers true.
+
+    Args:
+      length: number of rows; row `i` is `world.item(seed, i, setting=setting)`.
+      blank: the control run: every picture is mid-grey, questions and references stay.
+    """
+
+    image_roots = ()
+    has_own_evaluation = True
+
+    def __init__(self, *, length: int = 100_000, seed: int = 0, blank: bool = False, setting: str = "train"):
+        if length < 1 or seed < 0:
+            raise ValueError(f"demo length {length} must be at least 1 and seed {seed} at least 0")
+        self.length, self.seed, self.blank, self.setting = length, seed, blank, setting
+
+    def __repr__(self) -> str:  # grain prints its source; also a fingerprint of what the rows are
+        return f"DemoSource(length={self.length}, seed={self.seed}, blank={self.blank}, setting={self.setting!r})"
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < self.length:
+            raise IndexError(f"row {index} of {self.length}")
+        row = world.item(self.seed, int(index), setting=self.setting)
+        image = Image.fromarray(world.blank_image()) if self.blank else row.pil_image
+        options = list(world.ATTRIBUTES[row.attribute])
+        return {"id": row.id, "problem": row.question, "answer": row.answer, "images": [image], "options": options}
+
+    def probes(self, *, count: int, seed: int) -> "DemoProbes":
+        """Rows of the demo's evaluation, see `DemoProbes`."""
+        return DemoProbes(seed=seed, length=count, blank=self.blank)
+
+    def for_diagnosis(self, *, count: int, seed: int) -> "DemoSource":
+        """Images that contradict the prior: where it agrees, no answer can be told from what is seen."""
+        return DemoSource(length=count, seed=seed, blank=self.blank, setting="conflict")
+
+
+class DemoProbes(Sequence):
+    """Rows of the demo's evaluation: images that contradict the prior, and images that agree, by turns."""
+
+    image_roots = ()
+
+    def __init__(self, *, seed: int, length: int, blank: bool):
+        self._seed, self._length = seed, length
+        options = {"length": length, "seed": seed, "blank": blank}
+        self._sources = [DemoSource(setting=setting, **options) for setting in ("conflict", "prior")]
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self._sources[i % 2][i // 2]
+
+    def item(self, i: int) -> world.Item:
+        """Question i, conflict and prior images in turn."""
+        return world.item(self._seed, i // 2, setting=("conflict", "prior")[i % 2])
+
+    def is_leaky(self, i: int, description: str, answer: str | None) -> bool:
+        """Whether the description of an image that contradicts the prior states the prior."""
+        item = self.item(i)
+        return item.is_conflict and world.description_states_prior(description, item)
