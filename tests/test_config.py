@@ -1,8 +1,11 @@
 """The config: checked before anything is loaded, written into a workdir and read back, compared."""
 
 import importlib
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import ml_collections
 import pytest
@@ -59,28 +62,66 @@ def test_every_field_is_read_somewhere():
         assert re.search(rf"\b{field.split('.')[-1]}\b", source), f"nothing reads config.{field}"
 
 
-def test_every_field_has_its_type_checked():
-    """A new field gets its place in a table of config.py."""
-    numbers = {field for field, _, _ in (*config_lib._WHOLE, *config_lib._REAL)}
-    checked = numbers | {*config_lib._WHOLE_ELSEWHERE, *config_lib._FLAGS}
-    checked |= {*config_lib._TEXTS, *config_lib.CHOICES, "data.fields", "eval.tasks", "mesh.rules"}
-    checked |= {f"guards.{name}" for name in config_lib.GUARDED}
-    elsewhere = ("roles.", "prompts.", "buckets.", "eval.sources.")
-    assert {f for f in leaves(base.get_config()) if not f.startswith(elsewhere)} == checked
+DEFAULTS = {field: get(base.get_config(), field) for field in leaves(base.get_config())}
+NAMED_BY_USERS = ("roles.", "prompts.", "eval.sources.")
+OF_A_WRONG_TYPE = {
+    bool: (1, "yes", None),
+    int: (1.5, "1", None, True),
+    float: ("1", None, True, float("nan"), float("inf")),
+    str: (1, None, ("a",)),
+    tuple: ("a", 1, None),
+}
 
 
-@pytest.mark.parametrize("field, low, high", (*config_lib._WHOLE, *config_lib._REAL))
-def test_range(field, low, high):
-    step = 1 if isinstance(get(base.get_config(), field), int) else 1e-6
-    name = field.replace(".", "__")
-    validate(changed(**{name: low}))
-    bad = [low - step, float("nan"), float("inf"), "1", None, True]
-    if high is not None:
-        validate(changed(**{name: high}))
-        bad.append(high + step)
-    for value in bad:
+@pytest.mark.parametrize("field", [f for f in DEFAULTS if not f.startswith(NAMED_BY_USERS)])
+def test_a_field_has_the_type_of_its_default(field):
+    """No field is listed for it: a new one in configs/base.py is checked without a word elsewhere."""
+    for value in OF_A_WRONG_TYPE[type(DEFAULTS[field])]:
         with pytest.raises(InputError, match=rf"config\.{re.escape(field)}={re.escape(repr(value))} must be "):
+            validate(changed(**{field.replace(".", "__"): value}))
+
+
+def test_the_defaults_are_those_of_this_repository(tmp_path):
+    """Also where the current folder has a `configs` of its own."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "__init__.py").write_text("")
+    code = "from vigos_jax.config import _defaults; print(_defaults()['steps'])"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{base.get_config().steps}\n", done.stderr
+
+
+def test_ranges_and_choices_are_of_fields():
+    assert set(config_lib.RANGES) <= {f for f, v in DEFAULTS.items() if type(v) in (int, float)}
+    assert set(config_lib.CHOICES) | set(config_lib._PATHS) <= {f for f, v in DEFAULTS.items() if type(v) is str}
+
+
+@pytest.mark.parametrize("field, allowed", config_lib.RANGES.items())
+def test_range(field, allowed):
+    step = 1 if isinstance(DEFAULTS[field], int) else 1e-6
+    name = field.replace(".", "__")
+    bad = [allowed.above] if allowed.least is None else [allowed.least - step]
+    if allowed.least is not None and field != "sampling.max_tokens":
+        validate(changed(**{name: allowed.least}))
+    if allowed.most is not None:
+        validate(changed(**{name: allowed.most}))
+        bad.append(allowed.most + step)
+    for value in bad:
+        said = re.escape(f"config.{field}={value!r} must be {allowed}")
+        with pytest.raises(InputError, match=f"^{said}$"):
             validate(changed(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    "range_, words",
+    [
+        (config_lib.Range(least=0), "at least 0"),
+        (config_lib.Range(above=0, most=1), "above 0 and at most 1"),
+        (config_lib.Range(least=-1, most=1), "from -1 to 1"),
+    ],
+)
+def test_a_range_in_words(range_, words):
+    assert str(range_) == words
 
 
 @pytest.mark.parametrize("field, choices", config_lib.CHOICES.items())

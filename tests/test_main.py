@@ -62,7 +62,7 @@ def write_config(path: pathlib.Path, *lines: str) -> str:
         (["--config.model.dtype=int8"], ["config.model.dtype='int8'", "float32, bfloat16"]),
         (["--config.optimizer.schedule=cosine"], ["'cosine'", "constant, linear"]),
         (["--config.sampling.max_tokens=99999"], ["config.sampling.max_tokens=99999", "config.buckets.completion"]),
-        (["--config.sampling.top_p=0"], ["sampling.top_p=0", "to 1"]),
+        (["--config.sampling.top_p=0"], ["sampling.top_p=0", "above 0 and at most 1"]),
         (["--config.prompts.student.user={reference}"], ["config.prompts.student", "{reference}"]),
         (["--config.roles.perception.scores=('title',)"], ["perception.scores='title'", "description, reasoning"]),
         (["--config.roles.reasoning.divergence=js"], ["divergence='js'", "forward_kl, reverse_kl"]),

@@ -1,5 +1,8 @@
 """Checks of a config before anything is loaded, and its JSON form in a workdir. The fields are in configs/base.py."""
 
+import dataclasses
+import functools
+import importlib.util
 import json
 import pathlib
 import re
@@ -10,99 +13,108 @@ import ml_collections
 
 from vigos_jax.errors import InputError
 
-# (field, smallest, largest or None).
-_WHOLE = (
-    ("seed", 0, 2**31 - 1),
-    ("steps", 1, None),
-    ("batch_size", 1, None),
-    ("accumulation", 1, None),
-    ("checkpoint_every", 1, None),
-    ("keep_checkpoints", 1, None),
-    ("log_every", 1, None),
-    ("eval_every", 0, None),
-    ("report.rows", 0, None),
-    ("report.every", 1, None),
-    ("lora.rank", 0, None),
-    ("data.workers", 0, None),
-    ("data.window", 1, None),
-    ("data.max_images", 1, None),
-    ("optimizer.warmup_steps", 0, None),
-    ("loss.chunk", 1, None),
-    ("evaluate.questions", 0, None),
-    ("evaluate.batch_size", 1, None),
-    ("evaluate.seed", 0, 2**31 - 1),
-    ("eval.limit", 0, None),
-    ("eval.samples", 1, None),
-    ("eval.max_tokens", 1, None),
-    ("eval.seed", 0, 2**31 - 1),
-    ("eval.demo_questions", 1, None),
-    ("eval.batch_size", 1, None),
-    ("eval.judge.batch", 1, None),
-    ("eval.judge.concurrency", 1, None),
-    ("eval.judge.retries", 0, None),
-    ("score.batch_size", 1, None),
-    ("diagnose.rows", 2, None),
-    ("diagnose.wrong_answers", 1, None),
-    ("diagnose.batch_size", 1, None),
-    ("diagnose.seed", 0, 2**31 - 1),
-    ("guards.max_skipped", 1, None),
-    ("guards.window", 1, None),
-    ("export.step", 0, None),
-    ("plan.patches", 1, None),
-    ("plan.prompt", 1, None),
-    ("plan.completion", 1, None),
-    ("sampling.max_tokens", 1, None),
-    ("sampling.top_k", 0, None),
-    ("eval.top_k", 0, None),
-)
-_REAL = (
-    ("lora.alpha", 0, None),
-    ("lora.dropout", 0, 0.999),
-    ("data.max_bad_fraction", 0, 1),
-    ("optimizer.learning_rate", 0, None),
-    ("optimizer.b1", 0, 0.999999),
-    ("optimizer.b2", 0, 0.999999),
-    ("optimizer.eps", 0, None),
-    ("optimizer.weight_decay", 0, None),
-    ("optimizer.max_grad_norm", 1e-12, None),
-    ("teacher.ema_rate", 0, 1),
-    ("loss.temperature", 1e-6, None),
-    ("eval.judge.timeout", 0.1, None),
-    ("export.max_shard_gb", 1e-9, None),
-    ("plan.memory_gb", 0, None),
-    ("plan.tflops", 0, None),
-    ("plan.bandwidth_gbs", 0, None),
-    ("plan.interconnect_gbs", 0, None),
-    ("plan.effort", -1, 1),
-    ("sampling.temperature", 0, None),
-    ("sampling.top_p", 1e-9, 1),
-    ("sampling.min_p", 0, 1),
-    ("sampling.repetition_penalty", 1e-9, None),
-    ("sampling.presence_penalty", -1e6, 1e6),
-    ("eval.temperature", 0, None),
-    ("eval.top_p", 1e-9, 1),
-)
-# Numbers whose ranges the mesh knows: here they only have to be numbers.
-_WHOLE_ELSEWHERE = ("mesh.data", "mesh.fsdp", "mesh.tensor")
-_FLAGS = (
-    *("data.shuffle", "data.blank_images", "export.check", "export.after_training", "guards.stop", "plan.advise"),
-    "log.tensorboard",
-)
-_PATHS = (  # or names on the hub
+_DEFAULTS_FILE = pathlib.Path(__file__).resolve().parents[1] / "configs" / "base.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """What a number may be: from `least`, or above `above`, and up to `most`; None for no bound."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        is_low = (self.least is not None and value < self.least) or (self.above is not None and value <= self.above)
+        return not is_low and (self.most is None or value <= self.most)
+
+    def __str__(self) -> str:
+        if self.least is not None and self.most is not None:
+            return f"from {self.least} to {self.most}"
+        low = f"at least {self.least}" if self.least is not None else f"above {self.above}"
+        return low if self.most is None else f"{low} and at most {self.most}"
+
+
+_COUNT, _POSITIVE = Range(least=0), Range(least=1)
+_SEED, _FRACTION = Range(least=0, most=2**31 - 1), Range(least=0, most=1)
+# A field's type is that of its default in configs/base.py. Here are the numbers that may not be everything; the mesh's
+# sizes are checked against its devices.
+RANGES = {
+    "seed": _SEED,
+    "steps": _POSITIVE,
+    "batch_size": _POSITIVE,
+    "accumulation": _POSITIVE,
+    "checkpoint_every": _POSITIVE,
+    "keep_checkpoints": _POSITIVE,
+    "log_every": _POSITIVE,
+    "eval_every": _COUNT,
+    "report.rows": _COUNT,
+    "report.every": _POSITIVE,
+    "lora.rank": _COUNT,
+    "lora.alpha": Range(least=0),
+    "lora.dropout": Range(least=0, most=0.999),
+    "data.workers": _COUNT,
+    "data.window": _POSITIVE,
+    "data.max_images": _POSITIVE,
+    "data.max_bad_fraction": _FRACTION,
+    "optimizer.learning_rate": Range(least=0),
+    "optimizer.warmup_steps": _COUNT,
+    "optimizer.b1": Range(least=0, most=0.999999),
+    "optimizer.b2": Range(least=0, most=0.999999),
+    "optimizer.eps": Range(least=0),
+    "optimizer.weight_decay": Range(least=0),
+    "optimizer.max_grad_norm": Range(above=0),
+    "teacher.ema_rate": _FRACTION,
+    "loss.temperature": Range(least=1e-6),
+    "loss.chunk": _POSITIVE,
+    "sampling.max_tokens": _POSITIVE,
+    "sampling.temperature": Range(least=0),
+    "sampling.top_k": _COUNT,
+    "sampling.top_p": Range(above=0, most=1),
+    "sampling.min_p": _FRACTION,
+    "sampling.repetition_penalty": Range(above=0),
+    "evaluate.questions": _COUNT,
+    "evaluate.batch_size": _POSITIVE,
+    "evaluate.seed": _SEED,
+    "eval.limit": _COUNT,
+    "eval.samples": _POSITIVE,
+    "eval.temperature": Range(least=0),
+    "eval.top_k": _COUNT,
+    "eval.top_p": Range(above=0, most=1),
+    "eval.max_tokens": _POSITIVE,
+    "eval.seed": _SEED,
+    "eval.demo_questions": _POSITIVE,
+    "eval.batch_size": _POSITIVE,
+    "eval.judge.batch": _POSITIVE,
+    "eval.judge.concurrency": _POSITIVE,
+    "eval.judge.timeout": Range(least=0.1),
+    "eval.judge.retries": _COUNT,
+    "score.batch_size": _POSITIVE,
+    "diagnose.rows": Range(least=2),
+    "diagnose.wrong_answers": _POSITIVE,
+    "diagnose.batch_size": _POSITIVE,
+    "diagnose.seed": _SEED,
+    "guards.max_skipped": _POSITIVE,
+    "guards.window": _POSITIVE,
+    "export.step": _COUNT,
+    "export.max_shard_gb": Range(above=0),
+    "plan.patches": _POSITIVE,
+    "plan.prompt": _POSITIVE,
+    "plan.completion": _POSITIVE,
+    "plan.memory_gb": Range(least=0),
+    "plan.tflops": Range(least=0),
+    "plan.bandwidth_gbs": Range(least=0),
+    "plan.interconnect_gbs": Range(least=0),
+    "plan.effort": Range(least=-1, most=1),
+}
+_PATHS = (  # texts in which ~ is a home; or names on the hub
     *("compilation_cache", "model.path", "model.adapter", "data.source", "score.rollouts", "score.output"),
     *("diagnose.rollouts", "diagnose.wrong_answers_file", "diagnose.output", "eval.output", "generate.image"),
     *("export.output", "plan.output", "plan.programs"),
 )
-_TEXTS = (
-    *(*_PATHS, "data.split", "eval.plain_prompt", "eval.judge.url", "eval.judge.model", "eval.judge.key_env"),
-    *("generate.question", "export.push_to", "plan.topology", "log.wandb"),
-)
-_NO_OTHERS = {  # sections that are handed on whole, so that a field too many would be an argument too many
-    "sampling": ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
-    "optimizer": ("learning_rate", "schedule", "warmup_steps", "b1", "b2", "eps", "weight_decay", "max_grad_norm"),
-    "buckets": ("patches", "prompt", "completion", "sequence"),
-    "mesh": ("data", "fsdp", "tensor", "rules"),
-}
+# Sections that are handed on whole, so that a field too many would be an argument too many.
+_NO_OTHERS = ("sampling", "optimizer", "buckets", "mesh")
+_NAMED_BY_USERS = ("prompts.", "roles.", "eval.sources.")
 CHOICES = {
     "distributed": ("off", "auto", "env"),
     "model.dtype": ("float32", "bfloat16"),
@@ -118,7 +130,6 @@ CHOICES = {
     "export.kind": ("merged", "adapter"),
     "export.dtype": ("float32", "bfloat16"),
 }
-GUARDED = ("valid_rate", "completion_tokens", "entropy")  # metrics that config.guards can bound
 _PROMPT_FIELDS = ("user", "assistant_prefill")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -138,12 +149,16 @@ def get(config: Mapping[str, Any], field: str) -> Any:
     return config
 
 
-def _number(config: Mapping[str, Any], field: str, *, whole: bool) -> int | float:
-    value = get(config, field)
-    is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    if not is_number or not abs(value) < 1e300:  # NaN is neither above nor below
-        raise InputError(f"config.{field}={value!r} must be a {'whole' if whole else 'finite'} number")
-    return value
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """Every field of configs/base.py that it names itself, with its default.
+
+    The file beside this package, whatever `configs` may mean in the folder where a program is started.
+    """
+    spec = importlib.util.spec_from_file_location("vigos_jax_defaults", _DEFAULTS_FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return {f: v for f, v in flatten(module.get_config().to_dict()) if not f.startswith(_NAMED_BY_USERS)}
 
 
 def _section(config: Mapping[str, Any], field: str) -> Mapping[str, Any]:
@@ -159,23 +174,18 @@ def validate(config: ml_collections.ConfigDict) -> None:
     What other rooms check (roles, mesh) has the right types afterwards.
     """
     try:
-        for table, whole in ((_WHOLE, True), (_REAL, False)):
-            for field, low, high in table:
-                value = _number(config, field, whole=whole)
-                if value < low or (high is not None and value > high):
-                    bound = f"at least {low}" if high is None else f"from {low} to {high}"
-                    raise InputError(f"config.{field}={value!r} must be {bound}")
-        for field in _WHOLE_ELSEWHERE:
-            _number(config, field, whole=True)
-        for field in _FLAGS:
-            if not isinstance(get(config, field), bool):
-                raise InputError(f"config.{field}={get(config, field)!r} must be True or False")
-        for field in _TEXTS:
-            _check_text(config, field)
+        for field, default in _defaults().items():
+            _check_type(field, get(config, field), default)
+        for field, allowed in RANGES.items():
+            if get(config, field) not in allowed:
+                raise InputError(f"config.{field}={get(config, field)!r} must be {allowed}")
         for field, choices in CHOICES.items():
             if get(config, field) not in choices:
                 raise InputError(f"config.{field}={get(config, field)!r} is unknown; choices: {', '.join(choices)}")
-        for section, known in _NO_OTHERS.items():
+        for field in _PATHS:
+            _check_home(field, get(config, field))
+        for section in _NO_OTHERS:
+            known = [f.removeprefix(f"{section}.") for f in _defaults() if f.startswith(f"{section}.")]
             if strangers := [str(name) for name in _section(config, section) if name not in known]:
                 raise InputError(f"config.{section} has no field {strangers[0]!r}; choices: {', '.join(known)}")
         if not _VARIABLE.fullmatch(config.eval.judge.key_env):  # not shown: it may be the key itself
@@ -187,26 +197,36 @@ def validate(config: ml_collections.ConfigDict) -> None:
             raise InputError(f"config.eval.plain_prompt={config.eval.plain_prompt!r} must be a text with {{problem}}")
         if config.export.push_to and not _REPOSITORY.fullmatch(config.export.push_to):
             raise InputError(f"config.export.push_to={config.export.push_to!r} must be owner/name on the hub, or empty")
-        tasks = get(config, "eval.tasks")  # one text is no list of its letters
-        if not isinstance(tasks, list | tuple) or not all(isinstance(task, str) for task in tasks):
-            raise InputError(f"config.eval.tasks={tasks!r} must be a list of names, like ('vilp_f', 'cv_bench')")
-        for task in _section(config, "eval.sources"):
-            _check_text(config, f"eval.sources.{task}")
-        fields = get(config, "data.fields")
-        for name in fields if isinstance(fields, list | tuple) else (None,):
+        if not all(isinstance(task, str) for task in config.eval.tasks):
+            raise InputError(f"config.eval.tasks={config.eval.tasks!r} must be names, like ('vilp_f', 'cv_bench')")
+        for task, source in _section(config, "eval.sources").items():
+            _check_type(f"eval.sources.{task}", source, "")
+            _check_home(f"eval.sources.{task}", source)
+        fields = config.data.fields
+        for name in fields:
             if not isinstance(name, str) or not name.isidentifier() or name in ("problem", "reference"):
                 raise InputError(f"config.data.fields={fields!r} must be names of further columns, like ('caption',)")
     except (KeyError, AttributeError) as e:
         raise InputError(f"the config lacks a field that configs/base.py has: {e}".replace("\n", " ")) from e
 
 
-def _check_text(config: Mapping[str, Any], field: str) -> None:
-    value = get(config, field)
-    if not isinstance(value, str):
-        raise InputError(f"config.{field}={value!r} must be a text")
+def _check_type(field: str, value: Any, default: Any) -> None:
+    """A field has the type of its default; a whole number will do where the default is a fraction."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # not for NaN
+    is_good, what = {
+        bool: (isinstance(value, bool), "True or False"),
+        int: (is_number and isinstance(value, int), "a whole number"),
+        float: (is_number, "a finite number"),
+        str: (isinstance(value, str), "a text"),
+        tuple: (isinstance(value, list | tuple), "a list, like (1, 2)"),
+    }[type(default)]
+    if not is_good:
+        raise InputError(f"config.{field}={value!r} must be {what}")
+
+
+def _check_home(field: str, value: str) -> None:
     try:
-        if field in _PATHS or field.startswith("eval.sources."):
-            pathlib.Path(value).expanduser()
+        pathlib.Path(value).expanduser()
     except RuntimeError as e:
         raise InputError(f"config.{field}={value!r} begins with the home of a user that does not exist") from e
 
@@ -223,10 +243,15 @@ def _check_buckets(config: Mapping[str, Any]) -> None:
         )
 
 
+def guarded(guards: Mapping[str, Any]) -> list[str]:
+    """The metrics that `config.guards` bounds: its fields that are a lowest and a highest value."""
+    return [name for name, bounds in guards.items() if isinstance(bounds, list | tuple)]
+
+
 def _check_guards(config: Mapping[str, Any]) -> None:
-    for name in GUARDED:
-        low_high = get(config, f"guards.{name}")
-        numbers = [x for x in low_high if type(x) in (int, float)] if isinstance(low_high, list | tuple) else []
+    for name in guarded(config["guards"]):
+        low_high = config["guards"][name]
+        numbers = [x for x in low_high if type(x) in (int, float)]
         if len(numbers) != 2 or len(low_high) != 2 or not numbers[0] <= numbers[1]:
             raise InputError(f"config.guards.{name}={low_high!r} must be a lowest and a highest value, like (0.2, 1.0)")
 

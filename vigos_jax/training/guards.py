@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vigos_jax.config import GUARDED
+from vigos_jax.config import guarded
 from vigos_jax.runtime.distributed import process
 from vigos_jax.runtime.files import finite_or_none
 
@@ -41,7 +41,7 @@ class Health:
         """Takes a step's metrics; what the step did not measure keeps no guard from seeing the others."""
         self._in_a_row = self._in_a_row + 1 if row["skipped"] else 0
         self.skipped += int(row["skipped"])
-        seen = {name: float(row[name]) for name in GUARDED if math.isfinite(row.get(name, math.nan))}
+        seen = {name: float(row[name]) for name in guarded(self._guards) if math.isfinite(row.get(name, math.nan))}
         self._recent = [*self._recent, seen][-self._guards["window"] :]
         before, self.alerts = self.alerts, self._outside()
         self.news = [text for name, text in self.alerts.items() if name not in before]
@@ -52,7 +52,7 @@ class Health:
         if len(self._recent) < self._guards["window"]:
             return {}
         out = {}
-        for name in GUARDED:
+        for name in guarded(self._guards):
             low, high = self._guards[name]
             values = [seen[name] for seen in self._recent if name in seen]
             mean = sum(values) / len(values) if values else low
