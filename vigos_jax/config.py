@@ -12,6 +12,8 @@ from typing import Any
 import ml_collections
 
 from vigos_jax.errors import InputError
+from vigos_jax.runtime.files import unique_keys
+from vigos_jax.runtime.hub import REPOSITORY
 
 _DEFAULTS_FILE = pathlib.Path(__file__).resolve().parents[1] / "configs" / "base.py"
 
@@ -132,7 +134,6 @@ CHOICES = {
 }
 _PROMPT_FIELDS = ("user", "assistant_prefill")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 # They say what to do with a run, or where, not what the run is.
 _MODE_SECTIONS = (
     *("eval", "eval_every", "score", "diagnose", "generate", "export", "guards", "plan"),
@@ -195,7 +196,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         _check_guards(config)
         if "{problem}" not in config.eval.plain_prompt:
             raise InputError(f"config.eval.plain_prompt={config.eval.plain_prompt!r} must be a text with {{problem}}")
-        if config.export.push_to and not _REPOSITORY.fullmatch(config.export.push_to):
+        if config.export.push_to and not REPOSITORY.fullmatch(config.export.push_to):
             raise InputError(f"config.export.push_to={config.export.push_to!r} must be owner/name on the hub, or empty")
         if not all(isinstance(task, str) for task in config.eval.tasks):
             raise InputError(f"config.eval.tasks={config.eval.tasks!r} must be names, like ('vilp_f', 'cv_bench')")
@@ -278,7 +279,7 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 def read_json(path: pathlib.Path) -> ml_collections.ConfigDict:
     """The config a run wrote into its workdir."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
         if not isinstance(raw, dict):
             raise ValueError(f"it holds a {type(raw).__name__}")
         return ml_collections.ConfigDict(raw)
@@ -286,14 +287,6 @@ def read_json(path: pathlib.Path) -> ml_collections.ConfigDict:
         raise InputError(f"cannot read {path}: {e.strerror}; a run's workdir holds its config.json") from e
     except (ValueError, TypeError, RecursionError) as e:
         raise InputError(f"{path} is not a run's config: {e}") from e
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; two roles of one name would silently become the second."""
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice")
-    return dict(pairs)
 
 
 def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import pathlib
-import re
 from typing import Any
 
 import jax
@@ -30,7 +29,6 @@ from vigos_jax.weights import huggingface
 
 _USERS_PRECISION = jax.config.jax_default_matmul_precision  # what the environment says, if anything
 DEMO_FOLDER = pathlib.Path(__file__).parent / "demo" / "base"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +95,7 @@ def resolve_model(path: str) -> pathlib.Path:
     folder = pathlib.Path(path).expanduser()
     if path and folder.is_dir():
         return folder
-    if folder.is_absolute() or not HUB_ID.fullmatch(path):
+    if folder.is_absolute() or not hub.REPOSITORY.fullmatch(path):
         raise InputError(f"config.model.path={path!r} is no folder; choices: a folder, owner/name on the hub, demo")
     import huggingface_hub
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vigos_jax.analysis import palr
 from vigos_jax.analysis.palr import TokenScores
-from vigos_jax.analysis.wrong_answers import choose, options_of, read_file
+from vigos_jax.analysis.wrong_answers import choices_of, choose, read_file
 from vigos_jax.errors import InputError
 from vigos_jax.grading.answer_text import is_correct
 
@@ -114,7 +114,7 @@ def test_another_seed_chooses_others():
     ],
 )
 def test_options(raw, problem, options):
-    assert options_of(raw, problem) == options
+    assert choices_of(raw, problem) == options
 
 
 def test_file(tmp_path):

@@ -17,7 +17,7 @@ import numpy as np
 
 from vigos_jax.analysis import palr
 from vigos_jax.analysis.score_rollouts import rollouts_source
-from vigos_jax.analysis.wrong_answers import choose, options_of, read_file
+from vigos_jax.analysis.wrong_answers import choices_of, choose, read_file
 from vigos_jax.data.cleaning import clean_reference
 from vigos_jax.data.processor import EncodedImage
 from vigos_jax.errors import InputError
@@ -173,7 +173,7 @@ def _with_counterfactuals(
             count=config.diagnose.wrong_answers,
             seed=f"{config.diagnose.seed} {case.index}",
             given=own if isinstance(own, list | tuple) else (),
-            options=options_of(raw, case.example.problem),
+            options=choices_of(raw, case.example.problem),
             others=others,
         )
         wrong = tuple(answer for answer in wrong if _fits(reader, case, reference=answer))

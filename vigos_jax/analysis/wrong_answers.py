@@ -4,7 +4,6 @@ PALR (equations 7-10 of the paper) asks how much of a teacher's correction hangs
 showing it wrong ones. They should be wrong in content, not in form: of the same kind as the right one.
 """
 
-import ast
 import json
 import pathlib
 import random
@@ -12,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vigos_jax.data.cleaning import clean_reference
+from vigos_jax.data.cleaning import clean_reference, list_of
 from vigos_jax.errors import InputError
 from vigos_jax.grading.answer_text import answer_kind, is_correct, normalize_answer
 
@@ -38,15 +37,9 @@ def read_file(path: str) -> dict[str, list[str]]:
     return out
 
 
-def options_of(raw: Mapping[str, Any], problem: str) -> list[str]:
+def choices_of(raw: Mapping[str, Any], problem: str) -> list[str]:
     """The options of a multiple-choice row: its `options`, else the letters that head options in the question."""
-    options = raw.get("options")
-    if isinstance(options, str):  # some data sets keep the list as its Python text
-        try:
-            options = ast.literal_eval(options)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            options = None
-    if isinstance(options, list | tuple) and options:
+    if options := list_of(raw.get("options")):
         return _texts(options)
     letters = [a or b for a, b in _LETTER_OPTION.findall(problem)]
     return letters if len(letters) > 1 and letters == sorted(set(letters)) and letters[0] == "A" else []

@@ -18,7 +18,7 @@ from vigos_jax.errors import InputError
 from vigos_jax.grading.answer_text import mentions
 from vigos_jax.runtime import hub
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+DATASET_ID = re.compile(r"([\w.-]+/)?[\w.-]+")  # of a data set on the hub; some have no owner
 SOURCE_CHOICES = "a .jsonl file, a .parquet file, a folder of .parquet files, a hub data set (owner/name)"
 
 
@@ -141,7 +141,7 @@ def open_table(name: str, *, split: str) -> tuple[Any, tuple[str, ...]]:
     if name and path.is_dir() and next(path.rglob("*.parquet"), None):
         folder = str(path.resolve())
         return _load_table(name, "parquet", split=split, data_dir=folder), (folder,)
-    if path.exists() or path.suffix in (".jsonl", ".parquet") or not HUB_ID.fullmatch(name):
+    if path.exists() or path.suffix in (".jsonl", ".parquet") or not DATASET_ID.fullmatch(name):
         found = "holds no such data" if name and path.exists() else "does not exist"
         raise InputError(f"data.source {name!r} {found}; choices: {SOURCE_CHOICES}")
     import datasets

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from vigos_jax.data.sources import HUB_ID, open_table
+from vigos_jax.data.sources import DATASET_ID, open_table
 from vigos_jax.demo import world
 from vigos_jax.errors import InputError
 from vigos_jax.evaluation.tasks.task import Question, Task
@@ -69,7 +69,7 @@ def _open_json(source: str) -> TaskRows:
     """A folder with data.json, a list of objects, and the pictures they speak of."""
     folder = pathlib.Path(source).expanduser()
     if not folder.is_dir():
-        if not HUB_ID.fullmatch(source):
+        if not DATASET_ID.fullmatch(source):
             choices = "a folder with data.json, a hub data set (owner/name)"
             raise InputError(f"{source!r} is no folder with data.json; choices: {choices}")
         import huggingface_hub

@@ -8,6 +8,7 @@ from typing import Any
 from vigos_jax.data.images import BadImage, read_image
 from vigos_jax.evaluation.benchmark import Evaluation, TaskResult, output_of, table_text
 from vigos_jax.evaluation.statistics import COMMON, Answer
+from vigos_jax.grading.braces import closing_brace
 from vigos_jax.models.variables import Variables
 from vigos_jax.report.page import Rollout, Table, Text, Token, picture_uri, write_page
 from vigos_jax.rollouts.engine import EngineFactory, NativeEngine
@@ -80,10 +81,8 @@ def coloured(text: str) -> list[Token]:
     start = rest.rfind(_BOX)
     if start < 0:
         return [*tokens, Token(rest)]
-    end, depth = start + len(_BOX), 1
-    while end < len(rest) and depth:
-        depth += (rest[end] == "{") - (rest[end] == "}")
-        end += 1
+    close = closing_brace(rest, start + len(_BOX))
+    end = len(rest) if close is None else close + 1
     return [*tokens, Token(rest[:start]), Token(rest[start:end], _ANSWER_COLOR, 0.35), Token(rest[end:])]
 
 

@@ -3,15 +3,14 @@
 import dataclasses
 import json
 import pathlib
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vigos_jax import __version__
 from vigos_jax.method.prompts import fields
 from vigos_jax.models.layers import LoraSpec
+from vigos_jax.runtime.hub import REPOSITORY
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LICENSE = ("license", "license_name", "license_link")
 _PAPER = "[arXiv 2606.19120](https://arxiv.org/abs/2606.19120)"
 _LOAD_MERGED = """\
@@ -92,7 +91,7 @@ def _base_name(path: str) -> str:
 
 
 def _is_on_hub(path: str) -> bool:
-    return _HUB_ID.fullmatch(path) is not None and not pathlib.Path(path).expanduser().exists()
+    return REPOSITORY.fullmatch(path) is not None and not pathlib.Path(path).expanduser().exists()
 
 
 def _metadata(config, base: pathlib.Path, *, is_adapter: bool) -> str:

@@ -7,10 +7,11 @@ its digits, and every pattern is linear: a hostile answer costs as little as an 
 import re
 from fractions import Fraction
 
+from vigos_jax.grading.braces import closing_brace
+
 MAX_ANSWER_CHARS = 1000  # a longer answer is compared as plain text, without any rewriting
 
 _BOX_OPEN = "\\boxed{"
-_BRACE = re.compile(r"[{}]")
 _QUOTE_PAIRS = {'"': '"', "'": "'", "`": "`", "“": "”", "‘": "’"}
 _REWRITES = tuple(
     (re.compile(pattern), new)
@@ -48,11 +49,9 @@ def last_boxed(text: str) -> str | None:
     """
     # A box that closes does so before the next one opens, unless that one closes too and is the later box.
     for piece in reversed(text.split(_BOX_OPEN)[1:]):
-        depth = 1
-        for brace in _BRACE.finditer(piece):
-            depth += 1 if brace[0] == "{" else -1
-            if depth == 0:
-                return piece[: brace.start()].strip()
+        end = closing_brace(piece, 0)
+        if end is not None:
+            return piece[:end].strip()
     return None
 
 

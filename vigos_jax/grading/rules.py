@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from vigos_jax.grading.algebra import MathGrader
 from vigos_jax.grading.answer_text import MAX_ANSWER_CHARS, answer_kind, is_correct, normalize_answer, number_and_unit
+from vigos_jax.grading.braces import is_balanced
 
 GRADERS = ("no_answer", "option", "yes_no", "number", "word", "text", "math")
 _YES_NO = {"yes": True, "true": True, "correct": True, "no": False, "false": False, "incorrect": False}
@@ -163,19 +164,10 @@ def _number(prediction: str, reference: str, precision: int | None, math: MathGr
             return Verdict(round(ours[0], precision) == round(theirs[0], precision), "number")
         return Verdict(ours[0] == theirs[0], "number")
     # "7;7" would be the set {7}, and so 7.
-    if math is not None and _is_short(prediction, reference) and ";" not in prediction and _is_balanced(prediction):
+    if math is not None and _is_short(prediction, reference) and ";" not in prediction and is_balanced(prediction):
         if (equal := math.is_equal(prediction, reference)) is not None:
             return Verdict(equal, "math")
     return Verdict(False, "number")
-
-
-def _is_balanced(text: str) -> bool:
-    depth = 0
-    for c in text:
-        depth += (c == "{") - (c == "}")
-        if depth < 0:
-            return False
-    return depth == 0
 
 
 def _word(answer: str) -> str:

@@ -22,17 +22,17 @@ A token that overlaps a byte of one of the three matched tags is a delimiter and
 else it overlaps. A second `<think>` inside the reasoning matched nothing and is plain content.
 """
 
-import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from vigos_jax.grading.braces import closing_brace
+
 _DESCRIPTION_CLOSE = b"</description>"
 _THINK_OPEN = b"<think>"
 _THINK_CLOSE = b"</think>"
 _BOX_OPEN = b"\\boxed{"
-_BRACE = re.compile(rb"[{}]")
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _find_tags(text: bytes) -> _Tags | str:
     if box_open < 0:
         return "no_box"
     answer_start = box_open + len(_BOX_OPEN)
-    answer_end = _closing_brace(text, answer_start)
+    answer_end = closing_brace(text, answer_start)
     if answer_end is None:
         return "unclosed_box"
     return _Tags(description_end, think_open, reasoning_start, reasoning_end, box_open, answer_start, answer_end)
@@ -147,13 +147,3 @@ def _find_tags(text: bytes) -> _Tags | str:
 
 def _invalid(reason: str) -> Spans:
     return Spans(is_valid=False, description=(0, 0), reasoning=(0, 0), answer=(0, 0), invalid_reason=reason)
-
-
-def _closing_brace(text: bytes, start: int) -> int | None:
-    """Offset of the brace that closes one opened just before `start`; None if it is never closed."""
-    depth = 1
-    for brace in _BRACE.finditer(text, start):
-        depth += 1 if brace[0] == b"{" else -1
-        if depth == 0:
-            return brace.start()
-    return None

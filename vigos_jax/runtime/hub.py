@@ -2,10 +2,12 @@
 
 import os
 import pathlib
+import re
 
 from vigos_jax.errors import InputError
 
 _TOKEN = "HF_TOKEN"
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
 
 
 def token_for(repository: str) -> str:

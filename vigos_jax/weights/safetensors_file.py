@@ -10,7 +10,6 @@ import json
 import math
 import os
 import pathlib
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vigos_jax.errors import InputError
+from vigos_jax.runtime.files import unique_keys
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -66,7 +66,7 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
             if length > size - 8:
                 raise broken(f"it ends inside its header, after {size} of at least {8 + length} bytes")
             file.seek(8)
-            raw = json.loads(file.read(length), object_pairs_hook=_without_repeats)
+            raw = json.loads(file.read(length), object_pairs_hook=unique_keys)
     except OSError as e:
         raise broken(e.strerror or str(e)) from e
     except (ValueError, RecursionError) as e:
@@ -82,15 +82,6 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
     if problem := _misfit(ranges, size - 8 - length):
         raise broken(problem)
     return out
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a tensor that is there twice, one would silently be the other."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"{name[:100]!r} is there twice")
-    return values
 
 
 def _stored(path: pathlib.Path, data_start: int, value: dict[str, Any]) -> Stored:

@@ -1,6 +1,5 @@
 """What a benchmark is to this program: rows of a source, the questions they ask, and how answers are summed up."""
 
-import ast
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vigos_jax.data.cleaning import clean_reference
+from vigos_jax.data.cleaning import clean_reference, list_of
 from vigos_jax.errors import InputError
 from vigos_jax.grading.algebra import MathGrader
 from vigos_jax.grading.rules import Verdict, grade
@@ -130,15 +129,7 @@ def images_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def options_of(row: Mapping[str, Any]) -> tuple[str, ...]:
     """A row's options: a list, or one written as a literal (`"['a', 'b']"`); () without any."""
-    found = first(row, ("options", "choices"))
-    if isinstance(found, str):
-        try:
-            found = ast.literal_eval(found) if found.strip().startswith(("[", "(")) else []
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            found = []
-    if not isinstance(found, list | tuple | np.ndarray):
-        return ()
-    texts = ["" if o is None else plain_text(str(o)) for o in found]
+    texts = ["" if o is None else plain_text(str(o)) for o in list_of(first(row, ("options", "choices")))]
     while texts and not texts[-1]:  # padding; an empty one before the last keeps its letter
         texts.pop()
     return tuple(texts)
