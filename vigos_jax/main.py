@@ -22,11 +22,11 @@ from vigos_jax import __version__  # noqa: E402
 from vigos_jax.config import read_json, validate  # noqa: E402
 from vigos_jax.errors import InputError, Stopped  # noqa: E402
 from vigos_jax.runtime import distributed, shell  # noqa: E402
+from vigos_jax.runtime import workdir as files  # noqa: E402
 
 # Flags put the traceback of a config file's error into their own message.
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(\s.*\n)*")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # or not to be written to
-MODES = ("train", "generate", "score", "diagnose", "eval", "export", "plan")
 VERBOSE = ("-v", "--v", "--verbose")
 SEVERAL = ("train", "export")  # modes that several processes may run together
 HELP = """\
@@ -120,7 +120,7 @@ def _asks_for(arguments: list[str], mode: str) -> bool:
 def _read_flags(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     """Parses a command line into flags of its own, and returns what was left over."""
     values = flags.FlagValues()
-    flags.DEFINE_enum("mode", "train", MODES, "what to do", flag_values=values)
+    flags.DEFINE_enum("mode", "train", tuple(MODES), "what to do", flag_values=values)
     flags.DEFINE_string("workdir", None, "folder of a run", flag_values=values)
     options = {"lock_config": True, "flag_values": values, "sys_argv": argv}
     config_flags.DEFINE_config_file("config", None, "config file", **options)
@@ -159,86 +159,105 @@ def _config_of_run(config, workdir: pathlib.Path | None):
     """With a run's workdir, the run's own config counts, but for what is done with the run, and on which devices."""
     if workdir is None:
         return config
-    saved = read_json(workdir / "config.json")
+    saved = read_json(workdir / files.CONFIG)
     modes = ("generate", "score", "diagnose", "eval", "eval_every", "export", "plan")
     for section in (*modes, "mesh", "distributed", "report", "log"):
         saved[section] = config[section]
     return saved
 
 
-def _run(config, mode: str, workdir: pathlib.Path | None) -> int:
-    if distributed.several() and mode not in SEVERAL:
-        raise InputError(f"--mode {mode} runs in one process (config.distributed=off); several: {', '.join(SEVERAL)}")
-    if mode == "train":
-        from vigos_jax.training.loop import train
+def _train(config, workdir: pathlib.Path) -> int:
+    from vigos_jax.training.loop import train
 
-        train(config, workdir)
-        return 0
-
-    if mode == "plan":
-        from vigos_jax.plan.planner import plan
-
-        print(plan(config))
-        return 0
-
-    if mode == "export" and not config.export.output:
-        raise InputError("--mode export needs --config.export.output=DIR")
-    if mode == "export" and config.export.step and workdir is None:
-        raise InputError(f"config.export.step={config.export.step} needs --workdir of a run, whose checkpoint it is")
-
-    from vigos_jax.models.variables import teacher_overlay
-    from vigos_jax.session import load, trained_shapes
-    from vigos_jax.training.checkpoints import Checkpoints
-
-    loaded = load(config, for_training=False)
-    trained = average = loaded.trained
-    step = 0
-    if workdir is not None:
-        like, wanted = trained_shapes(loaded, rules=config.mesh.rules), config.export.step if mode == "export" else 0
-        with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
-            step, trained = checkpoints.restore_trained(like, step=wanted)
-            if config.teacher.weights == "ema":
-                _, average = checkpoints.restore_trained(like, item="average", step=wanted)
-    overlay = teacher_overlay(config.teacher.weights, trained=trained, average=average)
-    if mode == "generate":
-        from vigos_jax.rollouts.generate import stream
-
-        for piece in stream(loaded, trained, config):
-            print(piece, end="", flush=True)
-        print()
-    elif mode == "score":
-        from vigos_jax.analysis.score_rollouts import score_rollouts
-
-        summary, bad_lines = score_rollouts(loaded, trained, config, overlay=overlay)
-        print(json.dumps(summary, indent=2))
-        for line in bad_lines:
-            print(line, file=sys.stderr)
-        return 1 if bad_lines else 0
-    elif mode == "diagnose":
-        from vigos_jax.analysis.diagnose import diagnose
-
-        output = pathlib.Path(config.diagnose.output).expanduser() if config.diagnose.output else None
-        if output is None and workdir is None:
-            raise InputError("--mode diagnose needs --workdir of a run, or --config.diagnose.output=DIR")
-        table, bad_lines = diagnose(loaded, trained, config, overlay=overlay, output=output or workdir / "diagnose")
-        print(table)
-        for line in bad_lines:
-            print(line, file=sys.stderr)
-        return 1 if bad_lines else 0
-    elif mode == "eval":
-        from vigos_jax.evaluation.report import evaluate
-
-        table, is_complete = evaluate(loaded, trained, config, workdir=workdir, step=step)
-        print(table)
-        return 0 if is_complete else 1
-    elif mode == "export":
-        from vigos_jax.export.export import export
-        from vigos_jax.export.model_card import RunFacts
-
-        output = pathlib.Path(config.export.output).expanduser()
-        export(loaded, trained, config, output, run=RunFacts.of(workdir, step) if workdir else None)
-        print(output)
+    train(config, workdir)
     return 0
+
+
+def _generate(config, workdir: pathlib.Path | None) -> int:
+    from vigos_jax.rollouts.generate import stream
+    from vigos_jax.training.checkpoints import load_student
+
+    student = load_student(config, workdir)
+    for piece in stream(student.loaded, student.trained, config):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def _score(config, workdir: pathlib.Path | None) -> int:
+    from vigos_jax.analysis.score_rollouts import score_rollouts
+    from vigos_jax.training.checkpoints import load_student
+
+    student = load_student(config, workdir)
+    summary, bad_lines = score_rollouts(student.loaded, student.trained, config, overlay=student.overlay)
+    return _told(json.dumps(summary, indent=2), bad_lines)
+
+
+def _diagnose(config, workdir: pathlib.Path | None) -> int:
+    from vigos_jax.analysis.diagnose import diagnose
+    from vigos_jax.training.checkpoints import load_student
+
+    student = load_student(config, workdir)
+    output = pathlib.Path(config.diagnose.output).expanduser() if config.diagnose.output else None
+    if output is None and workdir is None:
+        raise InputError("--mode diagnose needs --workdir of a run, or --config.diagnose.output=DIR")
+    output = output or workdir / files.DIAGNOSIS
+    return _told(*diagnose(student.loaded, student.trained, config, overlay=student.overlay, output=output))
+
+
+def _told(text: str, bad_lines: list[str]) -> int:
+    """Prints what came out, and the bad rows; the exit code."""
+    print(text)
+    for line in bad_lines:
+        print(line, file=sys.stderr)
+    return 1 if bad_lines else 0
+
+
+def _eval(config, workdir: pathlib.Path | None) -> int:
+    from vigos_jax.evaluation.report import evaluate
+    from vigos_jax.training.checkpoints import load_student
+
+    student = load_student(config, workdir)
+    table, is_complete = evaluate(student.loaded, student.trained, config, workdir=workdir, step=student.step)
+    print(table)
+    return 0 if is_complete else 1
+
+
+def _export(config, workdir: pathlib.Path | None) -> int:
+    if not config.export.output:
+        raise InputError("--mode export needs --config.export.output=DIR")
+    if config.export.step and workdir is None:
+        raise InputError(f"config.export.step={config.export.step} needs --workdir of a run, whose checkpoint it is")
+    from vigos_jax.export.export import export
+    from vigos_jax.export.model_card import RunFacts
+    from vigos_jax.training.checkpoints import load_student
+
+    student = load_student(config, workdir, step=config.export.step)
+    output = pathlib.Path(config.export.output).expanduser()
+    run = RunFacts.of(workdir, student.step) if workdir else None
+    export(student.loaded, student.trained, config, output, run=run)
+    print(output)
+    return 0
+
+
+def _plan(config, workdir: pathlib.Path | None) -> int:
+    from vigos_jax.plan.planner import plan
+
+    print(plan(config))
+    return 0
+
+
+# Each takes the config and the workdir, None where none is given, and returns the exit code. What a mode needs is
+# imported when it runs: --help and a refused config take no seconds.
+MODES = {
+    "train": _train,
+    "generate": _generate,
+    "score": _score,
+    "diagnose": _diagnose,
+    "eval": _eval,
+    "export": _export,
+    "plan": _plan,
+}
 
 
 def main(argv: list[str]) -> int:
@@ -255,7 +274,10 @@ def main(argv: list[str]) -> int:
             config = _config_of_run(config, workdir)
         validate(config)
         with distributed.joined(config.distributed):
-            return _run(config, mode, workdir)
+            if distributed.several() and mode not in SEVERAL:
+                choices = ", ".join(SEVERAL)
+                raise InputError(f"--mode {mode} runs in one process (config.distributed=off); several: {choices}")
+            return MODES[mode](config, workdir)
     except InputError as e:
         print(f"vigos_jax: {e}", file=sys.stderr)
         return 2

@@ -21,6 +21,7 @@ from vigos_jax.grading.judge import PROMPT, Item, Judge
 from vigos_jax.models.variables import Variables
 from vigos_jax.rollouts.engine import EngineFactory, NativeEngine
 from vigos_jax.rollouts.sampling import Sampling
+from vigos_jax.runtime import workdir as files
 from vigos_jax.runtime.digest import digests
 from vigos_jax.runtime.distributed import is_first
 from vigos_jax.runtime.journal import Journal, content_key
@@ -138,7 +139,7 @@ def output_of(config, workdir: pathlib.Path | None) -> pathlib.Path:
     """Where answers are kept: `config.eval.output`, else the run's eval/."""
     if not config.eval.output and workdir is None:
         raise InputError("--mode eval needs --workdir of a run, or --config.eval.output=DIR")
-    return pathlib.Path(config.eval.output).expanduser() if config.eval.output else workdir / "eval"
+    return pathlib.Path(config.eval.output).expanduser() if config.eval.output else workdir / files.EVALUATION
 
 
 def lenient_answer(text: str) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 from vigos_jax import __version__
 from vigos_jax.method.prompts import fields
 from vigos_jax.models.layers import LoraSpec
+from vigos_jax.runtime import workdir as files
 from vigos_jax.runtime.hub import REPOSITORY
 
 _LICENSE = ("license", "license_name", "license_link")
@@ -41,7 +42,7 @@ class RunFacts:
     @classmethod
     def of(cls, workdir: pathlib.Path, step: int) -> "RunFacts":
         """The run in `workdir` after `step` steps, with the metrics of the last of them that were written."""
-        path, metrics = workdir / "metrics.jsonl", {}
+        path, metrics = workdir / files.METRICS, {}
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             try:
                 row = json.loads(line)

@@ -11,6 +11,7 @@ from typing import Any
 from vigos_jax.config import flatten
 from vigos_jax.report.charts import Chart, Line, Mark, number
 from vigos_jax.report.page import PALETTE, Browser, Charts, Folded, Probe, Section, Shot, Table, Text, write_page
+from vigos_jax.runtime import workdir as files
 
 _SKIPPED, _ALERT = (190, 30, 30), (214, 150, 20)
 MAX_SHOTS = 25  # of a row, evenly spread over the run: what a page holds does not grow with the run
@@ -36,10 +37,10 @@ def write_run_page(workdir: pathlib.Path) -> None:
 
     Those that are not there are left out; equal files give an equal page.
     """
-    config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((workdir / files.CONFIG).read_text(encoding="utf-8"))
     rows, evals = (_rows(workdir / f"{name}.jsonl") for name in ("metrics", "eval"))
-    records, snapshots = _shown_records(workdir / "report.jsonl")
-    results_file = workdir / "results.json"
+    records, snapshots = _shown_records(workdir / files.SNAPSHOTS)
+    results_file = workdir / files.RESULTS
     results = json.loads(results_file.read_text(encoding="utf-8")) if results_file.exists() else None
     roles = [name for name, role in config["roles"].items() if role["weight"]]
     sections: list[Section] = [_summary(config, rows)]
@@ -48,7 +49,7 @@ def write_run_page(workdir: pathlib.Path) -> None:
     sections += [_curves(config, rows, evals, roles), *_browser(config, records, snapshots, roles)]
     fields = (f"{field} = {json.dumps(value, ensure_ascii=False)}" for field, value in flatten(config))
     sections.append(Folded("Config", "\n".join(fields)))
-    write_page(workdir / "report.html", f"Run {workdir.absolute().name}", sections)
+    write_page(workdir / files.PAGE, f"Run {workdir.absolute().name}", sections)
 
 
 def _rows(path: pathlib.Path) -> list[dict[str, Any]]:

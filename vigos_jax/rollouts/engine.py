@@ -86,17 +86,21 @@ class NativeEngine:
         self._student = None
 
     def prepare(self, rows: Sequence[Row]) -> Any:
+        """The rows' prompts and images, packed, on the mesh."""
         packed = pack_prompts(rows, config=self._loaded.config, buckets=self._loaded.buckets)
         return self._loaded.put_batch(packed)
 
     def sync(self, trained: Variables, *, step: int = 0) -> None:
+        """Casts float32 master weights once; an adapter stays beside the base."""
         self._student = self._sampler.ready(self._loaded.student(trained))
 
     def sample(self, prepared: Any, keys: Array) -> Sampled:
+        """Completions, and the visual tokens they were made from."""
         images = self._sampler.encode(self._student, prepared.vision)
         return Sampled(self._sampler(self._student, prepared, keys, images), images)
 
     def stream(self, prepared: Any, keys: Array) -> Iterator[Completions]:
+        """Completions a few tokens at a time."""
         state = self._sampler.start(self._student, prepared, keys)
         is_over = False
         while not is_over:
@@ -105,4 +109,5 @@ class NativeEngine:
             yield completions(state, self._loaded.mesh)
 
     def close(self) -> None:
+        """Lets go of the weights."""
         self._student = None

@@ -5,6 +5,7 @@ is all there is to save of randomness. With the arrays goes a digest of each: a 
 than it was given, and a run must not go on from those.
 """
 
+import dataclasses
 import itertools
 import pathlib
 import shutil
@@ -16,9 +17,12 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from vigos_jax.errors import InputError
+from vigos_jax.models.variables import Variables, teacher_overlay
+from vigos_jax.runtime import workdir as files
 from vigos_jax.runtime.digest import digests
 from vigos_jax.runtime.distributed import is_first, several
 from vigos_jax.runtime.progress import say
+from vigos_jax.session import Loaded, load, trained_shapes
 from vigos_jax.training.step import TrainState
 
 
@@ -34,8 +38,8 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path, *, keep: int):
         # Rooted at an absolute path: orbax refuses relative ones.
-        self._folder = (workdir / "checkpoints").absolute()
-        self._aside = (workdir / "checkpoints-broken").absolute()
+        self._folder = (workdir / files.CHECKPOINTS).absolute()
+        self._aside = (workdir / files.BROKEN_CHECKPOINTS).absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -165,6 +169,42 @@ class Checkpoints:
             self._aside.mkdir(exist_ok=True)
             (self._folder / str(step)).rename(target)
         self._manager.reload()
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """A student outside of training.
+
+    Attributes:
+      trained, overlay: what lies over the base for the student and for its teachers.
+      step: optimizer steps that it has taken, 0 for the config's own model.
+    """
+
+    loaded: Loaded
+    trained: Variables
+    overlay: Variables
+    step: int
+
+
+def load_student(config, workdir: pathlib.Path | None, *, step: int = 0) -> Student:
+    """The student of a run's checkpoint; without a workdir, the config's model with its adapter.
+
+    Args:
+      step: of the checkpoint, 0 for the newest.
+    """
+    loaded = load(config, for_training=False)
+    trained = average = loaded.trained
+    if workdir is None:
+        step = 0
+    else:
+        like = trained_shapes(loaded, rules=config.mesh.rules)
+        with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
+            found, trained = checkpoints.restore_trained(like, step=step)
+            if config.teacher.weights == "ema":
+                _, average = checkpoints.restore_trained(like, item="average", step=step)
+        step = found
+    overlay = teacher_overlay(config.teacher.weights, trained=trained, average=average)
+    return Student(loaded, trained, overlay, step)
 
 
 def _short(text: str) -> str:

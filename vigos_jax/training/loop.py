@@ -20,6 +20,7 @@ from vigos_jax.rollouts.engine import EngineFactory, NativeEngine
 from vigos_jax.rollouts.parse import parse, records, rollout_counts, rollout_metrics
 from vigos_jax.rollouts.sampler import row_keys
 from vigos_jax.rollouts.sampling import Sampling
+from vigos_jax.runtime import workdir as files
 from vigos_jax.runtime.distributed import exchange, first_decides, is_first
 from vigos_jax.runtime.files import write_json
 from vigos_jax.runtime.progress import say
@@ -38,7 +39,7 @@ from vigos_jax.training.trackers import check_installed
 
 def _check_workdir(config, workdir: pathlib.Path) -> None:
     """Raises InputError if the workdir holds a run of another config."""
-    path = workdir / "config.json"
+    path = workdir / files.CONFIG
     changed = differences(read_json(path), config) if path.exists() else []
     if changed:
         raise InputError(f"{workdir} holds another run ({'; '.join(changed)}); choose another --workdir")
@@ -46,7 +47,7 @@ def _check_workdir(config, workdir: pathlib.Path) -> None:
 
 def _open_workdir(config, workdir: pathlib.Path) -> None:
     """Makes the workdir this config's own. Only when a run can begin: a mistyped one must not take it."""
-    path = workdir / "config.json"
+    path = workdir / files.CONFIG
     if path.exists():
         return
     try:
@@ -61,7 +62,7 @@ def _open_workdir(config, workdir: pathlib.Path) -> None:
 def _check_export(config, workdir: pathlib.Path, output: pathlib.Path, *, has_adapter: bool) -> None:
     """Raises InputError if the export at the end of the run is bound to fail, before the run has cost anything."""
     check_options(config, has_adapter=has_adapter)
-    if output.exists() and not (workdir / "config.json").exists():
+    if output.exists() and not (workdir / files.CONFIG).exists():
         raise InputError(f"config.export.output={str(output)!r} exists already; choose another folder")
 
 
@@ -100,13 +101,13 @@ def train(config, workdir: pathlib.Path, *, open_engine: EngineFactory = NativeE
             source = open_source(config)
             loaded = load(config, for_training=True)
             check_batch(loaded.mesh, batch_size=config.batch_size, accumulation=config.accumulation)
-            output = pathlib.Path(config.export.output).expanduser() if config.export.output else workdir / "export"
+            output = pathlib.Path(config.export.output).expanduser() if config.export.output else workdir / files.EXPORT
             if config.export.after_training:
                 first_decides(lambda: _check_export(config, workdir, output, has_adapter="lora" in loaded.trained))
             evaluations = StepEvaluations(config, loaded, workdir, open_engine=open_engine)
             stack.callback(evaluations.close)
             first_decides(lambda: _open_workdir(config, workdir))
-            if not (workdir / "config.json").exists():
+            if not (workdir / files.CONFIG).exists():
                 raise InputError(f"--workdir {workdir} is not the first process's; choose a folder all hosts share")
 
         with Run(config, workdir, loaded, source, evaluations=evaluations, open_engine=open_engine) as run:
@@ -119,7 +120,7 @@ def train(config, workdir: pathlib.Path, *, open_engine: EngineFactory = NativeE
         trained = run.state.trained
         with interrupt.at_once():
             has_results = source.has_own_evaluation and config.evaluate.questions > 0
-            if has_results and first_decides(lambda: not (workdir / "results.json").exists()):
+            if has_results and first_decides(lambda: not (workdir / files.RESULTS).exists()):
                 _evaluate(config, workdir, loaded, trained, open_engine)
             if config.export.after_training and first_decides(lambda: not output.exists()):
                 export(loaded, trained, config, output, run=RunFacts.of(workdir, config.steps))
@@ -154,7 +155,7 @@ class Run:
         self._tx, self._learning_rate = make_optimizer(steps=config.steps, **dict(config.optimizer.items()))
         self._dropout_key = jax.random.fold_in(jax.random.key(config.seed), 2)
         self._one_tower = shares_vision(loaded.trained)
-        self._sick = workdir / "sick"
+        self._sick = workdir / files.SKIPPED
         self._shown = ("loss", *(f"{r.name}/loss" for r in loaded.roles), "valid_rate", "accuracy")
         self.number = 0
         self.ending: Stopped | InputError | None = None
@@ -277,7 +278,7 @@ def _evaluate(config, workdir: pathlib.Path, loaded: Loaded, trained: Any, open_
     )
     if not is_first():
         return
-    write_json(workdir / "results.json", results)
+    write_json(workdir / files.RESULTS, results)
     print(demo_scores.samples_text(answers["base"], answers["trained"]))
     print()
     print(demo_scores.table_text(results))
@@ -286,7 +287,7 @@ def _evaluate(config, workdir: pathlib.Path, loaded: Loaded, trained: Any, open_
 
 def _show(workdir: pathlib.Path, output: pathlib.Path) -> None:
     print(f"the run is complete: {workdir}")
-    parts = ("config.json", "metrics.jsonl", "report.html", "eval.jsonl", "results.json", "checkpoints")
+    parts = (files.CONFIG, files.METRICS, files.PAGE, files.EVALUATIONS, files.RESULTS, files.CHECKPOINTS)
     for path in [*(workdir / p for p in parts), output]:
         if path.exists():
             print(f"  {path}")

@@ -7,6 +7,7 @@ import time
 from vigos_jax.evaluation.benchmark import Evaluation, output_of
 from vigos_jax.models.variables import Variables
 from vigos_jax.rollouts.engine import EngineFactory
+from vigos_jax.runtime import workdir as files
 from vigos_jax.runtime.distributed import first_decides, is_first
 from vigos_jax.runtime.progress import say
 from vigos_jax.session import Loaded
@@ -27,7 +28,7 @@ class StepEvaluations:
         self._every = config.eval_every
         if self._every:
             self._evaluation = Evaluation(loaded, config, open_engine=open_engine)
-            self._file, self._output = workdir / "eval.jsonl", output_of(config, workdir)
+            self._file, self._output = workdir / files.EVALUATIONS, output_of(config, workdir)
 
     def due(self, step: int) -> bool:
         """Whether the student after `step` steps has its turn."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from vigos_jax.runtime import workdir as files
 from vigos_jax.runtime.distributed import is_first
 from vigos_jax.runtime.files import finite_or_none
 from vigos_jax.runtime.progress import Progress
@@ -89,7 +90,7 @@ class RunLog:
         self._file: MetricsFile | None = None
         self._trackers: list[Tracker] = []
         if is_first():
-            self._file = MetricsFile(workdir / "metrics.jsonl", next_step=first + 1)
+            self._file = MetricsFile(workdir / files.METRICS, next_step=first + 1)
             self._trackers = open_trackers(config.log, workdir, first=first, last_step=self._file.last_step)
         self._progress = Progress(total=config.steps, start=first, title="train", every=config.log_every)
         self._compiled, self._programs = CompileCounter(), 0

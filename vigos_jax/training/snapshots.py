@@ -22,6 +22,7 @@ from vigos_jax.rollouts.engine import Engine
 from vigos_jax.rollouts.parse import Reader, first_picture, parse, pieces
 from vigos_jax.rollouts.sample_rows import sample_rows
 from vigos_jax.rollouts.sampler import row_keys
+from vigos_jax.runtime import workdir as files
 from vigos_jax.runtime.distributed import first_decides, is_first
 from vigos_jax.runtime.files import finite_or_none
 from vigos_jax.runtime.journal import Journal
@@ -50,7 +51,7 @@ class Snapshots:
         self._config, self._loaded, self._engine, self._workdir = config, loaded, engine, workdir
         rows = config.report.rows
         self._source = source.probes(count=rows, seed=config.evaluate.seed) if rows else source
-        self._file = workdir / "report.jsonl"
+        self._file = workdir / files.SNAPSHOTS
         self._count = min(config.report.rows, config.batch_size, len(self._source))
         self._rows: list[tuple[Example, Row]] = []
         roles, mesh = loaded.roles, loaded.mesh

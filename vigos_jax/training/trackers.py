@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from vigos_jax.errors import InputError
+from vigos_jax.runtime import workdir as files
 
 
 class Tracker(Protocol):
@@ -41,12 +42,13 @@ class TensorBoard:
         proto = importlib.import_module("tensorboard.compat.proto.event_pb2")
         self._event = proto.Event
         self._summary = importlib.import_module("tensorboard.compat.proto.summary_pb2").Summary
-        self._writer = package.EventFileWriter(str(workdir / "tensorboard"))
+        self._writer = package.EventFileWriter(str(workdir / files.TENSORBOARD))
         start = proto.SessionLog(status=proto.SessionLog.START)
         self._writer.add_event(self._event(wall_time=time.time(), step=first + 1, session_log=start))
 
     @staticmethod
     def import_package() -> ModuleType:
+        """What it needs; InputError where that is not installed."""
         return _import("tensorboard", "tensorboard.summary.writer.event_file_writer", field="tensorboard")
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -70,8 +72,8 @@ class WeightsAndBiases:
 
     def __init__(self, workdir: pathlib.Path, project: str, *, first: int, last_step: int):
         wandb = self.import_package()
-        config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-        id_file = workdir / "wandb-id"
+        config = json.loads((workdir / files.CONFIG).read_text(encoding="utf-8"))
+        id_file = workdir / files.WANDB_ID
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(8) + "\n", encoding="ascii")
         try:
@@ -93,6 +95,7 @@ class WeightsAndBiases:
 
     @staticmethod
     def import_package() -> ModuleType:
+        """What it needs; InputError where that is not installed."""
         return _import("wandb", "wandb", field="wandb")
 
     def write(self, row: Mapping[str, Any]) -> None:

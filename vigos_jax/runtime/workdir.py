@@ -1,0 +1,16 @@
+"""Which file of a run's folder is what. Every name is here, and nowhere else."""
+
+CONFIG = "config.json"  # the run's config; the folder is this config's own
+METRICS = "metrics.jsonl"  # a row per optimizer step
+SNAPSHOTS = "report.jsonl"  # rows answered again and again
+PAGE = "report.html"
+EVALUATIONS = "eval.jsonl"  # a row per evaluation during training
+EVALUATION = "eval"  # folder of `config.eval`'s answers, verdicts and report
+RESULTS = "results.json"  # the demo's evaluation
+DIAGNOSIS = "diagnose"  # folder of `--mode diagnose`
+CHECKPOINTS = "checkpoints"
+BROKEN_CHECKPOINTS = "checkpoints-broken"
+SKIPPED = "sick"  # rows and rollouts of the steps whose loss or gradient was not finite
+EXPORT = "export"  # the Hugging Face folder at the end of a run
+TENSORBOARD = "tensorboard"
+WANDB_ID = "wandb-id"
