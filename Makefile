@@ -1,48 +1,66 @@
 # make demo        install what running needs, train the demo (minutes on 2 cores), print base vs trained
 # make test        lint, then every test that is not marked slow; PYTEST_ARGS='-k spans' narrows it
+# make test-fast   the tests of plain logic: no torch, no training, about a minute
 # make test-slow   the tests marked slow
+# make test-matrix the fast tests and two training steps on every Python and jax that constraints/ has a lock of
 # make lint        ruff only
 # make clean       remove .venv, caches and build outputs; runs/ stays
 
 SHELL := bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-PIP := $(PYTHON) -m pip --quiet --disable-pip-version-check install -c constraints.txt
+# The lock of the Python in the venv: constraints/py311-jax0.10.txt for 3.11.
+LOCK ?= $$($(PYTHON) -c 'import glob, sys; print(*glob.glob("constraints/py%d%d-*.txt" % sys.version_info[:2]))')
+PIP = $(PYTHON) -m pip --quiet --disable-pip-version-check install -c $(LOCK)
 PYTEST := JAX_PLATFORMS=cpu $(PYTHON) -m pytest -q -n 2 --dist loadfile
 PYTEST_ARGS ?=
+# What compiles little and needs neither torch nor the optional packages; a new file in a folder is taken along.
+FAST := tests/grading tests/report tests/rollouts/test_parse.py tests/test_house.py tests/test_config.py \
+  tests/data/test_sources.py tests/data/test_grouping.py \
+  $(addprefix tests/method/test_,spans.py prompts.py roles.py)
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-fast test-slow test-matrix lint clean
 
 demo: $(VENV)/installed
 	$(PYTHON) -m vigos_jax.main --config configs/base.py
 
-test: lint
+test: lint $(VENV)/installed-test
 	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+
+test-fast: $(VENV)/installed-core
+	$(PYTEST) -m 'not slow' $(FAST) $(PYTEST_ARGS)
+
+test-matrix:
+	@tests/matrix.sh
 
 # pytest exits 5 when nothing was selected: no slow test is no failure.
 test-slow: $(VENV)/installed-test
 	@$(PYTEST) -m slow $(PYTEST_ARGS) || { code=$$?; [ $$code -eq 5 ] && echo 'no slow tests'; }
 
-lint: $(VENV)/installed-test
+lint: $(VENV)/installed-core
 	$(PYTHON) -m ruff check .
 
-# The stamps hold no text: their dates say when the venv last agreed with setup.py and constraints.txt.
-$(VENV)/installed: setup.py constraints.txt
+# The stamps hold no text: their dates say when the venv last agreed with setup.py and the locks.
+$(VENV)/installed: setup.py $(wildcard constraints/*.txt)
 	@test -x $(PYTHON) || { \
-	  for python in python3.11 python3; do \
+	  for python in python3.11 python3.12 python3; do \
 	    $$python -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null \
 	      && exec $$python -m venv $(VENV); \
 	  done; \
-	  echo 'make: no python3.11 (or python3 of version 3.11 or 3.12) with venv on the PATH' >&2; exit 1; }
+	  echo 'make: no Python 3.11 or 3.12 with venv on the PATH' >&2; exit 1; }
 	@echo 'installing into $(VENV)'
 	@$(PIP) -e .
 	@touch $@
 
-$(VENV)/installed-test: $(VENV)/installed
+$(VENV)/installed-core: $(VENV)/installed
+	@$(PIP) -e '.[test-core]'
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed-core
 	@echo 'installing what the tests need into $(VENV)'
 	@$(PIP) -e '.[test]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .jax_cache
+	rm -rf $(VENV) .venv-matrix build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .jax_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Package metadata. Lower bounds say what is known to work; `constraints.txt` says what is tested."""
+"""Package metadata. Lower bounds say what is known to work; `constraints/` says what is tested."""
 
 import pathlib
 import re
@@ -33,12 +33,18 @@ RUN = [
 # The compiler for TPUs that jax[tpu] names for the lowest jax above; there is none but for Linux.
 LIBTPU = "libtpu>=0.0.42,<0.1; sys_platform == 'linux'"
 
+# Enough for `make lint` and `make test-fast`.
+TEST_CORE = [
+    "pytest>=9",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "ruff>=0.14",
+]
+
 EXTRAS = {
+    "test-core": TEST_CORE,
     "test": [
-        "pytest>=9",
-        "pytest-xdist>=3.6",
-        "hypothesis>=6.100",
-        "ruff>=0.14",
+        *TEST_CORE,
         # The reference implementation that parity and export are tested against; never imported at run time.
         "torch==2.13.0",
         "peft>=0.19",

@@ -3,7 +3,7 @@
 Answers are text that a model wrote: `9**9**9` would compute for ever, `10**10**10` would take all memory. A worker
 process bounds both; one that misses its deadline is killed, and a new one takes its place.
 
-    python -m vigos_jax.math_grader       is the worker: a JSON line in, a JSON line out
+    python -m vigos_jax.grading.algebra       is the worker: a JSON line in, a JSON line out
 """
 
 import contextlib
@@ -64,7 +64,7 @@ class MathGrader:
     def _start(self) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self._worker = subprocess.Popen(
-            [sys.executable, "-m", "vigos_jax.math_grader"],
+            [sys.executable, "-m", "vigos_jax.grading.algebra"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -75,7 +75,7 @@ class MathGrader:
         threading.Thread(target=_pump, args=(self._worker.stdout, self._lines), daemon=True).start()
         if self._ask({"prediction": "1", "reference": "1"}, _START_SECONDS) is not True:
             self.close()
-            raise RuntimeError("the math worker does not start; try: python -m vigos_jax.math_grader")
+            raise RuntimeError("the math worker does not start; try: python -m vigos_jax.grading.algebra")
 
     def _ask(self, question: dict[str, str], deadline: float) -> bool | None:
         try:
