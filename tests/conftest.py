@@ -24,8 +24,9 @@ FOLDER = pathlib.Path(__file__).resolve().parent
 # The files that take longest, longest first. Several processes share the tests file by file: a long file that starts
 # last keeps one busy while the others have nothing left. A file that is not named here takes below half a minute.
 LONGEST = (
-    *("training/test_loop.py", "method/test_goldens.py", "evaluation/test_benchmark.py", "training/test_periodic_eval.py"),
-    *("runtime/test_sharding.py", "training/test_step.py", "runtime/test_signals.py", "training/test_snapshots.py"),
+    *("training/test_loop.py", "method/test_goldens.py", "evaluation/test_benchmark.py"),
+    *("training/test_periodic_eval.py", "runtime/test_sharding.py", "training/test_step.py"),
+    *("runtime/test_signals.py", "training/test_snapshots.py"),
     *("training/test_guards.py", "training/test_checkpoints.py", "plan/test_planner.py", "method/test_properties.py"),
     *("rollouts/test_sampler.py", "data/test_bad_rows.py", "test_main.py", "analysis/test_diagnose.py"),
     *("data/test_loader.py", "report/test_visuals.py", "models/test_qwen3_vl.py"),
