@@ -5,6 +5,7 @@ subprocess hands these settings on, unless it drops XLA_FLAGS from the environme
 """
 
 import os
+import pathlib
 import signal
 
 # A shell starts background jobs with Ctrl-C ignored; programs under test are to get it as in a terminal.
@@ -18,3 +19,24 @@ import hypothesis  # noqa: E402
 # A first call compiles, so its time says nothing. The same examples in every run: failures are repeatable.
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("house")
+
+FOLDER = pathlib.Path(__file__).resolve().parent
+# The files that take longest, longest first. Several processes share the tests file by file: a long file that starts
+# last keeps one busy while the others have nothing left. A file that is not named here takes below half a minute.
+LONGEST = (
+    *("training/test_loop.py", "method/test_goldens.py", "evaluation/test_benchmark.py"),
+    *("training/test_periodic_eval.py", "runtime/test_sharding.py", "training/test_step.py"),
+    *("runtime/test_signals.py", "training/test_snapshots.py"),
+    *("training/test_guards.py", "training/test_checkpoints.py", "plan/test_planner.py", "method/test_properties.py"),
+    *("rollouts/test_sampler.py", "data/test_bad_rows.py", "test_main.py", "analysis/test_diagnose.py"),
+    *("data/test_loader.py", "report/test_visuals.py", "models/test_qwen3_vl.py"),
+)
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # pytest-xdist would start with the files of most tests instead
+
+
+def pytest_collection_modifyitems(items):
+    place = {FOLDER / name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(LONGEST)))

@@ -10,8 +10,10 @@ from benchmarks import __main__ as command
 from benchmarks import heads, padding, teachers
 from benchmarks.harness import Result, race
 
+LONG = pytest.param(teachers.step, marks=pytest.mark.slow)
 
-@pytest.mark.parametrize("benchmark", [teachers.teachers, teachers.step, heads.kl_memory, padding.padding])
+
+@pytest.mark.parametrize("benchmark", [teachers.teachers, LONG, heads.kl_memory, padding.padding])
 def test_gate_holds(benchmark):
     result = benchmark()
     assert result.gate and result.holds, result.line()

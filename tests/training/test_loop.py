@@ -115,7 +115,11 @@ def run_killed_once(world, workdir, killed_at, arguments):
     assert world.run(f"--workdir={workdir}", *arguments) == 0
 
 
-@pytest.mark.parametrize("every, killed_at", [(1, 1), (1, 3), (2, 2), (2, 3)])
+# Killed after a checkpoint, and before the first; a second case of each is slow.
+KILLS = [(1, 3), (2, 2), pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(2, 3, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("every, killed_at", KILLS)
 def test_a_killed_run_goes_on_to_the_same_numbers(undisturbed, world, tmp_path, every, killed_at):
     run_killed_once(world, tmp_path / "run", killed_at, [f"--config.checkpoint_every={every}"])
     assert rows_of(tmp_path / "run") == rows_of(undisturbed.workdir)
