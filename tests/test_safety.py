@@ -200,7 +200,7 @@ def test_a_page_runs_no_script_but_its_own():
     assert not re.search(r"\|\s*safe|autoescape|javascript:", source) and source.count("tojson") == 1
     assert report._template().environment.autoescape is True
     files = {path: path.read_text() for path in (ROOT / "vigos_jax").rglob("*.py")}
-    assert [path.name for path, code in files.items() if re.search(r"\bMarkup\b", code)] == ["report.py"]
+    assert [path.name for path, code in files.items() if re.search(r"\bMarkup\b", code)] == ["page.py"]
     code = "\n".join(files.values())
     assert not re.search(r"autoescape=False|select_autoescape", code)
     assert code.count("jinja2.Environment(") == code.count("jinja2.Environment(autoescape=True") == 1

@@ -263,7 +263,7 @@ def reduced(topology_name, **changes):
     config.update_from_flattened_dict(small | changes)
     raw = published_config(config.model.path) | {"num_hidden_layers": LAYERS}
     raw["vision_config"] = raw["vision_config"] | {"depth": LAYERS, "fullatt_block_indexes": [LAYERS - 1]}
-    with mock.patch("vigos_jax.abstract_run.published_config", lambda path: raw):
+    with mock.patch("vigos_jax.plan.abstract_run.published_config", lambda path: raw):
         return describe(config, topology(config.plan)), config
 
 

@@ -18,6 +18,7 @@ import tiny_runs as runs
 from tiny_runs import STEPS
 
 from vigos_jax import main
+from vigos_jax.rollouts import engine
 from vigos_jax.training import batches, loop
 from vigos_jax.training.run_log import MetricsFile
 from vigos_jax.weights import huggingface
@@ -81,7 +82,7 @@ def test_a_finished_run_changes_nothing(undisturbed, world):
 
 def test_the_next_batch_is_packed_while_the_step_runs(world, tmp_path):
     """What comes next is on the mesh before anything of the running step is waited for."""
-    events, fetch, pack = [], jax.device_get, batches.pack_prompts
+    events, fetch, pack = [], jax.device_get, engine.pack_prompts
 
     def note_fetch(x):
         events.extend(["metrics"] * (isinstance(x, dict) and "loss" in x))
@@ -91,7 +92,7 @@ def test_the_next_batch_is_packed_while_the_step_runs(world, tmp_path):
         events.append("packed")
         return pack(*args, **kwargs)
 
-    with mock.patch.object(jax, "device_get", note_fetch), mock.patch.object(batches, "pack_prompts", note_pack):
+    with mock.patch.object(jax, "device_get", note_fetch), mock.patch.object(engine, "pack_prompts", note_pack):
         assert world.run(f"--workdir={tmp_path / 'run'}", "--config.steps=3") == 0
     assert events == ["packed", "packed", "metrics", "packed", "metrics", "metrics"]
 
@@ -147,7 +148,7 @@ def test_a_killed_run_keeps_its_average(tmp_path_factory, undisturbed, world, tm
 def test_other_modes_use_the_average_as_the_run_did(tmp_path_factory, world, tmp_path):
     whole = runs.finished_run(tmp_path_factory, *EMA)
     saved = runs.saved_state(whole.workdir, STEPS)
-    with mock.patch("vigos_jax.score_file.score_rollouts", return_value=({}, [])) as score:
+    with mock.patch("vigos_jax.analysis.score_rollouts.score_rollouts", return_value=({}, [])) as score:
         assert world.run("--mode=score", f"--workdir={whole.workdir}") == 0
     runs.assert_same_trees(jax.device_get(score.call_args.kwargs["overlay"]), saved["average"])
     runs.assert_same_trees(jax.device_get(score.call_args.args[1]), saved["trained"])

@@ -106,7 +106,7 @@ class ModelConfig:
     def from_hf(cls, raw: Mapping[str, Any], *, where: str = "config.json") -> "ModelConfig":
         """Converts the parsed `config.json` of a Hugging Face folder, by the parser of its model_type."""
         family = raw.get("model_type")
-        if family not in PARSERS:
+        if not isinstance(family, str) or family not in PARSERS:
             raise InputError(f"{where}: model_type {family!r} is not supported; choices: {', '.join(PARSERS)}")
         return PARSERS[family](raw, where)
 
