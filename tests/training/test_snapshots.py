@@ -6,6 +6,7 @@ import pytest
 import tiny_runs as runs
 from tiny_runs import STEPS
 
+from vigos_jax.data.sources import JsonlSource
 from vigos_jax.demo import world as demo
 from vigos_jax.demo.source import DemoProbes
 from vigos_jax.runtime.journal import Journal
@@ -119,7 +120,7 @@ def test_a_step_that_is_done_again_samples_nothing(watched, world, tmp_path, mon
         patch.setattr(MetricsFile, "write", die_at_three)
         world.run(f"--workdir={workdir}", *EVERY, "--config.checkpoint_every=4")
     answer = Snapshots._answer
-    monkeypatch.setattr(Snapshots, "_answer", lambda self, trained: taken.append(1) or answer(self, trained))
+    monkeypatch.setattr(Snapshots, "_answer", lambda self, *args: taken.append(1) or answer(self, *args))
     assert world.run(f"--workdir={workdir}", *EVERY, "--config.checkpoint_every=4") == 0
     assert len(taken) == 1 and records(workdir) == records(watched)  # step 4 alone
 
@@ -140,16 +141,18 @@ def test_demo_probes_take_turns():
 
 def test_leaky_on_the_demo_is_the_prior_in_a_description_of_a_conflict():
     probes = DemoProbes(seed=42, length=2, blank=False)
-    s = object.__new__(Snapshots)
-    s._source = probes
     for i in (0, 1):
         item = probes.item(i)
         expected = demo.describe([t.replace(item.attribute, item.prior_value) for t in item.scene.things])
-        assert s._is_leaky(i, expected, item.answer) == item.is_conflict
-        assert not (item.is_conflict and s._is_leaky(i, demo.describe(item.scene.things), item.answer))
-    s._source = [{}]
-    assert s._is_leaky(0, "two red cars", "red") and not s._is_leaky(0, "two red cars", "blue")
-    assert not s._is_leaky(0, "two red cars", None)
+        assert probes.is_leaky(i, expected, item.answer) == item.is_conflict
+        assert not (item.is_conflict and probes.is_leaky(i, demo.describe(item.scene.things), item.answer))
+
+
+def test_leaky_elsewhere_is_a_description_with_the_answer(world):
+    source = JsonlSource(world.data)
+    assert source.probes(count=3, seed=0) is source.for_diagnosis(count=3, seed=0) is source
+    assert source.is_leaky(0, "two red cars", "red") and not source.is_leaky(0, "two red cars", "blue")
+    assert not source.is_leaky(0, "two red cars", None)
 
 
 @pytest.mark.slow
