@@ -516,11 +516,11 @@ def test_a_workdir_whose_config_is_broken(world, tmp_path, capsys, text):
 @pytest.mark.parametrize("error", [ValueError("a bug"), FileNotFoundError(2, "No such file")])
 def test_what_is_no_disks_fault_stays_a_traceback(world, tmp_path, monkeypatch, error):
     """Only what a user can mend is put into one line."""
-    monkeypatch.setattr(main, "_run", mock.Mock(side_effect=error))
+    monkeypatch.setitem(main.MODES, "train", mock.Mock(side_effect=error))
     with pytest.raises(type(error)):
         world.run(f"--workdir={tmp_path / 'run'}")
 
 
 def test_a_full_disk_is_said_in_one_line(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(main, "_run", mock.Mock(side_effect=OSError(28, "No space left on device", "x")))
+    monkeypatch.setitem(main.MODES, "train", mock.Mock(side_effect=OSError(28, "No space left on device", "x")))
     assert "cannot write x: No space left on device" in refusal(capsys, lambda: world.run("--workdir=run"))

@@ -429,7 +429,7 @@ def test_a_study_of_minutes_end_to_end(tmp_path):
     (tmp_path / "quick.py").write_text(QUICK.format(name="base"))
     (tmp_path / "quick_opsd.py").write_text(QUICK.format(name="opsd"))
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "vigos_jax.demo.study", "--config", str(tmp_path / "study.py")]
+    command = [sys.executable, "-m", "vigos_jax.miniature.study", "--config", str(tmp_path / "study.py")]
     command += ["--workdir", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ import sys
 
 import atheris
 
-with atheris.instrument_imports(include=["vigos_jax.spans", "vigos_jax.graders", "vigos_jax.grading"]):
+with atheris.instrument_imports(include=["vigos_jax.method.spans", "vigos_jax.grading"]):
     from vigos_jax.grading import answer_text, rules
     from vigos_jax.method import spans
 

@@ -43,7 +43,7 @@ def phases(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[li
         if method is None:
             folder = base_folder(workdir, leak, seed)
             options = (f"--config.seed={seed}", f"--config.leak={leak}", f"--config.output={folder}")
-            command = ("vigos_jax.demo.make_base", "--config", str(find_config(config.base)), *options)
+            command = ("vigos_jax.miniature.make_base", "--config", str(find_config(config.base)), *options)
             bases.append(Job(folder.name, command, folder / "README.md"))
             continue
         folder = run_folder(workdir, leak, seed, method)
