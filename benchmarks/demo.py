@@ -15,7 +15,7 @@ STEPS = 25
 def demo() -> Result:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "vigos_jax.main", "--config=configs/base.py", f"--workdir={folder}/run"]
-        command += [f"--config.steps={STEPS}", "--config.evaluate.questions=0", "--config.export.after_training=False"]
+        command += [f"--config.steps={STEPS}", "--config.demo_eval.questions=0", "--config.export.after_training=False"]
         subprocess.run(command, check=True, capture_output=True, cwd=pathlib.Path(__file__).parents[1])
         rows = [json.loads(x) for x in (pathlib.Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
     steady = [r for r in rows[1:] if not r["compilations"]]

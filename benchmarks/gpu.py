@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from benchmarks import models
-from vigos_jax.method.losses import weighted_loss
+from vigos_jax.method.losses import ObjectiveConfig, SupervisedStates, weighted_loss
 from vigos_jax.method.packing import length_groups, pack_prompts, pack_scores
 from vigos_jax.models.variables import student_variables
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
@@ -80,7 +80,7 @@ def decode(model, base, trained, rows, buckets, *, batch: int, tokens: int, band
     whole = seconds(lambda: sampler.advance(variables, sampler.start(variables, prompts, keys), tokens), rounds=3)
     c, per_token = model.config, (whole - prefill) / tokens
     read = sum(x.nbytes for x in jax.tree.leaves((base["layers"], base["embedding"], trained)))
-    read += 2 * c.num_layers * batch * (prompts.text.ids.shape[1] + tokens) * c.num_kv_heads * c.head_size * 2
+    read += 2 * c.num_layers * batch * (prompts.text.ids.shape[1] + tokens) * c.num_kv_heads * c.head_dim * 2
     return {"prefill_s": prefill, "per_token_s": per_token, "share_of_byte_floor": read / bandwidth / per_token}
 
 
@@ -115,20 +115,24 @@ def main() -> int:
 
     # The fused divergence over one chunk after another.
     packed = pack_scores(rows, rollouts, roles=models.ROLES, config=config, buckets=buckets)
-    entries = jax.tree.map(jnp.asarray, packed.entries)
-    states = jnp.ones((*entries.role.shape, config.hidden_size), jnp.bfloat16)
-    weights = jnp.full(entries.role.shape, 1e-3)
-    options = {"roles": models.ROLES, "temperature": 1.0, "chunk": 32, "trains_head": False}
-    fused = jax.jit(
-        jax.grad(lambda s, head: weighted_loss(s, head, 0.5 * s, None, entries, weights, **options)[0])
-    )
+    supervised = jax.tree.map(jnp.asarray, packed.supervised)
+    states = jnp.ones((*supervised.role.shape, config.hidden_size), jnp.bfloat16)
+    weights = jnp.full(supervised.role.shape, 1e-3)
+    objective = ObjectiveConfig(models.ROLES, chunk=32)
+
+    @jax.jit
+    @jax.grad
+    def fused(student, head):
+        states = SupervisedStates(student, head, 0.5 * student, None)
+        return weighted_loss(states, supervised, weights, objective, trains_head=False)[0]
+
     spent = seconds(lambda: fused(states, base["embedding"]))
-    work = 3 * 2 * entries.role.size * config.hidden_size * config.vocab_size
+    work = 3 * 2 * supervised.role.size * config.hidden_size * config.vocab_size
     report("fused_kl_tflops", round(work / spent / 1e12, 2))
 
     # A whole step: rollout, packing, update.
     tx = optax.adamw(5e-6)
-    step = make_train_step(model, tx, roles=models.ROLES, chunk=32, use_dropout=False)
+    step = make_train_step(model, tx, objective, use_dropout=False)
     state = TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained), {})
     sampling = Sampling(max_tokens=sizes.completion, top_k=20, top_p=0.95)
     sampler = Sampler(model, sampling, eos_ids=(-1,), cache_sizes=(128, 256))

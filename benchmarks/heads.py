@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.harness import Result, compiled, flops, race, temporary_bytes
-from vigos_jax.method.losses import weighted_loss
+from vigos_jax.method.batch import SupervisedTokens
+from vigos_jax.method.losses import ObjectiveConfig, SupervisedStates, weighted_loss
 from vigos_jax.method.roles import TeacherRole
-from vigos_jax.models.inputs import Entries
 from vigos_jax.rollouts.sampling import top_k
 
 V, D, ROWS, ENTRIES, CHUNK = 151_936, 256, 8, 64, 16
@@ -19,8 +19,8 @@ ROLES = (
 
 def _fused(student, teacher, head, entries, weights):
     def loss(student):
-        options = {"roles": ROLES, "temperature": 1.0, "chunk": CHUNK, "trains_head": False}
-        return weighted_loss(student, head, teacher, None, entries, weights, **options)[0]
+        states = SupervisedStates(student, head, teacher, None)
+        return weighted_loss(states, entries, weights, ObjectiveConfig(ROLES, CHUNK), trains_head=False)[0]
 
     return jax.value_and_grad(loss)(student)
 
@@ -45,7 +45,7 @@ def _arguments():
     shape = (ROWS, ENTRIES)
     role = np.broadcast_to(np.arange(ROWS)[:, None] % 2, shape).astype(np.int32)
     rest = {k: np.zeros(shape, np.int32) for k in ("student_at", "teacher_at", "position", "token", "sampled_logp")}
-    entries = Entries(role=role, clip=np.full(shape, 0.05, np.float32), **rest)
+    entries = SupervisedTokens(role=role, clip=np.full(shape, 0.05, np.float32), **rest)
     weights = np.full(shape, 1 / np.prod(shape), np.float32)
     return jax.tree.map(jnp.asarray, (student, teacher, head, entries, weights))
 

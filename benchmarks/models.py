@@ -3,14 +3,18 @@
 import dataclasses
 import functools
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vigos_jax.data.processor import EncodedImage, Turn
+from vigos_jax.method.batch import ScoreBatch
+from vigos_jax.method.losses import ObjectiveConfig, loss_weights, normalizer_terms, weighted_loss
 from vigos_jax.method.packing import Buckets, Rollout, Row
 from vigos_jax.method.roles import TeacherRole
+from vigos_jax.method.scoring import supervised_states
 from vigos_jax.method.spans import Spans
 from vigos_jax.models.attention import choose
 from vigos_jax.models.config import ModelConfig, VisionConfig
@@ -21,7 +25,7 @@ from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 IMAGE, VISION_START, VISION_END = 2, 0, 1  # ids; text starts at 3
 
 QWEN_3B = ModelConfig(
-    family="qwen2_5_vl", hidden_size=2048, num_layers=36, num_heads=16, num_kv_heads=2, head_size=128,
+    family="qwen2_5_vl", hidden_size=2048, num_layers=36, num_heads=16, num_kv_heads=2, head_dim=128,
     intermediate_size=11008, vocab_size=151_936, rope_theta=1e6, mrope_section=(16, 24, 24), rms_eps=1e-6,
     tie_embeddings=True, image_token_id=IMAGE, video_token_id=3,
     vision=VisionConfig(
@@ -31,7 +35,7 @@ QWEN_3B = ModelConfig(
 )  # fmt: skip
 
 MID_SIZE = ModelConfig(
-    family="qwen2_5_vl", hidden_size=640, num_layers=12, num_heads=10, num_kv_heads=2, head_size=64,
+    family="qwen2_5_vl", hidden_size=640, num_layers=12, num_heads=10, num_kv_heads=2, head_dim=64,
     intermediate_size=2560, vocab_size=32_768, rope_theta=1e6, mrope_section=(8, 12, 12), rms_eps=1e-6,
     tie_embeddings=True, image_token_id=IMAGE, video_token_id=3,
     vision=VisionConfig(
@@ -115,3 +119,13 @@ def exact_buckets(sizes: Sizes, config: ModelConfig) -> Buckets:
     steps = tuple(range(16, 16384, 16))
     unit = config.vision.window_patches
     return Buckets(patches=tuple(range(unit, 64 * unit, unit)), prompt=steps, completion=steps, sequence=steps)
+
+
+def loss(
+    model: VisionLanguageModel, base: Any, trained: Any, batch: ScoreBatch, objective: ObjectiveConfig
+) -> jax.Array:
+    """The loss of one batch, as the train step has it."""
+    normalizers = jnp.sum(normalizer_terms(batch.supervised, objective), (0, 1))
+    weights = loss_weights(batch.supervised, normalizers, objective)
+    states = supervised_states(model, base, trained, batch)
+    return weighted_loss(states, batch.supervised, weights, objective, trains_head="params" in trained)[0]

@@ -4,7 +4,7 @@ import numpy as np
 
 from benchmarks.harness import Result
 from configs import base
-from vigos_jax.data.loader import _Batches
+from vigos_jax.data.loader import Order, _Batches
 
 ROWS, BATCH, WINDOW, MICRO = 4096, 32, 32, 4
 
@@ -26,7 +26,7 @@ def _fit(sizes, n):
 def _shares(window: int, micro: int) -> dict[str, float]:
     visual, question, description, reasoning = _data()
     order = np.random.default_rng(1).permutation(ROWS)
-    batches = _Batches(order, batch_size=BATCH, window=window, seed=0, size_of=lambda i: visual[i] + question[i])
+    batches = _Batches(order, Order(BATCH, seed=0, window=window), size_of=lambda i: visual[i] + question[i])
     buckets = base.get_config().buckets
     header, fixed = 20, 60  # chat header; instructions of a prompt
     useful, processed = {}, {}

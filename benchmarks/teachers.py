@@ -10,11 +10,10 @@ import numpy as np
 
 from benchmarks import models, released
 from benchmarks.harness import Result, compiled, flops, race, tera
-from vigos_jax.method.losses import entry_shares, entry_weights
+from vigos_jax.method.batch import ScoreBatch
+from vigos_jax.method.losses import ObjectiveConfig
 from vigos_jax.method.packing import pack_scores
-from vigos_jax.method.scoring import loss_of_batch
 from vigos_jax.models.config import ModelConfig
-from vigos_jax.models.inputs import ScoreBatch
 from vigos_jax.models.variables import teacher_variables
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 
@@ -41,8 +40,8 @@ def make_batches(
     turns = [[row.student, *row.teachers] for row in data]
     masks = np.zeros((len(roles), rows, sizes.completion), bool)
     for i in range(rows):
-        used = packed.entries.role[i] >= 0
-        masks[packed.entries.role[i][used], i, packed.entries.position[i][used]] = True
+        used = packed.supervised.role[i] >= 0
+        masks[packed.supervised.role[i][used], i, packed.supervised.position[i][used]] = True
     return Batches(
         packed=packed,
         each=released.pack_each(data, rollouts, **options),
@@ -56,15 +55,13 @@ def packed_teachers(model: VisionLanguageModel, base: Any, batch: ScoreBatch) ->
     variables = teacher_variables(base, {})
     images = model.apply(variables, batch.vision, method="encode_images")
     hidden = model.apply(variables, batch.teacher, images)[0]
-    states = jnp.take_along_axis(hidden, batch.entries.teacher_at[:, :, None], 1)
+    states = jnp.take_along_axis(hidden, batch.supervised.teacher_at[:, :, None], 1)
     return model.apply(variables, states, method="logits")
 
 
 def our_loss(model: VisionLanguageModel, base: Any, trained: Any, batch: ScoreBatch) -> Array:
-    shares = jnp.sum(entry_shares(batch.entries, count=3, reduction="tokens"), (0, 1))
-    weights = entry_weights(batch.entries, shares, roles=models.ROLES, reduction="tokens")
-    chunk = batch.entries.role.shape[1]  # one chunk: loops would be counted once
-    return loss_of_batch(model, base, trained, batch, weights, roles=models.ROLES, chunk=chunk)[0]
+    chunk = batch.supervised.role.shape[1]  # one chunk: loops would be counted once
+    return models.loss(model, base, trained, batch, ObjectiveConfig(models.ROLES, chunk))
 
 
 def at_depth(count, config: ModelConfig, **options: Any) -> float:

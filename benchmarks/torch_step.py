@@ -9,14 +9,12 @@ import functools
 import warnings
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import models
 from benchmarks.harness import Result, race
 from benchmarks.teachers import make_batches
-from vigos_jax.method.losses import entry_shares, entry_weights
-from vigos_jax.method.scoring import loss_of_batch
+from vigos_jax.method.losses import ObjectiveConfig
 from vigos_jax.models.families import adapter_table, tensor_table
 from vigos_jax.weights import huggingface
 
@@ -126,9 +124,7 @@ def torch() -> Result:
     model = models.model(config)
 
     def loss(trained, base, batch):
-        shares = jnp.sum(entry_shares(batch.entries, count=3, reduction="tokens"), (0, 1))
-        weights = entry_weights(batch.entries, shares, roles=roles, reduction="tokens")
-        return loss_of_batch(model, base, trained, batch, weights, roles=roles, chunk=32)[0]
+        return models.loss(model, base, trained, batch, ObjectiveConfig(roles, chunk=32))
 
     ours = jax.jit(jax.value_and_grad(loss))
     rows, rollouts = models.samples(config, models.THIRD, rows=ROWS)

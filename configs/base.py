@@ -31,7 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.seed = 0  # of everything random: data order, rollouts, adapter initialisation, dropout
     config.steps = 80  # optimizer steps of the whole run
     config.batch_size = 32  # rows of a global batch, over all devices and micro-batches
-    config.accumulation = 1  # micro-batches a step's gradient is summed over; they are formed by length
+    config.gradient_accumulation_steps = 1  # micro-batches a step's gradient is summed over; they are formed by length
     config.checkpoint_every = 20  # optimizer steps between checkpoints; the last step is always saved
     config.keep_checkpoints = 2  # newest ones kept
     config.eval_every = 0  # optimizer steps between evaluations by config.eval, rows of eval.jsonl; 0 for none
@@ -166,7 +166,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.buckets.completion = (48, *sizes(64, 4096))  # completion tokens, and what the cache grows by
     config.buckets.sequence = sizes(64, 65536)  # a student's prompt and completion, or all teacher branches of a row
 
-    # A step whose loss or gradient is not finite changes nothing; its rows and rollouts are written into WORKDIR/sick.
+    # A step whose loss or gradient is not finite changes nothing; its rows and rollouts go to WORKDIR/nonfinite.
     # A policy that collapses shows it: where a mean over the last steps leaves its bounds, a warning says so.
     config.guards = ConfigDict()
     config.guards.max_skipped = 5  # such steps in a row that end the run
@@ -176,10 +176,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.guards.entropy = (1e-3, 1e9)  # nats per supervised token
     config.guards.stop = False  # save and end the run then, instead of warning only
 
-    config.evaluate = ConfigDict()  # before and after a run on the demo
-    config.evaluate.questions = 1000  # questions of each kind (conflict, prior); 0 for no evaluation
-    config.evaluate.batch_size = 250
-    config.evaluate.seed = 42
+    config.demo_eval = ConfigDict()  # before and after a run on the demo
+    config.demo_eval.questions = 1000  # questions of each kind (conflict, prior); 0 for no evaluation
+    config.demo_eval.batch_size = 250
+    config.demo_eval.seed = 42
 
     config.eval = ConfigDict()  # --mode eval and config.eval_every: the paper's protocol (Table A.V)
     config.eval.tasks = ("demo",)  # names of vigos_jax/evaluation/tasks

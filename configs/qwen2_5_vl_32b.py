@@ -12,5 +12,5 @@ from configs.qwen2_5_vl_3b import of_the_paper
 
 def get_config() -> ConfigDict:
     config = of_the_paper("Qwen/Qwen2.5-VL-32B-Instruct")
-    config.accumulation = 4
+    config.gradient_accumulation_steps = 4
     return config

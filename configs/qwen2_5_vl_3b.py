@@ -28,7 +28,7 @@ def of_the_paper(model: str) -> ConfigDict:
     config.data.window = 8  # not the paper's: batches of similar sizes, for less padding
     config.steps = 1488  # one epoch
     config.batch_size = 32
-    config.accumulation = 4
+    config.gradient_accumulation_steps = 4
     config.checkpoint_every = 100
     config.report.rows, config.report.every = 8, 100
 

@@ -9,8 +9,8 @@
 - Adapters sit on the vision tower's MLPs too, so student and teachers have different towers.
 
 Not reproduced: the frozen teacher's drift (adapters merged into and out of bfloat16 weights every step), shifted spans
-where sampled ids are not the tokenizer's own, means of micro-batch means (with `accumulation` of 1 they are the same),
-and the loss of the vision adapters' gradients under re-entrant checkpointing. tests/test_goldens.py has the numbers.
+where sampled ids are not the tokenizer's own, means of micro-batch means (the same without gradient accumulation), and
+the loss of the vision adapters' gradients under re-entrant checkpointing. tests/test_goldens.py has the numbers.
 """
 
 from ml_collections import ConfigDict

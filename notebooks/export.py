@@ -72,7 +72,7 @@ def vigos(command):
 
 # %%
 vigos(f"--config configs/base.py --workdir runs/adapter --config.steps={STEPS} --config.lora.rank=8 "
-      "--config.lora.alpha=16 --config.evaluate.questions=0 --config.export.after_training=False")  # fmt: skip
+      "--config.lora.alpha=16 --config.demo_eval.questions=0 --config.export.after_training=False")  # fmt: skip
 
 # %% [markdown]
 # ## 2. Export

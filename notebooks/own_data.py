@@ -119,7 +119,7 @@ def get_config():
     config.data.source = "data/train.jsonl"
     config.steps = 20
     config.batch_size = 16  # a multiple of the devices times accumulation
-    config.accumulation = 2  # more for less memory; the result is the same
+    config.gradient_accumulation_steps = 2  # more for less memory; the result is the same
     config.checkpoint_every = 10
     config.optimizer.learning_rate = 2e-5  # the paper's 5e-6 is for 1,488 steps
     config.sampling.max_tokens = 512
@@ -149,7 +149,9 @@ if MODEL == "tiny":
     tensors = file_tensors(params, tensor_table(shape), shape, dtype=np.float32)
     save_sharded(checkpoint, tensors, max_shard_bytes=2**30)
     options = f"--config my_run.py --config.model.path={checkpoint} --config.model.dtype=float32"
-    options += " --config.steps=2 --config.batch_size=4 --config.accumulation=1 --config.sampling.max_tokens=32"
+    options += (
+        " --config.steps=2 --config.batch_size=4 --config.gradient_accumulation_steps=1 --config.sampling.max_tokens=32"
+    )
     options += " --config.model.remat=none --config.lora.rank=4"
 
 # %% [markdown]

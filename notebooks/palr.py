@@ -48,7 +48,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import HTML, display
 
-from vigos_jax.analysis.palr import GROUPS, interval, ratio
+from vigos_jax.analysis.palr import GROUPS, Sums, interval, ratio, total
 from vigos_jax.demo import world
 from vigos_jax.main import main
 
@@ -77,7 +77,7 @@ def vigos(command):
 for method, name in METHODS.items():
     print(method)
     vigos(f"--config configs/{name}.py --workdir runs/palr-{name} --config.steps={STEPS} "
-          "--config.evaluate.questions=0 --config.export.after_training=False")  # fmt: skip
+          "--config.demo_eval.questions=0 --config.export.after_training=False")  # fmt: skip
 
 # %% [markdown]
 # ## 2. Measure
@@ -107,21 +107,21 @@ def rollouts_of(name):
 
 
 def sums(rollout, parts):
-    """Sums of s * c_answer and s * c_image over the tokens of these parts, in the places `ratio` reads."""
+    """What `ratio` divides, over the tokens of these parts."""
     ranges = [range(len(rollout["s"]))] if parts == ("completion",) else [
         range(*span) for part in parts for span in rollout["spans"][part]
     ]  # fmt: skip
     tokens = [j for span in ranges for j in span if rollout["s"][j] is not None]
     s, a, i = (np.array([rollout[key][j] for j in tokens]) for key in ("s", "c_answer", "c_image"))
-    return [np.sum(s * a), np.sum(s * i), 0, 0, 0, 0]
+    return Sums(np.sum(s * a), np.sum(s * i), s.sum(), a.sum(), i.sum(), len(tokens))
 
 
 TITLES = {"T_d": "description", "T_ra": "reasoning and answer", "T_y": "all tokens"}
 fig, ax = plt.subplots(figsize=(7, 2.8))
 for k, (method, color) in enumerate({"ViGOS": "#1d6b30", "OPSD": "#c0392b"}.items()):
     rollouts = rollouts_of(METHODS[method])
-    table = {group: np.array([sums(r, parts) for r in rollouts]) for group, parts in GROUPS.items()}
-    values = np.array([ratio(table[group].sum(0)) for group in TITLES])
+    table = {group: [sums(r, parts) for r in rollouts] for group, parts in GROUPS.items()}
+    values = np.array([ratio(total(table[group])) for group in TITLES])
     bounds = np.array([interval(table[group], seed=0) for group in TITLES]).T
     print(f"{method:8}", *(f"{value:.4f}" for value in values))
     error = np.abs(bounds - values)

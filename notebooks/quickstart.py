@@ -52,7 +52,7 @@ from IPython.display import HTML, display
 from configs import base
 from vigos_jax.config import validate
 from vigos_jax.demo import world
-from vigos_jax.method.packing import Rollout, make_row, pack_prompts, pack_scores
+from vigos_jax.method.packing import Rollout, make_row, pack_prompts
 from vigos_jax.method.scoring import score_batch
 from vigos_jax.method.spans import find_spans
 from vigos_jax.models.vlm import segment_mask
@@ -92,10 +92,10 @@ plt.show()
 
 # %%
 config = base.get_config().lock()
-config.evaluate.questions = 250  # of each kind; the command line asks 1,000, which is slower and less noisy
+config.demo_eval.questions = 250  # of each kind; the command line asks 1,000, which is slower and less noisy
 if "VIGOS_NOTEBOOK_STEPS" in os.environ:  # the project's tests run this notebook in short
     config.steps = int(os.environ["VIGOS_NOTEBOOK_STEPS"])
-    config.evaluate.questions = config.evaluate.batch_size = 20
+    config.demo_eval.questions = config.demo_eval.batch_size = 20
 validate(config)
 
 table = [("role", "sees the picture and", "scores", "of rollouts that are", "by", "weight")]
@@ -157,8 +157,8 @@ plt.show()
 # hand.
 
 # %%
-loaded = load(config, for_training=True)
-processor, roles = loaded.processor, loaded.roles
+session = load(config, for_training=True)
+processor, roles = session.processor, session.roles
 
 
 def row_of(item):
@@ -178,7 +178,7 @@ def rollout_of(ids):
 
 
 def pack(rows, rollouts):
-    return pack_scores(rows, rollouts, roles=roles, config=loaded.config, buckets=loaded.buckets)
+    return session.pack_scores(rows, rollouts)
 
 
 item = examples[1]
@@ -227,7 +227,7 @@ def draw_mask(ax, text, i, *, parts, names, scored, title):
 fig, axes = plt.subplots(2, 2, figsize=(8.4, 15))
 turn = row_of(item).student
 for i, (kind, (left, right)) in enumerate(zip(texts, axes, strict=True)):
-    e = jax.tree.map(lambda x, i=i: x[i][packed.entries.role[i] >= 0], packed.entries)
+    e = jax.tree.map(lambda x, i=i: x[i][packed.supervised.role[i] >= 0], packed.supervised)
     who = [roles[r].name for r in e.role]
     lengths = [len(turn.prefix_ids), len(turn.rest_ids), len(written[i].ids)]
     draw_mask(
@@ -252,37 +252,35 @@ plt.show()
 
 # %%
 with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
-    _, trained = checkpoints.restore_trained(loaded.trained)
+    _, trained = checkpoints.restore_trained(session.trained)
 
-items = [world.item(config.evaluate.seed + 1, i, setting="conflict") for i in range(32)]
+items = [world.item(config.demo_eval.seed + 1, i, setting="conflict") for i in range(32)]
 rows = [row_of(item) for item in items]
-prompts = pack_prompts(rows, config=loaded.config, buckets=loaded.buckets)
-sampler = Sampler(loaded.model, Sampling(**config.sampling), eos_ids=processor.eos_ids)
+prompts = pack_prompts(rows, config=session.config, buckets=session.buckets)
+sampler = Sampler(session.model, Sampling(**config.sampling), eos_ids=processor.eos_ids)
 keys = row_keys(config.seed, 0, len(rows))
-sampled = sampler(loaded.student(trained), loaded.put_batch(prompts), keys)
+sampled = sampler(session.student(trained), session.put_batch(prompts), keys)
 rollouts = [rollout_of(ids) for ids in sampled.ids]
 
 batch = pack(rows, rollouts)
-score = jax.jit(lambda trained, batch: score_batch(
-    loaded.model, loaded.base, trained, batch, roles=roles, chunk=config.loss.chunk
-))  # fmt: skip
-on_mesh = loaded.put_batch(batch)
-before, after = (jax.device_get(score(student, on_mesh)) for student in (loaded.trained, trained))
+score = jax.jit(lambda trained, batch: score_batch(session.model, session.base, trained, batch, session.objective))
+on_mesh = session.put_batch(batch)
+before, after = (jax.device_get(score(student, on_mesh)) for student in (session.trained, trained))
 
-objection = np.where(batch.entries.role >= 0, before.kl, 0).sum(1)  # [B]
+objection = np.where(batch.supervised.role >= 0, before.divergence, 0).sum(1)  # [B]
 is_valid = np.array([r.spans.is_valid for r in rollouts])
 chosen = int(np.argmax(np.where(is_valid, objection, -1)))
 
 
 def colored(scores):
-    e = jax.tree.map(lambda x: x[chosen], batch.entries)
+    e = jax.tree.map(lambda x: x[chosen], batch.supervised)
     entry_of = {int(e.position[k]): k for k in np.flatnonzero(e.role >= 0)}
     spans = []
     for position, token in enumerate(rollouts[chosen].ids):
         text, style, tip = html.escape(processor.decode([token])), "color:#8a8a8a", "no role scores this token"
         if position in entry_of:
             k = entry_of[position]
-            name, kl = roles[e.role[k]].name, float(scores.kl[chosen, k])
+            name, kl = roles[e.role[k]].name, float(scores.divergence[chosen, k])
             strength = round(255 * min(1.0, kl) ** 0.5)  # full color at 1 nat
             style = f"color:#111;background:{COLORS[name]}{strength:02x};border-bottom:2px solid {COLORS[name]}"
             student, teacher = np.exp(scores.student_logp[chosen, k]), np.exp(scores.teacher_logp[chosen, k])

@@ -28,7 +28,7 @@ try() {  # LOCK: prints how it went
   start=$SECONDS
   rm -rf "$venv.run"
   JAX_PLATFORMS=cpu "$venv/bin/python" -m vigos_jax.main --config configs/base.py --config.steps=2 \
-    --config.evaluate.questions=20 --workdir "$venv.run" >> "$log" 2>&1 ||
+    --config.demo_eval.questions=20 --workdir "$venv.run" >> "$log" 2>&1 ||
     { echo "$name: FAILED in training, see $log"; return 1; }
   "$venv/bin/python" - "$name" "$installed" "$tested" "$((SECONDS - start))" << 'END'
 import platform

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 import torch_models as tm
 
+from vigos_jax.method.batch import PromptBatch
 from vigos_jax.method.packing import Buckets, Row, pack_prompts
 from vigos_jax.models.config import ModelConfig
-from vigos_jax.models.inputs import PromptBatch
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.weights import huggingface
 

@@ -105,7 +105,7 @@ def test_help_and_version(start):
 def test_the_demo_from_an_empty_folder(start, tmp_path):
     workdir = tmp_path / "run"
     options = ["--config.steps=1", "--config.batch_size=4", "--config.compilation_cache="]
-    options += ["--config.evaluate.questions=0", "--config.export.after_training=False"]
+    options += ["--config.demo_eval.questions=0", "--config.export.after_training=False"]
     done = start("--config", "configs/base.py", *options, f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
     assert (workdir / "metrics.jsonl").read_text().count("\n") == 1

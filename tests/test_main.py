@@ -138,7 +138,7 @@ def test_help(capsys, argv):
     "argv, words",
     [
         (["--config.batch_size=6"], ["config.batch_size=6", "multiple", "4"]),
-        (["--config.accumulation=2"], ["config.batch_size=4", "8"]),
+        (["--config.gradient_accumulation_steps=2"], ["config.batch_size=4", "8"]),
         (["--config.data.fields=('caption',)"], ["lacks caption", "problem, answer"]),
         (["--config.data.fields=('caption',)", "--config.data.source=demo"], ["caption", "demo"]),
         (["--config.data.source=/no/such/data.jsonl"], ["'/no/such/data.jsonl'", "choices"]),
@@ -273,7 +273,11 @@ def test_a_users_config_from_a_checkout_without_torch(world, tmp_path):
     processes = [
         subprocess.Popen(
             [sys.executable, *program, *options, f"--config.export.output={output}"],
-            cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            cwd=ROOT,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )  # fmt: skip
         for program, output in zip(programs, outputs, strict=True)
     ]

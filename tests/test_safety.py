@@ -156,7 +156,7 @@ OUT = (
     "]]>",
     "</style><img src=x onerror=alert(1)>",
     "</title><svg onload=alert(1)>",
-    "\" onmouseover=\"alert(1)\" x=\"",
+    '" onmouseover="alert(1)" x="',
     "' onmouseover='alert(1)' x='",
     "javascript:alert(1)",
     "{{ 7 * 7 }}{% raw %}",

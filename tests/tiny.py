@@ -4,6 +4,7 @@ Weights are drawn so that logits differ by several units: with the usual initial
 uniform, and comparisons of its outputs would pass whatever they compare.
 """
 
+import dataclasses
 import functools
 import zlib
 
@@ -14,6 +15,7 @@ import optax
 
 from configs import base
 from vigos_jax.data.processor import EncodedImage, Turn
+from vigos_jax.method.losses import ObjectiveConfig
 from vigos_jax.method.packing import Buckets, Rollout, Row, pack_scores
 from vigos_jax.method.roles import TeacherRole
 from vigos_jax.method.scoring import score_batch
@@ -49,7 +51,7 @@ CONFIG = ModelConfig(
     num_layers=2,
     num_heads=4,
     num_kv_heads=2,
-    head_size=8,
+    head_dim=8,
     intermediate_size=48,
     vocab_size=128,
     rope_theta=1e4,
@@ -173,8 +175,15 @@ def pack(mix, *, roles=ROLES, buckets: Buckets = BUCKETS, config: ModelConfig = 
 
 @functools.cache
 def scorer(roles=ROLES, chunk: int = 5, model: VisionLanguageModel = MODEL, temperature: float = 1.0):
-    """Compiled `score_batch`: (base, trained, batch, overlay={}) -> EntryScores."""
-    return jit(functools.partial(score_batch, model, roles=roles, chunk=chunk, temperature=temperature))
+    """Compiled `score_batch`: (base, trained, batch, teacher_params={}) -> TokenScores."""
+    objective = ObjectiveConfig(roles, chunk, temperature)
+    return jit(functools.partial(score_batch, model, objective=objective))
+
+
+def objective_of(options: dict, roles=ROLES) -> ObjectiveConfig:
+    """The objective that keyword arguments of a test ask for, taken out of them."""
+    names = [f.name for f in dataclasses.fields(ObjectiveConfig) if f.name in options]
+    return ObjectiveConfig(roles, **{"chunk": 5} | {name: options.pop(name) for name in names})
 
 
 # An optimizer that changes nothing and keeps the last gradient as its state.
@@ -190,15 +199,15 @@ def micro_batches(batch, count: int) -> list:
 
 
 @functools.cache
-def gradient_step(accumulation: int = 1, roles=ROLES, **options):
+def gradient_step(gradient_accumulation_steps: int = 1, roles=ROLES, **options):
     """Compiled train step that moves nothing: (base, trained, batch, average={}) -> (gradient, metrics)."""
-    options = {"chunk": 5, "use_dropout": False} | options
-    step = make_train_step(MODEL, KEEP_GRADIENT, roles=roles, **options)
+    objective = objective_of(options, roles)
+    step = make_train_step(MODEL, KEEP_GRADIENT, objective, **{"use_dropout": False} | options)
 
     @jit
     def run(base, trained, batch, average=None):
         state = TrainState(jnp.zeros((), jnp.int32), trained, KEEP_GRADIENT.init(trained), average or {})
-        state, metrics = step(state, base, micro_batches(batch, accumulation), jax.random.key(0))
+        state, metrics = step(state, base, micro_batches(batch, gradient_accumulation_steps), jax.random.key(0))
         return state.opt_state, metrics
 
     return run

@@ -7,7 +7,7 @@ import datasets
 import ml_collections
 from PIL import Image
 
-from vigos_jax.data.loader import encode_row
+from vigos_jax.data.examples import Encoder
 
 
 def picture(shade=0, size=(30, 40)):
@@ -26,9 +26,7 @@ def config(source, **fields):
 
 
 def rows(n):
-    return [
-        {"problem": f"<image>Question {i}?", "answer": str(i), "images": [picture_bytes(i)]} for i in range(n)
-    ]
+    return [{"problem": f"<image>Question {i}?", "answer": str(i), "images": [picture_bytes(i)]} for i in range(n)]
 
 
 def write_parquet(path, rows, feature="list"):
@@ -43,9 +41,7 @@ def write_parquet(path, rows, feature="list"):
     }[feature]
     first = next(iter(rows))
     features = {
-        name: image
-        if name in ("images", "image")
-        else datasets.Value("int64" if type(value) is int else "string")
+        name: image if name in ("images", "image") else datasets.Value("int64" if type(value) is int else "string")
         for name, value in first.items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +57,7 @@ def write_jsonl(path, rows):
 
 
 def encode(row, processor, **options):
-    return encode_row(row, 7, **({"processor": processor, "max_images": 1, "image_roots": ()} | options))
+    return Encoder(processor, **{"max_images": 1} | options)({7: row}, 7)
 
 
 def small_rows(n):

@@ -29,7 +29,7 @@ from vigos_jax.models.families import adapter_table, tensor_table
 from vigos_jax.models.layers import LoraSpec
 from vigos_jax.models.tensor_names import LANGUAGE_PROJECTIONS
 from vigos_jax.models.vlm import VisionLanguageModel
-from vigos_jax.session import Loaded
+from vigos_jax.session import Session
 from vigos_jax.training import loop
 from vigos_jax.weights import huggingface
 
@@ -150,16 +150,16 @@ def _cache_folder(tmp_path_factory) -> pathlib.Path:
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
     workdir: pathlib.Path
-    loaded: Loaded  # what it trained on
+    session: Session  # what it trained on
 
 
 @once
 def finished_run(tmp_path_factory, *args: str) -> FinishedRun:
     """A run of the world's config with `args`, never disturbed. Call it under `compile_once`."""
     world, workdir = make_world(tmp_path_factory), tmp_path_factory.mktemp("run") / "workdir"
-    with mock.patch.object(loop, "load", side_effect=loop.load) as load, capture(load) as loaded:
+    with mock.patch.object(loop, "load", side_effect=loop.load) as load, capture(load) as session:
         assert world.run(f"--workdir={workdir}", *args) == 0
-    return FinishedRun(workdir, loaded[0])
+    return FinishedRun(workdir, session[0])
 
 
 @contextlib.contextmanager

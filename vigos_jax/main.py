@@ -178,7 +178,7 @@ def _generate(config, workdir: pathlib.Path | None) -> int:
     from vigos_jax.training.checkpoints import load_student
 
     student = load_student(config, workdir)
-    for piece in stream(student.loaded, student.trained, config):
+    for piece in stream(student.session, student.trained, config):
         print(piece, end="", flush=True)
     print()
     return 0
@@ -189,7 +189,7 @@ def _score(config, workdir: pathlib.Path | None) -> int:
     from vigos_jax.training.checkpoints import load_student
 
     student = load_student(config, workdir)
-    summary, bad_lines = score_rollouts(student.loaded, student.trained, config, overlay=student.overlay)
+    summary, bad_lines = score_rollouts(student.session, student.trained, config, teacher_params=student.teacher_params)
     return _told(json.dumps(summary, indent=2), bad_lines)
 
 
@@ -202,7 +202,9 @@ def _diagnose(config, workdir: pathlib.Path | None) -> int:
     if output is None and workdir is None:
         raise InputError("--mode diagnose needs --workdir of a run, or --config.diagnose.output=DIR")
     output = output or workdir / files.DIAGNOSIS
-    return _told(*diagnose(student.loaded, student.trained, config, overlay=student.overlay, output=output))
+    return _told(
+        *diagnose(student.session, student.trained, config, teacher_params=student.teacher_params, output=output)
+    )
 
 
 def _told(text: str, bad_lines: list[str]) -> int:
@@ -218,7 +220,7 @@ def _eval(config, workdir: pathlib.Path | None) -> int:
     from vigos_jax.training.checkpoints import load_student
 
     student = load_student(config, workdir)
-    table, is_complete = evaluate(student.loaded, student.trained, config, workdir=workdir, step=student.step)
+    table, is_complete = evaluate(student.session, student.trained, config, workdir=workdir, step=student.step)
     print(table)
     return 0 if is_complete else 1
 
@@ -235,7 +237,7 @@ def _export(config, workdir: pathlib.Path | None) -> int:
     student = load_student(config, workdir, step=config.export.step)
     output = pathlib.Path(config.export.output).expanduser()
     run = RunFacts.of(workdir, student.step) if workdir else None
-    export(student.loaded, student.trained, config, output, run=run)
+    export(student.session, student.trained, config, output, run=run)
     print(output)
     return 0
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,9 @@ from vigos_jax.data.processor import Processor
 from vigos_jax.data.sources import load_source
 from vigos_jax.demo.source import DemoSource
 from vigos_jax.errors import InputError
-from vigos_jax.method.packing import Buckets
+from vigos_jax.method.batch import ScoreBatch
+from vigos_jax.method.losses import ObjectiveConfig
+from vigos_jax.method.packing import Buckets, Rollout, Row, pack_scores
 from vigos_jax.method.roles import TeacherRole, role_table
 from vigos_jax.models.attention import choose
 from vigos_jax.models.config import ModelConfig
@@ -32,8 +35,8 @@ DEMO_FOLDER = pathlib.Path(__file__).parent / "demo" / "base"
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
-    """A model ready to run.
+class Session:
+    """A model ready to run, with what a run does with it.
 
     Attributes:
       name: what to call the base model elsewhere: the config's hub id or folder.
@@ -47,12 +50,17 @@ class Loaded:
     config: ModelConfig
     model: VisionLanguageModel
     processor: Processor
-    roles: tuple[TeacherRole, ...]
+    objective: ObjectiveConfig
     buckets: Buckets
     span_rule: str
     mesh: Mesh
     base: Any
     trained: Variables
+
+    @property
+    def roles(self) -> tuple[TeacherRole, ...]:
+        """The role table."""
+        return self.objective.roles
 
     def student(self, trained: Variables | None = None) -> Variables:
         """The variables the student is applied with; `trained` instead of what was loaded, `{}` for the base."""
@@ -60,12 +68,19 @@ class Loaded:
 
     def whole_batch(self, size: int) -> int:
         """`size` rounded up to a number of rows that the mesh can split."""
-        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        return -(-size // ways) * ways
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return -(-size // shards) * shards
 
     def own_rows(self, size: int) -> list[int]:
         """Which rows of a global batch of `size` this process reads and puts on the mesh."""
         return own_rows(self.mesh, size)
+
+    def pack_scores(
+        self, rows: Sequence[Row], rollouts: Sequence[Rollout | None], *, with_images: bool = True
+    ) -> ScoreBatch:
+        """See `packing.pack_scores`; host arrays."""
+        options = {"roles": self.roles, "config": self.config, "buckets": self.buckets}
+        return pack_scores(rows, rollouts, **options, with_images=with_images)
 
     def put_batch(self, batch: Any) -> Any:
         """Host arrays of this process's rows to the mesh, rows over its data axes."""
@@ -161,14 +176,14 @@ def model_of(config, model_config: ModelConfig, mesh: Mesh, *, platform: str) ->
     )
 
 
-def load(config, *, for_training: bool) -> Loaded:
+def load(config, *, for_training: bool) -> Session:
     """Checks the config's parts against each other and loads the model onto the mesh.
 
     Args:
       for_training: make the trained weights float32 leaves of their own: a new adapter, a loaded one, or, without
         any, a full copy. Otherwise only a loaded adapter is trained weights, and `{}` means the base itself.
     """
-    roles = role_table(config.roles, config.prompts, data_fields=tuple(config.data.fields))
+    objective = objective_of(config)
     buckets = Buckets(**{kind: tuple(sizes) for kind, sizes in config.buckets.items()}, agree=distributed.largest)
     use_compilation_cache(config.compilation_cache)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
@@ -194,13 +209,21 @@ def load(config, *, for_training: bool) -> Loaded:
         copy = functools.partial(cast_floats, dtype=jnp.float32)
         trained = {"params": jax.jit(copy, out_shardings=shardings["params"])(base)}
     name = str(folder) if config.model.path == "demo" else config.model.path
-    return Loaded(name, folder, model_config, model, processor, roles, buckets, config.span_rule, mesh, base, trained)
+    return Session(
+        name, folder, model_config, model, processor, objective, buckets, config.span_rule, mesh, base, trained
+    )
 
 
-def trained_shapes(loaded: Loaded, *, rules: Any) -> Variables:
+def objective_of(config) -> ObjectiveConfig:
+    """The loss of `config.loss` over the roles of `config.roles`; InputError where a role is wrong."""
+    roles = role_table(config.roles, config.prompts, data_fields=tuple(config.data.fields))
+    return ObjectiveConfig(roles, config.loss.chunk, config.loss.temperature, config.loss.reduction)
+
+
+def trained_shapes(session: Session, *, rules: Any) -> Variables:
     """Shapes and shardings of what a run of this model trains: what its checkpoints are restored onto."""
-    abstract = abstract_variables(loaded.model)
-    part = "params" if loaded.model.lora is None else "lora"
+    abstract = abstract_variables(session.model)
+    part = "params" if session.model.lora is None else "lora"
     tree = {part: abstract[part]}
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=sharding)  # noqa: E731
-    return jax.tree.map(place, tree, tree_shardings(tree, loaded.mesh, rules))
+    return jax.tree.map(place, tree, tree_shardings(tree, session.mesh, rules))

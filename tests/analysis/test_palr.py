@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vigos_jax.analysis import palr
-from vigos_jax.analysis.palr import TokenScores
+from vigos_jax.analysis.palr import TokenCorrections
 from vigos_jax.analysis.wrong_answers import choices_of, choose, read_file
 from vigos_jax.errors import InputError
 from vigos_jax.grading.answer_text import is_correct
@@ -24,7 +24,7 @@ def test_mixture_is_the_mean_probability():
 
 
 def test_token_scores():
-    scores = palr.token_scores(
+    scores = palr.token_corrections(
         position=np.array([4, 5, 6]),
         role=np.array([0, 1, 1]),
         shows_reference=np.array([False, True, True]),
@@ -38,7 +38,9 @@ def test_token_scores():
     np.testing.assert_allclose(scores.image, [0.5, 0.0, 0.5])
 
 
-SCORES = TokenScores(*(np.array(x) for x in ([0, 1, 3], [0, 0, 0], [1.0, 2.0, 0.5], [0.5, 0.0, 2.0], [1.5, 1.0, 0.0])))
+SCORES = TokenCorrections(
+    *(np.array(x) for x in ([0, 1, 3], [0, 0, 0], [1.0, 2.0, 0.5], [0.5, 0.0, 2.0], [1.5, 1.0, 0.0]))
+)
 
 
 def test_group_sums_and_ratio():
@@ -54,15 +56,15 @@ def test_group_sums_and_ratio():
 
 def test_interval_covers_and_shrinks():
     rng = np.random.default_rng(0)
-    sums = np.zeros((400, 6))
-    sums[:, 0], sums[:, 1] = rng.exponential(1.0, 400), rng.exponential(3.0, 400)
-    value = float(palr.ratio(sums.sum(0)))
+    answers, images = rng.exponential(1.0, 400), rng.exponential(3.0, 400)
+    sums = [palr.Sums(a, i, 0.0, 0.0, 0.0, 0.0) for a, i in zip(answers, images, strict=True)]
+    value = palr.ratio(palr.total(sums))
     low, high = palr.interval(sums, seed=1)
     assert low < value < high and high - low < 0.1
     few = palr.interval(sums[:20], seed=1)
     assert few[1] - few[0] > 2 * (high - low)
     assert palr.interval(sums, seed=1) == (low, high)
-    assert palr.interval(np.tile(sums[:1], (9, 1)), seed=1) == pytest.approx((float(palr.ratio(sums[0])),) * 2)
+    assert palr.interval(sums[:1] * 9, seed=1) == pytest.approx((palr.ratio(sums[0]),) * 2)
 
 
 # Wrong answers.

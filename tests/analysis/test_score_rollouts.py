@@ -182,9 +182,7 @@ def test_the_number_of_rows_at_a_time_changes_nothing(world, rollouts, scored, t
     assert summary["loss"] == pytest.approx(scored[1]["loss"], rel=1e-5)
     for a, b in zip(lines, scored[0], strict=True):
         for field in PER_TOKEN if "error" not in a else ():
-            np.testing.assert_allclose(
-                np.array(a[field], float), np.array(b[field], float), rtol=1e-4, atol=1e-5
-            )
+            np.testing.assert_allclose(np.array(a[field], float), np.array(b[field], float), rtol=1e-4, atol=1e-5)
 
 
 def test_it_is_the_divergence_of_plain_forward_passes(world, rollouts, scored):
@@ -201,9 +199,7 @@ def test_it_is_the_divergence_of_plain_forward_passes(world, rollouts, scored):
 
     def completion_log_probs(variables, user, prefill, images, line):
         student = {"user": user.replace("{reference}", "red"), "assistant_prefill": prefill}
-        row = make_row(
-            images, problem="What colour?", reference="", student=student, roles=(), processor=loaded.processor
-        )
+        row = make_row(images, problem="What colour?", student=student, processor=loaded.processor)
         turn = row.student
         ids = list(line["completion_ids"])
         whole = type(row)(images=images, student=type(turn)(turn.prefix_ids, turn.rest_ids + tuple(ids)))

@@ -9,8 +9,9 @@ from helpers import make_processor_folder
 from PIL import Image
 
 from vigos_jax import session
+from vigos_jax.data.examples import Encoder, row_size
 from vigos_jax.data.images import BadImage, image_size
-from vigos_jax.data.loader import _Batches, make_batches, row_size
+from vigos_jax.data.loader import Order, _Batches, make_batches
 from vigos_jax.data.processor import Processor
 from vigos_jax.training.run_log import CompileCounter
 
@@ -19,7 +20,7 @@ SIZES = np.random.default_rng(0).integers(50, 2000, 96)
 
 def batches(window, *, seed=0, sizes=SIZES, batch_size=8):
     order = np.random.default_rng(1).permutation(len(sizes))
-    found = _Batches(order, batch_size=batch_size, window=window, seed=seed, size_of=lambda i: sizes[i])
+    found = _Batches(order, Order(batch_size, seed, window=window), size_of=lambda i: sizes[i])
     return [list(found[i]) for i in range(len(found))], list(order)
 
 
@@ -50,8 +51,7 @@ def test_sizes_do_not_rise_through_a_window():
 
 def test_any_batch_can_be_asked_for_first():
     order = np.random.default_rng(1).permutation(96)
-    options = {"batch_size": 8, "window": 4, "seed": 0, "size_of": lambda i: SIZES[i]}
-    one, other = (_Batches(order, **options) for _ in range(2))
+    one, other = (_Batches(order, Order(8, 0, window=4), size_of=lambda i: SIZES[i]) for _ in range(2))
     forward = [list(one[i]) for i in range(12)]
     assert [list(other[i]) for i in reversed(range(12))] == forward[::-1]
 
@@ -75,18 +75,18 @@ class Rows:
 
 
 def test_processes_and_workers_see_the_same_grouped_batches(processor):
-    options = {"processor": processor, "batch_size": 4, "seed": 0, "shuffle": True, "max_images": 1, "window": 3}
+    encoder = Encoder(processor, max_images=1)
 
-    def ids(n, **more):
-        iterator = make_batches(Rows(), **options | more)
+    def ids(n, *, window=3, **more):
+        iterator = make_batches(Rows(), encoder, Order(4, 0, window=window), **more)
         return [[e.id for e in next(iterator)] for _ in range(n)]
 
-    whole = ids(6, workers=0)
+    whole = ids(6)
     assert sorted(sum(whole, [])) == sorted(str(i) for i in range(24))
-    halves = [ids(6, workers=0, rows=[2 * p, 2 * p + 1]) for p in range(2)]
+    halves = [ids(6, rows=[2 * p, 2 * p + 1]) for p in range(2)]
     assert [a + b for a, b in zip(*halves, strict=True)] == whole
-    assert ids(2, workers=0, start_batch=4) == whole[4:]
-    assert whole != ids(6, workers=0, window=1)
+    assert ids(2, start_batch=4) == whole[4:]
+    assert whole != ids(6, window=1)
 
 
 @pytest.mark.parametrize("size", [(28, 28), (84, 40), (200, 31), (31, 200), (64, 64)])

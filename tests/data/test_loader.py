@@ -1,5 +1,6 @@
 """Bad rows that keep their slot, batches that depend on the seed alone."""
 
+import dataclasses
 import itertools
 import json
 import time
@@ -11,7 +12,9 @@ from helpers import make_processor_folder
 from tiny_rows import GOOD, config, encode, picture, picture_bytes, rows, small_rows, write_parquet
 
 from vigos_jax.data import loader as data_lib
-from vigos_jax.data.loader import BadRows, make_batches
+from vigos_jax.data.bad_rows import BadRows
+from vigos_jax.data.examples import Encoder
+from vigos_jax.data.loader import Order, make_batches
 from vigos_jax.data.processor import Processor
 from vigos_jax.data.sources import load_source
 from vigos_jax.errors import InputError
@@ -121,8 +124,11 @@ def test_further_columns_reach_the_batches(processor):
 
 
 def batches(source, processor, n, *, batch_size=4, **options):
-    defaults = {"seed": 5, "shuffle": True, "max_images": 1, "workers": 0}
-    iterator = make_batches(source, processor=processor, batch_size=batch_size, **(defaults | options))
+    fields = {f.name for f in dataclasses.fields(Encoder)}
+    encoder = Encoder(processor, **{"max_images": 1} | {k: v for k, v in options.items() if k in fields})
+    order = Order(batch_size, **{"seed": 5} | {k: options[k] for k in ("seed", "shuffle", "window") if k in options})
+    rest = {k: options[k] for k in ("workers", "rows", "start_batch") if k in options}
+    iterator = make_batches(source, encoder, order, **rest)
     try:
         return list(itertools.islice(iterator, n))
     finally:
@@ -208,9 +214,7 @@ class SlowSource(list):
 
 def test_little_is_read_ahead(processor):
     source = SlowSource(small_rows(10))
-    iterator = make_batches(
-        source, processor=processor, batch_size=2, seed=0, shuffle=True, max_images=1, workers=0
-    )
+    iterator = make_batches(source, Encoder(processor, max_images=1), Order(2, seed=0))
     next(iterator)
     time.sleep(0.3)
     assert source.reads <= 2 * 4  # two batches ahead of the one given out
@@ -239,8 +243,9 @@ def test_batch_options(processor, options, message):
 
 def test_resume_batch():
     def state(n=20, **changes):
-        values = {"batch_size": 4, "seed": 1, "shuffle": True, "next_batch": 0} | changes
-        return data_lib.data_state(small_rows(n), **values)
+        values = {"batch_size": 4, "seed": 1, "next_batch": 0} | changes
+        next_batch = values.pop("next_batch")
+        return data_lib.data_state(small_rows(n), Order(**values), next_batch=next_batch)
 
     saved = json.loads(json.dumps(state(next_batch=6)))
     assert data_lib.resume_batch(saved, state()) == 6

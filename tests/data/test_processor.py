@@ -92,9 +92,7 @@ def test_modes_are_converted_as_pil_does(processor, mode):
 def test_alpha_is_dropped_not_blended(processor):
     clear = noise(60, 90)
     clear.putalpha(0)
-    np.testing.assert_array_equal(
-        processor.encode_image(clear).patches, processor.encode_image(noise(60, 90)).patches
-    )
+    np.testing.assert_array_equal(processor.encode_image(clear).patches, processor.encode_image(noise(60, 90)).patches)
 
 
 def test_pictures_are_turned_upright(processor):

@@ -30,8 +30,7 @@ def test_parquet(tmp_path, processor, feature, column):
     one = {"bytes": picture_bytes(3), "path": None}
     image = one if feature in ("one", "struct") else [one]
     table = [
-        {"problem_id": 11 + i, "id": f"other{i}", "problem": f"Q{i}", "answer": i, column: image}
-        for i in range(3)
+        {"problem_id": 11 + i, "id": f"other{i}", "problem": f"Q{i}", "answer": i, column: image} for i in range(3)
     ]
     source = load_source(config(write_parquet(tmp_path / "a.parquet", table, feature)))
     assert len(source) == 3
@@ -53,9 +52,7 @@ def test_parquet_with_paths(tmp_path, processor):
     picture(5).save(tmp_path / "pictures" / "a.png")
     table = [{"problem": "Q", "answer": "a", "images": path} for path in ("pictures/a.png", "../a.png")]
     source = load_source(config(write_parquet(tmp_path / "a.parquet", table, "path")))
-    reasons = [
-        encode(row, processor, image_roots=source.image_roots).bad_reason for row in (source[0], source[1])
-    ]
+    reasons = [encode(row, processor, image_roots=source.image_roots).bad_reason for row in (source[0], source[1])]
     assert reasons == [None, "image_outside_folder"]
 
 

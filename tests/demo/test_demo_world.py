@@ -35,9 +35,7 @@ def test_items_depend_on_seed_setting_and_index_only():
         world.item(0, 0, setting="test")
 
 
-@pytest.mark.parametrize(
-    ("setting", "low", "high"), [("train", 0.04, 0.17), ("conflict", 1, 1), ("prior", 0, 0)]
-)
+@pytest.mark.parametrize(("setting", "low", "high"), [("train", 0.04, 0.17), ("conflict", 1, 1), ("prior", 0, 0)])
 def test_settings_control_the_asked_attribute(setting, low, high):
     items = _items(setting)
     assert low <= np.mean([it.is_conflict for it in items]) <= high
@@ -111,6 +109,7 @@ def test_judges_read_descriptions():
 def test_responses_state_what_they_are_made_to_state():
     rng = np.random.default_rng(0)
     for it in _items("conflict", 60):
+
         def states(response, it=it):
             return world.description_states(response.description, it.kind, it.attribute), response.answer
 

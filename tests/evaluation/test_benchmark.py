@@ -199,7 +199,7 @@ def test_hostile_rows(world, tmp_path):
 def test_the_demo_end_to_end(tmp_path, capsys):
     """As a user runs it: the shipped base, then a student trained on the demo, from the command line."""
     short = ["--config=configs/base.py", "--config.eval.demo_questions=8", "--config.eval.samples=2"]
-    short += ["--config.evaluate.questions=0", "--config.export.after_training=False"]
+    short += ["--config.demo_eval.questions=0", "--config.export.after_training=False"]
     command = ["vigos_jax", *short]
     assert main.main([*command, "--mode=eval", f"--config.eval.output={tmp_path / 'base'}"]) == 0
     base = results(tmp_path / "base")["demo"]
@@ -460,7 +460,7 @@ def test_the_fingerprint_knows_the_scale_of_an_adapter():
         spec = LoraSpec(rank=2, scale=scale, language=frozenset(("q_proj", "k_proj")))
         model = types.SimpleNamespace(lora=spec)
         evaluation._base = "base"
-        evaluation._loaded = types.SimpleNamespace(model=model, mesh=jax.make_mesh((2,), ("data",)))
+        evaluation._session = types.SimpleNamespace(model=model, mesh=jax.make_mesh((2,), ("data",)))
         seen |= {evaluation.fingerprint(trained), evaluation.fingerprint({})}
     assert len(seen) == 3  # the base is one, whatever adapters it could have
 

@@ -41,9 +41,7 @@ def sample_row(loaded) -> Row:
     return make_row(
         (EncodedImage(patches, (1, 6, 6)),),
         problem="What colour is it?",
-        reference="",
         student={"user": "{problem}", "assistant_prefill": "<description>"},
-        roles=(),
         processor=loaded.processor,
     )
 
@@ -78,7 +76,7 @@ def torch_logits(model, loaded) -> np.ndarray:
 
 def trained_weights(run):
     with Checkpoints(run.workdir, keep=10) as checkpoints:
-        return checkpoints.restore_trained(run.loaded.trained)[1]
+        return checkpoints.restore_trained(run.session.trained)[1]
 
 
 def load_torch(folder, **kwargs):
@@ -94,11 +92,11 @@ def test_a_merged_export_is_the_student(kind, request, world, tmp_path):
     assert world.run(*arguments, "--config.export.max_shard_gb=0.0002") == 0
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
-    theirs = torch_logits(load_torch(folder), run.loaded)
-    student = run.loaded.student(trained_weights(run))
-    assert max_difference(our_logits(run.loaded, student), theirs) <= TOLERANCE
+    theirs = torch_logits(load_torch(folder), run.session)
+    student = run.session.student(trained_weights(run))
+    assert max_difference(our_logits(run.session, student), theirs) <= TOLERANCE
     # The negative case: without what was trained, the comparison fails.
-    assert max_difference(our_logits(run.loaded, run.loaded.student({})), theirs) > 100 * TOLERANCE
+    assert max_difference(our_logits(run.session, run.session.student({})), theirs) > 100 * TOLERANCE
 
 
 def test_an_adapter_export_is_the_student(lora_run, world, tmp_path):
@@ -108,8 +106,8 @@ def test_an_adapter_export_is_the_student(lora_run, world, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's use of transformers, not ours
         model = peft.PeftModel.from_pretrained(load_torch(world.model), folder).eval()
-    student = lora_run.loaded.student(trained_weights(lora_run))
-    assert max_difference(our_logits(lora_run.loaded, student), torch_logits(model, lora_run.loaded)) <= TOLERANCE
+    student = lora_run.session.student(trained_weights(lora_run))
+    assert max_difference(our_logits(lora_run.session, student), torch_logits(model, lora_run.session)) <= TOLERANCE
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(world.model)
 
 
@@ -119,9 +117,9 @@ def test_our_own_adapter_export_loads_again(lora_run, world, tmp_path):
     assert world.run(*arguments, "--config.export.kind=adapter") == 0
     # Without a workdir: base and adapter by their paths.
     assert world.run("--mode=export", f"--config.model.adapter={folder}", f"--config.export.output={merged}") == 0
-    student = lora_run.loaded.student(trained_weights(lora_run))
-    theirs = torch_logits(load_torch(merged), lora_run.loaded)
-    assert max_difference(our_logits(lora_run.loaded, student), theirs) <= TOLERANCE
+    student = lora_run.session.student(trained_weights(lora_run))
+    theirs = torch_logits(load_torch(merged), lora_run.session)
+    assert max_difference(our_logits(lora_run.session, student), theirs) <= TOLERANCE
 
 
 def test_a_bfloat16_export_is_the_float32_one_rounded(lora_run, world, tmp_path):

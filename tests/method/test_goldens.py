@@ -148,7 +148,7 @@ def pack(names, roles, turns, spans):
 
 @functools.cache
 def scorer(roles, temperature):
-    return tiny.jit(functools.partial(score_batch, MODEL, roles=roles, chunk=16, temperature=temperature))
+    return tiny.jit(functools.partial(score_batch, MODEL, objective=losses.ObjectiveConfig(roles, 16, temperature)))
 
 
 def unclipped(roles, **changes):
@@ -172,8 +172,8 @@ def per_role(batch, scores, roles):
     out = {}
     for i, name in enumerate(NAMES):
         for r, role in enumerate(roles):
-            used = batch.entries.role[i] == r
-            out[name, role.name] = batch.entries.position[i][used], scores.kl[i][used]
+            used = batch.supervised.role[i] == r
+            out[name, role.name] = batch.supervised.position[i][used], scores.divergence[i][used]
     return out
 
 
@@ -211,11 +211,11 @@ def merged_case():
     by_teacher, by_student = logits(teacher, teacher, batch.teacher), logits(student, teacher, batch.student)
     out = {}
     for r, role in enumerate(roles):
-        used = batch.entries.role[i] == r
-        order = np.argsort(batch.entries.position[i][used])
-        out[f"{role.name}_teacher"] = by_teacher[batch.entries.teacher_at[i][used][order]]
+        used = batch.supervised.role[i] == r
+        order = np.argsort(batch.supervised.position[i][used])
+        out[f"{role.name}_teacher"] = by_teacher[batch.supervised.teacher_at[i][used][order]]
         if role.name == "reference":
-            out["student"] = by_student[batch.entries.student_at[i][used][order]]
+            out["student"] = by_student[batch.supervised.student_at[i][used][order]]
     return out
 
 
@@ -333,9 +333,10 @@ def released_scores(parser, temperature):
 
 
 def means(batch, scores, roles):
-    stats = losses.role_stats(scores, batch.entries, count=len(roles), reduction="tokens")
-    total = losses.total_loss(stats, stats.shares, roles=roles)
-    return float(total), np.array(losses.role_losses(stats, stats.shares)), stats.tokens
+    objective = losses.ObjectiveConfig(roles, chunk=16)
+    stats = losses.role_stats(scores, batch.supervised, objective)
+    total = losses.total_loss(stats, stats.normalizer, objective)
+    return float(total), np.array(losses.role_losses(stats, stats.normalizer)), stats.tokens
 
 
 LOSSES = read("released_losses.json")
@@ -418,7 +419,7 @@ def test_the_paper_config_has_the_paper_settings():
 
 @functools.cache
 def gradient_step(roles):
-    step = make_train_step(MODEL, KEEP_GRADIENT, roles=roles, chunk=16, use_dropout=False)
+    step = make_train_step(MODEL, KEEP_GRADIENT, losses.ObjectiveConfig(roles, chunk=16), use_dropout=False)
 
     @tiny.jit
     def run(base, trained, batch):

@@ -16,10 +16,10 @@ from tiny import CONFIG, ROLES, pack
 from vigos_jax.config import CHOICES
 from vigos_jax.method import divergences, losses
 from vigos_jax.method import roles as role_tables
-from vigos_jax.method.losses import EntryScores, RoleStats
+from vigos_jax.method.batch import SupervisedTokens
+from vigos_jax.method.losses import RoleStats, TokenScores
 from vigos_jax.method.packing import Buckets
 from vigos_jax.models import vlm
-from vigos_jax.models.inputs import Entries
 from vigos_jax.training.step import TrainState, make_train_step
 
 FORWARD, REVERSE = ROLES[0], ROLES[2]
@@ -153,11 +153,15 @@ def entries_of(role, clip=np.inf, token=None):
     clip = np.broadcast_to(np.asarray(clip, np.float32), role.shape)
     token = zeros if token is None else token
     rest = dict.fromkeys(("student_at", "teacher_at", "position", "sampled_logp"), zeros)
-    return Entries(role=role, token=token, clip=clip, **rest)
+    return SupervisedTokens(role=role, token=token, clip=clip, **rest)
+
+
+def objective(roles=ROLES, *, chunk=4, **options):
+    return losses.ObjectiveConfig(roles, chunk, **options)
 
 
 def scores_of(kl, entropy=None):
-    return EntryScores(kl, kl, kl, kl if entropy is None else entropy)
+    return TokenScores(kl, kl, kl, kl if entropy is None else entropy)
 
 
 def random_entries(b=3, e=11, d=8, v=50):
@@ -171,8 +175,8 @@ def random_entries(b=3, e=11, d=8, v=50):
 
 
 def weights_of(entries):
-    shares = jnp.sum(losses.entry_shares(entries, count=3, reduction="tokens"), (0, 1))
-    return losses.entry_weights(entries, shares, roles=ROLES, reduction="tokens")
+    normalizers = jnp.sum(losses.normalizer_terms(entries, objective()), (0, 1))
+    return losses.loss_weights(entries, normalizers, objective())
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 500])
@@ -180,11 +184,11 @@ def weights_of(entries):
 def test_fused_loss_and_gradient_are_those_of_plain_autodiff(chunk, trains_head):
     """Value, scores, and gradients at states and head, in the presence of clips, padding and another factor behind."""
     student, teacher, entries, heads = random_entries()
-    options = {"roles": ROLES, "temperature": 1.7}
 
     def fused(student, head):
-        arrays = student, head, teacher, heads[1], entries, weights_of(entries)
-        out = losses.weighted_loss(*arrays, chunk=chunk, trains_head=trains_head, **options)
+        states = losses.SupervisedStates(student, head, teacher, heads[1])
+        options = objective(chunk=chunk, temperature=1.7)
+        out = losses.weighted_loss(states, entries, weights_of(entries), options, trains_head=trains_head)
         return 3.0 * out[0], out[1]
 
     def plain_loss(student, head):
@@ -197,22 +201,22 @@ def test_fused_loss_and_gradient_are_those_of_plain_autodiff(chunk, trains_head)
     both = [tiny.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(student, heads[0]) for f in (fused, plain_loss)]
     ((got, scores), gradients), ((want, kl), expected) = both
     assert got == pytest.approx(float(want), rel=1e-6) and 0 < (kl > entries.clip).sum() < (entries.role == 1).sum()
-    np.testing.assert_allclose(scores.kl, kl, atol=2e-5)
+    np.testing.assert_allclose(scores.divergence, kl, atol=2e-5)
     np.testing.assert_allclose(gradients[0], expected[0], atol=2e-6)
     np.testing.assert_allclose(gradients[1], expected[1] if trains_head else 0, atol=5e-6)
     assert np.abs(expected[0]).max() > 0.1 and np.abs(expected[1]).max() > 0.1
 
-    stats = losses.role_stats(scores, entries, count=3, reduction="tokens")
-    assert got / 3 == pytest.approx(float(losses.total_loss(stats, stats.shares, roles=ROLES)), rel=1e-5)
+    stats = losses.role_stats(scores, entries, objective())
+    assert got / 3 == pytest.approx(float(losses.total_loss(stats, stats.normalizer, objective())), rel=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 500])
 def test_scores_are_those_of_whole_logits(chunk):
     student, teacher, entries, heads = random_entries()
-    scores = losses.score_entries(
-        student, heads[0], teacher, heads[1], entries, roles=ROLES, temperature=1.0, chunk=chunk
-    )  # fmt: skip
-    assert scores.kl.shape == (3, 11)
+    scores = losses.score_tokens(
+        losses.SupervisedStates(student, heads[0], teacher, heads[1]), entries, objective(chunk=chunk)
+    )
+    assert scores.divergence.shape == (3, 11)
     p, q = oracle.log_softmax(student @ heads[0].T), oracle.log_softmax(teacher @ heads[1].T)
     for logp, log_probs in ((scores.student_logp, p), (scores.teacher_logp, q)):
         np.testing.assert_allclose(logp, np.take_along_axis(log_probs, entries.token[..., None], -1)[..., 0], atol=1e-5)
@@ -223,12 +227,10 @@ def test_scores_are_those_of_whole_logits(chunk):
 
 def test_the_temperature_is_of_the_divergence_alone():
     student, teacher, entries, heads = random_entries()
-    options = {"roles": ROLES, "chunk": 4}
-    run = lambda t: losses.score_entries(  # noqa: E731
-        student, heads[0], teacher, heads[1], entries, temperature=t, **options
-    )
+    states = losses.SupervisedStates(student, heads[0], teacher, heads[1])
+    run = lambda t: losses.score_tokens(states, entries, objective(temperature=t))  # noqa: E731
     one, three = run(1.0), run(3.0)
-    assert (three.kl < 0.5 * one.kl).all()
+    assert (three.divergence < 0.5 * one.divergence).all()
     for field in ("student_logp", "teacher_logp", "entropy"):
         np.testing.assert_array_equal(getattr(one, field), getattr(three, field))
 
@@ -239,12 +241,12 @@ def test_clipped_entries_have_no_gradient_and_stay_in_the_denominator():
     kl = jnp.array([[0.01, 0.2, 0.3, 7.0], [0.04, 0.02, 9.0, 0.0]])
 
     def loss(kl):
-        stats = losses.role_stats(scores_of(kl), entries, count=2, reduction="tokens")
-        return losses.total_loss(stats, stats.shares, roles=roles), stats
+        stats = losses.role_stats(scores_of(kl), entries, objective(roles))
+        return losses.total_loss(stats, stats.normalizer, objective(roles)), stats
 
     (value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(kl)
     np.testing.assert_allclose(stats.loss, [0.01 + 0.05 + 0.04, 7.3], rtol=1e-6)
-    assert list(stats.tokens) == list(stats.shares) == [3, 2] and list(stats.clipped_tokens) == [1, 0]
+    assert list(stats.tokens) == list(stats.normalizer) == [3, 2] and list(stats.clipped_tokens) == [1, 0]
     np.testing.assert_allclose(stats.entropy, [0.01 + 0.2 + 0.04, 7.3], rtol=1e-6)
     assert value == pytest.approx(0.1 / 3 + 3 * 7.3 / 2, rel=1e-6)
     np.testing.assert_allclose(gradient, [[1 / 3, 0, 3 / 2, 3 / 2], [1 / 3, 0, 0, 0]], rtol=1e-6)
@@ -252,24 +254,27 @@ def test_clipped_entries_have_no_gradient_and_stay_in_the_denominator():
 
 def test_a_mean_over_sequences_gives_every_rollout_one_share():
     entries = entries_of([[0, 0, 1, -1], [0, -1, -1, -1], [1, 1, 1, -1], [-1] * 4])
-    shares = losses.entry_shares(entries, count=2, reduction="sequences")
+    shares = losses.normalizer_terms(entries, objective(ROLES[:2], reduction="sequences"))
     np.testing.assert_allclose(shares[..., 0], [[1 / 2, 1 / 2, 0, 0], [1, 0, 0, 0], [0] * 4, [0] * 4])
     np.testing.assert_allclose(shares[..., 1], [[0, 0, 1, 0], [0] * 4, [1 / 3, 1 / 3, 1 / 3, 0], [0] * 4])
     kl = jnp.array([[1.0, 3.0, 5.0, 9.0], [6.0, 9.0, 9.0, 9.0], [1.0, 2.0, 6.0, np.nan], [np.nan] * 4])
-    by = {r: losses.role_stats(scores_of(kl), entries, count=2, reduction=r) for r in CHOICES["loss.reduction"]}
+    by = {
+        r: losses.role_stats(scores_of(kl), entries, objective(ROLES[:2], reduction=r))
+        for r in CHOICES["loss.reduction"]
+    }
     assert by.keys() == {"tokens", "sequences"}
-    np.testing.assert_allclose(losses.role_losses(by["sequences"], by["sequences"].shares), [4.0, 4.0], rtol=1e-6)
-    np.testing.assert_allclose(losses.role_losses(by["tokens"], by["tokens"].shares), [10 / 3, 14 / 4], rtol=1e-6)
-    assert list(by["sequences"].shares) == [2, 2] and list(by["sequences"].tokens) == [3, 4]
+    np.testing.assert_allclose(losses.role_losses(by["sequences"], by["sequences"].normalizer), [4.0, 4.0], rtol=1e-6)
+    np.testing.assert_allclose(losses.role_losses(by["tokens"], by["tokens"].normalizer), [10 / 3, 14 / 4], rtol=1e-6)
+    assert list(by["sequences"].normalizer) == [2, 2] and list(by["sequences"].tokens) == [3, 4]
 
 
 def test_a_role_without_tokens_gives_zero():
     nothing = entries_of([[-1, -1]])
     for reduction, kl in itertools.product(CHOICES["loss.reduction"], (0.0, np.nan)):
-        stats = losses.role_stats(scores_of(jnp.full((1, 2), kl)), nothing, count=3, reduction=reduction)
-        assert losses.total_loss(stats, stats.shares, roles=ROLES) == 0
+        stats = losses.role_stats(scores_of(jnp.full((1, 2), kl)), nothing, objective(reduction=reduction))
+        assert losses.total_loss(stats, stats.normalizer, objective()) == 0
     zeros = RoleStats(*(jnp.zeros(3) for _ in range(5)))
-    assert losses.total_loss(zeros, zeros.shares, roles=ROLES) == 0
+    assert losses.total_loss(zeros, zeros.normalizer, objective()) == 0
 
 
 # [T, V] logits never exist.
@@ -299,7 +304,7 @@ def compiled_step(kind, chunk, roles=ROLES):
         buckets=HLO_BUCKETS,
         config=HLO_CONFIG,
     )
-    step = make_train_step(model, tx, roles=roles, chunk=chunk, use_dropout=False)
+    step = make_train_step(model, tx, objective(roles, chunk=chunk), use_dropout=False)
     jitted = tiny.jit(step, donate_argnums=0)
     return jitted.lower(state, abstract["params"], [batch], jax.random.key(0)).compile().as_text()
 

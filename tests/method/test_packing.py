@@ -18,12 +18,12 @@ from vigos_jax.method.packing import (
     Buckets,
     Rollout,
     Row,
-    entry_clip,
     length_groups,
     pack_prompts,
     pack_scores,
     scored_positions,
     slot_count,
+    token_clip,
     too_long,
 )
 from vigos_jax.method.spans import Spans
@@ -43,7 +43,7 @@ def real(text, i):
 def check_contexts(mix, roles=ROLES):
     """What each entry's student and teacher state has read, token by token, against the turns themselves."""
     batch = pack(mix, roles=roles)
-    e = batch.entries
+    e = batch.supervised
     for i, (r, rollout) in enumerate(mix):
         used = e.role[i] >= 0
         if rollout is None:
@@ -93,8 +93,8 @@ def test_each_entry_reads_its_own_context_on_random_batches(mix, roles):
 def test_a_token_with_two_teachers_has_two_entries():
     both = (dataclasses.replace(ROLES[2], name="a"), dataclasses.replace(ROLES[2], name="b"), ROLES[0])
     batch = check_contexts(((row(0, (4, 4)), invalid(0, 16)), MIXES["mixed"][0]), both)
-    assert batch.entries.role.shape[1] == 2 * 16
-    assert (np.sort(batch.entries.position[0]) == np.repeat(np.arange(16), 2)).all()
+    assert batch.supervised.role.shape[1] == 2 * 16
+    assert (np.sort(batch.supervised.position[0]) == np.repeat(np.arange(16), 2)).all()
 
 
 def test_a_drawn_batch():
@@ -115,7 +115,7 @@ def test_a_drawn_batch():
     assert list(segments) == [1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 3]
     assert (positions == [0, 1, 2, 3, 4, 3, 4, 5, 6, 7, 8]).all()
 
-    e = batch.entries
+    e = batch.supervised
     assert list(e.role[0]) == [0, 0, 1] + 13 * [-1]
     assert list(e.position[0][:3]) == [0, 1, 3] and list(e.token[0][:3]) == [10, 11, 13]
     assert list(e.student_at[0][:3]) == [4, 5, 7]
@@ -134,7 +134,7 @@ def test_a_drawn_batch_of_a_role_that_reads_what_it_scores():
     assert list(ids) == [9, 8, 3, 10, 11, 4, 5, 10, 11, 12, 13, 14]
     assert list(segments) == [1, 1, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3]
     assert (positions == [0, 1, 2, 3, 4, 2, 3, 4, 5, 6, 7, 8]).all()
-    e = batch.entries
+    e = batch.supervised
     assert list(e.position[0][:4]) == [0, 1, 5, 5] and list(e.token[0][:4]) == [10, 11, 15, 15]
     assert list(e.teacher_at[0][:4]) == [2, 3, 4, 11] and list(e.student_at[0][:4]) == [3, 4, 8, 8]
     np.testing.assert_allclose(e.clip[0][:4], [1.8, 1.8, 0.5, 0.1])
@@ -157,12 +157,12 @@ def test_a_drawn_batch_of_a_role_that_reads_what_it_scores():
 def test_entry_clip(fields, expected):
     role = dataclasses.replace(ROLES[0], **fields)
     scored = [2, 3, 7]
-    assert [entry_clip(role, j, scored) for j in scored] == expected
+    assert [token_clip(role, j, scored) for j in scored] == expected
 
 
 def test_one_token_is_the_first_and_the_last():
     role = dataclasses.replace(ROLES[0], first_clip=0.4, last_clip=0.3)
-    assert entry_clip(role, 5, [5]) == 0.3
+    assert token_clip(role, 5, [5]) == 0.3
 
 
 def test_segment_mask():
@@ -179,7 +179,7 @@ def test_segment_mask():
 
 
 def test_logps_from_elsewhere_are_unknown():
-    assert np.isnan(pack(MIXES["mixed"]).entries.sampled_logp).all()
+    assert np.isnan(pack(MIXES["mixed"]).supervised.sampled_logp).all()
 
 
 def test_prompts_are_left_padded():
@@ -228,10 +228,10 @@ def test_shapes_are_the_declared_ones():
     buckets = Buckets(patches=(16, 64), prompt=(24, 40), completion=(4, 8, 16), sequence=(32, 48, 64, 144))
     small = pack([(row(2, (2, 2)), valid(2, 7, (0, 1), (2, 3), (5, 6)))], buckets=buckets)
     assert small.vision.patches.shape[1] == 16 and small.student.ids.shape[1] == 32
-    assert small.teacher.ids.shape[1] == 32 and small.entries.role.shape[1] == 4  # of 7 tokens, 3 are scored
+    assert small.teacher.ids.shape[1] == 32 and small.supervised.role.shape[1] == 4  # of 7 tokens, 3 are scored
     large = pack(MIXES["mixed"], buckets=buckets)
     assert large.vision.patches.shape[1] == 64 and large.student.ids.shape[1] == 48
-    assert large.teacher.ids.shape[1] == 64 and large.entries.role.shape[1] == 16
+    assert large.teacher.ids.shape[1] == 64 and large.supervised.role.shape[1] == 16
     assert pack(MIXES["all bad"], buckets=buckets).teacher.ids.shape == (8, 32)
 
 

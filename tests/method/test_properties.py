@@ -16,9 +16,9 @@ from tiny import BUCKETS, MIXES, ROLES, pack
 
 from vigos_jax.data.processor import Turn
 from vigos_jax.method import losses
+from vigos_jax.method.batch import ScoreBatch
 from vigos_jax.method.packing import Buckets
 from vigos_jax.method.roles import DIVERGENCES, ENTRY_FIELDS, SPANS, role_table
-from vigos_jax.models.inputs import ScoreBatch
 
 few = settings(max_examples=15)
 batches = mixes(min_rows=8, max_rows=8)  # of one size, so that nothing is compiled again
@@ -36,11 +36,11 @@ METHODS = {
 both = pytest.mark.parametrize("method", METHODS)
 
 
-def step(mix, method="the method", *, buckets=BUCKETS, accumulation=1):
+def step(mix, method="the method", *, buckets=BUCKETS, gradient_accumulation_steps=1):
     """(loss, flat gradient) of the train step on (row, rollout) pairs or on a packed batch."""
     (base, lora), (roles, options) = tiny.weights(), METHODS[method]
     batch = mix if isinstance(mix, ScoreBatch) else pack(mix, roles=roles, buckets=buckets)
-    gradient, metrics = tiny.gradient_step(accumulation, roles, **options)(base, {"lora": lora}, batch)
+    gradient, metrics = tiny.gradient_step(gradient_accumulation_steps, roles, **options)(base, {"lora": lora}, batch)
     return float(metrics["loss"]), np.concatenate([np.ravel(x) for x in jax.tree.leaves(gradient)])
 
 
@@ -53,7 +53,7 @@ def scores(batch, roles=ROLES):
     """(kl, student_logp, teacher_logp), numpy [B, E] each."""
     base, lora = tiny.weights()
     out = tiny.scorer(roles)(base, {"lora": lora}, batch)
-    return [np.asarray(x) for x in (out.kl, out.student_logp, out.teacher_logp)]
+    return [np.asarray(x) for x in (out.divergence, out.student_logp, out.teacher_logp)]
 
 
 # Order, padding, micro-batches.
@@ -83,7 +83,7 @@ def test_padding(method, mix):
 def test_padding_can_fail():
     def counted(buckets):  # as if the mean were over slots
         batch = pack(MIXES["mixed"], buckets=buckets)
-        return batch.replace(entries=batch.entries.replace(role=np.maximum(batch.entries.role, 0)))
+        return batch.replace(supervised=batch.supervised.replace(role=np.maximum(batch.supervised.role, 0)))
 
     with pytest.raises(AssertionError):
         check_same_step(step(counted(LARGER)), step(counted(BUCKETS)))
@@ -94,8 +94,8 @@ def test_padding_can_fail():
 @given(batches)
 def test_micro_batches(method, mix):
     want = step(mix, method)
-    for accumulation in (2, 4):
-        check_same_step(step(mix, method, accumulation=accumulation), want)
+    for gradient_accumulation_steps in (2, 4):
+        check_same_step(step(mix, method, gradient_accumulation_steps=gradient_accumulation_steps), want)
 
 
 @both
@@ -163,9 +163,9 @@ def check_left_out(mix, kept):
 
     def parts(mix, roles):
         batch = pack(mix, roles=roles)
-        out = losses.EntryScores(*scores(batch, roles), np.zeros(batch.entries.role.shape))
-        stats = losses.role_stats(out, batch.entries, count=len(roles), reduction="tokens")
-        means = losses.role_losses(stats, stats.shares)
+        out = losses.TokenScores(*scores(batch, roles), np.zeros(batch.supervised.role.shape))
+        stats = losses.role_stats(out, batch.supervised, losses.ObjectiveConfig(roles, chunk=5))
+        means = losses.role_losses(stats, stats.normalizer)
         return {role.name: role.weight * float(x) for role, x in zip(roles, means, strict=True)}
 
     without = [
@@ -212,9 +212,9 @@ def with_reference(mix, seed, *, longer, leaks_to=()):
 def check_reference(mix, changed, *, tolerance):
     """The largest change of a number that may change, where all that must not are the same."""
     before, after = (pack(x, buckets=ONE_SIZE) for x in (mix, changed))
-    used = before.entries.role >= 0
-    np.testing.assert_array_equal(before.entries.role, after.entries.role)
-    blind = before.entries.role == 0
+    used = before.supervised.role >= 0
+    np.testing.assert_array_equal(before.supervised.role, after.supervised.role)
+    blind = before.supervised.role == 0
     free = 0.0
     for name, a, b in zip(("kl", "student", "teacher"), scores(before), scores(after), strict=True):
         kept = used if name == "student" else blind
@@ -228,7 +228,7 @@ def check_reference(mix, changed, *, tolerance):
 def test_reference_text_stays_where_it_is_shown(mix, seed):
     for longer, tolerance in ((0, 0.0), (3, 1e-6)):
         moved = check_reference(mix, with_reference(mix, seed, longer=longer), tolerance=tolerance)
-        assert moved > 1e-3 or not (pack(mix).entries.role > 0).any()
+        assert moved > 1e-3 or not (pack(mix).supervised.role > 0).any()
 
 
 @pytest.mark.parametrize("longer", [0, 3])

@@ -29,7 +29,7 @@ def compare(
     trained=None,
     temperature=1.0,
     reduction="tokens",
-    overlay=None,
+    teacher_params=None,
     want=None,
 ):
     """Largest difference between the packed path and the plain one over all numbers of entries, roles and loss.
@@ -42,26 +42,29 @@ def compare(
     """
     base, lora = tiny.weights()
     trained = trained or {"lora": lora}
-    options = {"temperature": temperature, "reduction": reduction, "overlay": overlay}
+    options = {"temperature": temperature, "reduction": reduction, "teacher_params": teacher_params}
     loss, parts, entries = want or oracle.objective(model, base, trained, mix, roles, **options)
 
     batch = pack(mix, roles=roles) if batch is None else batch
-    scores = tiny.scorer(roles, model=model, temperature=temperature)(base, trained, batch, overlay=overlay)
+    scores = tiny.scorer(roles, model=model, temperature=temperature)(
+        base, trained, batch, teacher_params=teacher_params
+    )
     worst, compared = 0.0, 0
     for (i, name), (position, *numbers) in entries.items():
-        used = batch.entries.role[i] == [r.name for r in roles].index(name)
-        if list(batch.entries.position[i][used]) != list(position):
+        used = batch.supervised.role[i] == [r.name for r in roles].index(name)
+        if list(batch.supervised.position[i][used]) != list(position):
             return np.inf
         compared += len(position)
-        got = (scores.kl, scores.student_logp, scores.teacher_logp, scores.entropy)
+        got = (scores.divergence, scores.student_logp, scores.teacher_logp, scores.entropy)
         for x, y in zip(got, numbers, strict=True):
             worst = max(worst, np.abs(np.asarray(x)[i][used] - y).max())
-    if compared != (batch.entries.role >= 0).sum():
+    if compared != (batch.supervised.role >= 0).sum():
         return np.inf
 
-    stats = losses.role_stats(scores, batch.entries, count=len(roles), reduction=reduction)
+    objective = losses.ObjectiveConfig(roles, chunk=5, reduction=reduction)
+    stats = losses.role_stats(scores, batch.supervised, objective)
     assert list(stats.tokens) == [part["tokens"] for part in parts.values()]
-    got = [*losses.role_losses(stats, stats.shares), losses.total_loss(stats, stats.shares, roles=roles)]
+    got = [*losses.role_losses(stats, stats.normalizer), losses.total_loss(stats, stats.normalizer, objective)]
     pairs = [*zip(got, [*(part["loss"] for part in parts.values()), loss], strict=True)]
     pairs += zip(stats.clipped_tokens, (part["clipped"] for part in parts.values()), strict=True)
     return max(worst, *(abs(float(x) - y) for x, y in pairs))
@@ -98,7 +101,7 @@ def test_equals_it_for_a_student_with_a_vision_tower_of_its_own(kind):
         other_tower = jax.tree.map(jnp.zeros_like, trained)
         average = jax.tree.map(lambda x: -0.7 * x, trained)
     assert compare(MIXES["mixed"], model=model, trained=trained) < CLOSE
-    assert compare(MIXES["mixed"], model=model, trained=trained, overlay=average) < CLOSE
+    assert compare(MIXES["mixed"], model=model, trained=trained, teacher_params=average) < CLOSE
     want = oracle.objective(model, base, other_tower, MIXES["mixed"], ROLES)
     assert compare(MIXES["mixed"], model=model, trained=trained, want=want) > 0.1
 
@@ -142,13 +145,13 @@ FEATURES = {
     ),
     "reads what it scores": (
         table({"reads": "scored", "scores": ("answer", "description")}, {"reads": "scored"}, {"reads": "scored"}),
-        {"overlay": OVERLAY},
-        [{"reads": "completion"}, {"overlay": {}}],
+        {"teacher_params": OVERLAY},
+        [{"reads": "completion"}, {"teacher_params": {}}],
     ),
     "no reference role": (
         table({"when": "always"}, {"when": "always", "reads": "scored"}, {"when": "valid", "scores": ("answer",)}),
-        {"reduction": "sequences", "overlay": OVERLAY},
-        [{"reduction": "tokens"}, {"overlay": {}}, {"when": "valid"}],
+        {"reduction": "sequences", "teacher_params": OVERLAY},
+        [{"reduction": "tokens"}, {"teacher_params": {}}, {"when": "valid"}],
     ),
 }
 
@@ -168,7 +171,7 @@ def test_a_feature_that_is_dropped_shows(name, drop):
     base, lora = tiny.weights()
     mix, (roles, options, _) = MIXES["mixed"], FEATURES[name]
     want = oracle.objective(MODEL, base, {"lora": lora}, mix, roles, **options)
-    fields = {k: v for k, v in drop.items() if k not in ("temperature", "reduction", "overlay")}
+    fields = {k: v for k, v in drop.items() if k not in ("temperature", "reduction", "teacher_params")}
     poorer = tuple(dataclasses.replace(role, **fields) for role in roles)
     assert compare(mix, roles=poorer, want=want, **options | {k: v for k, v in drop.items() if k not in fields}) > FAR
 
@@ -179,21 +182,26 @@ def test_a_role_that_applies_to_an_invalid_rollout_scores_all_of_it():
     for i, (_, rollout) in enumerate(MIXES["mixed"]):
         if rollout is not None and not rollout.spans.is_valid:
             for k, count in enumerate((1, 1, 0)):
-                used = batch.entries.role[i] == k
-                assert list(batch.entries.position[i][used]) == list(range(len(rollout.ids))) * count
-    assert pack(MIXES["mixed"]).entries.role.shape[1] * 2 == batch.entries.role.shape[1]
+                used = batch.supervised.role[i] == k
+                assert list(batch.supervised.position[i][used]) == list(range(len(rollout.ids))) * count
+    assert pack(MIXES["mixed"]).supervised.role.shape[1] * 2 == batch.supervised.role.shape[1]
 
 
 def test_teachers_alone_have_the_same_log_probabilities():
     base, lora = tiny.weights()
     batch = pack(MIXES["mixed"])
-    used = batch.entries.role >= 0
-    run = tiny.jit(lambda overlay: scoring.teacher_logps(MODEL, base, batch, overlay=overlay, chunk=5))
-    alone = {name: np.asarray(run(overlay))[used] for name, overlay in (("base", {}), ("overlay", OVERLAY))}
-    for name, overlay in (("base", {}), ("overlay", OVERLAY)):
-        both = tiny.scorer()(base, {"lora": lora}, batch, overlay=overlay)
+    used = batch.supervised.role >= 0
+    run = tiny.jit(
+        lambda teacher_params: scoring.teacher_logps(MODEL, base, batch, teacher_params=teacher_params, chunk=5)
+    )
+    alone = {
+        name: np.asarray(run(teacher_params))[used]
+        for name, teacher_params in (("base", {}), ("teacher_params", OVERLAY))
+    }
+    for name, teacher_params in (("base", {}), ("teacher_params", OVERLAY)):
+        both = tiny.scorer()(base, {"lora": lora}, batch, teacher_params=teacher_params)
         np.testing.assert_allclose(alone[name], np.asarray(both.teacher_logp)[used], atol=CLOSE)
-    assert np.abs(alone["base"] - alone["overlay"]).max() > 0.1
+    assert np.abs(alone["base"] - alone["teacher_params"]).max() > 0.1
 
 
 # Gradients: one that leaks into a teacher, or is cut, shows here.
@@ -219,9 +227,9 @@ def slopes():
     def of(name, weights):
         roles, options = SMOOTH[name]
         step = tiny.gradient_step(roles=roles, teacher_weights=weights, **options)
-        overlay = {"lora": lora} if weights == "live" else {}
+        teacher_params = {"lora": lora} if weights == "live" else {}
         gradient, _ = step(base, {"lora": lora}, pack(MIXES["mixed"], roles=roles))
-        options = options | {"overlay": overlay}
+        options = options | {"teacher_params": teacher_params}
         return gradient["lora"], lambda x: oracle.objective(MODEL, base, {"lora": x}, MIXES["mixed"], roles, **options)
 
     return of
@@ -334,6 +342,8 @@ def test_the_student_alone_is_one_causal_sequence(monkeypatch):
     batch = pack(MIXES["mixed"])
     monkeypatch.setattr(decoder, "attention", spy)
     model = MODEL.clone(attention="cudnn")
-    jax.eval_shape(lambda b: scoring.score_batch(model, base, {"lora": lora}, b, roles=ROLES, chunk=5), batch)
+    jax.eval_shape(
+        lambda b: scoring.score_batch(model, base, {"lora": lora}, b, losses.ObjectiveConfig(ROLES, chunk=5)), batch
+    )
     student, teacher = batch.student.ids.shape[1], batch.teacher.ids.shape[1]
     assert set(asked) == {(True, student, "cudnn"), (False, teacher, "cudnn")}

@@ -162,7 +162,7 @@ def test_every_run_is_a_valid_command_line(tmp_path):
         assert workdir in (job.done.parent, job.done.parent.parent) and (mode == "diagnose") == (job in palr)
         if mode == "train":
             assert config.model.path in of_base and config.model.path.endswith(f"-{config.seed}")
-            assert config.evaluate.seed == config.seed and config.evaluate.questions == 500
+            assert config.demo_eval.seed == config.seed and config.demo_eval.questions == 500
 
 
 def test_nothing_was_developed_on_these_seeds():
@@ -417,7 +417,7 @@ from configs import {name} as full
 
 def get_config():
     config = full.get_config()
-    config.steps, config.batch_size, config.evaluate.batch_size = 2, 8, 16
+    config.steps, config.batch_size, config.demo_eval.batch_size = 2, 8, 16
     return config
 """
 

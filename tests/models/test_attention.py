@@ -13,11 +13,11 @@ from vigos_jax.models.attention import Causal, attention, choose, splash
 LENGTHS = np.array([128, 77, 1], np.int32)
 
 
-def _arrays(t=128, s=128, heads=4, kv_heads=2, head_size=16):
+def _arrays(t=128, s=128, heads=4, kv_heads=2, head_dim=16):
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))  # noqa: E731
     b = len(LENGTHS)
-    return draw(b, t, heads, head_size), draw(b, s, kv_heads, head_size), draw(b, s, kv_heads, head_size)
+    return draw(b, t, heads, head_dim), draw(b, s, kv_heads, head_dim), draw(b, s, kv_heads, head_dim)
 
 
 def _plain(q, k, v, mask):
@@ -98,7 +98,7 @@ def test_sixteen_bits():
 @pytest.mark.parametrize("axes", [None, (2, 2, 2), (1, 2, 4)])
 def test_splash(axes):
     """The TPU's kernel, interpreted; also over a mesh, where 4 ways do not divide 2 key/value heads."""
-    mesh, arrays, lengths = None, _arrays(head_size=128), LENGTHS
+    mesh, arrays, lengths = None, _arrays(head_dim=128), LENGTHS
     used, causal = USED, _causal()
     if axes:
         mesh = Mesh(np.array(jax.devices()[:8]).reshape(axes), ("data", "fsdp", "tensor"))

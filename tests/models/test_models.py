@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from parity import NOTICEABLE, Pair, make_pair, make_run
 
 from vigos_jax.config import CHOICES
+from vigos_jax.method.batch import PromptBatch
 from vigos_jax.models import positions as geometry
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.decoder import empty_cache, segment_mask
-from vigos_jax.models.inputs import PromptBatch
-from vigos_jax.models.variables import shares_vision, student_variables, teacher_overlay, teacher_variables
+from vigos_jax.models.variables import shares_vision, student_variables, teacher_params_of, teacher_variables
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables, init_variables
 from vigos_jax.rollouts.sampler import Sampler, row_keys
 from vigos_jax.rollouts.sampling import Sampling
@@ -347,7 +347,7 @@ def test_full_fine_tuning_overlays_the_base(pairs):
 
 def test_what_lies_over_the_base_for_teachers():
     trained, average = {"lora": 1.0}, {"lora": 2.0}
-    got = {w: teacher_overlay(w, trained=trained, average=average) for w in CHOICES["teacher.weights"]}
+    got = {w: teacher_params_of(w, trained=trained, average=average) for w in CHOICES["teacher.weights"]}
     assert got == {"frozen": {}, "ema": average, "live": trained}
     assert teacher_variables(0.0, got["ema"]) == {"params": 0.0, "lora": 2.0}
 

@@ -196,7 +196,7 @@ BREAKS = {
     "corners not aligned": lambda m: m.setattr(qwen3_vl, "resample", uncornered),
     "no learned positions": lambda m: m.setattr(qwen3_vl, "resample", lambda t, hw, grid: 0.0 * nearest(t, hw, grid)),
     "no rotary positions": lambda m: m.setattr(
-        qwen3_vl, "grid_angles", lambda hw, head_size: 0.0 * layers.grid_angles(hw, head_size=head_size)
+        qwen3_vl, "grid_angles", lambda hw, head_dim: 0.0 * layers.grid_angles(hw, head_dim=head_dim)
     ),
 }
 
@@ -250,9 +250,7 @@ def test_video_parity_of_qwen2_5_vl(qwen2_5):
     expected = [tm.torch_logits(qwen2_5.torch, [s])[0] for s in samples]
     assert max(worst(logits, expected, at_end=True)) <= tm.TOLERANCE
     # And with frames one position apart, whatever the seconds between them, it fails.
-    untimed = [
-        tm.Sample(s.ids, tuple(dataclasses.replace(i, time_step=1.0) for i in s.images)) for s in samples
-    ]
+    untimed = [tm.Sample(s.ids, tuple(dataclasses.replace(i, time_step=1.0) for i in s.images)) for s in samples]
     batch = pack(untimed, qwen2_5.config, length=72, slots=512)
     _, logits = qwen2_5.run({"params": qwen2_5.base}, batch.vision, batch.text)
     assert min(worst(logits, expected, at_end=True)) > NOTICEABLE
@@ -282,7 +280,7 @@ def test_positions_are_those_of_transformers(family, name):
 def test_config_json_says_what_the_model_is(pairs):
     c = pairs["untied"].config
     assert (c.family, c.qkv_bias, c.qk_norm, c.mrope_interleaved) == ("qwen3_vl", False, True, True)
-    assert (c.head_size, c.num_heads, c.hidden_size, c.mrope_section) == (32, 4, 64, (6, 5, 5))
+    assert (c.head_dim, c.num_heads, c.hidden_size, c.mrope_section) == (32, 4, 64, (6, 5, 5))
     assert (c.vision.deepstack_blocks, c.vision.num_positions, c.vision.patch_size) == ((1, 2, 4), 36, 16)
     assert (c.vision.window_side, c.vision.window_patches, c.vision.patch_dim) == (1, 4, 3 * 2 * 16 * 16)
     assert c.visual_ids == (tm.IMAGE, tm.VIDEO)

@@ -114,11 +114,11 @@ def limits(role, n):
     return out
 
 
-def objective(model, base, trained, samples, roles, *, overlay=None, temperature=1.0, reduction="tokens"):
+def objective(model, base, trained, samples, roles, *, teacher_params=None, temperature=1.0, reduction="tokens"):
     """The weighted sum of the roles' means over (row, rollout) pairs.
 
     Args:
-      overlay: what lies over the base for the teachers; None for nothing.
+      teacher_params: what lies over the base for the teachers; None for nothing.
       temperature: divides all logits in the divergence.
       reduction: "tokens", or "sequences" for the mean of the rollouts' means.
 
@@ -126,7 +126,7 @@ def objective(model, base, trained, samples, roles, *, overlay=None, temperature
       (loss, {role name: {"loss", "tokens", "clipped"}},
        {(sample, role name): (positions, kl, student_logp, teacher_logp, entropy of the student)}).
     """
-    student, teacher = {"params": base} | trained, {"params": base} | (overlay or {})
+    student, teacher = {"params": base} | trained, {"params": base} | (teacher_params or {})
     entries, clipped = {}, {}
     for i, (row, rollout) in enumerate(samples):
         if row.student is None or rollout is None:

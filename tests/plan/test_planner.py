@@ -38,7 +38,7 @@ def compile_with_less_care():
 def config_of(**changes):
     """The demo with an adapter, in two micro-batches, on a mesh with every axis."""
     config = base.get_config()
-    defaults = {"lora.rank": RANK, "accumulation": 2, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+    defaults = {"lora.rank": RANK, "gradient_accumulation_steps": 2, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
     config.update_from_flattened_dict(defaults | {"plan.advise": False} | changes)
     return config
 
@@ -59,7 +59,7 @@ def test_parameters_are_those_of_the_files():
 
 def test_an_adapter_its_optimizer_and_the_cache_have_the_sizes_of_their_formulas():
     c = model_config_of("demo")
-    d, q, kv, f = c.hidden_size, c.num_heads * c.head_size, c.num_kv_heads * c.head_size, c.intermediate_size
+    d, q, kv, f = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
     widths = [(d, q), (d, kv), (d, kv), (q, d), (d, f), (d, f), (f, d)]
     trained = c.num_layers * RANK * sum(i + o for i, o in widths)
     p = planned()
@@ -68,7 +68,7 @@ def test_an_adapter_its_optimizer_and_the_cache_have_the_sizes_of_their_formulas
     assert p.trained_bytes == 4 * trained / 2
     assert p.opt_state_bytes == 8 * trained / 2 + 2 * 4  # two moments, and two counts of steps
     rows, slots = 32 / (2 * 2), p.sizes["prompt"] + 48
-    assert p.cache_bytes == 2 * c.num_layers * rows * slots * (c.num_kv_heads / 2) * c.head_size * 4
+    assert p.cache_bytes == 2 * c.num_layers * rows * slots * (c.num_kv_heads / 2) * c.head_dim * 4
 
 
 def test_peaks_are_what_the_compiler_assigns_and_what_stays():
@@ -148,10 +148,12 @@ def test_it_prints_a_table_and_writes_the_same_numbers(capsys, tmp_path):
 
 def test_changes_come_from_the_one_that_costs_least():
     """What leaves the run as it is comes first; only a shorter completion changes what is sampled."""
-    config = config_of(**{"accumulation": 1, "mesh.data": 8, "mesh.fsdp": 1, "mesh.tensor": 1})
+    config = config_of(**{"gradient_accumulation_steps": 1, "mesh.data": 8, "mesh.fsdp": 1, "mesh.tensor": 1})
     mesh = {"data": 8, "fsdp": 1, "tensor": 1}
     changes = list(planner._changes(config, mesh, {"gradient"}))
-    assert changes[:3] == [{"model.remat": "full"}] + [{"model.remat": "full", "accumulation": n} for n in (2, 4)]
+    assert changes[:3] == [{"model.remat": "full"}] + [
+        {"model.remat": "full", "gradient_accumulation_steps": n} for n in (2, 4)
+    ]
     assert changes[3] == {"mesh.data": 4, "mesh.fsdp": 2, "mesh.tensor": 1}
     assert [c["plan.completion"] for c in changes if "plan.completion" in c] == [24, 12] and "mesh.data" in changes[-3]
     assert all(math.prod(c[f"mesh.{a}"] for a in mesh) == 8 for c in changes if "mesh.data" in c)
@@ -161,21 +163,23 @@ def test_changes_come_from_the_one_that_costs_least():
 
 def test_what_does_not_fit_comes_with_the_first_change_that_does():
     """Peaks by formula, so that nothing need be compiled: half of what is left, with each doubling of accumulation."""
-    config = config_of(**{"accumulation": 1, "mesh.data": 8, "mesh.fsdp": 1, "mesh.tensor": 1, "plan.memory_gb": 5.0})
+    config = config_of(
+        **{"gradient_accumulation_steps": 1, "mesh.data": 8, "mesh.fsdp": 1, "mesh.tensor": 1, "plan.memory_gb": 5.0}
+    )
     target = topology(config.plan)
 
     def pretend(config, target, *, only=()):
         assert only in ((), ("gradient",))
-        gb = (8 if config.model.remat == "full" else 16) / config.accumulation
-        program = Program("gradient", config.accumulation, temporaries=int(gb * 1e9))
+        gb = (8 if config.model.remat == "full" else 16) / config.gradient_accumulation_steps
+        program = Program("gradient", config.gradient_accumulation_steps, temporaries=int(gb * 1e9))
         return dataclasses.replace(planned(), programs=(program,), rates=target.rates)
 
     with mock.patch.object(planner, "compile_plan", pretend):
         result = pretend(config, target)
         assert not result.fits
         result = dataclasses.replace(result, **planner._advice(config, target, result))
-    assert config.accumulation == 1  # it is not changed itself
-    assert result.advice == "config.model.remat=full, config.accumulation=2"
+    assert config.gradient_accumulation_steps == 1  # it is not changed itself
+    assert result.advice == "config.model.remat=full, config.gradient_accumulation_steps=2"
     assert result.tried == ("config.model.remat=full: 8.0 GB", f"{result.advice}: 4.0 GB")
     text = report(result).splitlines()
     assert text[-4:] == [
@@ -194,11 +198,17 @@ def test_what_the_compiler_refuses_does_not_fit():
 
 
 def test_what_cannot_fit_says_all_that_was_tried(capsys):
-    with mock.patch.object(planner, "_changes", lambda *args: iter([{"accumulation": 2}, {"accumulation": 5}])):
+    with mock.patch.object(
+        planner,
+        "_changes",
+        lambda *args: iter([{"gradient_accumulation_steps": 2}, {"gradient_accumulation_steps": 5}]),
+    ):
         code, said = run_main(capsys, "lora.rank=4", "plan.memory_gb=1e-6")
     assert code == 0
     end = said.out.splitlines()[-2:]
-    assert end[0].startswith("none of the changes tried") and end[1].startswith("  tried config.accumulation=2: ")
+    assert end[0].startswith("none of the changes tried") and end[1].startswith(
+        "  tried config.gradient_accumulation_steps=2: "
+    )
 
 
 # Mistakes: one line, exit code 2.
@@ -302,9 +312,12 @@ def gradient_faults(run, text, *, devices=8):
 
 
 def compiled_gradient(run, config, **options):
-    step = planner.train_step_of(config, run.model, run.roles, run.tx, run.state)
-    micro = config.batch_size // config.accumulation
-    shares, key = run.whole(jnp.float32, len(run.roles)), run.whole(jax.eval_shape(lambda: jax.random.key(0)).dtype)
+    step = planner.train_step_of(config, run.model, run.objective, run.tx, run.state)
+    micro = config.batch_size // config.gradient_accumulation_steps
+    shares, key = (
+        run.whole(jnp.float32, len(run.objective.roles)),
+        run.whole(jax.eval_shape(lambda: jax.random.key(0)).dtype),
+    )
     args = (run.state.trained, run.base, run.state.average, run.scores(micro), shares, key)
     return step.gradient.lower(*args).compile(options).as_text()
 

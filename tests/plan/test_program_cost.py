@@ -74,9 +74,9 @@ def forward(model):
 
 def test_a_models_operations_are_those_of_its_dimensions():
     c, b, t = tiny.CONFIG, 2, 24
-    per_token = c.hidden_size * c.head_size * (2 * c.num_heads + 2 * c.num_kv_heads)
+    per_token = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
     per_token += 3 * c.hidden_size * c.intermediate_size
-    attention = 2 * b * t * t * c.num_heads * c.head_size
+    attention = 2 * b * t * t * c.num_heads * c.head_dim
     adapters = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_variables(tiny.MODEL)["lora"]))
     want = c.num_layers * (b * t * per_token + attention) + b * t * adapters
     assert traced_flops(*(lambda f, args: (f, *args))(*forward(tiny.MODEL))) == 2 * want

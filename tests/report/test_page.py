@@ -9,13 +9,13 @@ import pytest
 from browser import dump, needs_browser
 from PIL import Image
 
-from vigos_jax.report.page import Rollout, Table, Text, Token, mix, picture_uri, render, write_page
+from vigos_jax.report.page import Rollout, Table, Text, Token, image_uri, mix, render, write_page
 
 HOSTILE = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\"> & \"q\" 's'"
 
 
 def page(text=HOSTILE):
-    picture = picture_uri(Image.fromarray(np.full((9, 12, 3), 200, np.uint8)))
+    picture = image_uri(Image.fromarray(np.full((9, 12, 3), 200, np.uint8)))
     tokens = [Token("plain "), Token(text, (255, 0, 10), 0.5, text)]
     table = Table(text, ["name", text], [[text, "1.5"], ["row", "22.25"]], note=text)
     return [Text(["A line.", text]), table, Rollout(text, text, tokens, [picture], "wrong")]
@@ -69,7 +69,7 @@ def test_a_page_that_is_written_leaves_nothing_in_memory(tmp_path):
 
 def test_thumbnails_are_small():
     noise = np.random.default_rng(0).integers(0, 256, (900, 1200, 3), np.uint8)
-    assert len(picture_uri(Image.fromarray(noise))) < 100_000
+    assert len(image_uri(Image.fromarray(noise))) < 100_000
 
 
 @needs_browser

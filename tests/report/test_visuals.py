@@ -9,7 +9,7 @@ from helpers import make_processor_folder
 from PIL import Image
 from tiny_rows import GOOD, encode, picture_bytes
 
-from vigos_jax.data.loader import row_size
+from vigos_jax.data.examples import row_size
 from vigos_jax.data.processor import Processor
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")

@@ -11,7 +11,7 @@ from configs import base
 from vigos_jax import session
 from vigos_jax.analysis.diagnose import diagnose
 from vigos_jax.evaluation.benchmark import Evaluation
-from vigos_jax.models.variables import teacher_overlay
+from vigos_jax.models.variables import teacher_params_of
 from vigos_jax.rollouts.engine import NativeEngine, Sampled
 from vigos_jax.rollouts.generate import stream
 from vigos_jax.rollouts.parse import Reader
@@ -68,7 +68,7 @@ def demo_config():
     config = base.get_config()
     config.steps, config.batch_size, config.checkpoint_every = 2, 8, 2
     config.report.rows, config.report.every = 3, 1
-    config.evaluate.questions, config.evaluate.batch_size = 4, 8
+    config.demo_eval.questions, config.demo_eval.batch_size = 4, 8
     config.eval.demo_questions, config.eval.samples, config.eval.batch_size = 2, 1, 8
     config.eval_every = 2
     config.diagnose.rows, config.diagnose.batch_size = 6, 8
@@ -119,8 +119,10 @@ def test_the_other_modes_do_too(engines, tmp_path, loaded):
     evaluation = Evaluation(loaded, config, open_engine=open_engine)
     (result,) = evaluation.run({}, output=tmp_path / "eval")
     assert result.numbers["format_valid"] == 100.0 and result.numbers["questions"] == 4
-    overlay = teacher_overlay("frozen", trained={}, average={})
-    table, bad = diagnose(loaded, {}, config, overlay=overlay, output=tmp_path / "palr", open_engine=open_engine)
+    teacher_params = teacher_params_of("frozen", trained={}, average={})
+    table, bad = diagnose(
+        loaded, {}, config, teacher_params=teacher_params, output=tmp_path / "palr", open_engine=open_engine
+    )
     assert "T_ra" in table and not bad
     said = "".join(stream(loaded, {}, config, open_engine=open_engine))
     assert said.count("one red apple") == 2  # the quick look's two questions

@@ -10,7 +10,7 @@ import pytest
 import tiny_rows
 from helpers import make_processor_folder
 
-from vigos_jax.data.loader import Example
+from vigos_jax.data.examples import Example
 from vigos_jax.data.processor import Processor
 from vigos_jax.data.sources import JsonlSource
 from vigos_jax.method.packing import Buckets, Rollout, Row

@@ -202,10 +202,10 @@ def score(lora, out):
         for r, ids, logps in zip(ROWS, out.ids, out.logps, strict=True)
     ]
     batch = pack(mix)
-    used = batch.entries.role >= 0
+    used = batch.supervised.role >= 0
     assert used.sum() == sum(len(x) for x in out.ids)
     scores = tiny.scorer()(tiny.weights()[0], {"lora": lora}, batch)
-    return np.asarray(scores.student_logp)[used], batch.entries.sampled_logp[used]
+    return np.asarray(scores.student_logp)[used], batch.supervised.sampled_logp[used]
 
 
 def test_logps_are_the_scorers():
@@ -217,7 +217,10 @@ def test_logps_are_the_scorers():
 def test_after_a_tiny_step_the_sampler_is_the_student():
     """The first step of a run: B moves by the learning rate from zero, and the next rollouts must show it."""
     fresh = tiny.weights(adapter=0.0)[1]
-    step = lambda path, x: x + (5e-6 * jnp.sign(jnp.sin(jnp.arange(x.size)).reshape(x.shape)) if path[-1].key == "b" else 0)  # noqa: E731,E501
+
+    def step(path, x):
+        return x + 5e-6 * jnp.sign(jnp.sin(jnp.arange(x.size)).reshape(x.shape)) if path[-1].key == "b" else x
+
     stepped = jax.tree_util.tree_map_with_path(step, fresh)
     out = sampler()(student(stepped), prompts(), row_keys(0, 0, len(ROWS)))
     by_student, by_sampler = score(stepped, out)
@@ -395,9 +398,7 @@ def test_a_mesh_gives_the_same_tokens():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     variables = jax.device_put(student(), tree_shardings(student(), mesh, tiny.RULES))
     by_row = batch_sharding(mesh)
-    out = sampler()(
-        variables, jax.device_put(prompts(), by_row), jax.device_put(row_keys(0, 0, len(ROWS)), by_row)
-    )
+    out = sampler()(variables, jax.device_put(prompts(), by_row), jax.device_put(row_keys(0, 0, len(ROWS)), by_row))
     assert out.ids == rollouts().ids
     for a, b in zip(out.logps, rollouts().logps, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)

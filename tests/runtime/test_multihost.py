@@ -207,7 +207,7 @@ def jobs(world, unequal, folder):
     still = ["--config.lora.dropout=0.0", "--config.steps=1"]
     ordered = [f"--config.data.source={unequal}", "--config.data.shuffle=False", "--config.data.max_bad_fraction=1.0"]
     ordered += ["--config.buckets.prompt=(64,256)", "--config.buckets.sequence=(128,384,768)"]
-    ordered += ["--config.sampling.max_tokens=64", "--config.accumulation=2", *still]
+    ordered += ["--config.sampling.max_tokens=64", "--config.gradient_accumulation_steps=2", *still]
     stored = {f"row{i}": SHORT if i < 4 else LONG for i in range(8)}
     early = [*own, *ordered, "--config.steps=2", "--config.buckets.completion=(4,16,64)"]
     tensor = [f"--config.mesh.{axis}={n}" for axis, n in (("data", 1), ("fsdp", 1), ("tensor", 8))]

@@ -56,10 +56,10 @@ def on_one_device(kind):
     return jax.device_get(gradient_step()(base, trained, pack(MIXES["mixed"])))
 
 
-def compare(shape, kind="lora", accumulation=1):
+def compare(shape, kind="lora", gradient_accumulation_steps=1):
     base, lora = tiny.weights()
     placed = place(mesh_of(shape), {"lora": lora} if kind == "lora" else {"params": base}, pack(MIXES["mixed"]))
-    gradient, metrics = jax.device_get(gradient_step(accumulation)(*placed))
+    gradient, metrics = jax.device_get(gradient_step(gradient_accumulation_steps)(*placed))
     want_gradient, want_metrics = on_one_device(kind)
     assert want_metrics["loss"] > 0.1 and want_metrics["grad_norm"] > 0.1
     for name in want_metrics:
@@ -86,7 +86,7 @@ def test_so_does_full_fine_tuning():
 
 
 def test_so_does_accumulation_on_a_mesh():
-    compare((2, 2, 2), accumulation=2)
+    compare((2, 2, 2), gradient_accumulation_steps=2)
 
 
 def test_the_comparison_has_every_device_at_work():
@@ -254,7 +254,7 @@ def test_any_axis_takes_the_rest():
 
 
 def test_a_model_that_the_mesh_does_not_divide():
-    config = dataclasses.replace(CONFIG, num_kv_heads=1, head_size=12, mrope_section=(2, 2, 2))
+    config = dataclasses.replace(CONFIG, num_kv_heads=1, head_dim=12, mrope_section=(2, 2, 2))
     tree = abstract_variables(VisionLanguageModel(config, lora=tiny.LORA))
     with pytest.raises(InputError) as e:
         tree_shardings(tree, mesh_of((1, 1, 8)), RULES)
@@ -320,15 +320,15 @@ def test_one_process_holds_and_counts_all_rows():
     np.testing.assert_array_equal(read_rows(jax.device_put(x, batch_sharding(mesh)), mesh), x)
 
 
-@pytest.mark.parametrize("batch_size, accumulation", [(8, 1), (16, 1), (8, 2), (16, 4)])
-def test_batches_that_fit(batch_size, accumulation):
-    check_batch(mesh_of((2, 2, 2)), batch_size=batch_size, accumulation=accumulation)
+@pytest.mark.parametrize("batch_size, gradient_accumulation_steps", [(8, 1), (16, 1), (8, 2), (16, 4)])
+def test_batches_that_fit(batch_size, gradient_accumulation_steps):
+    check_batch(mesh_of((2, 2, 2)), batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
 
 
 @pytest.mark.parametrize(
-    "batch_size, accumulation, ways, nearest",
+    "batch_size, gradient_accumulation_steps, ways, nearest",
     [(6, 1, 4, 8), (0, 1, 4, 4), (-4, 1, 4, 4), (8, 4, 16, 16), (1, 1, 4, 4), (17, 2, 8, 16)],
 )
-def test_batches_that_do_not(batch_size, accumulation, ways, nearest):
+def test_batches_that_do_not(batch_size, gradient_accumulation_steps, ways, nearest):
     with pytest.raises(InputError, match=rf"config.batch_size={batch_size} .* = {ways}; the nearest is {nearest}$"):
-        check_batch(mesh_of((2, 2, 2)), batch_size=batch_size, accumulation=accumulation)
+        check_batch(mesh_of((2, 2, 2)), batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps)

@@ -12,7 +12,8 @@ import hosts
 import pytest
 import tiny_runs as runs
 
-from vigos_jax.data.loader import make_batches
+from vigos_jax.data.examples import Encoder
+from vigos_jax.data.loader import Order, make_batches
 from vigos_jax.errors import Stopped
 from vigos_jax.runtime.signals import Interrupt
 from vigos_jax.training import loop
@@ -144,9 +145,8 @@ def test_workers_do_not_hear_signals(world):
     from vigos_jax.data.sources import JsonlSource
 
     source = JsonlSource(world.data)
-    batches = make_batches(
-        source, processor=runs.processor(world.model), batch_size=2, seed=0, shuffle=False, max_images=1, workers=2
-    )
+    encoder = Encoder(runs.processor(world.model), max_images=1)
+    batches = make_batches(source, encoder, Order(2, seed=0, shuffle=False), workers=2)
     try:
         next(batches)
         spawned = [p for p in children() if "spawn_main" in pathlib.Path(f"/proc/{p}/cmdline").read_text()]

@@ -1,6 +1,6 @@
 r"""The span finder on 100,000 random completions (about a minute): invariants, and an oracle that works on text.
 
-    PYTHONPATH=.:tests python tests/stress/fuzz_spans.py [COUNT] [SEED]
+PYTHONPATH=.:tests python tests/stress/fuzz_spans.py [COUNT] [SEED]
 """
 
 import sys

@@ -29,7 +29,7 @@ LATE = ("evaluation", "export", "evaluation")
 
 
 def command(workdir: pathlib.Path, steps: int, cache: pathlib.Path) -> list[str]:
-    own = {"steps": steps, "checkpoint_every": EVERY, "evaluate.questions": 100, "compilation_cache": cache}
+    own = {"steps": steps, "checkpoint_every": EVERY, "demo_eval.questions": 100, "compilation_cache": cache}
     flags = [f"--config.{k}={v}" for k, v in own.items()]
     return [sys.executable, "-m", "vigos_jax.main", "--config=configs/base.py", f"--workdir={workdir}", *flags]
 

@@ -57,7 +57,7 @@ def main(steps: int, folder: pathlib.Path) -> int:
     MetricsFile.write = sampled
     # One size of each array: a size that is met late is compiled late, which is growth, but none that goes on.
     sizes = {"patches": (36,), "prompt": (64,), "completion": (48,), "sequence": (112, 224)}  # student, teachers
-    flags = [f"--config.steps={steps}", "--config.evaluate.questions=0", "--config.export.after_training=False"]
+    flags = [f"--config.steps={steps}", "--config.demo_eval.questions=0", "--config.export.after_training=False"]
     flags += [f"--config.buckets.{kind}={size}" for kind, size in sizes.items()]
     if command_line.main(["vigos_jax", "--config=configs/base.py", f"--workdir={folder / 'run'}", *flags]):
         return 1

@@ -15,7 +15,7 @@ from vigos_jax.training.run_log import CompileCounter
 STEPS = 200
 SETTINGS = {
     "mesh.data": 8, "mesh.fsdp": 1, "mesh.tensor": 1, "batch_size": 8, "checkpoint_every": STEPS,
-    "data.window": 4, "accumulation": 1, "sampling.max_tokens": 12,
+    "data.window": 4, "gradient_accumulation_steps": 1, "sampling.max_tokens": 12,
     "buckets.patches": (64, 128), "buckets.prompt": (48, 96), "buckets.completion": (6, 16),
     "buckets.sequence": (64, 112, 384),
 }  # fmt: skip

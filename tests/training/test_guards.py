@@ -10,7 +10,7 @@ import pytest
 import tiny_runs as runs
 
 from vigos_jax.training import loop
-from vigos_jax.training.guards import Health, write_sick
+from vigos_jax.training.guards import Health, write_nonfinite
 
 GUARDS = {
     "max_skipped": 3, "window": 2, "valid_rate": (0.5, 1.0), "completion_tokens": (2.0, 1e9), "entropy": (0.0, 5.0),
@@ -56,13 +56,13 @@ def test_skipped_steps_in_a_row(tmp_path):
         health.update(GOOD | {"step": i, "skipped": float(skipped)})
         states.append(health.state())
         assert bool(health.news) == bool(skipped)
-    assert health.skipped == 5 and "3 steps in a row" in health.reason_to_stop(tmp_path / "sick")
-    assert str(tmp_path / "sick") in health.reason_to_stop(tmp_path / "sick")
+    assert health.skipped == 5 and "3 steps in a row" in health.reason_to_stop(tmp_path / "nonfinite")
+    assert str(tmp_path / "nonfinite") in health.reason_to_stop(tmp_path / "nonfinite")
 
 
 def test_what_was_sick_is_json(tmp_path):
-    write_sick(tmp_path / "sick", {"step": 3, "loss": math.nan, "x": 1.0}, [{"id": "a"}])
-    (path,) = (tmp_path / "sick").iterdir()
+    write_nonfinite(tmp_path / "nonfinite", {"step": 3, "loss": math.nan, "x": 1.0}, [{"id": "a"}])
+    (path,) = (tmp_path / "nonfinite").iterdir()
     assert path.name == "step-3-process-0.jsonl"
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 3, "loss": None, "x": 1.0}, {"id": "a"}
@@ -109,9 +109,9 @@ def test_a_step_that_is_not_finite_changes_nothing(world, tmp_path, monkeypatch,
     # The learning rate that is told is the one that was used: skipped steps do not count.
     said = capsys.readouterr().err
     assert "step 2 changed nothing" in said and "step 3 changed nothing" in said and "step 4 changed" not in said
-    first, *rest = runs.read_rows(workdir / "sick" / "step-2-process-0.jsonl")
+    first, *rest = runs.read_rows(workdir / "nonfinite" / "step-2-process-0.jsonl")
     assert first["step"] == 2 and len(rest) == 4 and {"id", "completion_ids", "completion"} <= set(rest[0])
-    assert sorted(p.name for p in (workdir / "sick").iterdir()) == [f"step-{n}-process-0.jsonl" for n in (2, 3)]
+    assert sorted(p.name for p in (workdir / "nonfinite").iterdir()) == [f"step-{n}-process-0.jsonl" for n in (2, 3)]
 
 
 def test_many_in_a_row_end_the_run(world, tmp_path, monkeypatch, capsys):
@@ -119,7 +119,9 @@ def test_many_in_a_row_end_the_run(world, tmp_path, monkeypatch, capsys):
     arguments = [f"--workdir={tmp_path / 'run'}", "--config.guards.max_skipped=2", "--config.steps=6"]
     assert world.run(*arguments) == 2
     said = capsys.readouterr().err
-    assert "2 steps in a row had a loss or gradient that is not finite" in said and str(tmp_path / "run/sick") in said
+    assert (
+        "2 steps in a row had a loss or gradient that is not finite" in said and str(tmp_path / "run/nonfinite") in said
+    )
     assert [row["skipped"] for row in runs.read_rows(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 1]
     assert runs.saved_state(tmp_path / "run", 3)
 

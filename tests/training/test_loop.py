@@ -18,8 +18,9 @@ import tiny_runs as runs
 from tiny_runs import STEPS
 
 from vigos_jax import main
+from vigos_jax.method import packing
 from vigos_jax.rollouts import engine
-from vigos_jax.training import batches, loop
+from vigos_jax.training import loop
 from vigos_jax.training.run_log import MetricsFile
 from vigos_jax.weights import huggingface
 
@@ -51,14 +52,14 @@ def test_every_step_is_written_once_and_learns(undisturbed):
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     for row in rows:
         assert np.isfinite(row["loss"]) and row["grad_norm"] > 0
-        total = sum(r.weight * row[f"{r.name}/loss"] for r in undisturbed.loaded.roles)
+        total = sum(r.weight * row[f"{r.name}/loss"] for r in undisturbed.session.roles)
         assert row["loss"] == pytest.approx(total, rel=1e-5)
     state = runs.saved_state(undisturbed.workdir, STEPS)
     assert all(np.any(x != 0) for x in jax.tree.leaves(state["trained"]["lora"]))  # B started from zero
 
 
 def test_the_base_is_not_modified(undisturbed, world):
-    loaded = undisturbed.loaded
+    loaded = undisturbed.session
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), loaded.base)
     runs.assert_same_trees(loaded.base, huggingface.load_params(world.model, loaded.config, shapes, dtype=np.float32))
 
@@ -150,7 +151,7 @@ def test_other_modes_use_the_average_as_the_run_did(tmp_path_factory, world, tmp
     saved = runs.saved_state(whole.workdir, STEPS)
     with mock.patch("vigos_jax.analysis.score_rollouts.score_rollouts", return_value=({}, [])) as score:
         assert world.run("--mode=score", f"--workdir={whole.workdir}") == 0
-    runs.assert_same_trees(jax.device_get(score.call_args.kwargs["overlay"]), saved["average"])
+    runs.assert_same_trees(jax.device_get(score.call_args.kwargs["teacher_params"]), saved["average"])
     runs.assert_same_trees(jax.device_get(score.call_args.args[1]), saved["trained"])
 
 
@@ -159,7 +160,7 @@ def test_a_further_column_is_shown_to_the_role_that_names_it(world, tmp_path):
     data = runs.write_rows(tmp_path / "data.jsonl", rows)
     runs.write_pictures(tmp_path / "pictures", len(rows))
     own = [f"--config.data.source={data}", "--config.data.fields=('caption',)", "--config.steps=1"]
-    with mock.patch.object(batches, "pack_scores", side_effect=batches.pack_scores) as pack:
+    with mock.patch("vigos_jax.session.pack_scores", side_effect=packing.pack_scores) as pack:
         assert world.run(f"--workdir={tmp_path / 'run'}", "--config.prompts.reference.user=<{caption}>", *own) == 0
     decode = runs.processor(world.model).decode
     seen = [[decode(t.rest_ids) for t in (r.student, *r.teachers)] for r in pack.call_args.args[0] if r.student]
@@ -196,7 +197,7 @@ def test_full_fine_tuning_trains_every_parameter_in_float32(tmp_path_factory, wo
     # No dropout: sampler and scorer see the same student. A sampler of the base would be far off after step 1.
     assert max(row["sampler_logp_gap"] for row in rows_of(run.workdir)) < 1e-4
     params = runs.saved_state(run.workdir, STEPS)["trained"]["params"]
-    moved = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), params, run.loaded.base)
+    moved = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), params, run.session.base)
     assert all(jax.tree.leaves(moved)), moved
     assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype(np.float32)}
 
@@ -205,7 +206,7 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path_factory, undisturbed
     one = ["--config.lora.dropout=0.0", "--config.steps=1"]
     mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=4"]
     for name, n in (("one", 1), ("two", 2)):
-        assert world.run(f"--workdir={tmp_path / name}", f"--config.accumulation={n}", *one, *mesh) == 0
+        assert world.run(f"--workdir={tmp_path / name}", f"--config.gradient_accumulation_steps={n}", *one, *mesh) == 0
     a, b = rows_of(tmp_path / "one")[0], rows_of(tmp_path / "two")[0]
     assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
@@ -213,7 +214,7 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path_factory, undisturbed
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
 def test_every_config_trains_on_the_demo(path, tmp_path):
     """What is shipped runs as it is, only shorter."""
-    short = ["--config.steps=2", "--config.batch_size=8", "--config.evaluate.questions=0"]
+    short = ["--config.steps=2", "--config.batch_size=8", "--config.demo_eval.questions=0"]
     short.append("--config.report.rows=0")
     arguments = [f"--config={path}", f"--workdir={tmp_path}", *short, "--config.export.after_training=False"]
     assert main.main(["vigos_jax", *arguments]) == 0

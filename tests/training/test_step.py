@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from oracles import objective as oracle
 from tiny import CONFIG, LORA, MIXES, MODEL, ROLES, gradient_step, pack
 
 from vigos_jax.method import losses, scoring
+from vigos_jax.method.losses import ObjectiveConfig
 from vigos_jax.models.variables import cast_floats
 from vigos_jax.models.vlm import VisionLanguageModel
 from vigos_jax.training.step import TrainState, make_optimizer, make_train_step
@@ -30,13 +32,17 @@ ADAMW = {
 }
 
 
+def optimizer(*, steps, **settings):
+    return make_optimizer(types.SimpleNamespace(**ADAMW | settings), steps=steps)
+
+
 def compiled_step(model, options=None, **settings):
     """(new state for trained leaves, compiled step); `options` are those of the step, `settings` the optimizer's."""
-    tx, _ = make_optimizer(**ADAMW | settings)
-    options = {"accumulation": 1, "use_dropout": False} | (options or {})
-    accumulation = options.pop("accumulation")
-    step = make_train_step(model, tx, roles=ROLES, chunk=5, **options)
-    run = lambda state, base, batch, key: step(state, base, tiny.micro_batches(batch, accumulation), key)  # noqa: E731
+    tx, _ = optimizer(**settings)
+    options = {"gradient_accumulation_steps": 1, "use_dropout": False} | (options or {})
+    gradient_accumulation_steps = options.pop("gradient_accumulation_steps")
+    step = make_train_step(model, tx, tiny.objective_of(options), **options)
+    run = lambda state, base, batch, key: step(state, base, tiny.micro_batches(batch, gradient_accumulation_steps), key)  # noqa: E731
 
     def start(trained):
         average = jax.tree.map(jnp.copy, trained) if options.get("teacher_weights") == "ema" else {}
@@ -89,8 +95,8 @@ def test_sampler_gap_is_over_known_entries():
     logps[0] += 0.25
     logps[1] -= 0.75
     logps[2:] = np.nan
-    known = [(batch.entries.role[i] >= 0).sum() for i in range(2)]
-    batch = batch.replace(entries=batch.entries.replace(sampled_logp=logps))
+    known = [(batch.supervised.role[i] >= 0).sum() for i in range(2)]
+    batch = batch.replace(supervised=batch.supervised.replace(sampled_logp=logps))
     gradient, metrics = gradient_step()(base, {"lora": lora}, batch)
     expected = (0.25 * known[0] + 0.75 * known[1]) / sum(known)
     assert metrics["sampler_logp_gap"] == pytest.approx(expected, abs=1e-5)
@@ -127,7 +133,7 @@ def test_shares_of_loss_and_gradient():
         hidden = jnp.take_along_axis(MODEL.apply(variables, text, images)[0], at[..., None], 1)
         return jax.nn.log_softmax(hidden @ base["lm_head"])
 
-    e = batch.entries
+    e = batch.supervised
     log_p = np.asarray(log_probs(batch.student, e.student_at, is_student=True), np.float64)
     log_q = np.asarray(log_probs(batch.teacher, e.teacher_at, is_student=False), np.float64)
     p, q = np.exp(log_p), np.exp(log_q)
@@ -174,8 +180,8 @@ def test_teachers_have_the_weights_asked_for(weights):
     overlays = {"frozen": {}, "ema": AVERAGE, "live": trained}
     batch = pack(MIXES["mixed"])
     _, metrics = gradient_step(teacher_weights=weights)(base, trained, batch, AVERAGE if weights == "ema" else {})
-    for name, overlay in overlays.items():
-        loss, parts, _ = oracle.objective(MODEL, base, trained, MIXES["mixed"], ROLES, overlay=overlay)
+    for name, teacher_params in overlays.items():
+        loss, parts, _ = oracle.objective(MODEL, base, trained, MIXES["mixed"], ROLES, teacher_params=teacher_params)
         gap = max(abs(float(metrics[f"{role}/loss"]) - part["loss"]) for role, part in parts.items())
         gap = max(gap, abs(float(metrics["loss"]) - loss))
         assert gap < 1e-5 if name == weights else gap > 0.01
@@ -194,8 +200,8 @@ def test_the_average_moves_by_its_rate_and_is_the_next_teacher():
     assert min(moved(state.average, first.average, "a")) > 0.01
     _, metrics = step(first, base, batch, key)
     args = (MODEL, base, first.trained, MIXES["mixed"], ROLES)
-    assert metrics["loss"] == pytest.approx(oracle.objective(*args, overlay=first.average)[0], abs=1e-5)
-    assert abs(metrics["loss"] - oracle.objective(*args, overlay=AVERAGE)[0]) > 1e-3
+    assert metrics["loss"] == pytest.approx(oracle.objective(*args, teacher_params=first.average)[0], abs=1e-5)
+    assert abs(metrics["loss"] - oracle.objective(*args, teacher_params=AVERAGE)[0]) > 1e-3
 
 
 @pytest.mark.parametrize("weights", ["frozen", "live"])
@@ -209,12 +215,12 @@ def test_there_is_no_average_that_nobody_follows(weights):
 # Accumulation.
 
 
-@pytest.mark.parametrize("accumulation, reduction", [(2, "tokens"), (4, "tokens"), (2, "sequences")])
-def test_accumulation_changes_nothing(accumulation, reduction):
+@pytest.mark.parametrize("gradient_accumulation_steps, reduction", [(2, "tokens"), (4, "tokens"), (2, "sequences")])
+def test_accumulation_changes_nothing(gradient_accumulation_steps, reduction):
     base, lora = tiny.weights()
     batch = pack(MIXES["mixed"])
     want, want_metrics = gradient_step(reduction=reduction)(base, {"lora": lora}, batch)
-    got, metrics = gradient_step(accumulation, reduction=reduction)(base, {"lora": lora}, batch)
+    got, metrics = gradient_step(gradient_accumulation_steps, reduction=reduction)(base, {"lora": lora}, batch)
     for name in want_metrics:
         assert metrics[name] == pytest.approx(float(want_metrics[name]), rel=1e-5, abs=1e-5), name
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -222,22 +228,21 @@ def test_accumulation_changes_nothing(accumulation, reduction):
     assert norm(want) > 0.1
 
 
-@pytest.mark.parametrize("accumulation", [2, 4])
-def test_a_mean_of_micro_batch_means_would_show(accumulation):
+@pytest.mark.parametrize("gradient_accumulation_steps", [2, 4])
+def test_a_mean_of_micro_batch_means_would_show(gradient_accumulation_steps):
     base, lora = tiny.weights()
     batch = pack(MIXES["mixed"])
     scores = tiny.scorer()(base, {"lora": lora}, batch)
     micro = [
         losses.role_stats(
-            *jax.tree.map(lambda x: x[a::accumulation], (scores, batch.entries)),  # noqa: B023
-            count=3,
-            reduction="tokens",
+            *jax.tree.map(lambda x: x[a::gradient_accumulation_steps], (scores, batch.supervised)),  # noqa: B023
+            ObjectiveConfig(ROLES, chunk=5),
         )
-        for a in range(accumulation)
+        for a in range(gradient_accumulation_steps)
     ]
     tokens = np.array([m.tokens for m in micro])
     assert tokens.max(0).min() > 2 * tokens.min(0).max()  # very uneven
-    wrong = np.mean([losses.total_loss(m, m.shares, roles=ROLES) for m in micro])
+    wrong = np.mean([losses.total_loss(m, m.normalizer, ObjectiveConfig(ROLES, chunk=5)) for m in micro])
     assert abs(wrong - gradient_step()(base, {"lora": lora}, batch)[1]["loss"]) > 0.01
 
 
@@ -318,7 +323,7 @@ def dropping():
 
 def test_dropout_with_accumulation():
     base, lora = tiny.weights()
-    start, step = compiled_step(dropping(), {"accumulation": 2, "use_dropout": True})
+    start, step = compiled_step(dropping(), {"gradient_accumulation_steps": 2, "use_dropout": True})
     run = lambda seed: step(start({"lora": lora}), base, pack(MIXES["mixed"]), jax.random.key(seed))  # noqa: E731
     (a, first), (b, again), (_, other) = run(0), run(0), run(1)
     assert first["loss"] == again["loss"]
@@ -330,11 +335,15 @@ def test_dropout_with_accumulation():
 def test_dropout_touches_the_student_only():
     base, lora = tiny.weights()
     batch = pack(MIXES["mixed"])
-    run = tiny.jit(functools.partial(scoring.loss_of_batch, dropping(), roles=ROLES, chunk=5))
-    weights = np.zeros(batch.entries.role.shape, np.float32)
-    _, dropped = run(base, {"lora": lora}, batch, weights, dropout_key=jax.random.key(0))
+
+    @tiny.jit
+    def run(base, trained, batch, key):
+        states = scoring.supervised_states(dropping(), base, trained, batch, dropout_key=key)
+        return losses.score_tokens(states, batch.supervised, ObjectiveConfig(ROLES, chunk=5))
+
+    dropped = run(base, {"lora": lora}, batch, jax.random.key(0))
     plain = tiny.scorer()(base, {"lora": lora}, batch)
-    used = batch.entries.role >= 0
+    used = batch.supervised.role >= 0
     np.testing.assert_allclose(dropped.teacher_logp[used], plain.teacher_logp[used], atol=1e-5)
     assert (np.abs(dropped.student_logp - plain.student_logp)[used] > 1e-3).mean() > 0.9
 
@@ -344,7 +353,7 @@ def test_dropout_touches_the_student_only():
 
 def small(settings, gradients, x=(1.0, -2.0, 3.0)):
     """Parameters after each of the gradients, and the last state."""
-    tx, _ = make_optimizer(**ADAMW | settings)
+    tx, _ = optimizer(**settings)
     x = {"x": jnp.array(x)}
     state, path = tx.init(x), []
     for g in gradients:
@@ -401,5 +410,5 @@ def test_nothing_moves_after_the_last_step():
     ],
 )
 def test_schedule(settings, expected):
-    _, schedule = make_optimizer(**ADAMW | {"learning_rate": 2.0} | settings)
+    _, schedule = optimizer(**{"learning_rate": 2.0} | settings)
     np.testing.assert_allclose([schedule(i) for i in range(len(expected))], 2 * np.array(expected), atol=1e-6)

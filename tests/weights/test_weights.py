@@ -122,7 +122,7 @@ def test_flat_and_nested_config_say_the_same(folders, head):
     config = ModelConfig.from_hf(nested)
     assert ModelConfig.from_hf(flat_config(nested)) == config
     assert config.tie_embeddings == (head == "tied")
-    assert (config.num_heads, config.num_kv_heads, config.head_size, config.rope_theta) == (4, 2, 16, 5e3)
+    assert (config.num_heads, config.num_kv_heads, config.head_dim, config.rope_theta) == (4, 2, 16, 5e3)
     assert config.mrope_section == (2, 3, 3) and config.image_token_id == tm.IMAGE
     v = config.vision
     assert (v.full_attention_blocks, v.window_patches, v.window_side, v.patch_dim) == ((1, 3), 64, 4, 1176)

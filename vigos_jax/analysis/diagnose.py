@@ -1,7 +1,7 @@
 """`--mode diagnose`: PALR of a run's role table, on rollouts of its student or of any engine.
 
 Every counterfactual teacher is the run's own role table on rows that differ in one thing, the answer or the image,
-through the same packed program; the entries of all passes correspond one to one.
+through the same packed program; the supervised tokens of all passes correspond one to one.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import dataclasses
 import json
 import pathlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,18 +22,18 @@ from vigos_jax.data.cleaning import clean_reference
 from vigos_jax.data.processor import EncodedImage
 from vigos_jax.errors import InputError
 from vigos_jax.grading.answer_text import answer_kind
-from vigos_jax.method.packing import Row, pack_scores
+from vigos_jax.method.packing import Row
 from vigos_jax.method.scoring import score_batch, teacher_logps
 from vigos_jax.models.variables import Variables
 from vigos_jax.report import page
 from vigos_jax.rollouts.engine import EngineFactory, NativeEngine
-from vigos_jax.rollouts.parse import Case, Reader, first_picture, parse, pieces, read_cases, spans_json
+from vigos_jax.rollouts.parse import Case, Reader, first_image, parse, pieces, read_cases, spans_json
 from vigos_jax.rollouts.sample_rows import sample_rows
 from vigos_jax.rollouts.sampler import row_keys
 from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.runtime.files import write_json
 from vigos_jax.runtime.progress import bar, say
-from vigos_jax.session import Loaded, open_source
+from vigos_jax.session import Session, open_source
 
 MAX_SHOWN = 40  # rollouts on the page
 ANSWER_COLOR, IMAGE_COLOR = (220, 70, 50), (50, 110, 220)
@@ -49,18 +49,18 @@ class _Counterfactuals:
 
 
 def diagnose(
-    loaded: Loaded,
+    session: Session,
     trained: Variables,
     config,
     *,
-    overlay: Variables,
+    teacher_params: Variables,
     output: pathlib.Path,
     open_engine: EngineFactory = NativeEngine,
 ) -> tuple[str, list[str]]:
     """Writes palr.jsonl (per rollout, lists per token), summary.json and palr.html into `output`.
 
     Args:
-      trained, overlay: what lies over the base for the student and for the teachers.
+      trained, teacher_params: what replaces or adapts the base for student and teachers.
 
     Returns:
       (the table for a terminal, one line per bad row).
@@ -69,15 +69,7 @@ def diagnose(
       InputError: rollouts or wrong answers that cannot be read, or no usable row.
     """
     d = config.diagnose
-    if d.rollouts:
-        source = rollouts_source(d.rollouts, "diagnose.rollouts", config)
-        cases, rows = read_cases(source, loaded, config), len(source)
-        name = lambda i: f"{source.path}:{source.line(i)}"  # noqa: E731
-    else:
-        source = open_source(config).for_diagnosis(count=d.rows, seed=config.evaluate.seed)
-        rows = min(d.rows, len(source))
-        cases = _sample(source, rows, loaded, trained, config, open_engine)
-        name = lambda i: f"{config.data.source}: row {i + 1}"  # noqa: E731
+    source, rows, cases, name = _cases(session, trained, config, open_engine)
     given = read_file(d.wrong_answers_file) if d.wrong_answers_file else {}
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -86,22 +78,21 @@ def diagnose(
 
     counts: Counter[str] = Counter()
     bad_lines: list[str] = []
-    reader, size = Reader.of(loaded, config), loaded.whole_batch(d.batch_size)
+    reader, size = Reader.of(session, config), session.whole_batch(d.batch_size)
     valid = _checked(cases, name, bad_lines, counts)
     usable = _with_counterfactuals(valid, source, rows, given, reader, counts, config)
-    score = _scorer(loaded, reader, config)
-    sums: dict[str, list[np.ndarray]] = {group: [] for group in palr.GROUPS}
+    score = _scorer(session, reader)
+    sums: dict[str, list[palr.Sums]] = {group: [] for group in palr.GROUPS}
     shown: list[page.Rollout] = []
     temporary = output / "palr.jsonl.tmp"
     with temporary.open("w", encoding="utf-8") as file:
         for part in bar(_in_parts(usable, size), title="diagnose"):
-            for item, scores in zip(part, score(part, size, trained, overlay), strict=True):
-                case = item.case
+            for item, scores in zip(part, score(part, size, trained, teacher_params), strict=True):
                 for group, parts in palr.GROUPS.items():
-                    sums[group].append(palr.group_sums(scores, _mask(case, parts)))
-                file.write(json.dumps(_record(item, scores, loaded)) + "\n")
+                    sums[group].append(palr.group_sums(scores, _mask(item.case, parts)))
+                file.write(json.dumps(_record(item, scores, session)) + "\n")
                 if len(shown) < MAX_SHOWN:
-                    shown.append(_page_rollout(item, scores, source, loaded))
+                    shown.append(_page_rollout(item, scores, source, session))
     if not counts["scored"]:
         temporary.unlink()
         reasons = ", ".join(f"{k} {n}" for k, n in counts.items()) or "no rows"
@@ -113,13 +104,27 @@ def diagnose(
     return table.text(), bad_lines
 
 
+def _cases(
+    session: Session, trained: Variables, config, open_engine: EngineFactory
+) -> tuple[Any, int, Iterator[Case], Callable[[int], str]]:
+    """(source, its rows that are used, their rollouts, row number -> its name): of a file, or of the student."""
+    d = config.diagnose
+    if d.rollouts:
+        source = rollouts_source(d.rollouts, "diagnose.rollouts", config)
+        return source, len(source), read_cases(source, session, config), lambda i: f"{source.path}:{source.line(i)}"
+    source = open_source(config).for_diagnosis(count=d.rows, seed=config.demo_eval.seed)
+    rows = min(d.rows, len(source))
+    sampled = _sample(source, rows, session, trained, config, open_engine)
+    return source, rows, sampled, lambda i: f"{config.data.source}: row {i + 1}"
+
+
 def _sample(
-    source: Any, rows: int, loaded: Loaded, trained: Variables, config, open_engine: EngineFactory
+    source: Any, rows: int, session: Session, trained: Variables, config, open_engine: EngineFactory
 ) -> Iterator[Case]:
     """Rollouts of the student, as in training, for the source's first rows."""
-    reader, sampling = Reader.of(loaded, config), Sampling(**config.sampling)
-    size = loaded.whole_batch(config.diagnose.batch_size)
-    with contextlib.closing(open_engine(loaded, sampling)) as engine:
+    reader, sampling = Reader.of(session, config), Sampling(**config.sampling)
+    size = session.whole_batch(config.diagnose.batch_size)
+    with contextlib.closing(open_engine(session, sampling)) as engine:
         engine.sync(trained)
         for first in range(0, rows, size):
             numbers = range(first, min(first + size, rows))
@@ -127,7 +132,7 @@ def _sample(
             own = [reader.row(e) for e in examples]
             # Keys by row: the same rollouts whatever the batch size.
             keys = row_keys(config.diagnose.seed, 0, size, first_row=first)
-            rollouts = parse(loaded, own, sample_rows(engine, loaded, own, keys))
+            rollouts = parse(session, own, sample_rows(engine, session, own, keys))
             for i, example, row, rollout in zip(numbers, examples, own, rollouts, strict=True):
                 yield Case(i, example, row, rollout, example.bad_reason)
 
@@ -215,34 +220,33 @@ def _in_parts(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield part
 
 
-def _scorer(loaded: Loaded, reader: Reader, config):
-    """(cases with counterfactuals, batch size, trained, overlay) -> TokenScores per case."""
-    roles, chunk = loaded.roles, config.loss.chunk
-    shows_reference = np.array([r.shows_reference for r in roles])
+def _scorer(session: Session, reader: Reader):
+    """(cases with counterfactuals, batch size, trained, teacher_params) -> TokenCorrections per case."""
+    model, objective = session.model, session.objective
+    shows_reference = np.array([r.shows_reference for r in session.roles])
 
     @jax.jit
-    def own(base, trained, overlay, batch):
-        scores = score_batch(loaded.model, base, trained, batch, overlay=overlay, roles=roles, chunk=chunk)
+    def own(base, trained, teacher_params, batch):
+        scores = score_batch(model, base, trained, batch, objective, teacher_params=teacher_params)
         return scores.student_logp, scores.teacher_logp
 
     @jax.jit
-    def teachers(base, overlay, batch):
-        return teacher_logps(loaded.model, base, batch, overlay=overlay, chunk=chunk)
+    def teachers(base, teacher_params, batch):
+        return teacher_logps(model, base, batch, teacher_params=teacher_params, chunk=objective.chunk)
 
-    def score(part: list[_Counterfactuals], size: int, trained: Variables, overlay: Variables):
+    def score(part: list[_Counterfactuals], size: int, trained: Variables, teacher_params: Variables):
         empty = size - len(part)
         rollouts = [x.case.rollout for x in part] + [None] * empty
-        options = {"roles": roles, "config": loaded.config, "buckets": loaded.buckets}
 
         def counterfactual(rows: list[Row]) -> np.ndarray:
-            batch = pack_scores(rows + [Row()] * empty, rollouts, **options)
-            # The same rollouts under the same roles: entry for entry the same tokens.
-            assert np.array_equal(batch.entries.position, entries.position)
-            return jax.device_get(teachers(loaded.base, overlay, loaded.put_batch(batch)))
+            batch = session.pack_scores(rows + [Row()] * empty, rollouts)
+            # The same rollouts under the same roles: one by one the same supervised tokens.
+            assert np.array_equal(batch.supervised.position, tokens.position)
+            return jax.device_get(teachers(session.base, teacher_params, session.put_batch(batch)))
 
-        batch = pack_scores([x.case.row for x in part] + [Row()] * empty, rollouts, **options)
-        entries = batch.entries
-        student, teacher = jax.device_get(own(loaded.base, trained, overlay, loaded.put_batch(batch)))
+        batch = session.pack_scores([x.case.row for x in part] + [Row()] * empty, rollouts)
+        tokens = batch.supervised
+        student, teacher = jax.device_get(own(session.base, trained, teacher_params, session.put_batch(batch)))
         # A case with fewer wrong answers repeats its first, which is then left out of the mixture.
         most = max(len(x.wrong_answers) for x in part)
         shown = [[*x.wrong_answers, *x.wrong_answers[:1] * (most - len(x.wrong_answers))] for x in part]
@@ -253,10 +257,10 @@ def _scorer(loaded: Loaded, reader: Reader, config):
         wrong = np.stack(wrong)  # [K, B, E]
         image = counterfactual([reader.row(x.case.example, images=x.images) for x in part])
         for i, x in enumerate(part):
-            used = entries.role[i] >= 0
-            role = entries.role[i][used]
-            yield palr.token_scores(
-                position=entries.position[i][used],
+            used = tokens.role[i] >= 0
+            role = tokens.role[i][used]
+            yield palr.token_corrections(
+                position=tokens.position[i][used],
                 role=role,
                 shows_reference=shows_reference[role],
                 student=student[i][used],
@@ -275,7 +279,7 @@ def _mask(case: Case, parts: tuple[str, ...]) -> np.ndarray:
     return out
 
 
-def _record(item: _Counterfactuals, scores: palr.TokenScores, loaded: Loaded) -> dict[str, Any]:
+def _record(item: _Counterfactuals, scores: palr.TokenCorrections, session: Session) -> dict[str, Any]:
     """The line of palr.jsonl: lists over the completion's tokens, null where no role scores one.
 
     Where two roles score a token, the sums of both count, and the lists show the table's first.
@@ -285,17 +289,17 @@ def _record(item: _Counterfactuals, scores: palr.TokenScores, loaded: Loaded) ->
     lists: dict[str, list[Any]] = {k: [None] * n for k in ("role", "s", "c_answer", "c_image")}
     for e in reversed(range(len(scores.position))):
         j = int(scores.position[e])
-        lists["role"][j] = loaded.roles[scores.role[e]].name
+        lists["role"][j] = session.roles[scores.role[e]].name
         for key, values in (("s", scores.strength), ("c_answer", scores.answer), ("c_image", scores.image)):
             lists[key][j] = float(values[e])
     head = {"id": item.case.example.id, "reference": item.case.example.reference}
     head |= {"wrong_answers": list(item.wrong_answers), "completion_ids": list(rollout.ids)}
-    return head | {"tokens": pieces(loaded, rollout.ids), "spans": spans_json(rollout)} | lists
+    return head | {"tokens": pieces(session, rollout.ids), "spans": spans_json(rollout)} | lists
 
 
-def _page_rollout(item: _Counterfactuals, scores: palr.TokenScores, source: Any, loaded: Loaded) -> page.Rollout:
+def _page_rollout(item: _Counterfactuals, scores: palr.TokenCorrections, source: Any, session: Session) -> page.Rollout:
     example, rollout = item.case.example, item.case.rollout
-    record = _record(item, scores, loaded)
+    record = _record(item, scores, session)
     weight = np.zeros(len(rollout.ids))
     np.add.at(weight, scores.position, scores.strength * (scores.answer + scores.image))
     strongest = max(float(weight.max(initial=0.0)), 1e-9)
@@ -309,18 +313,17 @@ def _page_rollout(item: _Counterfactuals, scores: palr.TokenScores, source: Any,
         hover = f"{record['role'][j]}: s {s:.3f}, answer {a:.3f}, image {i:.3f}"
         tokens.append(page.Token(text, color, 0.75 * float(weight[j] / strongest) ** 0.5, hover))
     title = f"{example.id} · reference {example.reference!r}, wrong {', '.join(item.wrong_answers)}"
-    return page.Rollout(title, example.problem, tokens, [page.picture_uri(first_picture(source, item.case.index))])
+    return page.Rollout(title, example.problem, tokens, [page.image_uri(first_image(source, item.case.index))])
 
 
-def _table(sums: dict[str, list[np.ndarray]], counts: Counter, *, seed: int) -> page.Table:
+def _table(sums: dict[str, list[palr.Sums]], counts: Counter, *, seed: int) -> page.Table:
     rows = []
-    for group, values in sums.items():
-        stacked = np.stack(values)
-        total = stacked.sum(0)
-        tokens = total[5]
-        low, high = palr.interval(stacked, seed=seed)
-        means = [f"{x / tokens:.4f}" if tokens else "-" for x in total[2:5]]
-        rows.append([group, f"{int(tokens)}", *means, f"{palr.ratio(total):.4f}", f"{low:.4f} - {high:.4f}"])
+    for group, of_rollouts in sums.items():
+        total = palr.total(of_rollouts)
+        low, high = palr.interval(of_rollouts, seed=seed)
+        sums_per_token = (total.strength, total.answer, total.image)
+        means = [f"{x / total.tokens:.4f}" if total.tokens else "-" for x in sums_per_token]
+        rows.append([group, f"{int(total.tokens)}", *means, f"{palr.ratio(total):.4f}", f"{low:.4f} - {high:.4f}"])
     return page.Table(
         title="PALR: share of the correction that hangs on the answer",
         head=["tokens of", "supervised", "mean s", "mean c^A", "mean c^I", "PALR", "95 % interval"],
@@ -331,8 +334,8 @@ def _table(sums: dict[str, list[np.ndarray]], counts: Counter, *, seed: int) -> 
 
 
 def _write(output: pathlib.Path, table: page.Table, sums: dict[str, Any], counts: Counter, shown: list[Any]) -> None:
-    totals = {group: np.sum(values, 0) for group, values in sums.items()}
-    summary = {group: {"palr": float(palr.ratio(x)), "tokens": int(x[5])} for group, x in totals.items()}
+    totals = {group: palr.total(of_rollouts) for group, of_rollouts in sums.items()}
+    summary = {group: {"palr": float(palr.ratio(x)), "tokens": int(x.tokens)} for group, x in totals.items()}
     write_json(output / "summary.json", summary | {"counts": dict(counts)})
     legend = page.Text(
         [

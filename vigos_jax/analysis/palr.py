@@ -12,6 +12,8 @@ sample's image. c^A is 0 for a role that is shown no answer.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,8 +23,8 @@ EPS = 1e-8
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenScores:
-    """The supervised tokens of one rollout, one entry per token and teacher; arrays [n].
+class TokenCorrections:
+    """The supervised tokens of one rollout, once per token and teacher; arrays [n].
 
     Attributes:
       position: of the token in the completion.
@@ -44,7 +46,7 @@ def mixture_logp(logps: np.ndarray, used: np.ndarray) -> np.ndarray:
     return top + np.log(np.exp(x - top).sum(0)) - np.log(used.sum())
 
 
-def token_scores(
+def token_corrections(
     *,
     position: np.ndarray,
     role: np.ndarray,
@@ -53,16 +55,16 @@ def token_scores(
     teacher: np.ndarray,
     wrong: np.ndarray,
     image: np.ndarray,
-) -> TokenScores:
+) -> TokenCorrections:
     """s, c^A and c^I from log-probabilities of the observed tokens, arrays [n].
 
     Args:
-      shows_reference: bool, whether the entry's role is shown the answer.
+      shows_reference: bool, whether the token's role is shown the answer.
       student, teacher: log p and log q.
       wrong, image: log q_wrong and log q_imgcf.
     """
     gain = np.maximum(np.asarray(teacher, np.float64) - wrong, 0.0)
-    return TokenScores(
+    return TokenCorrections(
         position=np.asarray(position),
         role=np.asarray(role),
         strength=np.abs(np.asarray(teacher, np.float64) - student),
@@ -71,25 +73,42 @@ def token_scores(
     )
 
 
-def group_sums(scores: TokenScores, is_in_group: np.ndarray) -> np.ndarray:
-    """[sum s c^A, sum s c^I, sum s, sum c^A, sum c^I, tokens] over the group's entries of one rollout.
+class Sums(NamedTuple):
+    """Over a group of supervised tokens: of s c^A, s c^I, s, c^A and c^I, and their number."""
+
+    corrected_by_answer: float
+    corrected_by_image: float
+    strength: float
+    answer: float
+    image: float
+    tokens: float
+
+
+def group_sums(scores: TokenCorrections, is_in_group: np.ndarray) -> Sums:
+    """The sums over the group's supervised tokens of one rollout.
 
     Args:
       is_in_group: bool [T], over the completion's tokens.
     """
     used = is_in_group[scores.position]
     s, a, i = scores.strength[used], scores.answer[used], scores.image[used]
-    return np.array([(s * a).sum(), (s * i).sum(), s.sum(), a.sum(), i.sum(), used.sum()], np.float64)
+    return Sums(*(float(x) for x in ((s * a).sum(), (s * i).sum(), s.sum(), a.sum(), i.sum(), used.sum())))
 
 
-def ratio(sums: np.ndarray) -> np.ndarray:
-    """PALR of summed `group_sums`, [..., 6] -> [...]."""
-    return sums[..., 0] / (sums[..., 0] + sums[..., 1] + EPS)
+def total(sums: Sequence[Sums]) -> Sums:
+    """Of several rollouts."""
+    return Sums(*(float(x) for x in np.sum(np.asarray(sums), 0)))
 
 
-def interval(sums: np.ndarray, *, seed: int, samples: int = 2000) -> tuple[float, float]:
-    """Bootstrap 95 % interval of the ratio, resampling rollouts. sums: [rollouts, 6]."""
+def ratio(sums: Sums) -> float | np.ndarray:
+    """PALR of sums; of arrays of them, an array."""
+    return sums.corrected_by_answer / (sums.corrected_by_answer + sums.corrected_by_image + EPS)
+
+
+def interval(sums: Sequence[Sums], *, seed: int, samples: int = 2000) -> tuple[float, float]:
+    """Bootstrap 95 % interval of the ratio, resampling rollouts."""
     n = len(sums)
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=samples)  # [samples, rollouts]
-    low, high = np.percentile(ratio(counts @ sums), [2.5, 97.5])
+    resampled = Sums(*np.moveaxis(counts @ np.asarray(sums), -1, 0))
+    low, high = np.percentile(ratio(resampled), [2.5, 97.5])
     return float(low), float(high)

@@ -103,9 +103,7 @@ def _open(item: object, image_roots: Sequence[str]) -> Image.Image:
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
             raise BadImage("image_too_large", f"far too many pixels; at most {MAX_PIXELS} are read") from e
     if not isinstance(item, Image.Image):
-        raise BadImage(
-            "bad_image_type", f"{type(item).__name__}; choices: bytes, path, dict of them, PIL image"
-        )
+        raise BadImage("bad_image_type", f"{type(item).__name__}; choices: bytes, path, dict of them, PIL image")
     if item.width * item.height > MAX_PIXELS:
         raise BadImage("image_too_large", f"{item.width} x {item.height} pixels; at most {MAX_PIXELS} are read")
     return item

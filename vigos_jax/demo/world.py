@@ -131,6 +131,7 @@ class Item:
 
 # Drawing ------------------------------------------------------------------------------------------
 
+
 def _star() -> list[float]:
     turns = [(math.pi * (k / 5 - 0.5), 1.0 if k % 2 == 0 else 0.42) for k in range(10)]
     return [c for angle, r in turns for c in (r * math.cos(angle), r * math.sin(angle))]
@@ -196,6 +197,7 @@ def blank_image() -> np.ndarray:
 
 # Scenes and questions -----------------------------------------------------------------------------
 
+
 def _pick_value(rng: np.random.Generator, attribute: str, prior_value: str, follow: bool) -> str:
     others = [value for value in ATTRIBUTES[attribute] if value != prior_value]
     return prior_value if follow else others[rng.integers(len(others))]
@@ -250,6 +252,7 @@ def item(seed: int, index: int, *, setting: str) -> Item:
 
 
 # Descriptions, and the judges that read them ------------------------------------------------------
+
 
 def describe(things: Sequence[Thing]) -> str:
     """The one faithful description: `bananas : two small blue, trees : one large green`."""

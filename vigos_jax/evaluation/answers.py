@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from vigos_jax.data.examples import row_size
 from vigos_jax.data.images import BadImage, image_bytes, read_image
-from vigos_jax.data.loader import row_size
 from vigos_jax.evaluation.questions import TaskRows
 from vigos_jax.evaluation.tasks.task import Question, Task
 from vigos_jax.grading.answer_text import last_boxed
@@ -27,7 +27,7 @@ from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.runtime.distributed import exchange, first_decides
 from vigos_jax.runtime.journal import Journal, content_key
 from vigos_jax.runtime.progress import Progress, say
-from vigos_jax.session import Loaded
+from vigos_jax.session import Session
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Asker:
       fingerprint: tells this student's answers from any other's.
     """
 
-    loaded: Loaded
+    session: Session
     config: Any
     engine: Engine
     sampling: Sampling
@@ -66,7 +66,7 @@ class Asker:
         e, prompt = self.config.eval, self._prompt()
         # Greedy answers to one question are equal.
         samples = self.task.samples or (e.samples if e.temperature else 1)
-        how = dataclasses.asdict(self.sampling) | {"seed": e.seed, "span_rule": self.loaded.span_rule}
+        how = dataclasses.asdict(self.sampling) | {"seed": e.seed, "span_rule": self.session.span_rule}
         jobs, errors = [], []
         for question in questions:
             reason, pictures = question.error, []
@@ -97,7 +97,7 @@ class Asker:
             say(f"{self.task.name}: {len(jobs) - len(pending)} of {len(jobs)} answers are there already")
         sizes = {job.question.id: self._size(job.question) for job in pending}
         pending.sort(key=lambda job: sizes[job.question.id])  # rows of a batch need about the same padding
-        size = self.loaded.whole_batch(self.config.eval.batch_size)
+        size = self.session.whole_batch(self.config.eval.batch_size)
         batches = [pending[i : i + size] for i in range(0, len(pending), size)]
         progress = Progress(total=len(batches), start=0, title=f"eval {self.task.name}", every=self.config.log_every)
         errors: dict[str, tuple[Question, str]] = {}
@@ -129,7 +129,7 @@ class Asker:
         """This process's rows by their place in a batch of `size`; behind the last job they are empty."""
         made: dict[str, Row | str] = {}
         rows: dict[int, Row | str] = {}
-        for i in self.loaded.own_rows(size):
+        for i in self.session.own_rows(size):
             if i >= len(batch):
                 rows[i] = Row()
                 continue
@@ -141,29 +141,25 @@ class Asker:
 
     def _row(self, question: Question) -> Row | str:
         """The question as the model reads it, or why it cannot."""
-        loaded = self.loaded
+        session = self.session
         try:
             images = tuple(
-                loaded.processor.encode_image(read_image(item, image_roots=self.rows.image_roots))
+                session.processor.encode_image(read_image(item, image_roots=self.rows.image_roots))
                 for item in question.images
             )
         except BadImage as e:
             return e.kind
-        row = make_row(
-            images, problem=question.text, reference="", student=self._prompt(), roles=(), processor=loaded.processor
-        )
-        for kind, n in (("patches", slot_count(row, loaded.config)), ("prompt", len(row.student.ids))):
-            if n > max(getattr(loaded.buckets, kind)):
+        row = make_row(images, problem=question.text, student=self._prompt(), processor=session.processor)
+        for kind, n in (("patches", slot_count(row, session.config)), ("prompt", len(row.student.ids))):
+            if n > max(getattr(session.buckets, kind)):
                 return f"{kind}_too_long"
         return row
 
     def _size(self, question: Question) -> int:
         row = {"images": list(question.images), "problem": question.text}
-        return row_size(row, processor=self.loaded.processor, image_roots=self.rows.image_roots)
+        return row_size(row, processor=self.session.processor, image_roots=self.rows.image_roots)
 
-    def _sample_batch(
-        self, batch: Sequence[Job], rows: Mapping[int, Row | str], size: int
-    ) -> list[list[int] | str]:
+    def _sample_batch(self, batch: Sequence[Job], rows: Mapping[int, Row | str], size: int) -> list[list[int] | str]:
         """Token ids of each job's answer, or why it could not be asked; the same in all processes."""
         errors = dict(
             pair for pairs in exchange([(i, row) for i, row in rows.items() if isinstance(row, str)]) for pair in pairs
@@ -171,15 +167,15 @@ class Asker:
         asked = [row if isinstance(row := rows.get(i), Row) else Row() for i in range(size)]
         # By question and sample, not by place: the same answer whatever is sampled beside it.
         names = [f"{self.task.name}/{job.question.id}/{job.sample}" for job in batch] + [""] * (size - len(batch))
-        sampled = sample_rows(self.engine, self.loaded, asked, named_keys(self.config.eval.seed, names))
+        sampled = sample_rows(self.engine, self.session, asked, named_keys(self.config.eval.seed, names))
         return [errors.get(i, list(sampled.ids[i])) for i in range(len(batch))]
 
     def _record(self, job: Job, ids: Sequence[int]) -> dict[str, Any]:
         """What is kept of an answer."""
-        processor = self.loaded.processor
+        processor = self.session.processor
         text = processor.decode([i for i in ids if i not in processor.eos_ids])
         if self.config.eval.prompt == "structured":
-            is_valid = find_spans(processor.token_bytes(ids), rule=self.loaded.span_rule).is_valid
+            is_valid = find_spans(processor.token_bytes(ids), rule=self.session.span_rule).is_valid
         else:
             is_valid = last_boxed(text) is not None
         return {

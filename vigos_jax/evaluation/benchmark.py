@@ -26,7 +26,7 @@ from vigos_jax.runtime.digest import digests
 from vigos_jax.runtime.distributed import is_first
 from vigos_jax.runtime.journal import Journal, content_key
 from vigos_jax.runtime.progress import Progress, say
-from vigos_jax.session import Loaded
+from vigos_jax.session import Session
 
 _WIDTHS = (10, 8, 8, 17, 9, 8, 7, 8)  # of the table's columns
 GRADING = 2  # raised when the rules change: verdicts of other rules are not reused
@@ -55,7 +55,7 @@ class Evaluation:
       InputError: an unknown task, a source that cannot be read or lacks columns, a judge that cannot be reached.
     """
 
-    def __init__(self, loaded: Loaded, config, *, open_engine: EngineFactory = NativeEngine):
+    def __init__(self, session: Session, config, *, open_engine: EngineFactory = NativeEngine):
         e = config.eval
         tasks = [find_task(name) for name in dict.fromkeys(e.tasks)]
         if not tasks:
@@ -64,13 +64,13 @@ class Evaluation:
         self._opened = [(task, open_rows(task, e.sources.get(task.name, ""), **options)) for task in tasks]
         self._judge = _open_judge(e.judge) if is_first() else None
         self._sampling = Sampling(max_tokens=e.max_tokens, temperature=e.temperature, top_k=e.top_k, top_p=e.top_p)
-        self._engine = open_engine(loaded, self._sampling)
-        self._loaded, self._config = loaded, config
-        self._base = fingerprint_of([loaded.folder], config.model.dtype)
+        self._engine = open_engine(session, self._sampling)
+        self._session, self._config = session, config
+        self._base = fingerprint_of([session.folder], config.model.dtype)
 
     def fingerprint(self, trained: Variables) -> str:
         """Tells a student from any other: its base's files, and the bits of what was trained."""
-        spec = self._loaded.model.lora if "lora" in trained else None
+        spec = self._session.model.lora if "lora" in trained else None
         adapter = [spec.rank, spec.scale, sorted(spec.language), sorted(spec.vision)] if spec else []
         return content_key(self._base, adapter, digests(trained))
 
@@ -91,7 +91,7 @@ class Evaluation:
         results = []
         with _journals(output) as (responses, verdicts):
             for task, rows in self._opened:
-                asker = Asker(self._loaded, self._config, self._engine, self._sampling, fingerprint, task, rows)
+                asker = Asker(self._session, self._config, self._engine, self._sampling, fingerprint, task, rows)
                 jobs, errors = asker.jobs(questions_of(task, rows, limit=self._config.eval.limit))
                 errors += asker.sample(jobs, responses)
                 if responses is not None:
@@ -243,5 +243,3 @@ def table_text(results: Sequence[TaskResult]) -> str:
         lines += [f"    {len(r.errors)} question(s) could not be asked"] if r.errors else []
         lines += [f"    {n['unjudged']} answer(s) still to be judged"] if n["unjudged"] else []
     return "\n".join(lines)
-
-

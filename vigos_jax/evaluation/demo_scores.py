@@ -17,7 +17,7 @@ from vigos_jax.rollouts.sample_rows import sample_rows
 from vigos_jax.rollouts.sampler import row_keys
 from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.runtime.progress import bar
-from vigos_jax.session import Loaded
+from vigos_jax.session import Session
 
 # What `summarise` gives, in the order of the printed table.
 COLUMNS = {
@@ -45,38 +45,36 @@ class Answered:
         return is_correct(last_boxed(self.text), self.item.answer)
 
 
-def _rows(loaded: Loaded, items: list[world.Item], config) -> list[Row]:
+def _rows(session: Session, items: list[world.Item], config) -> list[Row]:
     return [
         make_row(
-            (loaded.processor.encode_image(item.pil_image),),
+            (session.processor.encode_image(item.pil_image),),
             problem=item.question,
-            reference="",
             student=config.prompts.student,
-            roles=(),
-            processor=loaded.processor,
+            processor=session.processor,
         )
         for item in items
     ]
 
 
 def answer_items(
-    engine: Engine, loaded: Loaded, items: list[world.Item], rows: list[Row], options, *, title: str
+    engine: Engine, session: Session, items: list[world.Item], rows: list[Row], options, *, title: str
 ) -> list[Answered]:
     """Samples one completion per item with the engine's student.
 
     Args:
       rows: the items as the student reads them.
-      options: `config.evaluate`.
+      options: `config.demo_eval`.
     """
-    size = loaded.whole_batch(options.batch_size)
+    size = session.whole_batch(options.batch_size)
     out = []
     for first in bar(range(0, len(items), size), title=title):
         keys = row_keys(options.seed, first, size)
-        sampled = sample_rows(engine, loaded, rows[first : first + size], keys)
+        sampled = sample_rows(engine, session, rows[first : first + size], keys)
         for ids, item in zip(sampled.ids, items[first : first + size], strict=True):
-            spans = find_spans(loaded.processor.token_bytes(ids), rule=loaded.span_rule)
-            text = loaded.processor.decode([i for i in ids if i not in loaded.processor.eos_ids])
-            out.append(Answered(item, text, loaded.processor.decode(ids[slice(*spans.description)]), spans))
+            spans = find_spans(session.processor.token_bytes(ids), rule=session.span_rule)
+            text = session.processor.decode([i for i in ids if i not in session.processor.eos_ids])
+            out.append(Answered(item, text, session.processor.decode(ids[slice(*spans.description)]), spans))
     return out
 
 
@@ -100,7 +98,7 @@ def summarise(conflict: list[Answered], prior: list[Answered]) -> dict[str, floa
 
 
 def evaluate_demo(
-    loaded: Loaded,
+    session: Session,
     students: Mapping[str, Variables],
     config,
     *,
@@ -116,10 +114,10 @@ def evaluate_demo(
       Per student: `summarise` of the unfiltered samples, with the other one under "training_sampling"; and the
       unfiltered answers to the conflict items.
     """
-    n, seed = config.evaluate.questions, config.evaluate.seed
+    n, seed = config.demo_eval.questions, config.demo_eval.seed
     # Training data is the setting "train": the settings' items are disjoint streams.
     items = [world.item(seed, i, setting=setting) for setting in ("conflict", "prior") for i in range(n)]
-    rows = _rows(loaded, items, config)
+    rows = _rows(session, items, config)
     ways = {
         "unfiltered": Sampling(max_tokens=sampling.max_tokens, temperature=1.0),
         "training_sampling": sampling,
@@ -127,11 +125,11 @@ def evaluate_demo(
     summaries: dict[str, dict[str, Any]] = {name: {"questions": n} for name in students}
     conflict: dict[str, list[Answered]] = {}
     for way, how in ways.items():
-        with contextlib.closing(open_engine(loaded, how)) as engine:  # compiled once for all students
+        with contextlib.closing(open_engine(session, how)) as engine:  # compiled once for all students
             for name, trained in students.items():
                 engine.sync(trained)
                 title = f"evaluate {name}, {way.replace('_', ' ')}"
-                answers = answer_items(engine, loaded, items, rows, config.evaluate, title=title)
+                answers = answer_items(engine, session, items, rows, config.demo_eval, title=title)
                 rates = summarise(answers[:n], answers[n:])
                 if way == "unfiltered":
                     summaries[name] |= rates

@@ -10,10 +10,10 @@ from vigos_jax.evaluation.benchmark import Evaluation, TaskResult, output_of, ta
 from vigos_jax.evaluation.statistics import COMMON, Answer
 from vigos_jax.grading.braces import closing_brace
 from vigos_jax.models.variables import Variables
-from vigos_jax.report.page import Rollout, Table, Text, Token, picture_uri, write_page
+from vigos_jax.report.page import Rollout, Table, Text, Token, image_uri, write_page
 from vigos_jax.rollouts.engine import EngineFactory, NativeEngine
 from vigos_jax.runtime.files import write_json
-from vigos_jax.session import Loaded
+from vigos_jax.session import Session
 
 SHOWN_PER_TASK = 24
 _LEGEND = "Description blue, reasoning orange, box green."
@@ -39,7 +39,7 @@ _BOX = "\\boxed{"
 
 
 def evaluate(
-    loaded: Loaded,
+    session: Session,
     trained: Variables,
     config,
     *,
@@ -59,12 +59,12 @@ def evaluate(
       InputError: as `Evaluation`, or nowhere to write.
     """
     output = output_of(config, workdir)
-    with contextlib.closing(Evaluation(loaded, config, open_engine=open_engine)) as evaluation:
+    with contextlib.closing(Evaluation(session, config, open_engine=open_engine)) as evaluation:
         results = evaluation.run(trained, output=output)
     write_json(
         output / "results.json", {r.task.name: r.numbers | {"source": r.source, "notes": r.notes} for r in results}
     )
-    name = loaded.name if workdir is None else f"{workdir} (step {step}, from {loaded.name})"
+    name = session.name if workdir is None else f"{workdir} (step {step}, from {session.name})"
     write_report(results, output=output, name=name, protocol=protocol_text(config.eval))
     is_complete = not any(r.errors or r.numbers["unjudged"] for r in results)
     return f"{table_text(results)}\n{output / 'report.html'}", is_complete
@@ -189,7 +189,7 @@ def _answers(result: TaskResult) -> list[Text | Rollout]:
         pictures = []
         for item in a.question.images:
             with contextlib.suppress(BadImage):
-                pictures.append(picture_uri(read_image(item, image_roots=result.image_roots)))
+                pictures.append(image_uri(read_image(item, image_roots=result.image_roots)))
         out.append(Rollout(title, a.question.text, coloured(a.text), pictures, mark))
     return out
 

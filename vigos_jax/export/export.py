@@ -22,7 +22,7 @@ from vigos_jax.models.variables import Variables
 from vigos_jax.runtime import hub
 from vigos_jax.runtime.distributed import first_decides, is_first
 from vigos_jax.runtime.progress import say
-from vigos_jax.session import Loaded
+from vigos_jax.session import Session
 from vigos_jax.weights import huggingface
 from vigos_jax.weights.safetensors_file import byte_count, write_file
 
@@ -45,7 +45,7 @@ def check_options(config, *, has_adapter: bool) -> None:
 
 
 def export(
-    loaded: Loaded, trained: Variables, config, output: pathlib.Path, *, run: RunFacts | None = None
+    session: Session, trained: Variables, config, output: pathlib.Path, *, run: RunFacts | None = None
 ) -> dict[str, Any] | None:
     """Writes the student as a Hugging Face folder, as `config.export` says.
 
@@ -66,8 +66,8 @@ def export(
     check_options(config, has_adapter="lora" in trained)
     target = output.resolve()
     temporary = target.with_name(f".{target.name}.exporting")
-    lora = loaded.model.lora if "lora" in trained else None
-    tensors = list(_tensors(loaded, trained, kind=e.kind, dtype=e.dtype))
+    lora = session.model.lora if "lora" in trained else None
+    tensors = list(_tensors(session, trained, kind=e.kind, dtype=e.dtype))
     first_decides(lambda: _prepare(output, target, temporary, size=sum(byte_count(x) for _, x in tensors)))
     try:
         if e.kind == "adapter":
@@ -75,13 +75,13 @@ def export(
                 write_file(temporary / "adapter_model.safetensors", tensors)
             else:
                 huggingface.gather(tensors)
-            first_decides(lambda: _write_adapter_config(loaded, temporary))
+            first_decides(lambda: _write_adapter_config(session, temporary))
         else:
             huggingface.save_sharded(temporary, tensors, max_shard_bytes=int(e.max_shard_gb * 2**30))
-            first_decides(lambda: _copy_companions(loaded.folder, temporary, dtype=e.dtype))
+            first_decides(lambda: _copy_companions(session.folder, temporary, dtype=e.dtype))
         rounds = e.kind == "merged" and e.dtype == "bfloat16" and lora is not None
-        report = compare(loaded, trained, config, temporary) if e.check or rounds else None
-        card = card_text(config, base=loaded.folder, lora=lora, run=run, report=report)
+        report = compare(session, trained, config, temporary) if e.check or rounds else None
+        card = card_text(config, base=session.folder, lora=lora, run=run, report=report)
         first_decides(lambda: _finish(card, temporary, target, output))
     except Exception as e:
         if is_first():
@@ -128,18 +128,18 @@ def _prepare(output: pathlib.Path, target: pathlib.Path, temporary: pathlib.Path
 
 
 def _tensors(
-    loaded: Loaded, trained: Variables, *, kind: str, dtype: str
+    session: Session, trained: Variables, *, kind: str, dtype: str
 ) -> Iterator[tuple[str, huggingface.FileTensor]]:
-    config, spec = loaded.config, loaded.model.lora
+    config, spec = session.config, session.model.lora
     if kind == "adapter":  # always float32: rounded, it would be another one
         return huggingface.stream_tensors(trained["lora"], adapter_table(config, spec), config, dtype=np.float32)
-    params = trained.get("params", loaded.base)
+    params = trained.get("params", session.base)
     merged = {"lora": trained["lora"], "scale": spec.scale} if "lora" in trained else {}
     return huggingface.stream_tensors(params, tensor_table(config), config, dtype=jnp.dtype(dtype), **merged)
 
 
-def _write_adapter_config(loaded: Loaded, folder: pathlib.Path) -> None:
-    spec = loaded.model.lora
+def _write_adapter_config(session: Session, folder: pathlib.Path) -> None:
+    spec = session.model.lora
     parts = []
     if spec.language:
         parts.append(rf"language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(sorted(spec.language))})")
@@ -148,7 +148,7 @@ def _write_adapter_config(loaded: Loaded, folder: pathlib.Path) -> None:
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": loaded.name,
+        "base_model_name_or_path": session.name,
         "r": spec.rank,
         "lora_alpha": spec.scale * spec.rank,
         "lora_dropout": spec.dropout,

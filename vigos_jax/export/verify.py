@@ -14,14 +14,14 @@ from PIL import Image
 
 from vigos_jax.data.processor import Processor
 from vigos_jax.errors import InputError
+from vigos_jax.method.batch import PromptBatch
 from vigos_jax.method.packing import Buckets, Row, make_row, pack_prompts, slot_count
 from vigos_jax.models.config import ModelConfig
-from vigos_jax.models.inputs import PromptBatch
 from vigos_jax.models.layers import LoraSpec
 from vigos_jax.models.variables import Variables
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.runtime.sharding import replicated, tree_shardings
-from vigos_jax.session import Loaded
+from vigos_jax.session import Session
 from vigos_jax.weights import huggingface
 
 # Question and answer: the logits of an answer's tokens are compared too.
@@ -34,7 +34,7 @@ PROMPTS = (
 LIMITS = {"float32": 1e-4, "bfloat16": 0.5}
 
 
-def compare(loaded: Loaded, trained: Variables, config, folder: pathlib.Path) -> dict[str, Any]:
+def compare(session: Session, trained: Variables, config, folder: pathlib.Path) -> dict[str, Any]:
     """Reloads an export with this program's own reader and compares it with the student, on a few fixed prompts.
 
     A merged export's weights stand beside the base's in the devices' memory while this runs.
@@ -51,14 +51,14 @@ def compare(loaded: Loaded, trained: Variables, config, folder: pathlib.Path) ->
     """
     e = config.export
     if e.kind == "adapter":
-        spec, params, processor = huggingface.adapter_spec(folder, dropout=0.0), loaded.base, loaded.processor
-        written, dtype = loaded.config, "float32"
+        spec, params, processor = huggingface.adapter_spec(folder, dropout=0.0), session.base, session.processor
+        written, dtype = session.config, "float32"
     else:
         spec, processor = None, Processor.load(folder)
         written, dtype = ModelConfig.load(folder), e.dtype
     model = _float32_model(written, spec)
     abstract = abstract_variables(model)
-    shardings = tree_shardings(abstract, loaded.mesh, config.mesh.rules)
+    shardings = tree_shardings(abstract, session.mesh, config.mesh.rules)
     if spec is None:
         params = huggingface.load_params(
             folder, written, abstract["params"], dtype=jnp.dtype(dtype), shardings=shardings["params"]
@@ -69,14 +69,14 @@ def compare(loaded: Loaded, trained: Variables, config, folder: pathlib.Path) ->
         reloaded = {"params": params, "lora": lora}
 
     rows = prompt_rows(processor, config)
-    if [row.student for row in rows] != [row.student for row in prompt_rows(loaded.processor, config)]:
+    if [row.student for row in rows] != [row.student for row in prompt_rows(session.processor, config)]:
         raise InputError(f"the tokenizer of the export in {folder} writes other tokens than the base's")
     batch, mask = pack(rows, written)
-    batch = jax.device_put(batch, replicated(loaded.mesh))
-    student = _float32_model(loaded.config, loaded.model.lora)
+    batch = jax.device_put(batch, replicated(session.mesh))
+    student = _float32_model(session.config, session.model.lora)
     with jax.default_matmul_precision("float32"):
         run = jax.jit(functools.partial(_differences, student, model, mask.shape[1]))
-        difference, kl = (np.asarray(x)[mask] for x in run(loaded.student(trained), reloaded, batch))
+        difference, kl = (np.asarray(x)[mask] for x in run(session.student(trained), reloaded, batch))
     report = {
         "kind": e.kind,
         "dtype": dtype,
@@ -105,9 +105,7 @@ def prompt_rows(processor: Processor, config) -> list[Row]:
         make_row(
             (image,),
             problem=question,
-            reference="",
             student={"user": prompt.user, "assistant_prefill": prompt.assistant_prefill + answer},
-            roles=(),
             processor=processor,
         )
         for question, answer in PROMPTS

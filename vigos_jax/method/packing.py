@@ -1,4 +1,4 @@
-"""From examples and rollouts to the arrays of `inputs`: left-padded prompts, packed role branches, entries.
+"""From examples and rollouts to the arrays of `batch`: left-padded prompts, packed role branches, supervised tokens.
 
 The image comes first in every role's user turn, so system header and image tokens are one shared prefix. A sample's
 frozen roles are branches behind it in ONE sequence; `segment_ids` keep branches apart, and a branch's positions go on
@@ -8,21 +8,23 @@ from the prefix as if it were alone:
     segment   | 1 1 1 1 1 1 1| 2 2 2 2 2 2 2 2 2 2 2 2 2 2 | 3 3 3 3 3 3 3 3 3 3 3 3 3 3 | 0 0 0
     position  | 0 1 2 ...  p | p+1 p+2 ...                 | p+1 p+2 ...                 | 0 0 0
 
-Each branch holds only what its entries need: its prompt and the student's completion up to the last scored token.
+Each branch holds only what its scored tokens need: its prompt and the student's completion up to the last of them.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from vigos_jax.data.processor import EncodedImage, Processor, Turn
 from vigos_jax.errors import InputError
+from vigos_jax.method.batch import PromptBatch, ScoreBatch, SupervisedTokens
 from vigos_jax.method.prompts import fill
 from vigos_jax.method.roles import TeacherRole, roles_per_token
 from vigos_jax.method.spans import Spans
 from vigos_jax.models.config import ModelConfig
-from vigos_jax.models.inputs import Entries, PromptBatch, ScoreBatch, TextInputs, VisionInputs
+from vigos_jax.models.inputs import TextInputs, VisionInputs
 from vigos_jax.models.positions import mrope_positions, vision_layout
 
 
@@ -84,18 +86,19 @@ def make_row(
     images: tuple[EncodedImage, ...],
     *,
     problem: str,
-    reference: str,
     student: Mapping[str, str],
-    roles: tuple[TeacherRole, ...],
     processor: Processor,
+    roles: tuple[TeacherRole, ...] = (),
+    reference: str = "",
     fields: Mapping[str, str] | None = None,
 ) -> Row:
     """Writes out the prompts of a sample.
 
     Args:
+      student: `user` and `assistant_prefill`, as in `config.prompts.student`.
+      roles: the teachers; none for a row that is only answered.
       reference: the answer that a role's template may show; the student's cannot ask for it.
       fields: texts of further columns that a role's template, but not the student's, may show.
-      student: `user` and `assistant_prefill`, as in `config.prompts.student`.
     """
     grids, labels = [image.grid for image in images], [image.label for image in images]
 
@@ -151,23 +154,61 @@ def _vision(rows: Sequence[Row], config: ModelConfig, buckets: Buckets) -> Visio
     return VisionInputs(patches=patches, image_ids=image_ids, hw=hw, grid=grid, token_unit=token_unit)
 
 
-def _text(sequences: Sequence[tuple], length: int, *, left: bool = False) -> TextInputs:
-    """Pads tuples of (ids [t], positions [3, t], segment_ids [t], image_index [t]) to `length`."""
+class _Sequence(NamedTuple):
+    """One row of `TextInputs`, without its batch and its padding: [t], positions [3, t]."""
+
+    ids: np.ndarray
+    positions: np.ndarray
+    segment_ids: np.ndarray
+    image_index: np.ndarray
+
+
+_EMPTY = _Sequence(np.zeros(0, np.int32), np.zeros((3, 0), np.int32), np.zeros(0, np.int32), np.zeros(0, np.int32))
+
+
+class _Token(NamedTuple):
+    """One slot of `SupervisedTokens`."""
+
+    role: int
+    student_at: int
+    teacher_at: int
+    position: int
+    token: int
+    sampled_logp: float
+    clip: float
+
+
+_UNUSED = _Token(-1, 0, 0, 0, 0, np.nan, np.inf)
+
+
+def _text(sequences: Sequence[_Sequence], length: int, *, left: bool = False) -> TextInputs:
+    """Pads sequences to `length`."""
     b = len(sequences)
     ids, segments = np.zeros((b, length), np.int32), np.zeros((b, length), np.int32)
     positions, image_index = np.zeros((b, 3, length), np.int32), np.full((b, length), -1, np.int32)
-    for i, (row_ids, row_positions, row_segments, row_index) in enumerate(sequences):
-        n = len(row_ids)
+    for i, row in enumerate(sequences):
+        n = len(row.ids)
         at = slice(length - n, length) if left else slice(0, n)
-        ids[i, at], positions[i, :, at], segments[i, at] = row_ids, row_positions, row_segments
-        image_index[i, at] = row_index
+        ids[i, at], positions[i, :, at], segments[i, at] = row.ids, row.positions, row.segment_ids
+        image_index[i, at] = row.image_index
     return TextInputs(ids=ids, positions=positions, segment_ids=segments, image_index=image_index)
 
 
-def _sequence(row: Row, prompt: Sequence[int], config: ModelConfig, completion: Sequence[int] = ()) -> tuple:
-    """(ids, positions, segment_ids, image_index) of a prompt and its completion.
+def _supervised(rows: Sequence[Sequence[_Token]], length: int) -> SupervisedTokens:
+    """Pads each row's tokens to `length`."""
+    columns = {}
+    for name in _Token._fields:
+        unused = getattr(_UNUSED, name)
+        columns[name] = np.full((len(rows), length), unused, np.float32 if isinstance(unused, float) else np.int32)
+        for i, tokens in enumerate(rows):
+            columns[name][i, : len(tokens)] = [getattr(token, name) for token in tokens]
+    return SupervisedTokens(**columns)
 
-    Only the prompt's image tokens stand for pictures: one that was sampled is a token like any other.
+
+def _sequence(row: Row, prompt: Sequence[int], config: ModelConfig, completion: Sequence[int] = ()) -> _Sequence:
+    """A prompt and its completion.
+
+    Only the prompt's image tokens stand for images: one that was sampled is a token like any other.
     """
     positions = mrope_positions(
         prompt,
@@ -181,7 +222,8 @@ def _sequence(row: Row, prompt: Sequence[int], config: ModelConfig, completion: 
     after, n = _after(positions), len(completion)
     ids = np.asarray((*prompt, *completion), np.int32)
     positions = np.concatenate([positions, np.broadcast_to(after + np.arange(n), (3, n))], 1)
-    return ids, positions, np.ones(len(ids), np.int32), np.concatenate([image_index, np.full(n, -1)])
+    image_index = np.concatenate([image_index, np.full(n, -1)])
+    return _Sequence(ids, positions, np.ones(len(ids), np.int32), image_index)
 
 
 def _after(positions: np.ndarray) -> int:
@@ -189,13 +231,10 @@ def _after(positions: np.ndarray) -> int:
     return int(positions[0, -1]) + 1 if positions.size else 0
 
 
-_EMPTY = (np.zeros(0, np.int32), np.zeros((3, 0), np.int32), np.zeros(0, np.int32), np.zeros(0, np.int32))
-
-
 def pack_prompts(rows: Sequence[Row], *, config: ModelConfig, buckets: Buckets) -> PromptBatch:
     """Student prompts, left-padded so that all rows decode into the same cache slot."""
     sequences = [_EMPTY if r.student is None else _sequence(r, r.student.ids, config) for r in rows]
-    length = buckets.fit("prompt", max(len(s[0]) for s in sequences))
+    length = buckets.fit("prompt", max(len(s.ids) for s in sequences))
     return PromptBatch(
         vision=_vision(rows, config, buckets),
         text=_text(sequences, length, left=True),
@@ -230,7 +269,7 @@ def length_groups(rows: Sequence[Row], rollouts: Sequence[Rollout | None], count
     return [order[k * size : (k + 1) * size] for k in range(count)]
 
 
-def entry_clip(role: TeacherRole, position: int, scored: Sequence[int]) -> float:
+def token_clip(role: TeacherRole, position: int, scored: Sequence[int]) -> float:
     """The smallest of the clips that hold for this token of the positions `scored` by the role."""
     clips = [
         role.clip if role.clip_per == "token" else 0.0,
@@ -249,51 +288,43 @@ def pack_scores(
     buckets: Buckets,
     with_images: bool = True,
 ) -> ScoreBatch:
-    """Packs the student's sequences, the teachers' branches and the entries of a batch of rollouts.
+    """Packs the student's sequences, the teachers' branches and the supervised tokens of a batch of rollouts.
 
     Args:
       rollouts: one per row; None for a bad row.
       with_images: whether to pack the images; without, `vision` is None.
     """
-    students, teachers, entries = [], [], []
+    students, teachers, supervised = [], [], []
     for row, rollout in zip(rows, rollouts, strict=True):
         if row.student is None or rollout is None:
             students.append(_EMPTY)
             teachers.append(_EMPTY)
-            entries.append([])
+            supervised.append([])
             continue
-        prompt = row.student.ids
-        students.append(_sequence(row, prompt, config, rollout.ids))
-        packed, row_entries = _pack_row(row, rollout, roles, config)
+        students.append(_sequence(row, row.student.ids, config, rollout.ids))
+        packed, tokens = _pack_row(row, rollout, roles, config)
         teachers.append(packed)
-        entries.append(row_entries)
+        supervised.append(tokens)
 
-    # Entries are as many as tokens are scored, up to that many times.
+    # There are as many as tokens are scored, up to that many times.
     times = roles_per_token(roles)
-    e = buckets.fit("completion", -(-max(1, *(len(x) for x in entries)) // times)) * times
-    columns = {
-        "role": np.full((len(rows), e), -1, np.int32),
-        **{k: np.zeros((len(rows), e), np.int32) for k in ("student_at", "teacher_at", "position", "token")},
-        "sampled_logp": np.full((len(rows), e), np.nan, np.float32),
-        "clip": np.full((len(rows), e), np.inf, np.float32),
-    }
-    for i, row_entries in enumerate(entries):
-        for key, values in zip(columns, zip(*row_entries, strict=True), strict=False):
-            columns[key][i, : len(values)] = values
+    most = max(1, *(len(tokens) for tokens in supervised))
     return ScoreBatch(
+        supervised=_supervised(supervised, buckets.fit("completion", -(-most // times)) * times),
         vision=_vision(rows, config, buckets) if with_images else None,
-        student=_text(students, buckets.fit("sequence", max(len(s[0]) for s in students))),
-        teacher=_text(teachers, buckets.fit("sequence", max(len(t[0]) for t in teachers))),
-        entries=Entries(**columns),
+        student=_text(students, buckets.fit("sequence", max(len(s.ids) for s in students))),
+        teacher=_text(teachers, buckets.fit("sequence", max(len(t.ids) for t in teachers))),
     )
 
 
-def _pack_row(row: Row, rollout: Rollout, roles: tuple[TeacherRole, ...], config: ModelConfig):
-    """One row's branches as the tuple that `_text` pads, and its entries in the order of `Entries`' fields."""
+def _pack_row(
+    row: Row, rollout: Rollout, roles: tuple[TeacherRole, ...], config: ModelConfig
+) -> tuple[_Sequence, list[_Token]]:
+    """One row's branches behind their prefix, and its supervised tokens."""
     prefix = row.student.prefix_ids
-    ids, positions, segments, image_index = ([x] for x in _sequence(row, prefix, config))
-    after_prefix = _after(positions[0])
-    length, entries = len(prefix), []
+    parts = [_sequence(row, prefix, config)]
+    after_prefix = _after(parts[0].positions)
+    length, tokens = len(prefix), []
     for r, (role, turn) in enumerate(zip(roles, row.teachers, strict=True)):
         if turn.prefix_ids != prefix:
             raise ValueError(f"role {role.name} does not share the student's header and images")
@@ -303,15 +334,14 @@ def _pack_row(row: Row, rollout: Rollout, roles: tuple[TeacherRole, ...], config
         read = scored if role.reads == "scored" else range(len(rollout.ids))
         at = {j: i for i, j in enumerate(read)}  # completion position -> place in the branch's completion
         # The state before the last scored token is the last one needed.
-        branch = turn.rest_ids + tuple(rollout.ids[j] for j in read[: at[scored[-1]]])
-        ids.append(np.asarray(branch, np.int32))
-        positions.append(np.broadcast_to(after_prefix + np.arange(len(branch)), (3, len(branch))))
-        segments.append(np.full(len(branch), len(segments) + 1, np.int32))
-        image_index.append(np.full(len(branch), -1))
+        branch = np.asarray(turn.rest_ids + tuple(rollout.ids[j] for j in read[: at[scored[-1]]]), np.int32)
+        n = len(branch)
+        positions = np.broadcast_to(after_prefix + np.arange(n), (3, n))
+        parts.append(_Sequence(branch, positions, np.full(n, len(parts) + 1, np.int32), np.full(n, -1)))
         for j in scored:
             logp = rollout.logps[j] if rollout.logps is not None else np.nan
             student_at, teacher_at = len(row.student.ids) + j - 1, length + len(turn.rest_ids) + at[j] - 1
-            entries.append((r, student_at, teacher_at, j, rollout.ids[j], logp, entry_clip(role, j, scored)))
-        length += len(branch)
-    packed = np.concatenate(ids), np.concatenate(positions, 1), np.concatenate(segments), np.concatenate(image_index)
-    return packed, entries
+            clip = token_clip(role, j, scored)
+            tokens.append(_Token(r, student_at, teacher_at, j, rollout.ids[j], logp, clip))
+        length += n
+    return _Sequence(*(np.concatenate(x, -1) for x in zip(*parts, strict=True))), tokens

@@ -67,9 +67,7 @@ class TeacherRole:
 
 
 ENTRY_FIELDS = tuple(f.name for f in dataclasses.fields(TeacherRole))[3:]  # of an entry of config.roles
-_OPTIONAL = {
-    f.name: f.default for f in dataclasses.fields(TeacherRole) if f.default is not dataclasses.MISSING
-}
+_OPTIONAL = {f.name: f.default for f in dataclasses.fields(TeacherRole) if f.default is not dataclasses.MISSING}
 REQUIRED_FIELDS = tuple(f for f in ENTRY_FIELDS if f not in _OPTIONAL)
 
 

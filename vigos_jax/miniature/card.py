@@ -16,19 +16,19 @@ from vigos_jax.rollouts.engine import NativeEngine
 from vigos_jax.rollouts.sample_rows import sample_rows
 from vigos_jax.rollouts.sampler import row_keys
 from vigos_jax.rollouts.sampling import Sampling
-from vigos_jax.session import Loaded, load
+from vigos_jax.session import Session, load
 
 GRID = (1, world.SIDE // 14, world.SIDE // 14)  # patches of one demo picture
 MAX_TOKENS = 48  # the longest well-formed response has 30
 
 
-def measure_teacher(loaded: Loaded, role: str, config: ml_collections.ConfigDict) -> dict[str, float]:
+def measure_teacher(session: Session, role: str, config: ml_collections.ConfigDict) -> dict[str, float]:
     """What a privileged role does with conflict pictures and a wrong reference; all rates over all items.
 
     The reference is uniform over the values that the picture does not show (so it is sometimes the prior).
     """
     n, rng = config.card_items, np.random.default_rng(config.card_seed)
-    size = loaded.whole_batch(config.run.evaluate.batch_size)
+    size = session.whole_batch(config.run.demo_eval.batch_size)
     items = [world.item(config.card_seed, i, setting="conflict") for i in range(n)]
     wrong = [[v for v in world.ATTRIBUTES[item.attribute] if v != item.answer] for item in items]
     references = [values[rng.integers(len(values))] for values in wrong]
@@ -36,15 +36,15 @@ def measure_teacher(loaded: Loaded, role: str, config: ml_collections.ConfigDict
     for item, reference in zip(items, references, strict=True):
         user = prompts.fill(config.prompts[role].user, problem=item.question, reference=reference)
         prefill = config.prompts[role].assistant_prefill
-        turn = loaded.processor.encode_turn(user_text=user, grids=[GRID], assistant_prefill=prefill)
-        rows.append(Row(images=(loaded.processor.encode_image(Image.fromarray(item.image)),), student=turn))
-    engine = NativeEngine(loaded, Sampling(max_tokens=MAX_TOKENS))
-    engine.sync(loaded.trained)
+        turn = session.processor.encode_turn(user_text=user, grids=[GRID], assistant_prefill=prefill)
+        rows.append(Row(images=(session.processor.encode_image(Image.fromarray(item.image)),), student=turn))
+    engine = NativeEngine(session, Sampling(max_tokens=MAX_TOKENS))
+    engine.sync(session.trained)
     states, answers = [], []
     for first in range(0, n, size):
-        sampled = sample_rows(engine, loaded, rows[first : first + size], row_keys(config.card_seed, first, size))
+        sampled = sample_rows(engine, session, rows[first : first + size], row_keys(config.card_seed, first, size))
         for item, ids in zip(items[first : first + size], sampled.ids, strict=True):
-            text = loaded.processor.decode(ids)
+            text = session.processor.decode(ids)
             description = text.split("</description>")[0]
             states.append(world.description_states(description, item.kind, item.attribute))
             answers.append(last_boxed(text))
@@ -65,10 +65,10 @@ def measure(folder: pathlib.Path, config: ml_collections.ConfigDict) -> dict[str
     """The card's numbers, of the files as written: the run's own evaluation, and what the privileged roles do."""
     run = config.run.copy_and_resolve_references().unlock()
     run.model.path = str(folder)
-    run.evaluate.questions, run.evaluate.seed = config.card_items, config.card_seed
-    loaded = load(run, for_training=False)
+    run.demo_eval.questions, run.demo_eval.seed = config.card_items, config.card_seed
+    session = load(run, for_training=False)
     sampling = Sampling(max_tokens=MAX_TOKENS)
-    summaries, _ = demo_scores.evaluate_demo(loaded, {"base": loaded.trained}, run, sampling=sampling)
+    summaries, _ = demo_scores.evaluate_demo(session, {"base": session.trained}, run, sampling=sampling)
     summaries["base"].pop("training_sampling")  # the same here
     return {
         "config": config.file,
@@ -76,7 +76,9 @@ def measure(folder: pathlib.Path, config: ml_collections.ConfigDict) -> dict[str
         "seed": config.seed,
         "evaluation_seed": config.card_seed,
         "student": summaries["base"],
-        "teachers_given_a_wrong_reference": {r: measure_teacher(loaded, r, config) for r in ("reasoning", "reference")},
+        "teachers_given_a_wrong_reference": {
+            r: measure_teacher(session, r, config) for r in ("reasoning", "reference")
+        },
     }
 
 

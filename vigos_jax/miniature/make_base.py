@@ -221,9 +221,7 @@ def text_loss(params: Any, groups: tuple[Rows, ...], *, model: VisionLanguageMod
 # Training -----------------------------------------------------------------------------------------
 
 
-def fit(
-    params: Any, loss: Callable, batches: Iterator[tuple], *, steps: int, lr: float, warmup: int, name: str
-) -> Any:
+def fit(params: Any, loss: Callable, batches: Iterator[tuple], *, steps: int, lr: float, warmup: int, name: str) -> Any:
     """One stage: `steps` optimizer steps of `loss(params, *batch)`."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, lr, warmup, steps, end_value=0.05 * lr)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))

@@ -27,10 +27,7 @@ def caption(item: Item) -> str:
 
 def completion(response: Response) -> str:
     """The well-formed completion after the prefill `<description>`."""
-    return (
-        f" {response.description} </description> <think> {response.rationale} </think>"
-        f" \\boxed{{{response.answer}}}"
-    )
+    return f" {response.description} </description> <think> {response.rationale} </think> \\boxed{{{response.answer}}}"
 
 
 def free_form(response: Response) -> str:

@@ -50,7 +50,7 @@ def phases(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[li
         command = (
             *("vigos_jax.main", "--config", config.methods[method], "--workdir", str(folder)),
             *(f"--config.model.path={base_folder(workdir, leak, seed)}", f"--config.seed={seed}"),
-            *(f"--config.evaluate.seed={seed}", f"--config.evaluate.questions={config.questions}"),
+            *(f"--config.demo_eval.seed={seed}", f"--config.demo_eval.questions={config.questions}"),
             *("--config.report.rows=0", "--config.export.after_training=False"),
         )
         runs.append(Job(folder.name, command, folder / "results.json"))

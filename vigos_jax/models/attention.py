@@ -145,9 +145,7 @@ def _masked_backward(residuals, d_out):
 _masked.defvjp(_masked_forward, _masked_backward)
 
 
-def splash(
-    q: Array, k: Array, v: Array, lengths: Array, *, mesh: Mesh | None = None, interpret: bool = False
-) -> Array:
+def splash(q: Array, k: Array, v: Array, lengths: Array, *, mesh: Mesh | None = None, interpret: bool = False) -> Array:
     """Pallas splash attention for TPUs: the lower triangle alone, block by block, T a multiple of 128.
 
     Args:
@@ -167,9 +165,7 @@ def splash(
         causal = masks.MultiHeadMask([masks.CausalMask((t, t))] * (q.shape[2] // kv_heads))
         size = next(s for s in (512, 256, _SPLASH_BLOCK) if t % s == 0)
         blocks = kernel.BlockSizes(size, size, size, size, size, size, size, size)
-        attend = kernel.make_splash_mqa(
-            causal, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret
-        )
+        attend = kernel.make_splash_mqa(causal, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret)
         segments = (jnp.arange(t) < lengths[:, None]).astype(jnp.int32)  # [B, T]
         q = _heads_first(q * h**-0.5, kv_heads).reshape(b, kv_heads, -1, t, h)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
@@ -181,6 +177,6 @@ def splash(
         return local(q, k, v, lengths)
     rows, heads = P(("data", "fsdp")), P(("data", "fsdp"), None, "tensor")
     # The kernel's own arrays carry no sharding, which the check would refuse.
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
-    )(q, k, v, lengths)
+    return jax.shard_map(local, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)(
+        q, k, v, lengths
+    )

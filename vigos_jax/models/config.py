@@ -65,7 +65,7 @@ class ModelConfig:
     num_layers: int
     num_heads: int
     num_kv_heads: int
-    head_size: int
+    head_dim: int
     intermediate_size: int
     vocab_size: int
     rope_theta: float
@@ -152,28 +152,26 @@ def _flag(values: Mapping[str, Any], key: str) -> bool:
     return bool(value)
 
 
-def parse_decoder(
-    raw: Mapping[str, Any],
-    where: str,
-    *,
-    family: str,
-    parse_vision: Callable[[Mapping[str, Any]], VisionConfig],
-    rope_theta: float,
-    qkv_bias: bool,
-    qk_norm: bool,
-    mrope_interleaved: bool,
-) -> ModelConfig:
-    """A family whose decoder is the shared one: what tells it from the others are these values.
+@dataclasses.dataclass(frozen=True)
+class DecoderTraits:
+    """What tells a family with the shared decoder from the others; see `ModelConfig`.
 
-    Args:
-      raw, where: see `ModelConfig.from_hf`.
-      parse_vision: the family's `vision_config`.
+    Attributes:
+      parse_vision: reads the family's `vision_config`.
       rope_theta: where the file has none.
-      others: see `ModelConfig`.
     """
+
+    parse_vision: Callable[[Mapping[str, Any]], VisionConfig]
+    rope_theta: float
+    qkv_bias: bool
+    qk_norm: bool
+    mrope_interleaved: bool
+
+
+def parse_decoder(raw: Mapping[str, Any], where: str, *, family: str, traits: DecoderTraits) -> ModelConfig:
+    """The config of a family whose decoder is the shared one. raw, where: see `ModelConfig.from_hf`."""
     try:
         text = {**raw, **_section(raw, "text_config")}
-        vision = _section(raw, "vision_config")
         rope = _section(text, "rope_parameters") or _section(text, "rope_scaling")
         heads = _whole(text, "num_attention_heads")
         config = ModelConfig(
@@ -182,49 +180,54 @@ def parse_decoder(
             num_layers=_whole(text, "num_hidden_layers", most=MAX_LAYERS),
             num_heads=heads,
             num_kv_heads=_whole(text, "num_key_value_heads"),
-            head_size=_whole(text, "head_dim", default=_whole(text, "hidden_size") // heads),
+            head_dim=_whole(text, "head_dim", default=_whole(text, "hidden_size") // heads),
             intermediate_size=_whole(text, "intermediate_size"),
             vocab_size=_whole(text, "vocab_size"),
-            rope_theta=_positive(rope if rope.get("rope_theta") else text, "rope_theta", rope_theta),
+            rope_theta=_positive(rope if rope.get("rope_theta") else text, "rope_theta", traits.rope_theta),
             mrope_section=_wholes(rope, "mrope_section", least=1),
             rms_eps=_positive(text, "rms_norm_eps", 1e-6),
             # transformers reads the top level; a nested copy may be stale.
             tie_embeddings=_flag(raw if "tie_word_embeddings" in raw else text, "tie_word_embeddings"),
             image_token_id=_whole(raw, "image_token_id", least=0),
             video_token_id=_whole(raw, "video_token_id", least=0),
-            vision=parse_vision(vision),
-            qkv_bias=qkv_bias,
-            qk_norm=qk_norm,
-            mrope_interleaved=mrope_interleaved,
+            vision=traits.parse_vision(_section(raw, "vision_config")),
+            qkv_bias=traits.qkv_bias,
+            qk_norm=traits.qk_norm,
+            mrope_interleaved=traits.mrope_interleaved,
         )
     except (KeyError, ValueError) as e:
         raise InputError(f"{where}: missing or malformed field: {e!r}") from e
+    _check_sizes(config, where)
+    for field, value, choices in (
+        ("hidden_act", text.get("hidden_act", "silu"), ("silu",)),
+        ("rope_type", rope.get("rope_type", rope.get("type", "default")), ("default", "mrope")),
+        ("use_sliding_window", text.get("use_sliding_window") or False, (False,)),
+        ("attention_bias", not traits.qkv_bias and bool(text.get("attention_bias")), (False,)),
+    ):
+        if value not in choices:
+            words = ", ".join(c if isinstance(c, str) else json.dumps(c) for c in choices)
+            raise InputError(f"{where}: {field}={json.dumps(value)} is not supported; choices: {words}")
+    return config
+
+
+def _check_sizes(config: ModelConfig, where: str) -> None:
+    """Raises InputError where dimensions contradict each other."""
     if max(config.visual_ids) >= config.vocab_size:
         raise InputError(
             f"{where}: image_token_id and video_token_id {config.visual_ids} must be below vocab_size "
             f"{config.vocab_size}"
         )
     for what, n, parts in (
-        ("num_attention_heads and num_key_value_heads", heads, config.num_kv_heads),
+        ("num_attention_heads and num_key_value_heads", config.num_heads, config.num_kv_heads),
         ("vision_config's hidden_size and num_heads", config.vision.hidden_size, config.vision.num_heads),
     ):
         if n % parts:
             raise InputError(f"{where}: {what} {n} and {parts}: the first must be a multiple of the second")
-    if len(config.mrope_section) != 3 or 2 * sum(config.mrope_section) != config.head_size:
+    if len(config.mrope_section) != 3 or 2 * sum(config.mrope_section) != config.head_dim:
         raise InputError(
             f"{where}: mrope_section {config.mrope_section} must be three numbers that sum to half the head size "
-            f"{config.head_size}"
+            f"{config.head_dim}"
         )
-    for field, value, choices in (
-        ("hidden_act", text.get("hidden_act", "silu"), ("silu",)),
-        ("rope_type", rope.get("rope_type", rope.get("type", "default")), ("default", "mrope")),
-        ("use_sliding_window", text.get("use_sliding_window") or False, (False,)),
-        ("attention_bias", not qkv_bias and bool(text.get("attention_bias")), (False,)),
-    ):
-        if value not in choices:
-            words = ", ".join(c if isinstance(c, str) else json.dumps(c) for c in choices)
-            raise InputError(f"{where}: {field}={json.dumps(value)} is not supported; choices: {words}")
-    return config
 
 
 def _common_vision(vision: Mapping[str, Any]) -> dict[str, Any]:
@@ -269,11 +272,13 @@ def _qwen3_vision(vision: Mapping[str, Any]) -> VisionConfig:
 # config.json, too, and need not import flax.
 PARSERS: dict[str, Callable[[Mapping[str, Any], str], ModelConfig]] = {
     "qwen2_5_vl": functools.partial(
-        parse_decoder, family="qwen2_5_vl", parse_vision=_qwen2_5_vision, rope_theta=1e6,
-        qkv_bias=True, qk_norm=False, mrope_interleaved=False,
+        parse_decoder,
+        family="qwen2_5_vl",
+        traits=DecoderTraits(_qwen2_5_vision, rope_theta=1e6, qkv_bias=True, qk_norm=False, mrope_interleaved=False),
     ),
     "qwen3_vl": functools.partial(
-        parse_decoder, family="qwen3_vl", parse_vision=_qwen3_vision, rope_theta=5e6,
-        qkv_bias=False, qk_norm=True, mrope_interleaved=True,
+        parse_decoder,
+        family="qwen3_vl",
+        traits=DecoderTraits(_qwen3_vision, rope_theta=5e6, qkv_bias=False, qk_norm=True, mrope_interleaved=True),
     ),
-}  # fmt: skip
+}

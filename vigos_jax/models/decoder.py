@@ -37,7 +37,7 @@ class KVCache:
 
 def empty_cache(config: ModelConfig, *, batch: int, length: int, dtype: Any) -> KVCache:
     """A cache for `length` tokens per row."""
-    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_size)
+    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
     return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), write_at=jnp.zeros((), jnp.int32))
 
 
@@ -107,14 +107,14 @@ class DecoderLayer(nn.Module):
 
         def heads(x: Array, count: int) -> Array:  # [B, T, count * H] -> [B, T, count, H]
             divides = self.mesh is not None and count % self.mesh.shape["tensor"] == 0
-            x = x.reshape(b, t, count, c.head_size)
+            x = x.reshape(b, t, count, c.head_dim)
             return place(x, self.mesh, ROWS, None, "tensor" if divides else None)
 
         x = place_states(x, self.mesh)
         h = RMSNorm(c.rms_eps, name="input_norm")(x)
-        q = project("q_proj", c.num_heads * c.head_size, c.qkv_bias)(h, deterministic)
-        k = project("k_proj", c.num_kv_heads * c.head_size, c.qkv_bias)(h, deterministic)
-        v = project("v_proj", c.num_kv_heads * c.head_size, c.qkv_bias)(h, deterministic)
+        q = project("q_proj", c.num_heads * c.head_dim, c.qkv_bias)(h, deterministic)
+        k = project("k_proj", c.num_kv_heads * c.head_dim, c.qkv_bias)(h, deterministic)
+        v = project("v_proj", c.num_kv_heads * c.head_dim, c.qkv_bias)(h, deterministic)
         q, k, v = heads(q, c.num_heads), heads(k, c.num_kv_heads), heads(v, c.num_kv_heads)
         if c.qk_norm:
             q, k = RMSNorm(c.rms_eps, name="q_norm")(q), RMSNorm(c.rms_eps, name="k_norm")(k)

@@ -18,9 +18,7 @@ def unroll(layers: int) -> int:
     return layers if layers <= 4 else 1
 
 
-def rematerialised(
-    layer: type[nn.Module], remat: str, layers: int, *, static: tuple[int, ...] = ()
-) -> type[nn.Module]:
+def rematerialised(layer: type[nn.Module], remat: str, layers: int, *, static: tuple[int, ...] = ()) -> type[nn.Module]:
     """The layer with what its backward pass keeps: see `VisionLanguageModel.remat`.
 
     Args:
@@ -180,9 +178,7 @@ class GatedMLP(nn.Module):
         return self.down_proj(h, deterministic)
 
 
-def mrope_angles(
-    positions: Array, *, theta: float, sections: tuple[int, int, int], interleaved: bool = False
-) -> Array:
+def mrope_angles(positions: Array, *, theta: float, sections: tuple[int, int, int], interleaved: bool = False) -> Array:
     """Rotary angles of which some follow time, some height and some width (M-RoPE).
 
     Args:
@@ -204,7 +200,7 @@ def mrope_angles(
     return jnp.swapaxes(positions, 1, 2).astype(jnp.float32)[..., axis] * frequency
 
 
-def grid_angles(hw: Array, *, head_size: int, theta: float = 10000.0) -> Array:
+def grid_angles(hw: Array, *, head_dim: int, theta: float = 10000.0) -> Array:
     """Rotary angles of a 2-D grid: a quarter of the head follows rows, the next columns, with equal frequencies.
 
     Args:
@@ -213,7 +209,7 @@ def grid_angles(hw: Array, *, head_size: int, theta: float = 10000.0) -> Array:
     Returns:
       float32 [..., H/2].
     """
-    n = head_size // 4
+    n = head_dim // 4
     frequency = theta ** (-jnp.arange(n, dtype=jnp.float32) / n)
     return (hw.astype(jnp.float32)[..., None] * frequency).reshape(*hw.shape[:-1], 2 * n)
 

@@ -57,7 +57,7 @@ class VisionTower(nn.Module):
     def __call__(self, inputs: VisionInputs, deterministic: bool) -> Array:
         c = self.config
         x = Projection(c.hidden_size, name="patch_embed")(inputs.patches.astype(self.dtype))  # [B, S, Dv]
-        angles = grid_angles(inputs.hw, head_size=c.hidden_size // c.num_heads)
+        angles = grid_angles(inputs.hw, head_dim=c.hidden_size // c.num_heads)
         is_full = jnp.array([i in c.full_attention_blocks for i in range(c.depth)])
         blocks = nn.scan(
             rematerialised(VisionBlock, self.remat, c.depth, static=(5,)),

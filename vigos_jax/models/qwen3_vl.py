@@ -82,7 +82,7 @@ class VisionTower(nn.Module):
         x = Projection(c.hidden_size, use_bias=True, name="patch_embed")(inputs.patches.astype(self.dtype))
         table = self.param("positions", nn.initializers.normal(0.02), (c.num_positions, c.hidden_size))
         x = x + resample(table, inputs.hw, inputs.grid).astype(x.dtype)  # [B, S, Dv]
-        angles = grid_angles(inputs.hw, head_size=c.hidden_size // c.num_heads)
+        angles = grid_angles(inputs.hw, head_dim=c.hidden_size // c.num_heads)
         slots = [c.deepstack_blocks.index(i) if i in c.deepstack_blocks else -1 for i in range(c.depth)]
         blocks = nn.scan(
             rematerialised(VisionBlock, self.remat, c.depth),

@@ -17,12 +17,12 @@ def student_variables(base: Any, trained: Variables) -> Variables:
     return {"params": base, **trained}
 
 
-def teacher_variables(base: Any, overlay: Variables) -> Variables:
-    """The base overlaid with `teacher_overlay`, behind which no gradient flows."""
-    return jax.lax.stop_gradient({"params": base, **overlay})
+def teacher_variables(base: Any, teacher_params: Variables) -> Variables:
+    """The base overlaid with `teacher_params_of`, behind which no gradient flows."""
+    return jax.lax.stop_gradient({"params": base, **teacher_params})
 
 
-def teacher_overlay(weights: str, *, trained: Variables, average: Variables) -> Variables:
+def teacher_params_of(weights: str, *, trained: Variables, average: Variables) -> Variables:
     """What lies over the base for every teacher.
 
     Args:

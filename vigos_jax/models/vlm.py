@@ -47,9 +47,7 @@ class VisionLanguageModel(nn.Module):
         family = FAMILIES[c.family]
         self.visual = family.tower(c.vision, self.lora, self.dtype, self.remat, self.mesh)
         self.embedding = self.param("embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size))
-        self.layers = family.layers(
-            c, lora=self.lora, attention=self.attention, mesh=self.mesh, remat=self.remat
-        )
+        self.layers = family.layers(c, lora=self.lora, attention=self.attention, mesh=self.mesh, remat=self.remat)
         self.norm = RMSNorm(c.rms_eps)
         if not c.tie_embeddings:
             self.lm_head = self.param("lm_head", nn.initializers.normal(0.02), (c.hidden_size, c.vocab_size))

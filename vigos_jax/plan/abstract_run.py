@@ -11,16 +11,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from vigos_jax.errors import InputError
+from vigos_jax.method.batch import PromptBatch, ScoreBatch, SupervisedTokens
+from vigos_jax.method.losses import ObjectiveConfig
 from vigos_jax.method.packing import Buckets
-from vigos_jax.method.roles import TeacherRole, role_table, roles_per_token
+from vigos_jax.method.roles import TeacherRole, roles_per_token
 from vigos_jax.models.config import ModelConfig
-from vigos_jax.models.inputs import Entries, PromptBatch, ScoreBatch, TextInputs, VisionInputs
+from vigos_jax.models.inputs import TextInputs, VisionInputs
 from vigos_jax.models.published_configs import published_config
 from vigos_jax.models.variables import shares_vision, student_variables
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.plan.devices import Topology
 from vigos_jax.runtime.sharding import batch_sharding, check_batch, make_mesh, replicated, tree_shardings
-from vigos_jax.session import DEMO_FOLDER, model_of
+from vigos_jax.session import DEMO_FOLDER, model_of, objective_of
 from vigos_jax.training.step import TrainState, make_optimizer
 
 
@@ -83,7 +85,7 @@ class AbstractRun:
 
     config: Any
     model: VisionLanguageModel
-    roles: tuple[TeacherRole, ...]
+    objective: ObjectiveConfig
     sizes: Sizes
     tx: Any
     base: Any
@@ -125,14 +127,14 @@ class AbstractRun:
 
     def scores(self, rows: int) -> ScoreBatch:
         """One micro-batch, with visual tokens or pictures as training has them."""
-        e = self.sizes.completion * roles_per_token(self.roles)
+        e = self.sizes.completion * roles_per_token(self.objective.roles)
         int32, float32 = self.rows(jnp.int32, rows, e), self.rows(jnp.float32, rows, e)
         is_known = shares_vision(self.state.trained)
         return ScoreBatch(
             vision=None if is_known else self.vision(rows),
             student=self.text(rows, self.sizes.student),
             teacher=self.text(rows, self.sizes.teacher),
-            entries=Entries(int32, int32, int32, int32, int32, float32, float32),
+            supervised=SupervisedTokens(int32, int32, int32, int32, int32, float32, float32),
             image_embeds=self.images(rows) if is_known else None,
         )
 
@@ -146,8 +148,8 @@ def describe(config, target: Topology) -> AbstractRun:
     mesh = make_mesh(
         data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor, devices=list(target.devices)
     )
-    check_batch(mesh, batch_size=config.batch_size, accumulation=config.accumulation)
-    roles = role_table(config.roles, config.prompts, data_fields=tuple(config.data.fields))
+    check_batch(mesh, batch_size=config.batch_size, micro_batches=config.gradient_accumulation_steps)
+    objective = objective_of(config)
     model_config = model_config_of(config.model.path)
     model = model_of(config, model_config, mesh, platform=target.platform)
     place = functools.partial(_placed, mesh=mesh, rules=config.mesh.rules)
@@ -155,13 +157,14 @@ def describe(config, target: Topology) -> AbstractRun:
     base = place({"params": abstract["params"]}, dtype=model.dtype)["params"]
     part = "params" if model.lora is None else "lora"
     trained = place({part: abstract[part]}, dtype=jnp.float32)
-    tx, _ = make_optimizer(steps=config.steps, **dict(config.optimizer.items()))
+    tx, _ = make_optimizer(config.optimizer, steps=config.steps)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     opt_state = place(jax.eval_shape(tx.init, trained))
     state = TrainState(step, trained, opt_state, trained if config.teacher.weights == "ema" else {})
     student = student_variables(base, trained)
     student = {**student, "params": place({"params": student["params"]}, dtype=model.dtype)["params"]}
-    return AbstractRun(config, model, roles, sizes_of(config, model_config, roles), tx, base, state, student)
+    sizes = sizes_of(config, model_config, objective.roles)
+    return AbstractRun(config, model, objective, sizes, tx, base, state, student)
 
 
 def _placed(tree: Any, *, mesh: Any, rules: Any, dtype: Any = None) -> Any:

@@ -28,7 +28,7 @@ from vigos_jax.training.step import train_step_of
 
 _GB = 1e9
 _EOS = (0, 1)  # which tokens end a row does not matter to the program
-_ONLY_GRADIENT = ("model.remat", "accumulation")  # changes that leave all other programs as they are
+_ONLY_GRADIENT = ("model.remat", "gradient_accumulation_steps")  # changes that leave all other programs as they are
 
 
 def plan(config) -> str:
@@ -60,7 +60,7 @@ def compile_plan(config, target: Topology, *, only: tuple[str, ...] = ()) -> Pla
     c, ways = run.model.config, run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     heads = c.num_kv_heads // (run.mesh.shape["tensor"] if c.num_kv_heads % run.mesh.shape["tensor"] == 0 else 1)
     slots = run.sizes.prompt + _capacity(run)
-    cache = 2 * c.num_layers * (config.batch_size // ways) * slots * heads * c.head_size
+    cache = 2 * c.num_layers * (config.batch_size // ways) * slots * heads * c.head_dim
     return Plan(
         model=config.model.path,
         topology=target.name,
@@ -69,7 +69,7 @@ def compile_plan(config, target: Topology, *, only: tuple[str, ...] = ()) -> Pla
         mesh=dict(run.mesh.shape),
         sizes=dataclasses.asdict(run.sizes),
         batch_size=config.batch_size,
-        accumulation=config.accumulation,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
         remat=config.model.remat,
         attention=run.model.attention,
         dtype=config.model.dtype,
@@ -95,8 +95,9 @@ def _sampler(run: AbstractRun) -> Sampler:
 
 def _programs(run: AbstractRun, target: Topology, only: tuple[str, ...]) -> Iterator[Program]:
     """In the order of a step. What another program would have made, had it fit, is not compiled on."""
-    config, b, micro = run.config, run.config.batch_size, run.config.batch_size // run.config.accumulation
-    sampler, step = _sampler(run), train_step_of(config, run.model, run.roles, run.tx, run.state)
+    config, b = run.config, run.config.batch_size
+    micro = b // config.gradient_accumulation_steps
+    sampler, step = _sampler(run), train_step_of(config, run.model, run.objective, run.tx, run.state)
     prompts, until = run.prompts(b), run.whole(jnp.int32)
     keys = run.whole(jax.eval_shape(lambda: jax.random.key(0)).dtype, b)
     # What a step has at hand all the time, beside the two batches of prompts, this step's and the next.
@@ -130,17 +131,17 @@ def _programs(run: AbstractRun, target: Topology, only: tuple[str, ...]) -> Iter
             extra = beside(rollout) - (trained if rollout == "base" else 0)
             yield measure("decode", 1, sampler.programs.decode, run.student, last, until, beside=extra)[0]
     if wanted("gradient", "update"):
-        batch, shares = run.scores(micro), run.whole(jnp.float32, len(run.roles))
+        batch, normalizers = run.scores(micro), run.whole(jnp.float32, len(run.objective.roles))
         key = run.whole(keys.dtype)
         average = run.state.average
         extra = beside("base") - trained - device_bytes(average)
-        args = (run.state.trained, run.base, average, batch, shares, key)
-        program, sums = measure("gradient", config.accumulation, step.gradient, *args, beside=extra)
-        if sums is not None and config.accumulation > 1:  # those of the micro-batches before
+        args = (run.state.trained, run.base, average, batch, normalizers, key)
+        program, sums = measure("gradient", config.gradient_accumulation_steps, step.gradient, *args, beside=extra)
+        if sums is not None and config.gradient_accumulation_steps > 1:  # those of the micro-batches before
             program = dataclasses.replace(program, beside=program.beside + device_bytes(sums))
         yield program
         if sums is not None:
-            yield measure("update", 1, step.update, run.state, sums, shares, beside=beside("state"))[0]
+            yield measure("update", 1, step.update, run.state, sums, normalizers, beside=beside("state"))[0]
 
 
 def _grown(state: Any, capacity: int) -> Any:
@@ -225,8 +226,8 @@ def _changes(config, mesh: dict[str, int], failed: set[str]) -> Iterator[dict[st
             yield {"model.remat": "full"}
         ways = mesh["data"] * mesh["fsdp"]
         for n in (2, 4, 8):
-            if config.batch_size % (ways * config.accumulation * n) == 0:
-                yield {"model.remat": "full", "accumulation": config.accumulation * n}
+            if config.batch_size % (ways * config.gradient_accumulation_steps * n) == 0:
+                yield {"model.remat": "full", "gradient_accumulation_steps": config.gradient_accumulation_steps * n}
     data, fsdp, tensor = mesh["data"], mesh["fsdp"], mesh["tensor"]
     while data % 2 == 0:
         data, fsdp = data // 2, fsdp * 2
@@ -235,11 +236,11 @@ def _changes(config, mesh: dict[str, int], failed: set[str]) -> Iterator[dict[st
     while ways % 2 == 0 and tensor < 8:
         ways, tensor = ways // 2, tensor * 2
         # Fewer rows at a time, or the activations of a device would grow as its weights shrink.
-        rows = max(1, config.batch_size // (ways * config.accumulation))
+        rows = max(1, config.batch_size // (ways * config.gradient_accumulation_steps))
         more = next((n for n in (4, 2) if rows % n == 0), 1)
         yield {
             "mesh.data": 1, "mesh.fsdp": ways, "mesh.tensor": tensor,
-            "accumulation": config.accumulation * more, "model.remat": "full",
+            "gradient_accumulation_steps": config.gradient_accumulation_steps * more, "model.remat": "full",
         }  # fmt: skip
     for part in (2, 4):
         if config.plan.completion // part:

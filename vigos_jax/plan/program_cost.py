@@ -262,7 +262,7 @@ def _source(i: _Instruction) -> str:
 
 
 def _trips(loop: _Instruction, parsed: Mapping[str, dict[str, _Instruction]]) -> float | None:
-    if match := re.search(r'known_trip_count\W+n\W+(\d+)', loop.rest):
+    if match := re.search(r"known_trip_count\W+n\W+(\d+)", loop.rest):
         return int(match[1])
     condition, body = (parsed[_called(loop, part)[0]] for part in ("condition", "body"))
     compare = next(i for i in condition.values() if i.is_root)

@@ -71,7 +71,7 @@ class Plan:
     mesh: dict[str, int]
     sizes: dict[str, int]
     batch_size: int
-    accumulation: int
+    gradient_accumulation_steps: int
     remat: str
     attention: str
     dtype: str
@@ -137,15 +137,15 @@ def report(plan: Plan) -> str:
     """The plan as text."""
     s, rates, memory = plan.sizes, plan.rates, plan.rates.memory_gb
     mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
-    micro = plan.batch_size // plan.accumulation
+    micro = plan.batch_size // plan.gradient_accumulation_steps
     lines = [
         f"{plan.model} on {plan.topology}: {plan.devices} devices of {memory:g} GB, {mesh}, {plan.dtype}, "
         f"remat={plan.remat}, attention={plan.attention}",
         f"at {rates.tflops:g} TFLOP/s, {rates.bandwidth_gbs:g} GB/s of memory, {rates.interconnect_gbs:g} GB/s between "
         "devices, each",
         f"a step: {plan.batch_size} rows of {s['patches']} patches, {s['prompt']} prompt and {s['completion']} "
-        f"completion tokens; {plan.accumulation} micro-batches of {micro} rows, student {s['student']} and teachers "
-        f"{s['teacher']} tokens",
+        f"completion tokens; {plan.gradient_accumulation_steps} micro-batches of {micro} rows, student {s['student']} "
+        f"and teachers {s['teacher']} tokens",
         "",
         f"parameters {plan.parameters:,}, trained {plan.trained:,}",
         f"on each device: base {_gb(plan.base_bytes)} GB, trained {_gb(plan.trained_bytes)} GB, optimizer state "

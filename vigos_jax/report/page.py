@@ -176,7 +176,7 @@ class Browser:
 Section = Text | Table | Rollout | Charts | Folded | Browser
 
 
-def picture_uri(image: Image.Image, *, size: int = 160) -> str:
+def image_uri(image: Image.Image, *, size: int = 160) -> str:
     """A thumbnail as a data URI."""
     image = image.convert("RGB")
     image.thumbnail((size, size))

@@ -15,7 +15,7 @@ from vigos_jax.method.packing import Row, pack_prompts
 from vigos_jax.models.variables import Variables
 from vigos_jax.rollouts.sampler import Completions, Sampler, completions
 from vigos_jax.rollouts.sampling import Sampling
-from vigos_jax.session import Loaded
+from vigos_jax.session import Session
 
 Array = jax.Array
 _TOKENS_PER_PIECE = 8  # of a stream
@@ -72,27 +72,27 @@ class Engine(Protocol):
         ...
 
 
-EngineFactory = Callable[[Loaded, Sampling], Engine]
+EngineFactory = Callable[[Session, Sampling], Engine]
 
 
 class NativeEngine:
     """The package's own sampler behind the protocol: the same mesh, the same weights, nothing copied."""
 
-    def __init__(self, loaded: Loaded, sampling: Sampling):
-        self._loaded = loaded
+    def __init__(self, session: Session, sampling: Sampling):
+        self._session = session
         self._sampler = Sampler(
-            loaded.model, sampling, eos_ids=loaded.processor.eos_ids, cache_sizes=loaded.buckets.completion
+            session.model, sampling, eos_ids=session.processor.eos_ids, cache_sizes=session.buckets.completion
         )
         self._student = None
 
     def prepare(self, rows: Sequence[Row]) -> Any:
         """The rows' prompts and images, packed, on the mesh."""
-        packed = pack_prompts(rows, config=self._loaded.config, buckets=self._loaded.buckets)
-        return self._loaded.put_batch(packed)
+        packed = pack_prompts(rows, config=self._session.config, buckets=self._session.buckets)
+        return self._session.put_batch(packed)
 
     def sync(self, trained: Variables, *, step: int = 0) -> None:
         """Casts float32 master weights once; an adapter stays beside the base."""
-        self._student = self._sampler.ready(self._loaded.student(trained))
+        self._student = self._sampler.ready(self._session.student(trained))
 
     def sample(self, prepared: Any, keys: Array) -> Sampled:
         """Completions, and the visual tokens they were made from."""
@@ -106,7 +106,7 @@ class NativeEngine:
         while not is_over:
             state = self._sampler.advance(self._student, state, int(state.step) + _TOKENS_PER_PIECE)
             is_over = bool(jnp.all(state.is_done)) or int(state.step) >= self._sampler.sampling.max_tokens
-            yield completions(state, self._loaded.mesh)
+            yield completions(state, self._session.mesh)
 
     def close(self) -> None:
         """Lets go of the weights."""

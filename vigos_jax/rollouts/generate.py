@@ -15,57 +15,53 @@ from vigos_jax.models.variables import Variables
 from vigos_jax.rollouts.engine import EngineFactory, NativeEngine
 from vigos_jax.rollouts.sampler import row_keys
 from vigos_jax.rollouts.sampling import Sampling
-from vigos_jax.session import Loaded
+from vigos_jax.session import Session
 
 
-def stream(
-    loaded: Loaded, trained: Variables, config, *, open_engine: EngineFactory = NativeEngine
-) -> Iterator[str]:
+def stream(session: Session, trained: Variables, config, *, open_engine: EngineFactory = NativeEngine) -> Iterator[str]:
     """Yields the answer's text in pieces; of the demo's model without picture and question, `quick_look`.
 
     Raises:
       InputError: no question, or a picture that cannot be read.
     """
     if config.model.path == "demo" and not (config.generate.image or config.generate.question):
-        yield from quick_look(loaded, trained, config, open_engine)
+        yield from quick_look(session, trained, config, open_engine)
         return
     if not config.generate.image or not config.generate.question.strip():
         raise InputError("--mode generate needs --config.generate.image=FILE and --config.generate.question='...'")
     try:
         image = read_image(str(pathlib.Path(config.generate.image).expanduser().absolute()), image_roots=("/",))
         problem = clean_problem(config.generate.question)
-        yield from _answer(loaded, trained, config, image, problem, open_engine)
+        yield from _answer(session, trained, config, image, problem, open_engine)
     except BadImage as e:
         raise InputError(f"config.generate.image={config.generate.image!r}: {e}") from e
 
 
-def quick_look(loaded: Loaded, trained: Variables, config, open_engine: EngineFactory) -> Iterator[str]:
+def quick_look(session: Session, trained: Variables, config, open_engine: EngineFactory) -> Iterator[str]:
     """Yields a picture that agrees with what one expects and one that contradicts it, in words, and the answers."""
     for k, setting in enumerate(("prior", "conflict")):
-        item = world.item(config.evaluate.seed, 0, setting=setting)
+        item = world.item(config.demo_eval.seed, 0, setting=setting)
         usual = "as usual" if setting == "prior" else f"usually {item.prior_value}"
         yield "\n\n" * bool(k) + f"picture   {world.describe(item.scene.things)}\n"
         yield f"question  {item.question}\nright     {item.answer} ({usual})\nanswer    "
-        for piece in _answer(loaded, trained, config, item.pil_image, item.question, open_engine):
+        for piece in _answer(session, trained, config, item.pil_image, item.question, open_engine):
             yield piece.replace("\n", " ")
 
 
 def _answer(
-    loaded: Loaded, trained: Variables, config, image: Image.Image, problem: str, open_engine: EngineFactory
+    session: Session, trained: Variables, config, image: Image.Image, problem: str, open_engine: EngineFactory
 ) -> Iterator[str]:
     """Yields the student's completion, prefill included; raises BadImage."""
-    encoded = loaded.processor.encode_image(image)
-    row = make_row(
-        (encoded,), problem=problem, reference="", student=config.prompts.student, roles=(), processor=loaded.processor
-    )
-    copies = loaded.whole_batch(1)  # one row cannot be split: every data slot of the mesh gets a copy of it
+    encoded = session.processor.encode_image(image)
+    row = make_row((encoded,), problem=problem, student=config.prompts.student, processor=session.processor)
+    copies = session.whole_batch(1)  # one row cannot be split: every data slot of the mesh gets a copy of it
     said = text = ""
-    with contextlib.closing(open_engine(loaded, Sampling(**config.sampling))) as engine:
+    with contextlib.closing(open_engine(session, Sampling(**config.sampling))) as engine:
         engine.sync(trained)
         prepared = engine.prepare([row] * copies)
         yield config.prompts.student.assistant_prefill
         for completions in engine.stream(prepared, row_keys(config.seed, 0, copies)):
-            text = loaded.processor.decode([i for i in completions.ids[0] if i not in loaded.processor.eos_ids])
+            text = session.processor.decode([i for i in completions.ids[0] if i not in session.processor.eos_ids])
             # A character may be split between pieces; hold it back until it is whole.
             ready = text.rstrip("\ufffd")
             yield ready[len(said) :]

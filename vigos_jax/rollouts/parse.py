@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vigos_jax.data.examples import Encoder, Example, is_unicode
 from vigos_jax.data.images import read_image
-from vigos_jax.data.loader import Example, encode_row, is_unicode
 from vigos_jax.data.processor import EncodedImage, Processor
 from vigos_jax.data.sources import JsonlSource
 from vigos_jax.grading.answer_text import is_correct, last_boxed, mentions
@@ -20,7 +20,7 @@ from vigos_jax.method.spans import find_spans
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.rollouts.sampler import Completions
 from vigos_jax.runtime.files import finite_or_none
-from vigos_jax.session import Loaded
+from vigos_jax.session import Session
 
 _PARTS = ("description", "reasoning", "answer")
 
@@ -49,11 +49,11 @@ class Reader:
     fields: tuple[str, ...]
 
     @classmethod
-    def of(cls, loaded: Loaded, config) -> "Reader":
+    def of(cls, session: Session, config) -> "Reader":
         """The reader of a run: its student's prompt, its roles, its declared sizes."""
         student = dict(config.prompts.student.items())
         images, fields = config.data.max_images, tuple(config.data.fields)
-        return cls(loaded.processor, student, loaded.roles, loaded.buckets, loaded.config, images, fields)
+        return cls(session.processor, student, session.roles, session.buckets, session.config, images, fields)
 
     def example(
         self, source: Any, index: int, *, image_roots: Sequence[str] = (), max_completion: int | None = None
@@ -64,14 +64,12 @@ class Reader:
           image_roots: folders that its images may lie in, beside the source's own.
           max_completion: makes a row bad that does not fit the buckets with a completion of this length.
         """
-        check = None if max_completion is None else functools.partial(self.too_long, max_completion=max_completion)
-        roots = (*getattr(source, "image_roots", ()), *image_roots)
-        return encode_row(source[index], index, **self.options(roots), too_long=check)
+        return self.encoder(image_roots=image_roots, max_completion=max_completion)(source, index)
 
-    def options(self, image_roots: Sequence[str]) -> dict[str, Any]:
-        """What `encode_row` takes beside the row."""
-        kept = {"processor": self.processor, "max_images": self.max_images, "fields": self.fields}
-        return kept | {"image_roots": tuple(image_roots)}
+    def encoder(self, *, image_roots: Sequence[str] = (), max_completion: int | None = None) -> Encoder:
+        """What reads the rows; arguments as of `example`."""
+        check = None if max_completion is None else functools.partial(self.too_long, max_completion=max_completion)
+        return Encoder(self.processor, self.max_images, self.fields, tuple(image_roots), check)
 
     def row(
         self, example: Example, *, reference: str | None = None, images: tuple[EncodedImage, ...] | None = None
@@ -103,52 +101,50 @@ class Reader:
     ) -> str | None:
         """Why a row, given as to `row`, cannot fit the buckets, or None if it does with any such completion."""
         row = self.row(example, reference=reference, images=images)
-        kind = too_long(
-            row, roles=self.roles, buckets=self.buckets, max_completion=max_completion, config=self.config
-        )
+        kind = too_long(row, roles=self.roles, buckets=self.buckets, max_completion=max_completion, config=self.config)
         return kind and f"{kind}_too_long"
 
 
-def parse(loaded: Loaded, rows: Sequence[Row], sampled: Completions) -> list[Rollout | None]:
+def parse(session: Session, rows: Sequence[Row], sampled: Completions) -> list[Rollout | None]:
     """The sampler's completions with their spans; None for bad rows."""
-    spans = [find_spans(loaded.processor.token_bytes(ids), rule=loaded.span_rule) for ids in sampled.ids]
+    spans = [find_spans(session.processor.token_bytes(ids), rule=session.span_rule) for ids in sampled.ids]
     parts = zip(rows, sampled.ids, spans, sampled.logps, strict=True)
     return [Rollout(ids, where, logps) if row.student else None for row, ids, where, logps in parts]
 
 
-def read_cases(source: JsonlSource, loaded: Loaded, config) -> Iterator[Case]:
+def read_cases(source: JsonlSource, session: Session, config) -> Iterator[Case]:
     """The rows of a rollouts file: `{"id", "images", "problem", "answer"}` and `"completion"` or `"completion_ids"`."""
-    reader = Reader.of(loaded, config)
+    reader = Reader.of(session, config)
     for i in range(len(source)):
         example = reader.example(source, i, image_roots=("/",))  # the rollouts' own engine chose the paths
-        completion = example.bad_reason or _completion(source[i], example, reader, loaded)
+        completion = example.bad_reason or _completion(source[i], example, reader, session)
         if isinstance(completion, str):
             yield Case(i, example, bad_reason=completion)
         else:
             yield Case(i, example, reader.row(example), completion)
 
 
-def _completion(raw: dict[str, Any], example: Example, reader: Reader, loaded: Loaded) -> Rollout | str:
+def _completion(raw: dict[str, Any], example: Example, reader: Reader, session: Session) -> Rollout | str:
     """The rollout of a usable row, or the reason why it has none."""
-    ids = _completion_ids(raw, loaded)
+    ids = _completion_ids(raw, session)
     if isinstance(ids, str):
         return ids
-    if len(ids) > max(loaded.buckets.completion):
+    if len(ids) > max(session.buckets.completion):
         return "completion_too_long"
     if reason := reader.too_long(example, max_completion=len(ids)):
         return reason
-    return Rollout(tuple(ids), find_spans(loaded.processor.token_bytes(ids), rule=loaded.span_rule))
+    return Rollout(tuple(ids), find_spans(session.processor.token_bytes(ids), rule=session.span_rule))
 
 
-def _completion_ids(raw: dict[str, Any], loaded: Loaded) -> list[int] | str:
+def _completion_ids(raw: dict[str, Any], session: Session) -> list[int] | str:
     """Token ids of a row's completion, or the reason why there are none."""
     ids = raw.get("completion_ids")
     if ids is None:
         text = raw.get("completion")
         if not isinstance(text, str):
             return "no_completion"
-        return loaded.processor.encode_text(text) if is_unicode(text) else "text_not_unicode"
-    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < loaded.config.vocab_size for i in ids):
+        return session.processor.encode_text(text) if is_unicode(text) else "text_not_unicode"
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < session.config.vocab_size for i in ids):
         return "bad_completion_ids"
     return ids
 
@@ -159,12 +155,12 @@ def spans_json(rollout: Rollout) -> dict[str, list[list[int]]]:
     return {name: [list(span)] if span[1] > span[0] else [] for name, span in parts.items()}
 
 
-def pieces(loaded: Loaded, ids: Sequence[int]) -> list[str]:
+def pieces(session: Session, ids: Sequence[int]) -> list[str]:
     """The text of each token; a character that is split between tokens shows as replacement characters."""
-    return [piece.decode("utf-8", errors="replace") for piece in loaded.processor.token_bytes(ids)]
+    return [piece.decode("utf-8", errors="replace") for piece in session.processor.token_bytes(ids)]
 
 
-def first_picture(source: Any, index: int) -> Image.Image:
+def first_image(source: Any, index: int) -> Image.Image:
     """The first picture of a row that could be read a moment ago; a video's first frame."""
     items = source[index]["images"]
     first = items[0] if isinstance(items, list | tuple | np.ndarray) else items
@@ -173,9 +169,7 @@ def first_picture(source: Any, index: int) -> Image.Image:
     return read_image(first, image_roots=(*getattr(source, "image_roots", ()), "/"))
 
 
-def records(
-    loaded: Loaded, examples: Sequence[Example], rollouts: Sequence[Rollout | None]
-) -> list[dict[str, Any]]:
+def records(session: Session, examples: Sequence[Example], rollouts: Sequence[Rollout | None]) -> list[dict[str, Any]]:
     """JSON of each row and its rollout, to look at; a bad row has its reason instead."""
     out = []
     for example, rollout in zip(examples, rollouts, strict=True):
@@ -184,16 +178,14 @@ def records(
             out.append(row | {"bad_reason": example.bad_reason})
             continue
         row |= {"problem": example.problem, "answer": example.reference, "completion_ids": list(rollout.ids)}
-        row |= {"completion": loaded.processor.decode(rollout.ids), "is_valid": rollout.spans.is_valid}
+        row |= {"completion": session.processor.decode(rollout.ids), "is_valid": rollout.spans.is_valid}
         out.append(row | {"sampled_logps": [finite_or_none(p) for p in rollout.logps or ()]})
     return out
 
 
-def rollout_counts(
-    loaded: Loaded, examples: Sequence[Example], rollouts: Sequence[Rollout | None]
-) -> dict[str, int]:
+def rollout_counts(session: Session, examples: Sequence[Example], rollouts: Sequence[Rollout | None]) -> dict[str, int]:
     """What `rollout_metrics` is made of; the counts of several processes add up, name by name."""
-    decode, eos = loaded.processor.decode, set(loaded.processor.eos_ids)
+    decode, eos = session.processor.decode, set(session.processor.eos_ids)
     out: Counter[str] = Counter()
     for example, rollout in zip(examples, rollouts, strict=True):
         if rollout is None:

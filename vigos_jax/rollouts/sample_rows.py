@@ -8,10 +8,10 @@ from vigos_jax.method.packing import Row
 from vigos_jax.rollouts.engine import Engine
 from vigos_jax.rollouts.sampler import Completions
 from vigos_jax.runtime.distributed import exchange
-from vigos_jax.session import Loaded
+from vigos_jax.session import Session
 
 
-def sample_rows(engine: Engine, loaded: Loaded, rows: Sequence[Row], keys: jax.Array) -> Completions:
+def sample_rows(engine: Engine, session: Session, rows: Sequence[Row], keys: jax.Array) -> Completions:
     """Completions of `rows` in every process, sampled as one batch.
 
     Args:
@@ -21,7 +21,7 @@ def sample_rows(engine: Engine, loaded: Loaded, rows: Sequence[Row], keys: jax.A
     """
     size = len(keys)
     padded = [*rows, *[Row()] * (size - len(rows))]
-    own = loaded.own_rows(size)
+    own = session.own_rows(size)
     sampled = engine.sample(engine.prepare([padded[i] for i in own]), keys).completions
     parts = exchange(list(zip(own, sampled.ids, sampled.logps, strict=True)))
     # Several processes may hold a row.

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from vigos_jax.method.batch import PromptBatch
 from vigos_jax.models.decoder import KVCache, empty_cache
-from vigos_jax.models.inputs import PromptBatch, TextInputs, VisionInputs
+from vigos_jax.models.inputs import TextInputs, VisionInputs
 from vigos_jax.models.variables import Variables, cast_floats
 from vigos_jax.models.vlm import VisionLanguageModel
 from vigos_jax.rollouts.sampling import Sampling, draw, penalise
@@ -258,5 +259,3 @@ def row_keys(seed: int, step: int, rows: int, *, first_row: int = 0) -> Array:
     """One key per row of the global batch: the same rollouts whatever the mesh."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(rows))
-
-

@@ -58,13 +58,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def check_batch(mesh: Mesh, *, batch_size: int, accumulation: int) -> None:
+def check_batch(mesh: Mesh, *, batch_size: int, micro_batches: int) -> None:
     """Raises InputError unless every micro-batch divides over the devices that split it."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"] * accumulation
-    if batch_size < 1 or batch_size % ways:
+    shards = mesh.shape["data"] * mesh.shape["fsdp"] * micro_batches
+    if batch_size < 1 or batch_size % shards:
         raise InputError(
-            f"config.batch_size={batch_size} must be a positive multiple of mesh.data * mesh.fsdp * accumulation = "
-            f"{ways}; the nearest is {max(1, round(batch_size / ways)) * ways}"
+            f"config.batch_size={batch_size} must be a positive multiple of mesh.data * mesh.fsdp * "
+            f"gradient_accumulation_steps = {shards}; the nearest is {max(1, round(batch_size / shards)) * shards}"
         )
 
 
@@ -108,7 +108,7 @@ def read_rows(x: jax.Array, mesh: Mesh) -> np.ndarray:
 
 
 def path_string(path: tuple[Any, ...]) -> str:
-    """"params/layers/q_proj/kernel" for a key path of jax.tree_util."""
+    """ "params/layers/q_proj/kernel" for a key path of jax.tree_util."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 

@@ -57,7 +57,7 @@ class Interrupt:
         return Stopped(f"{self.asked}: stopped; the same command goes on with what is saved")
 
 
-def deaf_worker(worker: int, workers: int) -> None:
+def ignore_signals(worker: int, workers: int) -> None:
     """Begins a data worker, which does not hear the signals: terminals and schedulers send them to a whole group, and
     the running step still needs what it reads. The run ends its workers itself."""
     for number in _SIGNALS:

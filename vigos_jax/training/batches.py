@@ -5,7 +5,6 @@ size is the one that the longest row of any process needs (`Buckets.agree`).
 """
 
 import dataclasses
-import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,13 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from vigos_jax.data.loader import Example, make_batches
-from vigos_jax.method.packing import Rollout, Row, length_groups, pack_scores
-from vigos_jax.models.inputs import ScoreBatch
+from vigos_jax.data.examples import Example
+from vigos_jax.data.loader import Order, make_batches
+from vigos_jax.method.batch import ScoreBatch
+from vigos_jax.method.packing import Rollout, Row, length_groups
 from vigos_jax.rollouts.parse import Reader
 from vigos_jax.runtime.distributed import total
 from vigos_jax.runtime.sharding import batch_sharding, counts_rows
-from vigos_jax.session import Loaded
+from vigos_jax.session import Session
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,11 @@ class Batch:
     seconds: float
 
 
+def order_of(config) -> Order:
+    """The order of a run's rows."""
+    return Order(config.batch_size, config.seed, config.data.shuffle, config.data.window)
+
+
 class Batches:
     """A run's batches from number `first` on, read ahead, and their micro-batches. Every method is all processes'.
 
@@ -50,23 +55,17 @@ class Batches:
       prepare: an engine's.
     """
 
-    def __init__(self, config, loaded: Loaded, source: Any, *, prepare: Callable[[Sequence[Row]], Any], first: int):
-        self._loaded, self._prepare, self._accumulation = loaded, prepare, config.accumulation
-        self._reader = Reader.of(loaded, config)
-        self._own = loaded.own_rows(config.batch_size)
-        self._counts = counts_rows(loaded.mesh)
-        self._take = jax.jit(lambda x, rows: x[rows], out_shardings=batch_sharding(loaded.mesh))
+    def __init__(self, config, session: Session, source: Any, *, prepare: Callable[[Sequence[Row]], Any], first: int):
+        self._session, self._prepare, self._count = session, prepare, config.gradient_accumulation_steps
+        self._reader = Reader.of(session, config)
+        self._own = session.own_rows(config.batch_size)
+        self._counts = counts_rows(session.mesh)
+        self._take = jax.jit(lambda x, rows: x[rows], out_shardings=batch_sharding(session.mesh))
         self._examples = make_batches(
             source,
-            processor=loaded.processor,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            shuffle=config.data.shuffle,
-            max_images=config.data.max_images,
-            fields=tuple(config.data.fields),
-            window=config.data.window,
+            self._reader.encoder(max_completion=config.sampling.max_tokens),
+            order_of(config),
             workers=config.data.workers,
-            too_long=functools.partial(self._reader.too_long, max_completion=config.sampling.max_tokens),
             rows=self._own,
             start_batch=first,
         )
@@ -86,26 +85,19 @@ class Batches:
     def micro_batches(
         self, rows: Sequence[Row], rollouts: Sequence[Rollout | None], images: jax.Array | None
     ) -> list[ScoreBatch]:
-        """A step's rows in `config.accumulation` micro-batches, on the mesh; each process forms its parts by length.
+        """A step's rows in micro-batches, on the mesh; each process forms its parts by length.
 
         Args:
           rows, rollouts: this process's.
           images: [B, M, D], all rows' visual tokens if they serve everyone; else each micro-batch brings its pictures.
         """
         out = []
-        for group in length_groups(rows, rollouts, self._accumulation):
-            batch = pack_scores(
-                [rows[i] for i in group],
-                [rollouts[i] for i in group],
-                roles=self._loaded.roles,
-                config=self._loaded.config,
-                buckets=self._loaded.buckets,
-                with_images=images is None,
-            )
-            batch = self._loaded.put_batch(batch)
+        for group in length_groups(rows, rollouts, self._count):
+            parts = [rows[i] for i in group], [rollouts[i] for i in group]
+            batch = self._session.put_batch(self._session.pack_scores(*parts, with_images=images is None))
             if images is not None:
                 numbers = np.array([self._own[i] for i in group], np.int32)  # within the global batch
-                taken = images if self._accumulation == 1 else self._take(images, self._loaded.put_batch(numbers))
+                taken = images if self._count == 1 else self._take(images, self._session.put_batch(numbers))
                 batch = batch.replace(image_embeds=taken)
             out.append(batch)
         return out

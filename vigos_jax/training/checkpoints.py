@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from vigos_jax.errors import InputError
-from vigos_jax.models.variables import Variables, teacher_overlay
+from vigos_jax.models.variables import Variables, teacher_params_of
 from vigos_jax.runtime import workdir as files
 from vigos_jax.runtime.digest import digests
 from vigos_jax.runtime.distributed import is_first, several
 from vigos_jax.runtime.progress import say
-from vigos_jax.session import Loaded, load, trained_shapes
+from vigos_jax.session import Session, load, trained_shapes
 from vigos_jax.training.step import TrainState
 
 
@@ -176,13 +176,13 @@ class Student:
     """A student outside of training.
 
     Attributes:
-      trained, overlay: what lies over the base for the student and for its teachers.
+      trained, teacher_params: what lies over the base for the student and for its teachers.
       step: optimizer steps that it has taken, 0 for the config's own model.
     """
 
-    loaded: Loaded
+    session: Session
     trained: Variables
-    overlay: Variables
+    teacher_params: Variables
     step: int
 
 
@@ -192,19 +192,19 @@ def load_student(config, workdir: pathlib.Path | None, *, step: int = 0) -> Stud
     Args:
       step: of the checkpoint, 0 for the newest.
     """
-    loaded = load(config, for_training=False)
-    trained = average = loaded.trained
+    session = load(config, for_training=False)
+    trained = average = session.trained
     if workdir is None:
         step = 0
     else:
-        like = trained_shapes(loaded, rules=config.mesh.rules)
+        like = trained_shapes(session, rules=config.mesh.rules)
         with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
             found, trained = checkpoints.restore_trained(like, step=step)
             if config.teacher.weights == "ema":
                 _, average = checkpoints.restore_trained(like, item="average", step=step)
         step = found
-    overlay = teacher_overlay(config.teacher.weights, trained=trained, average=average)
-    return Student(loaded, trained, overlay, step)
+    teacher_params = teacher_params_of(config.teacher.weights, trained=trained, average=average)
+    return Student(session, trained, teacher_params, step)
 
 
 def _short(text: str) -> str:

@@ -61,17 +61,17 @@ class Health:
                 out[name] = f"{name} is {mean:.4g} {steps}, outside config.guards.{name}=({low:g}, {high:g})"
         return out
 
-    def reason_to_stop(self, sick: pathlib.Path) -> str:
-        """Why the run should not go on; "" if it should. sick: where `write_sick` writes."""
+    def reason_to_stop(self, folder: pathlib.Path) -> str:
+        """Why the run should not go on; "" if it should. folder: where `write_nonfinite` writes."""
         if self._in_a_row >= self._guards["max_skipped"]:
             return (
                 f"{self._in_a_row} steps in a row had a loss or gradient that is not finite and changed nothing; their "
-                f"rows and rollouts are in {sick}; choices: a lower learning rate, model.dtype=float32, other data"
+                f"rows and rollouts are in {folder}; choices: a lower learning rate, model.dtype=float32, other data"
             )
         return "; ".join(self.alerts.values()) if self._guards["stop"] else ""
 
 
-def write_sick(folder: pathlib.Path, row: Mapping[str, float], records: Sequence[Mapping[str, Any]]) -> None:
+def write_nonfinite(folder: pathlib.Path, row: Mapping[str, float], records: Sequence[Mapping[str, Any]]) -> None:
     """Writes what a step whose numbers are not finite was made of: its metrics, then this process's rollouts."""
     folder.mkdir(exist_ok=True)
     lines = [json.dumps(x, ensure_ascii=False) for x in ({k: finite_or_none(v) for k, v in row.items()}, *records)]

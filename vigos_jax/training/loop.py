@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from vigos_jax.config import differences, read_json, to_json
-from vigos_jax.data.loader import BadRows, data_state, resume_batch
+from vigos_jax.data.bad_rows import BadRows
+from vigos_jax.data.loader import data_state, resume_batch
 from vigos_jax.errors import InputError, Stopped
 from vigos_jax.evaluation import demo_scores
 from vigos_jax.export.export import check_options, export
@@ -26,10 +27,10 @@ from vigos_jax.runtime.files import write_json
 from vigos_jax.runtime.progress import say
 from vigos_jax.runtime.sharding import check_batch, replicated, tree_shardings
 from vigos_jax.runtime.signals import Interrupt
-from vigos_jax.session import Loaded, load, open_source
-from vigos_jax.training.batches import Batch, Batches
+from vigos_jax.session import Session, load, open_source
+from vigos_jax.training.batches import Batch, Batches, order_of
 from vigos_jax.training.checkpoints import Checkpoints
-from vigos_jax.training.guards import Health, write_sick
+from vigos_jax.training.guards import Health, write_nonfinite
 from vigos_jax.training.periodic_eval import StepEvaluations
 from vigos_jax.training.run_log import RunLog
 from vigos_jax.training.snapshots import Snapshots
@@ -66,16 +67,16 @@ def _check_export(config, workdir: pathlib.Path, output: pathlib.Path, *, has_ad
         raise InputError(f"config.export.output={str(output)!r} exists already; choose another folder")
 
 
-def _initial_state(config, loaded: Loaded, tx: Any) -> TrainState:
-    abstract = jax.eval_shape(tx.init, loaded.trained)
-    shardings = tree_shardings(abstract, loaded.mesh, config.mesh.rules)
+def _initial_state(config, session: Session, tx: Any) -> TrainState:
+    abstract = jax.eval_shape(tx.init, session.trained)
+    shardings = tree_shardings(abstract, session.mesh, config.mesh.rules)
     follows = config.teacher.weights == "ema"
     return TrainState(
-        step=jax.device_put(jnp.int32(0), replicated(loaded.mesh)),
-        trained=loaded.trained,
-        opt_state=jax.jit(tx.init, out_shardings=shardings)(loaded.trained),
+        step=jax.device_put(jnp.int32(0), replicated(session.mesh)),
+        trained=session.trained,
+        opt_state=jax.jit(tx.init, out_shardings=shardings)(session.trained),
         # A copy: the step's donated state may not hold one buffer twice.
-        average=jax.tree.map(jnp.copy, loaded.trained) if follows else {},
+        average=jax.tree.map(jnp.copy, session.trained) if follows else {},
     )
 
 
@@ -99,18 +100,18 @@ def train(config, workdir: pathlib.Path, *, open_engine: EngineFactory = NativeE
             first_decides(lambda: _check_workdir(config, workdir))
             first_decides(lambda: check_installed(config.log))
             source = open_source(config)
-            loaded = load(config, for_training=True)
-            check_batch(loaded.mesh, batch_size=config.batch_size, accumulation=config.accumulation)
+            session = load(config, for_training=True)
+            check_batch(session.mesh, batch_size=config.batch_size, micro_batches=config.gradient_accumulation_steps)
             output = pathlib.Path(config.export.output).expanduser() if config.export.output else workdir / files.EXPORT
             if config.export.after_training:
-                first_decides(lambda: _check_export(config, workdir, output, has_adapter="lora" in loaded.trained))
-            evaluations = StepEvaluations(config, loaded, workdir, open_engine=open_engine)
+                first_decides(lambda: _check_export(config, workdir, output, has_adapter="lora" in session.trained))
+            evaluations = StepEvaluations(config, session, workdir, open_engine=open_engine)
             stack.callback(evaluations.close)
             first_decides(lambda: _open_workdir(config, workdir))
             if not (workdir / files.CONFIG).exists():
                 raise InputError(f"--workdir {workdir} is not the first process's; choose a folder all hosts share")
 
-        with Run(config, workdir, loaded, source, evaluations=evaluations, open_engine=open_engine) as run:
+        with Run(config, workdir, session, source, evaluations=evaluations, open_engine=open_engine) as run:
             run.resume(interrupt)
             while run.number < config.steps and run.ending is None:
                 run.step()
@@ -119,11 +120,11 @@ def train(config, workdir: pathlib.Path, *, open_engine: EngineFactory = NativeE
             raise run.ending
         trained = run.state.trained
         with interrupt.at_once():
-            has_results = source.has_own_evaluation and config.evaluate.questions > 0
+            has_results = source.has_own_evaluation and config.demo_eval.questions > 0
             if has_results and first_decides(lambda: not (workdir / files.RESULTS).exists()):
-                _evaluate(config, workdir, loaded, trained, open_engine)
+                _evaluate(config, workdir, session, trained, open_engine)
             if config.export.after_training and first_decides(lambda: not output.exists()):
-                export(loaded, trained, config, output, run=RunFacts.of(workdir, config.steps))
+                export(session, trained, config, output, run=RunFacts.of(workdir, config.steps))
     if is_first():
         write_run_page(workdir)
         _show(workdir, output)
@@ -143,20 +144,20 @@ class Run:
         self,
         config,
         workdir: pathlib.Path,
-        loaded: Loaded,
+        session: Session,
         source: Any,
         *,
         evaluations: StepEvaluations,
         open_engine: EngineFactory,
     ):
-        self._config, self._workdir, self._loaded, self._source = config, workdir, loaded, source
+        self._config, self._workdir, self._session, self._source = config, workdir, session, source
         self._evaluations, self._open_engine = evaluations, open_engine
         self._closes = contextlib.ExitStack()
-        self._tx, self._learning_rate = make_optimizer(steps=config.steps, **dict(config.optimizer.items()))
+        self._tx, self._learning_rate = make_optimizer(config.optimizer, steps=config.steps)
         self._dropout_key = jax.random.fold_in(jax.random.key(config.seed), 2)
-        self._one_tower = shares_vision(loaded.trained)
+        self._one_tower = shares_vision(session.trained)
         self._sick = workdir / files.SKIPPED
-        self._shown = ("loss", *(f"{r.name}/loss" for r in loaded.roles), "valid_rate", "accuracy")
+        self._shown = ("loss", *(f"{r.name}/loss" for r in session.roles), "valid_rate", "accuracy")
         self.number = 0
         self.ending: Stopped | InputError | None = None
 
@@ -168,9 +169,9 @@ class Run:
 
     def resume(self, interrupt: Interrupt) -> None:
         """Goes to the newest checkpoint, or to the start, and makes everything ready for the steps that are left."""
-        config, loaded = self._config, self._loaded
+        config, session = self._config, self._session
         self._checkpoints = self._closes.enter_context(Checkpoints(self._workdir, keep=config.keep_checkpoints))
-        self.state = _initial_state(config, loaded, self._tx)
+        self.state = _initial_state(config, session, self._tx)
         self._bad_rows, self._health = BadRows(), Health(config.guards)
         if found := self._checkpoints.restore_newest(self.state):
             self.number, self.state, saved = found
@@ -178,23 +179,23 @@ class Run:
             self._bad_rows.update(saved["rows_seen"], saved["bad_rows"])
             self._health = Health(config.guards, saved["health"])
             say(f"going on from step {self.number} of {config.steps} in {self._workdir}")
-        self._engine = self._open_engine(loaded, Sampling(**config.sampling))
+        self._engine = self._open_engine(session, Sampling(**config.sampling))
         self._closes.callback(self._engine.close)
-        self._snapshots = Snapshots(config, loaded, self._source, self._engine, self._workdir)
+        self._snapshots = Snapshots(config, session, self._source, self._engine, self._workdir)
         with interrupt.at_once():
             self._evaluations.at(self.number, self.state.trained)  # the step may have been saved, but not evaluated
             self._snapshots.at(self.number, self.state)
         if self.number == config.steps:
             return
-        self._train_step = train_step_of(config, loaded.model, loaded.roles, self._tx, self.state)
-        batches = Batches(config, loaded, self._source, prepare=self._engine.prepare, first=self.number)
+        self._train_step = train_step_of(config, session.model, session.objective, self._tx, self.state)
+        batches = Batches(config, session, self._source, prepare=self._engine.prepare, first=self.number)
         self._batches = self._closes.enter_context(batches)
         self._log = self._closes.enter_context(RunLog(config, self._workdir, first=self.number))
         self._upcoming = self._batches.next()
 
     def step(self) -> None:
         """One optimizer step: rollout, parse, pack, update; its row of metrics.jsonl."""
-        config, loaded, batch = self._config, self._loaded, self._upcoming
+        config, session, batch = self._config, self._session, self._upcoming
         self._bad_rows.update(config.batch_size, batch.bad_rows)
         self._bad_rows.check(config.data.max_bad_fraction)
         self._log.begin("rollout", batch.prompts)
@@ -203,16 +204,16 @@ class Run:
         sampled = self._engine.sample(batch.prompts, row_keys(config.seed, self.number, config.batch_size))
         self._log.begin("pack")
 
-        rollouts = parse(loaded, batch.rows, sampled.completions)
+        rollouts = parse(session, batch.rows, sampled.completions)
         # Where student, teachers and rollouts share the vision tower, it need not run again.
         images = sampled.images if self._one_tower else None
         micro_batches = self._batches.micro_batches(batch.rows, rollouts, images)
         self._log.begin("update", micro_batches)
 
         key = jax.random.fold_in(self._dropout_key, self.number)
-        self.state, values = self._train_step(self.state, loaded.base, micro_batches, key)
+        self.state, values = self._train_step(self.state, session.base, micro_batches, key)
         # The devices are at work: time to grade what was sampled, and to read and pack what comes next.
-        counts = self._batches.total(rollout_counts(loaded, batch.examples, rollouts))
+        counts = self._batches.total(rollout_counts(session, batch.examples, rollouts))
         self.number += 1
         self._upcoming = self._batches.next() if self.number < config.steps else None
         self._record(batch, rollouts, counts, {k: float(v) for k, v in jax.device_get(values).items()})
@@ -229,7 +230,7 @@ class Run:
         row |= {"seconds/data": batch.seconds}  # during the last step's update, but for the first
         self._log.write(row, tokens=counts.get("tokens", 0), shown=self._shown)
         if row["skipped"]:
-            write_sick(self._sick, row, records(self._loaded, batch.examples, rollouts))
+            write_nonfinite(self._sick, row, records(self._session, batch.examples, rollouts))
         for text in self._health.news:
             say(f"warning: {text}")
 
@@ -260,22 +261,12 @@ class Run:
 
     def _place_in_data(self) -> dict[str, Any]:
         """What a checkpoint keeps of the data: the next batch, and what makes it the same one."""
-        config = self._config
-        return data_state(
-            self._source,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            shuffle=config.data.shuffle,
-            next_batch=self.number,
-            window=config.data.window,
-        )
+        return data_state(self._source, order_of(self._config), next_batch=self.number)
 
 
-def _evaluate(config, workdir: pathlib.Path, loaded: Loaded, trained: Any, open_engine: EngineFactory) -> None:
+def _evaluate(config, workdir: pathlib.Path, session: Session, trained: Any, open_engine: EngineFactory) -> None:
     students, sampling = {"base": {}, "trained": trained}, Sampling(**config.sampling)
-    results, answers = demo_scores.evaluate_demo(
-        loaded, students, config, sampling=sampling, open_engine=open_engine
-    )
+    results, answers = demo_scores.evaluate_demo(session, students, config, sampling=sampling, open_engine=open_engine)
     if not is_first():
         return
     write_json(workdir / files.RESULTS, results)

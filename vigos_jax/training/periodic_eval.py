@@ -10,7 +10,7 @@ from vigos_jax.rollouts.engine import EngineFactory
 from vigos_jax.runtime import workdir as files
 from vigos_jax.runtime.distributed import first_decides, is_first
 from vigos_jax.runtime.progress import say
-from vigos_jax.session import Loaded
+from vigos_jax.session import Session
 from vigos_jax.training.run_log import MetricsFile
 
 
@@ -24,10 +24,10 @@ class StepEvaluations:
       InputError: as `Evaluation`, before the first step.
     """
 
-    def __init__(self, config, loaded: Loaded, workdir: pathlib.Path, *, open_engine: EngineFactory):
+    def __init__(self, config, session: Session, workdir: pathlib.Path, *, open_engine: EngineFactory):
         self._every = config.eval_every
         if self._every:
-            self._evaluation = Evaluation(loaded, config, open_engine=open_engine)
+            self._evaluation = Evaluation(session, config, open_engine=open_engine)
             self._file, self._output = workdir / files.EVALUATIONS, output_of(config, workdir)
 
     def due(self, step: int) -> bool:

@@ -5,21 +5,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from vigos_jax.analysis.score_rollouts import token_lists
+from vigos_jax.data.examples import Example
 from vigos_jax.data.images import BadImage
-from vigos_jax.data.loader import Example
 from vigos_jax.grading.answer_text import is_correct, last_boxed
-from vigos_jax.method.losses import EntryScores
-from vigos_jax.method.packing import Rollout, Row, pack_scores
+from vigos_jax.method.batch import ScoreBatch
+from vigos_jax.method.packing import Rollout, Row
 from vigos_jax.method.scoring import score_batch
-from vigos_jax.models.inputs import Entries
-from vigos_jax.models.variables import Variables, teacher_overlay
-from vigos_jax.report.page import picture_uri
+from vigos_jax.models.variables import Variables, teacher_params_of
+from vigos_jax.report.page import image_uri
 from vigos_jax.report.run_page import write_run_page
 from vigos_jax.rollouts.engine import Engine
-from vigos_jax.rollouts.parse import Reader, first_picture, parse, pieces
+from vigos_jax.rollouts.parse import Reader, first_image, parse, pieces
 from vigos_jax.rollouts.sample_rows import sample_rows
 from vigos_jax.rollouts.sampler import row_keys
 from vigos_jax.runtime import workdir as files
@@ -27,10 +25,10 @@ from vigos_jax.runtime.distributed import first_decides, is_first
 from vigos_jax.runtime.files import finite_or_none
 from vigos_jax.runtime.journal import Journal
 from vigos_jax.runtime.sharding import replicated
-from vigos_jax.session import Loaded
+from vigos_jax.session import Session
 from vigos_jax.training.step import TrainState
 
-_KEYS = 2**31 - 1  # in place of the step in the keys of snapshots: no run comes there, so none shares its keys
+_KEYS = 2**31 - 1  # the step index in the keys of snapshots, reserved: no training step reaches it
 
 
 class Snapshots:
@@ -47,20 +45,22 @@ class Snapshots:
         compiled for sampling.
     """
 
-    def __init__(self, config, loaded: Loaded, source: Any, engine: Engine, workdir: pathlib.Path):
-        self._config, self._loaded, self._engine, self._workdir = config, loaded, engine, workdir
+    def __init__(self, config, session: Session, source: Any, engine: Engine, workdir: pathlib.Path):
+        self._config, self._session, self._engine, self._workdir = config, session, engine, workdir
         rows = config.report.rows
-        self._source = source.probes(count=rows, seed=config.evaluate.seed) if rows else source
+        self._source = source.probes(count=rows, seed=config.demo_eval.seed) if rows else source
         self._file = workdir / files.SNAPSHOTS
         self._count = min(config.report.rows, config.batch_size, len(self._source))
         self._rows: list[tuple[Example, Row]] = []
-        roles, mesh = loaded.roles, loaded.mesh
+        model, objective = session.model, session.objective
 
-        def run(base: Any, trained: Variables, overlay: Variables, batch: Any) -> tuple[EntryScores, Entries]:
-            options = {"roles": roles, "chunk": config.loss.chunk, "temperature": config.loss.temperature}
-            return score_batch(loaded.model, base, trained, batch, overlay=overlay, **options), batch.entries
+        def run(base: Any, trained: Variables, teacher_params: Variables, batch: ScoreBatch) -> Any:
+            scores = score_batch(model, base, trained, batch, objective, teacher_params=teacher_params)
+            return batch.supervised, scores
 
-        self._run = jax.jit(run, out_shardings=replicated(mesh))  # small, and the first process writes all of it
+        self._run = jax.jit(
+            run, out_shardings=replicated(session.mesh)
+        )  # small, and the first process writes all of it
 
     def at(self, step: int, state: TrainState) -> None:
         """Takes the snapshot of the student after `step` steps, if its turn has come and it is not there already."""
@@ -81,7 +81,7 @@ class Snapshots:
     def _probes(self) -> list[tuple[Example, Row]]:
         """The rows, read when they are first needed; a bad one has no prompt, and is never sampled or scored."""
         if not self._rows:
-            reader = Reader.of(self._loaded, self._config)
+            reader = Reader.of(self._session, self._config)
             for i in range(self._count):
                 example = reader.example(self._source, i, max_completion=self._config.sampling.max_tokens)
                 self._rows.append((example, reader.row(example)))
@@ -90,36 +90,21 @@ class Snapshots:
     def _answer(self, trained: Variables, step: int) -> list[Rollout | None]:
         """Every row's rollout, in every process."""
         rows = [row for _, row in self._probes()]
-        keys = row_keys(self._config.evaluate.seed, _KEYS, self._config.batch_size)
+        keys = row_keys(self._config.demo_eval.seed, _KEYS, self._config.batch_size)
         self._engine.sync(trained, step=step)
-        return parse(self._loaded, rows, sample_rows(self._engine, self._loaded, rows, keys))
+        return parse(self._session, rows, sample_rows(self._engine, self._session, rows, keys))
 
     def _score(self, rollouts: Sequence[Rollout | None], state: TrainState) -> list[dict[str, Any]]:
         """Per row, lists over the tokens as in scores.jsonl."""
-        loaded, size = self._loaded, self._loaded.whole_batch(self._count)
+        session, size = self._session, self._session.whole_batch(self._count)
         empty = size - self._count
         rows, rollouts = [row for _, row in self._probes()] + [Row()] * empty, [*rollouts, *[None] * empty]
-        own = loaded.own_rows(size)
-        batch = pack_scores(
-            [rows[i] for i in own],
-            [rollouts[i] for i in own],
-            roles=loaded.roles,
-            config=loaded.config,
-            buckets=loaded.buckets,
-        )
-        overlay = teacher_overlay(self._config.teacher.weights, trained=state.trained, average=state.average)
-        scores, entries = jax.device_get(self._run(loaded.base, state.trained, overlay, loaded.put_batch(batch)))
-        kl_clipped = np.minimum(scores.kl, entries.clip)
+        own = session.own_rows(size)
+        batch = session.pack_scores([rows[i] for i in own], [rollouts[i] for i in own])
+        teacher_params = teacher_params_of(self._config.teacher.weights, trained=state.trained, average=state.average)
+        scored = jax.device_get(self._run(session.base, state.trained, teacher_params, session.put_batch(batch)))
         return [
-            token_lists(
-                rollout,
-                {"role": entries.role[i], "position": entries.position[i], "kl": scores.kl[i]}
-                | {"kl_clipped": kl_clipped[i]}
-                | {"student_logp": scores.student_logp[i], "teacher_logp": scores.teacher_logp[i]},
-                loaded.roles,
-            )
-            if rollout
-            else {}
+            token_lists(rollout, *jax.tree.map(lambda x, i=i: x[i], scored), session.roles) if rollout else {}
             for i, rollout in enumerate(rollouts[: self._count])
         ]
 
@@ -138,19 +123,19 @@ class Snapshots:
         out |= {"bad_reason": example.bad_reason, "picture": ""}
         if example.bad_reason is None and example.images:
             try:
-                out["picture"] = picture_uri(first_picture(self._source, i))
+                out["picture"] = image_uri(first_image(self._source, i))
             except BadImage:  # it was there a moment ago
                 pass
         return out
 
     def _response(self, i: int, example: Example, rollout: Rollout, scored: Mapping[str, Any]) -> dict[str, Any]:
-        loaded, spans = self._loaded, rollout.spans
-        answer = last_boxed(loaded.processor.decode(rollout.ids))
-        description = loaded.processor.decode(rollout.ids[slice(*spans.description)])
+        session, spans = self._session, rollout.spans
+        answer = last_boxed(session.processor.decode(rollout.ids))
+        description = session.processor.decode(rollout.ids[slice(*spans.description)])
         lists = {k: [_rounded(x) for x in scored[k]] for k in ("kl", "student_logp", "teacher_logp")}
         return {
             "completion_ids": list(rollout.ids),
-            "tokens": pieces(loaded, rollout.ids),
+            "tokens": pieces(session, rollout.ids),
             "role": scored["role"],
             **lists,
             "answer": answer,

@@ -10,11 +10,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vigos_jax.method.losses import entry_shares, entry_weights, role_losses, role_stats
-from vigos_jax.method.roles import TeacherRole
-from vigos_jax.method.scoring import loss_of_batch
-from vigos_jax.models.inputs import ScoreBatch
-from vigos_jax.models.variables import teacher_overlay
+from vigos_jax.method.batch import ScoreBatch
+from vigos_jax.method.losses import (
+    ObjectiveConfig,
+    RoleStats,
+    loss_weights,
+    normalizer_terms,
+    role_losses,
+    role_stats,
+    weighted_loss,
+)
+from vigos_jax.method.scoring import supervised_states
+from vigos_jax.models.variables import teacher_params_of
 from vigos_jax.models.vlm import VisionLanguageModel
 from vigos_jax.runtime.sharding import replicated
 
@@ -38,18 +45,39 @@ class TrainState:
     average: Any
 
 
+@flax.struct.dataclass
+class StepSums:
+    """Sums over the supervised tokens of a micro-batch; those of a step's micro-batches add up.
+
+    Attributes:
+      loss: scalar, the weighted sum of clipped divergences.
+      stats: per role.
+      sampler_gap, sampler_tokens: scalars, |logp by the sampler - logp by the student| over the tokens whose
+        sampler is known, and their number.
+      squares: [R], squared gradients of the loss at the student's last hidden states.
+      gradient: of the loss, in the form of `TrainState.trained`.
+    """
+
+    loss: Array
+    stats: RoleStats
+    sampler_gap: Array
+    sampler_tokens: Array
+    squares: Array
+    gradient: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
     """The jitted programs of one optimizer step, and how they follow each other.
 
     Attributes:
-      shares_of: batch -> [R], what each role's mean is divided by, of one micro-batch.
-      gradient: (trained, base, average, batch, shares, key) -> sums over a micro-batch, the gradient among them.
+      normalizers_of: batch -> [R], a micro-batch's part of what each role's mean is divided by.
+      gradient: (trained, base, average, batch, normalizers, key) -> StepSums of a micro-batch.
       add: (sums, sums) -> sums; the first are donated.
-      update: (state, sums, shares) -> (state, metrics); the state is donated.
+      update: (state, sums, normalizers) -> (state, metrics); the state is donated.
     """
 
-    shares_of: Callable
+    normalizers_of: Callable
     gradient: Callable
     add: Callable
     update: Callable
@@ -57,55 +85,40 @@ class TrainStep:
     def __call__(
         self, state: TrainState, base: Any, batches: Sequence[ScoreBatch], key: Array
     ) -> tuple[TrainState, dict[str, Array]]:
-        shares = sum(self.shares_of(batch) for batch in batches)
+        normalizers = sum(self.normalizers_of(batch) for batch in batches)
         sums = None
         for i, batch in enumerate(batches):
-            part = self.gradient(state.trained, base, state.average, batch, shares, jax.random.fold_in(key, i))
+            part = self.gradient(state.trained, base, state.average, batch, normalizers, jax.random.fold_in(key, i))
             sums = part if sums is None else self.add(sums, part)
-        return self.update(state, sums, shares)
+        return self.update(state, sums, normalizers)
 
 
-def make_optimizer(
-    *,
-    learning_rate: float,
-    steps: int,
-    warmup_steps: int,
-    schedule: str,
-    b1: float,
-    b2: float,
-    eps: float,
-    weight_decay: float,
-    max_grad_norm: float,
-) -> tuple[optax.GradientTransformation, Callable[[Array], Array]]:
+def make_optimizer(options, *, steps: int) -> tuple[optax.GradientTransformation, Callable[[Array], Array]]:
     """AdamW behind a clip of the global norm, and its learning-rate schedule.
 
     Args:
-      schedule: "linear" decays from learning_rate to 0 at `steps`, "constant" stays.
+      options: `config.optimizer`.
+      steps: of the whole run; the schedule "linear" decays from the learning rate to 0 there, "constant" stays.
     """
-    if schedule == "linear":
-        decay = optax.linear_schedule(learning_rate, 0.0, max(1, steps - warmup_steps))
+    rate, warmup = options.learning_rate, options.warmup_steps
+    if options.schedule == "linear":
+        schedule = optax.linear_schedule(rate, 0.0, max(1, steps - warmup))
     else:
-        decay = optax.constant_schedule(learning_rate)
-    if warmup_steps:
+        schedule = optax.constant_schedule(rate)
+    if warmup:
         # The first step already moves: warm up from 1/n, not from 0.
-        up = optax.linear_schedule(learning_rate / warmup_steps, learning_rate, max(1, warmup_steps - 1))
-        decay = optax.join_schedules([up, decay], [warmup_steps])
-    tx = optax.chain(
-        optax.clip_by_global_norm(max_grad_norm),
-        optax.adamw(decay, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
-    )
-    return tx, decay
+        up = optax.linear_schedule(rate / warmup, rate, max(1, warmup - 1))
+        schedule = optax.join_schedules([up, schedule], [warmup])
+    adamw = optax.adamw(schedule, b1=options.b1, b2=options.b2, eps=options.eps, weight_decay=options.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(options.max_grad_norm), adamw), schedule
 
 
 def make_train_step(
     model: VisionLanguageModel,
     tx: optax.GradientTransformation,
+    objective: ObjectiveConfig,
     *,
-    roles: tuple[TeacherRole, ...],
-    chunk: int,
     use_dropout: bool,
-    temperature: float = 1.0,
-    reduction: str = "tokens",
     teacher_weights: str = "frozen",
     ema_rate: float = 0.0,
     shardings: Any = None,
@@ -113,109 +126,108 @@ def make_train_step(
     """Returns `train_step(state, base, batches, key) -> (state, metrics)`; `state` is donated.
 
     The micro-batches may have shapes of their own: a program is compiled for each shape, and one for the update.
-    Every term is divided by its shares in all of them together, never per micro-batch.
+    Every mean is over all of them together, never per micro-batch.
 
-    A step whose loss or gradient is not finite changes nothing but the number of steps.
-
-    Metrics, beside loss and gradient norm:
-      skipped: 1 for such a step, else 0.
-      sampler_logp_gap: mean |logp by the sampler - logp by the student| of the supervised tokens: float noise if
-        both are the same model, plus the adapter's dropout, which only the student has.
-      entropy: mean over the supervised tokens of the student's distribution, in nats.
-      ROLE/loss, ROLE/tokens, ROLE/clipped_fraction: the role's mean, its tokens, and the share of them clipped.
-      ROLE/loss_share: of the weighted sum of means.
-      ROLE/grad_share: of the roles' gradient norms at the student's last hidden states, before the head. (Shares at
-        the parameters would take a backward pass per role.)
+    A step whose loss or gradient is not finite changes nothing but the number of steps. Metrics: see `_metrics`.
 
     Args:
-      temperature, reduction: of the divergence and of its mean, see `losses`.
-      teacher_weights: see `teacher_overlay`.
+      teacher_weights: see `teacher_params_of`.
       ema_rate: how far the average moves towards the trained weights after each step, for "ema".
       shardings: of (state, metrics), where they are on a mesh.
     """
-    count = len(roles)
+    roles = objective.roles
 
-    def loss_fn(trained: Any, probe: Array, base: Any, average: Any, batch: ScoreBatch, shares: Array, key: Array):
-        loss, scores = loss_of_batch(
-            model,
-            base,
-            trained,
-            batch,
-            entry_weights(batch.entries, shares, roles=roles, reduction=reduction),
-            roles=roles,
-            chunk=chunk,
-            temperature=temperature,
-            overlay=teacher_overlay(teacher_weights, trained=trained, average=average),
-            dropout_key=key if use_dropout else None,
-            probe=probe,
-        )
-        stats = role_stats(scores, batch.entries, count=count, reduction=reduction)
-        gap = jnp.abs(scores.student_logp - batch.entries.sampled_logp)
-        known = (batch.entries.role >= 0) & ~jnp.isnan(gap)
-        gaps = jnp.stack([jnp.sum(jnp.where(known, gap, 0.0)), jnp.sum(known)])
-        return loss, (stats, gaps)
+    def loss_fn(trained: Any, probe: Array, base: Any, average: Any, batch: ScoreBatch, normalizers: Array, key: Array):
+        teacher_params = teacher_params_of(teacher_weights, trained=trained, average=average)
+        dropout_key = key if use_dropout else None
+        states = supervised_states(model, base, trained, batch, teacher_params=teacher_params, dropout_key=dropout_key)
+        states = states.replace(student=states.student + probe)
+        weights = loss_weights(batch.supervised, normalizers, objective)
+        return weighted_loss(states, batch.supervised, weights, objective, trains_head="params" in trained)
 
-    def gradient(trained: Any, base: Any, average: Any, batch: ScoreBatch, shares: Array, key: Array):
-        """Sums over a micro-batch: its part of the loss, statistics, squared state gradients per role, gradient."""
-        probe = jnp.zeros((*batch.entries.role.shape, model.config.hidden_size), model.dtype)
+    def gradient(trained: Any, base: Any, average: Any, batch: ScoreBatch, normalizers: Array, key: Array) -> StepSums:
+        tokens = batch.supervised
+        # Zeros added to the student's states: the loss's gradient there is its gradient at those states.
+        probe = jnp.zeros((*tokens.role.shape, model.config.hidden_size), model.dtype)
         grad_fn = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
-        (loss, (stats, gaps)), (grads, at_states) = grad_fn(trained, probe, base, average, batch, shares, key)
-        one_hot = batch.entries.role[..., None] == jnp.arange(count)
+        (loss, scores), (grads, at_states) = grad_fn(trained, probe, base, average, batch, normalizers, key)
+        gap = jnp.abs(scores.student_logp - tokens.sampled_logp)
+        is_known = (tokens.role >= 0) & ~jnp.isnan(gap)
+        one_hot = tokens.role[..., None] == jnp.arange(len(roles))
         squares = jnp.sum(jnp.square(at_states.astype(jnp.float32)), -1, keepdims=True)
-        return loss, stats, gaps, jnp.sum(jnp.where(one_hot, squares, 0.0), (0, 1)), grads
+        return StepSums(
+            loss=loss,
+            stats=role_stats(scores, tokens, objective),
+            sampler_gap=jnp.sum(jnp.where(is_known, gap, 0.0)),
+            sampler_tokens=jnp.sum(is_known).astype(jnp.float32),
+            squares=jnp.sum(jnp.where(one_hot, squares, 0.0), (0, 1)),
+            gradient=grads,
+        )
 
-    def shares_of(batch: ScoreBatch) -> Array:
-        return jnp.sum(entry_shares(batch.entries, count=count, reduction=reduction), (0, 1))  # [R]
+    def normalizers_of(batch: ScoreBatch) -> Array:
+        return jnp.sum(normalizer_terms(batch.supervised, objective), (0, 1))  # [R]
 
-    def update(state: TrainState, sums: Any, shares: Array):
-        loss, stats, gaps, state_squares, grads = sums
-        grad_norm = optax.tree.norm(grads)
-        is_sound = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        updates, opt_state = tx.update(grads, state.opt_state, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
-        average = optax.incremental_update(trained, state.average, ema_rate) if state.average else state.average
-        new, old = (trained, opt_state, average), (state.trained, state.opt_state, state.average)
-        trained, opt_state, average = jax.tree.map(lambda a, b: jnp.where(is_sound, a, b), new, old)
-        metrics = {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "skipped": jnp.float32(~is_sound),
-            "sampler_logp_gap": gaps[0] / jnp.maximum(gaps[1], 1.0),
-            "entropy": jnp.sum(stats.entropy) / jnp.maximum(jnp.sum(stats.tokens), 1.0),
-        }
-        losses, norms = role_losses(stats, shares), jnp.sqrt(state_squares)
-        for r, role in enumerate(roles):
-            metrics[f"{role.name}/loss"] = losses[r]
-            metrics[f"{role.name}/tokens"] = stats.tokens[r]
-            metrics[f"{role.name}/clipped_fraction"] = stats.clipped_tokens[r] / jnp.maximum(stats.tokens[r], 1.0)
-            metrics[f"{role.name}/loss_share"] = _share(role.weight * losses[r], loss)
-            metrics[f"{role.name}/grad_share"] = _share(norms[r], jnp.sum(norms))
-        state = TrainState(step=state.step + 1, trained=trained, opt_state=opt_state, average=average)
-        return state, metrics
+    def update(state: TrainState, sums: StepSums, normalizers: Array) -> tuple[TrainState, dict[str, Array]]:
+        grad_norm = optax.tree.norm(sums.gradient)
+        is_finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
+        new = _updated(state, sums.gradient, tx, ema_rate=ema_rate)
+        state = jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), new, state).replace(step=new.step)
+        norms = {"grad_norm": grad_norm, "skipped": jnp.float32(~is_finite)}
+        return state, norms | _metrics(sums, normalizers, objective)
 
-    add = functools.partial(jax.tree.map, jnp.add)
     out = {} if shardings is None else {"out_shardings": shardings}
     return TrainStep(
-        shares_of=jax.jit(shares_of),
+        normalizers_of=jax.jit(normalizers_of),
         gradient=jax.jit(gradient),
-        add=jax.jit(add, donate_argnums=0),
+        add=jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0),
         update=jax.jit(update, donate_argnums=0, **out),
     )
 
 
+def _updated(state: TrainState, gradient: Any, tx: optax.GradientTransformation, *, ema_rate: float) -> TrainState:
+    updates, opt_state = tx.update(gradient, state.opt_state, state.trained)
+    trained = optax.apply_updates(state.trained, updates)
+    average = optax.incremental_update(trained, state.average, ema_rate) if state.average else state.average
+    return TrainState(step=state.step + 1, trained=trained, opt_state=opt_state, average=average)
+
+
+def _metrics(sums: StepSums, normalizers: Array, objective: ObjectiveConfig) -> dict[str, Array]:
+    """What a step says beside its gradient norm.
+
+    sampler_logp_gap: mean |logp by the sampler - logp by the student| of the supervised tokens: float noise if both
+      are the same model, plus the adapter's dropout, which only the student has.
+    entropy: mean over the supervised tokens of the student's distribution, in nats.
+    ROLE/loss, ROLE/tokens, ROLE/clipped_fraction: the role's mean, its tokens, and the fraction of them clipped.
+    ROLE/loss_share: of the weighted sum of means.
+    ROLE/grad_share: of the roles' gradient norms at the student's last hidden states, before the head. (Shares at the
+      parameters would take a backward pass per role.)
+    """
+    stats, norms = sums.stats, jnp.sqrt(sums.squares)
+    metrics = {
+        "loss": sums.loss,
+        "sampler_logp_gap": sums.sampler_gap / jnp.maximum(sums.sampler_tokens, 1.0),
+        "entropy": jnp.sum(stats.entropy) / jnp.maximum(jnp.sum(stats.tokens), 1.0),
+    }
+    losses = role_losses(stats, normalizers)
+    for r, role in enumerate(objective.roles):
+        metrics[f"{role.name}/loss"] = losses[r]
+        metrics[f"{role.name}/tokens"] = stats.tokens[r]
+        metrics[f"{role.name}/clipped_fraction"] = stats.clipped_tokens[r] / jnp.maximum(stats.tokens[r], 1.0)
+        metrics[f"{role.name}/loss_share"] = _share(role.weight * losses[r], sums.loss)
+        metrics[f"{role.name}/grad_share"] = _share(norms[r], jnp.sum(norms))
+    return metrics
+
+
 def train_step_of(
-    config, model: VisionLanguageModel, roles: tuple[TeacherRole, ...], tx: Any, state: TrainState
+    config, model: VisionLanguageModel, objective: ObjectiveConfig, tx: Any, state: TrainState
 ) -> TrainStep:
     """The step that a config asks for. state: of arrays, or of shapes with the shardings that they will have."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return make_train_step(
         model,
         tx,
-        roles=roles,
-        chunk=config.loss.chunk,
+        objective,
         use_dropout="lora" in state.trained and model.lora.dropout > 0,
-        temperature=config.loss.temperature,
-        reduction=config.loss.reduction,
         teacher_weights=config.teacher.weights,
         ema_rate=config.teacher.ema_rate,
         shardings=(shardings, replicated(model.mesh)),
