@@ -39,6 +39,7 @@ test-slow: $(VENV)/installed-test
 
 lint: $(VENV)/installed-core
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check --quiet .
 
 # The stamps hold no text: their dates say when the venv last agreed with setup.py and the locks.
 $(VENV)/installed: setup.py $(wildcard constraints/*.txt)

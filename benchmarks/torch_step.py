@@ -16,7 +16,7 @@ from benchmarks.harness import Result, race
 from benchmarks.teachers import make_batches
 from vigos_jax.method.losses import ObjectiveConfig
 from vigos_jax.models.families import adapter_table, tensor_table
-from vigos_jax.weights import huggingface
+from vigos_jax.weights import writing
 
 ROWS = 2
 
@@ -52,7 +52,7 @@ def _torch_model(config, variables):
         tie_word_embeddings=True, attn_implementation="sdpa",
     )  # fmt: skip
     model = Qwen2_5_VLForConditionalGeneration(settings).requires_grad_(False)
-    ours = dict(huggingface.file_tensors(variables["params"], tensor_table(config), config, dtype=np.float32))
+    ours = dict(writing.file_tensors(variables["params"], tensor_table(config), config, dtype=np.float32))
     published = lambda k: k.replace("model.language_model.", "model.").replace("model.visual.", "visual.")  # noqa: E731
     own = {published(k): k for k in model.state_dict()}
     state = {own[name]: torch.tensor(x) for name, x in ours.items()}
@@ -67,7 +67,7 @@ def _torch_model(config, variables):
         )  # fmt: skip
         adapted = peft.get_peft_model(model, lora)
     adapters = dict(
-        huggingface.file_tensors(variables["lora"], adapter_table(config, models.LORA), config, dtype=np.float32)
+        writing.file_tensors(variables["lora"], adapter_table(config, models.LORA), config, dtype=np.float32)
     )
     parameters = {k.replace(".default", ""): p for k, p in adapted.named_parameters() if "lora_" in k}
     strip = lambda k: k.replace("language_model.", "")  # noqa: E731

@@ -267,7 +267,7 @@ def sizes(first: int, last: int) -> tuple[int, ...]:
     return (*out, last)
 
 
-def role(
+def role(  # noqa: PLR0913  (a row of the table, written out)
     scores: tuple[str, ...],
     when: str,
     divergence: str,

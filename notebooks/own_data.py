@@ -140,7 +140,7 @@ if MODEL == "tiny":
     from vigos_jax.models.config import ModelConfig
     from vigos_jax.models.families import tensor_table
     from vigos_jax.models.vlm import VisionLanguageModel, init_variables
-    from vigos_jax.weights.huggingface import file_tensors, save_sharded
+    from vigos_jax.weights.writing import file_tensors, save_sharded
 
     checkpoint = pathlib.Path("tiny-qwen2_5_vl")
     write_assets(checkpoint, templates=[prompt.user for prompt in base.get_config().prompts.values()])

@@ -20,7 +20,8 @@ from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.families import tensor_table
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.runtime.sharding import make_mesh, tree_shardings
-from vigos_jax.weights import huggingface
+from vigos_jax.weights import reading, writing
+from vigos_jax.weights.safetensors_file import byte_count
 
 
 def anonymous() -> int:
@@ -66,15 +67,15 @@ def main(folder: pathlib.Path, output: pathlib.Path, fsdp: int) -> None:
             return real(x, *args, **kwargs)
 
         jax.device_put = counted
-        params = huggingface.load_params(
+        params = reading.load_params(
             folder, config, abstract["params"], dtype=jnp.bfloat16, shardings=shardings["params"]
         )
         jax.device_put = real
     held = sum(s.data.nbytes for x in jax.tree.leaves(params) for s in x.addressable_shards)
     assert load.resident == held, (load.resident, held)
-    tensors = list(huggingface.stream_tensors(params, tensor_table(config), config, dtype=jnp.bfloat16))
+    tensors = list(writing.stream_tensors(params, tensor_table(config), config, dtype=jnp.bfloat16))
     with Peak() as save:
-        huggingface.save_sharded(output, tensors, max_shard_bytes=500_000_000)
+        writing.save_sharded(output, tensors, max_shard_bytes=500_000_000)
     leaves = jax.tree.leaves(params)
     print(
         json.dumps(
@@ -84,7 +85,7 @@ def main(folder: pathlib.Path, output: pathlib.Path, fsdp: int) -> None:
                 "held": held,
                 "shard": max(s.data.nbytes for x in leaves for s in x.addressable_shards),
                 "leaf": max(x.nbytes for x in leaves),
-                "tensor": max(huggingface.byte_count(x) for _, x in tensors),
+                "tensor": max(byte_count(x) for _, x in tensors),
             }
         )
     )

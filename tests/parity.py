@@ -14,7 +14,7 @@ from vigos_jax.method.batch import PromptBatch
 from vigos_jax.method.packing import Buckets, Row, pack_prompts
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
-from vigos_jax.weights import huggingface
+from vigos_jax.weights import reading
 
 NOTICEABLE = 1000 * tm.TOLERANCE  # a broken feature must show at least this much
 
@@ -45,7 +45,7 @@ def make_pair(reference: torch.nn.Module, folder: pathlib.Path) -> Pair:
     tm.save(reference, folder)
     config = ModelConfig.load(folder)
     model = VisionLanguageModel(config)
-    base = huggingface.load_params(folder, config, abstract_variables(model)["params"], dtype=np.float32)
+    base = reading.load_params(folder, config, abstract_variables(model)["params"], dtype=np.float32)
     return Pair(reference, config, model, base, make_run(model))
 
 

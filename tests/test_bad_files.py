@@ -21,7 +21,7 @@ from vigos_jax.errors import InputError
 from vigos_jax.export import export as export_module
 from vigos_jax.models.config import PARSERS, ModelConfig
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
-from vigos_jax.weights import huggingface
+from vigos_jax.weights import adapters, reading
 from vigos_jax.weights.safetensors_file import DTYPES, read_header
 from vigos_jax.weights.weight_files import is_finite
 
@@ -182,9 +182,9 @@ def test_weights_that_overflow_when_rounded_are_named(model):
     write_weights(model, spoil)
     config = ModelConfig.load(model)
     abstract = abstract_variables(VisionLanguageModel(config))["params"]
-    huggingface.load_params(model, config, abstract, dtype=np.float32)
+    reading.load_params(model, config, abstract, dtype=np.float32)
     with pytest.raises(InputError, match=rf"1 tensor\(s\) hold NaN or infinity in bfloat16: {NORM}$"):
-        huggingface.load_params(model, config, abstract, dtype=jnp.bfloat16)
+        reading.load_params(model, config, abstract, dtype=jnp.bfloat16)
 
 
 def test_an_adapter_that_is_no_numbers(world, tmp_path, capsys):
@@ -230,7 +230,7 @@ def test_an_adapter_config_of_nonsense(world, tmp_path, field, value):
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
     with pytest.raises(InputError, match="adapter_config.json"):
-        huggingface.adapter_spec(adapter, dropout=0.0)
+        adapters.adapter_spec(adapter, dropout=0.0)
 
 
 # config.json and the tokenizer.
@@ -297,7 +297,7 @@ def test_a_tokenizer_of_another_vocabulary(tmp_path):
     edit(folder / "config.json", vocab_size=max(tokens.values()))
     with pytest.raises(InputError, match=r"the tokenizer is not this model's: .*vocab_size"):
         Processor.load(folder)
-    edit(folder / "config.json", vocab_size=size, image_token_id=tokens["red"] if "red" in tokens else 5)
+    edit(folder / "config.json", vocab_size=size, image_token_id=tokens.get("red", 5))
     with pytest.raises(InputError, match="image_token_id .* must be a control token"):
         Processor.load(folder)
 

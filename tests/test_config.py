@@ -161,6 +161,17 @@ def test_names_of_further_columns(fields):
         validate(changed(data__fields=fields))
 
 
+@pytest.mark.parametrize("old, new", config_lib.RENAMED.items())
+def test_a_renamed_field_is_refused_by_its_new_name(old, new):
+    config = base.get_config()
+    assert new in config
+    config[old] = config[new]
+    with pytest.raises(InputError, match=rf"^config\.{old} is now config\.{new}$"):
+        validate(config)
+    assert config_lib.renamed(old) == new and config_lib.renamed(new) is None
+    assert config_lib.renamed(f"{old}.x") == f"{new}.x" and config_lib.renamed(f"{old}x") is None
+
+
 @pytest.mark.parametrize("field", ["steps", "export.dtype", "buckets", "teacher.ema_rate", "data.fields"])
 def test_a_missing_field_is_named(field):
     config = base.get_config().unlock()

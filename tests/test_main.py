@@ -139,6 +139,8 @@ def test_help(capsys, argv):
     [
         (["--config.batch_size=6"], ["config.batch_size=6", "multiple", "4"]),
         (["--config.gradient_accumulation_steps=2"], ["config.batch_size=4", "8"]),
+        (["--config.accumulation=2"], ["config.accumulation is now config.gradient_accumulation_steps"]),
+        (["--config.evaluate.seed=1"], ["config.evaluate.seed is now config.demo_eval.seed"]),
         (["--config.data.fields=('caption',)"], ["lacks caption", "problem, answer"]),
         (["--config.data.fields=('caption',)", "--config.data.source=demo"], ["caption", "demo"]),
         (["--config.data.source=/no/such/data.jsonl"], ["'/no/such/data.jsonl'", "choices"]),

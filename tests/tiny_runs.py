@@ -31,7 +31,7 @@ from vigos_jax.models.tensor_names import LANGUAGE_PROJECTIONS
 from vigos_jax.models.vlm import VisionLanguageModel
 from vigos_jax.session import Session
 from vigos_jax.training import loop
-from vigos_jax.weights import huggingface
+from vigos_jax.weights import writing
 
 # The mesh splits rows, parameters and heads: every mode runs on sharded arrays, on the 8 devices of the tests.
 # Clips are off, or a random model, which differs from itself everywhere, would have no gradient.
@@ -192,8 +192,8 @@ def write_model(folder: pathlib.Path, *, family: str = "qwen2_5_vl") -> pathlib.
     make_processor_folder(folder, text={"tie_word_embeddings": False, "torch_dtype": "bfloat16"}, family=family)
     config = ModelConfig.load(folder)
     params = tiny.random_variables(VisionLanguageModel(config))["params"]
-    tensors = huggingface.file_tensors(params, tensor_table(config), config, dtype=np.float32)
-    huggingface.save_sharded(folder, tensors, max_shard_bytes=2**17)
+    tensors = writing.file_tensors(params, tensor_table(config), config, dtype=np.float32)
+    writing.save_sharded(folder, tensors, max_shard_bytes=2**17)
     assert (folder / "model.safetensors.index.json").is_file()
     return folder
 
@@ -203,7 +203,7 @@ def write_adapter(folder: pathlib.Path, model: pathlib.Path, spec: LoraSpec) -> 
     folder.mkdir()
     config = ModelConfig.load(model)
     lora = tiny.random_variables(VisionLanguageModel(config, lora=spec))["lora"]
-    tensors = dict(huggingface.file_tensors(lora, adapter_table(config, spec), config, dtype=np.float32))
+    tensors = dict(writing.file_tensors(lora, adapter_table(config, spec), config, dtype=np.float32))
     safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
     values = {"peft_type": "LORA", "r": spec.rank, "lora_alpha": spec.scale * spec.rank, "lora_dropout": 0.2}
     values |= {"target_modules": sorted(spec.language | spec.vision), "bias": "none"}

@@ -132,6 +132,8 @@ CHOICES = {
     "export.kind": ("merged", "adapter"),
     "export.dtype": ("float32", "bfloat16"),
 }
+# Names of earlier versions.
+RENAMED = {"accumulation": "gradient_accumulation_steps", "evaluate": "demo_eval"}
 _PROMPT_FIELDS = ("user", "assistant_prefill")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 # They say what to do with a run, or where, not what the run is.
@@ -175,40 +177,68 @@ def validate(config: ml_collections.ConfigDict) -> None:
     What other rooms check (roles, mesh) has the right types afterwards.
     """
     try:
-        for field, default in _defaults().items():
-            _check_type(field, get(config, field), default)
-        for field, allowed in RANGES.items():
-            if get(config, field) not in allowed:
-                raise InputError(f"config.{field}={get(config, field)!r} must be {allowed}")
-        for field, choices in CHOICES.items():
-            if get(config, field) not in choices:
-                raise InputError(f"config.{field}={get(config, field)!r} is unknown; choices: {', '.join(choices)}")
-        for field in _PATHS:
-            _check_home(field, get(config, field))
-        for section in _NO_OTHERS:
-            known = [f.removeprefix(f"{section}.") for f in _defaults() if f.startswith(f"{section}.")]
-            if strangers := [str(name) for name in _section(config, section) if name not in known]:
-                raise InputError(f"config.{section} has no field {strangers[0]!r}; choices: {', '.join(known)}")
-        if not _VARIABLE.fullmatch(config.eval.judge.key_env):  # not shown: it may be the key itself
-            raise InputError("config.eval.judge.key_env must be the name of an environment variable, like JUDGE_KEY")
-        _check_buckets(config)
-        _check_prompts(config)
-        _check_guards(config)
-        if "{problem}" not in config.eval.plain_prompt:
-            raise InputError(f"config.eval.plain_prompt={config.eval.plain_prompt!r} must be a text with {{problem}}")
-        if config.export.push_to and not REPOSITORY.fullmatch(config.export.push_to):
-            raise InputError(f"config.export.push_to={config.export.push_to!r} must be owner/name on the hub, or empty")
-        if not all(isinstance(task, str) for task in config.eval.tasks):
-            raise InputError(f"config.eval.tasks={config.eval.tasks!r} must be names, like ('vilp_f', 'cv_bench')")
-        for task, source in _section(config, "eval.sources").items():
-            _check_type(f"eval.sources.{task}", source, "")
-            _check_home(f"eval.sources.{task}", source)
-        fields = config.data.fields
-        for name in fields:
-            if not isinstance(name, str) or not name.isidentifier() or name in ("problem", "reference"):
-                raise InputError(f"config.data.fields={fields!r} must be names of further columns, like ('caption',)")
+        for check in (_check_renamed, _check_fields, _check_sections, _check_buckets, _check_prompts, _check_guards):
+            check(config)
+        _check_eval(config)
+        _check_data(config)
     except (KeyError, AttributeError) as e:
         raise InputError(f"the config lacks a field that configs/base.py has: {e}".replace("\n", " ")) from e
+
+
+def renamed(field: str) -> str | None:
+    """Today's name of a field that has an earlier version's name, else None."""
+    for old, new in RENAMED.items():
+        if field == old or field.startswith(f"{old}."):
+            return new + field.removeprefix(old)
+    return None
+
+
+def _check_renamed(config: Mapping[str, Any]) -> None:
+    for old, new in RENAMED.items():
+        if old in config:
+            raise InputError(f"config.{old} is now config.{new}")
+
+
+def _check_fields(config: Mapping[str, Any]) -> None:
+    for field, default in _defaults().items():
+        _check_type(field, get(config, field), default)
+    for field, allowed in RANGES.items():
+        if get(config, field) not in allowed:
+            raise InputError(f"config.{field}={get(config, field)!r} must be {allowed}")
+    for field, choices in CHOICES.items():
+        if get(config, field) not in choices:
+            raise InputError(f"config.{field}={get(config, field)!r} is unknown; choices: {', '.join(choices)}")
+    for field in _PATHS:
+        _check_home(field, get(config, field))
+
+
+def _check_sections(config: Mapping[str, Any]) -> None:
+    for section in _NO_OTHERS:
+        known = [f.removeprefix(f"{section}.") for f in _defaults() if f.startswith(f"{section}.")]
+        if strangers := [str(name) for name in _section(config, section) if name not in known]:
+            raise InputError(f"config.{section} has no field {strangers[0]!r}; choices: {', '.join(known)}")
+
+
+def _check_eval(config: Mapping[str, Any]) -> None:
+    e, push_to = config["eval"], get(config, "export.push_to")
+    if not _VARIABLE.fullmatch(e["judge"]["key_env"]):  # not shown: it may be the key itself
+        raise InputError("config.eval.judge.key_env must be the name of an environment variable, like JUDGE_KEY")
+    if "{problem}" not in e["plain_prompt"]:
+        raise InputError(f"config.eval.plain_prompt={e['plain_prompt']!r} must be a text with {{problem}}")
+    if push_to and not REPOSITORY.fullmatch(push_to):
+        raise InputError(f"config.export.push_to={push_to!r} must be owner/name on the hub, or empty")
+    if not all(isinstance(task, str) for task in e["tasks"]):
+        raise InputError(f"config.eval.tasks={e['tasks']!r} must be names, like ('vilp_f', 'cv_bench')")
+    for task, source in _section(config, "eval.sources").items():
+        _check_type(f"eval.sources.{task}", source, "")
+        _check_home(f"eval.sources.{task}", source)
+
+
+def _check_data(config: Mapping[str, Any]) -> None:
+    fields = get(config, "data.fields")
+    for name in fields:
+        if not isinstance(name, str) or not name.isidentifier() or name in ("problem", "reference"):
+            raise InputError(f"config.data.fields={fields!r} must be names of further columns, like ('caption',)")
 
 
 def _check_type(field: str, value: Any, default: Any) -> None:

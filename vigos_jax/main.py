@@ -19,7 +19,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from vigos_jax import __version__  # noqa: E402
-from vigos_jax.config import read_json, validate  # noqa: E402
+from vigos_jax.config import read_json, renamed, validate  # noqa: E402
 from vigos_jax.errors import InputError, Stopped  # noqa: E402
 from vigos_jax.runtime import distributed, shell  # noqa: E402
 from vigos_jax.runtime import workdir as files  # noqa: E402
@@ -147,6 +147,8 @@ def _check_fields(config, arguments: list[str]) -> None:
         if not argument.startswith(("--config.", "-config.")):
             continue
         node, parts = config, argument.split("=", 1)[0].split(".")[1:]
+        if new := renamed(".".join(parts)):
+            raise InputError(f"{argument}: config.{'.'.join(parts)} is now config.{new}")
         for i, part in enumerate(parts):
             fields = list(node.keys()) if hasattr(node, "keys") else []
             if part not in fields:

@@ -28,7 +28,7 @@ from vigos_jax.models.variables import Variables, cast_floats, student_variables
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables, init_variables
 from vigos_jax.runtime import distributed, hub
 from vigos_jax.runtime.sharding import batch_sharding, make_mesh, own_rows, tree_shardings
-from vigos_jax.weights import huggingface
+from vigos_jax.weights import adapters, reading
 
 _USERS_PRECISION = jax.config.jax_default_matmul_precision  # what the environment says, if anything
 DEMO_FOLDER = pathlib.Path(__file__).parent / "demo" / "base"
@@ -130,7 +130,7 @@ def lora_spec(config, model: ModelConfig) -> LoraSpec | None:
         folder = pathlib.Path(config.model.adapter).expanduser()
         if not (folder / "adapter_model.safetensors").is_file():
             raise InputError(f"config.model.adapter={str(folder)!r} must be a folder with adapter_model.safetensors")
-        return huggingface.adapter_spec(folder, dropout=config.lora.dropout)
+        return adapters.adapter_spec(folder, dropout=config.lora.dropout)
     if not config.lora.rank:
         return None
     vision = FAMILIES[model.family].vision_adapters if config.lora.scope == "official" else ()
@@ -194,11 +194,11 @@ def load(config, *, for_training: bool) -> Session:
     dtype, spec = model.dtype, model.lora
     abstract = abstract_variables(model)
     shardings = tree_shardings(abstract, mesh, config.mesh.rules)
-    base = huggingface.load_params(folder, model_config, abstract["params"], dtype=dtype, shardings=shardings["params"])
+    base = reading.load_params(folder, model_config, abstract["params"], dtype=dtype, shardings=shardings["params"])
 
     if config.model.adapter:
         adapter = pathlib.Path(config.model.adapter).expanduser()
-        lora = huggingface.load_adapter(adapter, model_config, spec, abstract["lora"], shardings=shardings["lora"])
+        lora = adapters.load_adapter(adapter, model_config, spec, abstract["lora"], shardings=shardings["lora"])
         trained = {"lora": lora}
     elif not for_training:
         trained = {}

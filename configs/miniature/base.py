@@ -1,6 +1,6 @@
-"""A base of the miniature: the demo's, made anew by seed and leak, that has also learned to answer in free form.
+r"""A base of the miniature: the demo's, made anew by seed and leak, that has also learned to answer in free form.
 
-    python -m vigos_jax.miniature.make_base --config configs/miniature/base.py --config.seed=101 --config.leak=0.7 \\
+    python -m vigos_jax.miniature.make_base --config configs/miniature/base.py --config.seed=101 --config.leak=0.7 \
         --config.output=runs/miniature/base-0.7-101
 
 To each batch of the demo's 48 rows come eight without a description, for `configs/opsd.py`. All bases of

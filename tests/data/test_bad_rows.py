@@ -9,8 +9,9 @@ import tiny_runs as runs
 from helpers import ADDED_TOKENS, make_processor_folder
 from tiny_rows import config, encode, picture_bytes, write_jsonl, write_parquet
 
-from vigos_jax.data.processor import CONTROL_SHAPE, Processor
+from vigos_jax.data.processor import Processor
 from vigos_jax.data.sources import JsonlSource, load_source
+from vigos_jax.data.tokenizer_files import CONTROL_SHAPE
 from vigos_jax.method.packing import Buckets, pack_prompts, pack_scores
 from vigos_jax.method.roles import TeacherRole
 from vigos_jax.method.spans import find_spans

@@ -154,7 +154,7 @@ def test_a_crash_leaves_nothing_under_the_final_name(lora_run, world, tmp_path, 
 
     arguments = ["--mode=export", f"--workdir={lora_run.workdir}", f"--config.export.output={tmp_path / 'hf'}"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(export_module.huggingface, "save_sharded", crash)
+        patch.setattr(export_module.writing, "save_sharded", crash)
         world.run(*arguments)
     assert not (tmp_path / "hf").exists()
     assert world.run(*arguments) == 0  # and what was left is no obstacle

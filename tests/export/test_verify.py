@@ -58,7 +58,7 @@ def test_a_rounded_merge_always_says_its_kl(world, run, tmp_path, capsys):
 def test_what_was_written_wrong_is_found(world, run, tmp_path, monkeypatch, capsys, kind):
     """One projection of one layer doubled on its way to the disk."""
     name = {"merged": "save_sharded", "adapter": "write_file"}[kind]
-    owner = export_module.huggingface if kind == "merged" else export_module
+    owner = export_module.writing if kind == "merged" else export_module
     write = getattr(owner, name)
 
     def write_wrong(path, tensors, **options):

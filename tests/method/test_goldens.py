@@ -28,7 +28,7 @@ from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.families import adapter_table
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.training.step import TrainState, make_train_step
-from vigos_jax.weights import huggingface
+from vigos_jax.weights import adapters, reading, writing
 
 FOLDER = pathlib.Path(__file__).parents[1] / "fixtures" / "goldens"
 TOLERANCE = 1e-4
@@ -46,15 +46,15 @@ INPUTS = dict(np.load(FOLDER / "inputs.npz"))
 EXPECTED = dict(np.load(FOLDER / "expected.npz"))
 NAMES = tuple(CASES)
 CONFIG = ModelConfig.load(FOLDER / "model")
-SPEC = huggingface.adapter_spec(FOLDER / "adapter", dropout=0.0)
+SPEC = adapters.adapter_spec(FOLDER / "adapter", dropout=0.0)
 MODEL = VisionLanguageModel(CONFIG, lora=SPEC)
 
 
 @functools.cache
 def weights():
     abstract = abstract_variables(MODEL)
-    base = huggingface.load_params(FOLDER / "model", CONFIG, abstract["params"], dtype=jnp.float32)
-    return base, {"lora": huggingface.load_adapter(FOLDER / "adapter", CONFIG, SPEC, abstract["lora"])}
+    base = reading.load_params(FOLDER / "model", CONFIG, abstract["params"], dtype=jnp.float32)
+    return base, {"lora": adapters.load_adapter(FOLDER / "adapter", CONFIG, SPEC, abstract["lora"])}
 
 
 # What each reading is made of: the role table of its config, the turns as token ids, the spans of a completion.
@@ -437,7 +437,7 @@ def gradient(names, roles, turns, spans):
     weight = {r.name: r.weight for r in roles}
     program = tuple(dataclasses.replace(r, weight=weight[r.name]) for r in unclipped(roles))
     grads, metrics = gradient_step(program)(base, trained, batch)
-    return dict(huggingface.file_tensors(grads["lora"], adapter_table(CONFIG, SPEC), CONFIG, dtype=np.float32)), metrics
+    return dict(writing.file_tensors(grads["lora"], adapter_table(CONFIG, SPEC), CONFIG, dtype=np.float32)), metrics
 
 
 def check_gradient(got, prefix):

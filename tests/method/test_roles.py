@@ -235,7 +235,7 @@ def test_applies(when, expected):
 )
 def test_roles_per_token(entries, expected):
     roles = {f"r{i}": entry(*e) for i, e in enumerate(entries)}
-    table = role_table(roles, {name: PROMPTS["student"] for name in roles})
+    table = role_table(roles, dict.fromkeys(roles, PROMPTS["student"]))
     assert roles_per_token(table) == expected
 
 

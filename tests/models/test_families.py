@@ -17,7 +17,7 @@ from vigos_jax.models.families import FAMILIES, Family, register, tensor_table
 from vigos_jax.models.layers import Projection
 from vigos_jax.models.tensor_names import Tensor, decoder_tensors, dense
 from vigos_jax.models.vlm import VisionLanguageModel
-from vigos_jax.weights import huggingface
+from vigos_jax.weights import writing
 
 
 class ToyTower(nn.Module):
@@ -61,8 +61,8 @@ def write_toy(folder):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "toy_vl"}))
     config = ModelConfig.load(folder)
     params = tiny.random_variables(VisionLanguageModel(config))["params"]
-    tensors = huggingface.file_tensors(params, tensor_table(config), config, dtype=np.float32)
-    huggingface.save_sharded(folder, tensors, max_shard_bytes=2**30)
+    tensors = writing.file_tensors(params, tensor_table(config), config, dtype=np.float32)
+    writing.save_sharded(folder, tensors, max_shard_bytes=2**30)
     return config
 
 

@@ -28,7 +28,7 @@ from vigos_jax.models.variables import shares_vision, student_variables, teacher
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables, init_variables
 from vigos_jax.rollouts.sampler import Sampler, row_keys
 from vigos_jax.rollouts.sampling import Sampling
-from vigos_jax.weights import huggingface
+from vigos_jax.weights import adapters
 
 HEADS = ("tied", "untied")
 # One batch holds every kind of prompt; the shorter ones are left-padded by the packing.
@@ -256,9 +256,9 @@ def adapted(pairs, tmp_path_factory) -> Adapted:
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     reference = tm.with_adapter(pair.torch, r=4, lora_alpha=8, target_modules=targets)
     folder = tm.save(reference, tmp_path_factory.mktemp("adapter"))
-    spec = huggingface.adapter_spec(pathlib.Path(folder), dropout=0.5)
+    spec = adapters.adapter_spec(pathlib.Path(folder), dropout=0.5)
     model = VisionLanguageModel(pair.config, lora=spec)
-    lora = huggingface.load_adapter(folder, pair.config, spec, abstract_variables(model)["lora"])
+    lora = adapters.load_adapter(folder, pair.config, spec, abstract_variables(model)["lora"])
     logits = {name: tm.torch_logits(reference, [s])[0] for name, s in SAMPLES.items()}
     return Adapted(reference, model, lora, logits, make_run(model))
 

@@ -25,7 +25,7 @@ from vigos_jax.models.tensor_names import MLP_PROJECTIONS
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.rollouts.sampler import Sampler, row_keys
 from vigos_jax.rollouts.sampling import Sampling
-from vigos_jax.weights import huggingface
+from vigos_jax.weights import adapters
 
 HEADS = ("tied", "untied")
 LENGTH = 96
@@ -308,10 +308,10 @@ def test_adapter_parity(pairs, batch, tmp_path):
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", *MLP_PROJECTIONS]
     adapted = tm.with_adapter(pair.torch, r=4, lora_alpha=8, target_modules=targets)
     folder = pathlib.Path(tm.save(adapted, tmp_path / "adapter"))
-    spec = huggingface.adapter_spec(folder, dropout=0.0)
+    spec = adapters.adapter_spec(folder, dropout=0.0)
     assert not spec.vision
     model = VisionLanguageModel(pair.config, lora=spec)
-    lora = huggingface.load_adapter(folder, pair.config, spec, abstract_variables(model)["lora"])
+    lora = adapters.load_adapter(folder, pair.config, spec, abstract_variables(model)["lora"])
     run = make_run(model)
     _, logits = run({"params": pair.base, "lora": lora}, batch.vision, batch.text)
     expected = [tm.torch_logits(adapted, [s])[0] for s in SAMPLES.values()]

@@ -224,7 +224,8 @@ def test_optimizer_state_and_scalars():
 
 
 @pytest.mark.parametrize(
-    "axes", [dict(data=2, fsdp=2, tensor=1), dict(data=3, fsdp=1, tensor=1), dict(data=-1, fsdp=3, tensor=1)]
+    "axes",
+    [{"data": 2, "fsdp": 2, "tensor": 1}, {"data": 3, "fsdp": 1, "tensor": 1}, {"data": -1, "fsdp": 3, "tensor": 1}],
 )
 def test_axes_that_do_not_cover_the_devices(axes):
     with pytest.raises(InputError, match=rf"data={axes['data']}, fsdp={axes['fsdp']}.* 8 device.* must be 8"):
@@ -232,7 +233,8 @@ def test_axes_that_do_not_cover_the_devices(axes):
 
 
 @pytest.mark.parametrize(
-    "axes", [dict(data=0, fsdp=1, tensor=8), dict(data=8, fsdp=0, tensor=1), dict(data=8, fsdp=1, tensor=-2)]
+    "axes",
+    [{"data": 0, "fsdp": 1, "tensor": 8}, {"data": 8, "fsdp": 0, "tensor": 1}, {"data": 8, "fsdp": 1, "tensor": -2}],
 )
 def test_axes_below_one(axes):
     with pytest.raises(InputError, match="at least 1"):

@@ -112,10 +112,10 @@ def test_a_save_that_fails_is_said_and_older_ones_stay(undisturbed, tmp_path, mo
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(InputError, match="cannot write a checkpoint into .*; whole ones are of steps: 1$"):
-        with Checkpoints(tmp_path, keep=1) as checkpoints:
-            monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", fail)
-            checkpoints.save(state, {"next_batch": 2})
+    message = "cannot write a checkpoint into .*; whole ones are of steps: 1$"
+    with pytest.raises(InputError, match=message), Checkpoints(tmp_path, keep=1) as checkpoints:
+        monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", fail)
+        checkpoints.save(state, {"next_batch": 2})
     assert (tmp_path / "checkpoints" / "1").is_dir()
 
 

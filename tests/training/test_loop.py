@@ -22,7 +22,7 @@ from vigos_jax.method import packing
 from vigos_jax.rollouts import engine
 from vigos_jax.training import loop
 from vigos_jax.training.run_log import MetricsFile
-from vigos_jax.weights import huggingface
+from vigos_jax.weights import reading
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 # Those for published models are tests/test_published_sizes.py's.
@@ -61,7 +61,7 @@ def test_every_step_is_written_once_and_learns(undisturbed):
 def test_the_base_is_not_modified(undisturbed, world):
     loaded = undisturbed.session
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), loaded.base)
-    runs.assert_same_trees(loaded.base, huggingface.load_params(world.model, loaded.config, shapes, dtype=np.float32))
+    runs.assert_same_trees(loaded.base, reading.load_params(world.model, loaded.config, shapes, dtype=np.float32))
 
 
 def test_bad_rows_are_counted_and_never_trained_on(undisturbed, world):

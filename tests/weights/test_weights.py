@@ -23,7 +23,7 @@ from vigos_jax.method.packing import Buckets, Row, pack_prompts
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.families import adapter_table, tensor_table
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
-from vigos_jax.weights import huggingface
+from vigos_jax.weights import adapters, reading, writing
 
 SAMPLE = tm.make_sample([4, tm.TALL, 7], seed=1)
 LANGUAGE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -71,11 +71,11 @@ def assert_same_tensors(ours: dict, theirs: dict) -> None:
 def load(folder: pathlib.Path, *, dtype=np.float32, shardings=None) -> tuple[ModelConfig, dict]:
     config = ModelConfig.load(folder)
     abstract = abstract_variables(VisionLanguageModel(config))["params"]
-    return config, huggingface.load_params(folder, config, abstract, dtype=dtype, shardings=shardings)
+    return config, reading.load_params(folder, config, abstract, dtype=dtype, shardings=shardings)
 
 
 def by_name(params, config: ModelConfig, *, dtype) -> dict[str, np.ndarray]:
-    return dict(huggingface.file_tensors(params, tensor_table(config), config, dtype=dtype))
+    return dict(writing.file_tensors(params, tensor_table(config), config, dtype=dtype))
 
 
 def our_logits(model: VisionLanguageModel, variables, sample: tm.Sample = SAMPLE) -> np.ndarray:
@@ -396,20 +396,20 @@ def edit_json(path: pathlib.Path, **values) -> None:
 )
 def test_adapters_give_pefts_logits(folders, tmp_path, config, rank, scale, language, vision):
     reference, path = save_adapter(tmp_path, **config)
-    spec = huggingface.adapter_spec(path, dropout=0.1)
+    spec = adapters.adapter_spec(path, dropout=0.1)
     assert (spec.rank, spec.scale, spec.dropout) == (rank, scale, 0.1)
     assert spec.language == set(language) and spec.vision == set(vision)
 
     model_config, base = load(folders["untied"])
     model = VisionLanguageModel(model_config, lora=spec)
-    lora = huggingface.load_adapter(path, model_config, spec, abstract_variables(model)["lora"])
+    lora = adapters.load_adapter(path, model_config, spec, abstract_variables(model)["lora"])
     assert {x.dtype for x in jax.tree.leaves(lora)} == {np.dtype(np.float32)}
     expected = tm.torch_logits(reference, [SAMPLE])[0]
     assert tm.max_difference(expected, tm.torch_logits(tm.cached_model(tied=False), [SAMPLE])[0]) > 0.1
     assert tm.max_difference(our_logits(model, {"params": base, "lora": lora}), expected) <= tm.TOLERANCE
 
     # What we would write is what peft wrote: the same names, the same bits.
-    tensors = dict(huggingface.file_tensors(lora, adapter_table(model_config, spec), model_config, dtype=np.float32))
+    tensors = dict(writing.file_tensors(lora, adapter_table(model_config, spec), model_config, dtype=np.float32))
     assert_same_tensors(tensors, safetensors.torch.load_file(path / "adapter_model.safetensors"))
 
 
@@ -426,9 +426,9 @@ def adapter(adapter_folder, tmp_path) -> pathlib.Path:
 
 def load_adapter(folders, path: pathlib.Path):
     config = ModelConfig.load(folders["untied"])
-    spec = huggingface.adapter_spec(path, dropout=0.0)
+    spec = adapters.adapter_spec(path, dropout=0.0)
     abstract = abstract_variables(VisionLanguageModel(config, lora=spec))["lora"]
-    return huggingface.load_adapter(path, config, spec, abstract)
+    return adapters.load_adapter(path, config, spec, abstract)
 
 
 def test_a_bfloat16_adapter_becomes_float32(folders, adapter):
@@ -475,7 +475,7 @@ def test_options_that_would_be_ignored_are_refused(adapter, option):
     assert field in raw, "peft calls it something else now"
     edit_json(adapter / "adapter_config.json", **option)
     with pytest.raises(InputError, match=rf"\b{field}\b"):
-        huggingface.adapter_spec(adapter, dropout=0.0)
+        adapters.adapter_spec(adapter, dropout=0.0)
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
@@ -488,7 +488,7 @@ def test_how_an_adapter_was_initialised_does_not_matter(folders, adapter, init):
 def test_an_adapter_without_tensors_is_refused(adapter):
     safetensors.torch.save_file({}, adapter / "adapter_model.safetensors")
     with pytest.raises(InputError, match="no adapter tensor"):
-        huggingface.adapter_spec(adapter, dropout=0.0)
+        adapters.adapter_spec(adapter, dropout=0.0)
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
@@ -496,7 +496,7 @@ def test_an_adapter_without_tensors_is_refused(adapter):
 def test_modules_that_carry_no_adapter_here_are_refused(tmp_path, targets):
     _, path = save_adapter(tmp_path, r=2, lora_alpha=2, target_modules=targets)
     with pytest.raises(InputError, match=r"adapter tensor base_model\.model\.\S+ "):
-        huggingface.adapter_spec(path, dropout=0.0)
+        adapters.adapter_spec(path, dropout=0.0)
 
 
 def test_an_adapter_on_some_layers_is_refused(folders, tmp_path):
@@ -542,7 +542,7 @@ def test_what_is_written_loads_in_transformers_to_the_bit(folders, tmp_path, hea
     numpy_dtype, torch_dtype = jnp.dtype(dtype), getattr(torch, dtype)
     limit = 60_000
     tensors = by_name(params, config, dtype=numpy_dtype)
-    huggingface.save_sharded(tmp_path, iter(tensors.items()), max_shard_bytes=limit)
+    writing.save_sharded(tmp_path, iter(tensors.items()), max_shard_bytes=limit)
     shutil.copy(folders[head] / "config.json", tmp_path)
 
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -573,7 +573,7 @@ def test_one_shard_needs_no_index(folders, tmp_path):
     config, params = load(folders["untied"])
     tensors = by_name(params, config, dtype=np.float32)
     size = sum(x.nbytes for x in tensors.values())
-    huggingface.save_sharded(tmp_path, iter(tensors.items()), max_shard_bytes=size)
+    writing.save_sharded(tmp_path, iter(tensors.items()), max_shard_bytes=size)
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
     assert_same_tensors(torch_tensors(tmp_path), torch_tensors(folders["untied"]))
 
@@ -588,6 +588,6 @@ def test_one_shard_needs_no_index(folders, tmp_path):
 )
 def test_shards_are_filled_in_order(tmp_path, sizes, limit, expected):
     tensors = ((name, np.ones(n, np.float32)) for name, n in sizes.items())
-    huggingface.save_sharded(tmp_path, tensors, max_shard_bytes=limit)
+    writing.save_sharded(tmp_path, tensors, max_shard_bytes=limit)
     held = [sorted(safetensors.torch.load_file(path)) for path in sorted(tmp_path.glob("*.safetensors"))]
     assert held == expected

@@ -18,6 +18,7 @@ class BadRows:
 
     @property
     def bad(self) -> int:
+        """Rows that could not be used."""
         return self.reasons.total()
 
     def update(self, rows: int, reasons: Mapping[str, int]) -> None:

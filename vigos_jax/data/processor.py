@@ -6,7 +6,6 @@ Both come from transformers and need neither torch nor torchvision. User text ne
 
 import dataclasses
 import functools
-import json
 import pathlib
 import re
 from collections.abc import Sequence
@@ -16,11 +15,20 @@ import tokenizers
 from PIL import Image, ImageOps
 
 from vigos_jax.data.images import BadImage
+from vigos_jax.data.tokenizer_files import (
+    build,
+    chat_template,
+    check_ids,
+    end_and_pad,
+    open_image_processor,
+    open_tokenizer,
+    text_tokenizer,
+    token_table,
+)
 from vigos_jax.errors import InputError
 from vigos_jax.models.config import ModelConfig
 
 MAX_ASPECT_RATIO = 200  # the image processor's own limit
-CONTROL_SHAPE = re.compile(r"<\|[^|<>]+\|>")  # added tokens of this shape steer the model, "special" or not
 _PROBE_TOKENS = 2**17  # visual tokens that the picture which checks a folder's settings may take
 TEXT_MARK = "@@vigos-user-text@@"  # where the user's text goes in a rendered chat
 
@@ -91,44 +99,15 @@ class Processor:
         Raises:
           InputError: a file is missing or broken (it is named), or the files contradict each other.
         """
-        # Slow to import, and not needed by those who only name the types above.
-        from transformers import AutoImageProcessor, AutoTokenizer
-
         root = pathlib.Path(folder).resolve()
         model = ModelConfig.load(root)
-        _read_json(root / "preprocessor_config.json")
-        if not (root / "tokenizer.json").is_file():
-            raise InputError(f"{root / 'tokenizer.json'} is missing; a model folder needs it")
-        _read_json(root / "tokenizer_config.json")
-        options = {"local_files_only": True, "trust_remote_code": False}
-        tokenizer = _build(root / "tokenizer.json", lambda: AutoTokenizer.from_pretrained(root, **options))
-        image_processor = _build(
-            root / "preprocessor_config.json",
-            lambda: AutoImageProcessor.from_pretrained(root, backend="pil", **options),
-        )
-        sizes = {
-            "patch_size": model.vision.patch_size,
-            "merge_size": model.vision.spatial_merge_size,
-            "temporal_patch_size": model.vision.temporal_patch_size,
-        }
-        for name, wanted in sizes.items():
-            found = getattr(image_processor, name, None)
-            if found != wanted:
-                path = root / "preprocessor_config.json"
-                raise InputError(f"{path}: {name} {found!r} must be {wanted}, as in config.json")
-        text_tokenizer, added = _build(root / "tokenizer.json", lambda: _text_tokenizer(tokenizer))
+        tokenizer = open_tokenizer(root)
+        image_processor = open_image_processor(root, model)
+        plain, added = build(root / "tokenizer.json", lambda: text_tokenizer(tokenizer))
         control_ids = {token: index for token, (index, is_control) in added.items() if is_control}
-        for name in ("image_token_id", "video_token_id"):
-            if getattr(model, name) not in control_ids.values():
-                where = f"{root / 'config.json'}: {name} {getattr(model, name)}"
-                raise InputError(f"{where} must be a control token of tokenizer.json")
-        eos_ids, pad_id = _end_and_pad(root, tokenizer)
-        largest = max(*tokenizer.get_vocab().values(), *eos_ids, pad_id)
-        if largest >= model.vocab_size or min(*eos_ids, pad_id) < 0:
-            raise InputError(
-                f"{root}: the tokenizer is not this model's: its ids, the end's and the pad's must be below vocab_size "
-                f"{model.vocab_size} of config.json and not negative; the largest is {largest}"
-            )
+        eos_ids, pad_id = end_and_pad(root, tokenizer)
+        vocabulary, control = tokenizer.get_vocab(), set(control_ids.values())
+        check_ids(root, model, vocabulary=vocabulary, control=control, ends=[*eos_ids, pad_id])
         processor = cls(
             folder=str(root),
             tokenizer=tokenizer,
@@ -141,12 +120,12 @@ class Processor:
             frames_per_patch=model.vision.temporal_patch_size,
             tokens_per_second=model.vision.tokens_per_second,
             _image_processor=image_processor,
-            _text_tokenizer=text_tokenizer,
+            _text_tokenizer=plain,
             _control_ids=control_ids,
-            _chat_template=_chat_template(root, tokenizer),
-            _bytes_of=_token_table(root / "tokenizer.json", tokenizer, added),
+            _chat_template=chat_template(root, tokenizer),
+            _bytes_of=token_table(root / "tokenizer.json", tokenizer, added),
         )
-        _build(root / "preprocessor_config.json", lambda: _probe(processor))
+        build(root / "preprocessor_config.json", lambda: _probe(processor))
         return processor
 
     def __reduce__(self):
@@ -308,90 +287,3 @@ def _probe(processor: Processor) -> None:
     patches = processor.encode_image(Image.fromarray(ramp)).patches
     if not (np.ptp(patches, axis=0).min() > 1e-3 and np.abs(patches).max() < 100):  # NaN is neither
         raise ValueError("its mean, std and scale turn a ramp of grey into numbers that are equal, too large or none")
-
-
-def _build(path: pathlib.Path, make):
-    """Runs a loader on a folder's files; whatever it raises becomes one line, the panics of its Rust code too."""
-    try:
-        return make()
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as e:
-        reason = " ".join(str(e).split())[:200]
-        raise InputError(f"cannot load {path}: {type(e).__name__}: {reason}") from e
-
-
-def _read_json(path: pathlib.Path, *, optional: bool = False) -> dict:
-    """A JSON object from a file; {} for an optional one that is not there."""
-    if optional and not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise InputError(f"cannot read {path}: {e.strerror}; a model folder needs it") from e
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{path} is not valid JSON: {e}") from e
-    if not isinstance(value, dict):
-        raise InputError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
-
-
-def _text_tokenizer(tokenizer) -> tuple[tokenizers.Tokenizer, dict[str, tuple[int, bool]]]:
-    """A private copy that never emits control tokens, and all added tokens as {content: (id, is control)}.
-
-    A copy, because the switch is a property of the shared object that transformers flips back and forth.
-    """
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    for token in spec["added_tokens"]:
-        token["special"] = token["special"] or CONTROL_SHAPE.fullmatch(token["content"]) is not None
-    added = {token["content"]: (token["id"], token["special"]) for token in spec["added_tokens"]}
-    copy = tokenizers.Tokenizer.from_str(json.dumps(spec | {"truncation": None, "padding": None}))
-    copy.encode_special_tokens = True  # "encode them as text"; set once, never again
-    return copy, added
-
-
-def _end_and_pad(root: pathlib.Path, tokenizer) -> tuple[tuple[int, ...], int]:
-    """(end of sequence ids, pad id): generation_config.json's word on the end, the tokenizer's on the pad."""
-    generation = _read_json(root / "generation_config.json", optional=True)
-    eos = generation.get("eos_token_id", tokenizer.eos_token_id)
-    eos_ids = tuple(eos) if isinstance(eos, list) else (eos,)
-    pad_id = tokenizer.pad_token_id
-    if pad_id is None:
-        pad_id = generation.get("pad_token_id")
-    for name, ids in (("eos_token_id", eos_ids), ("pad_token_id", (pad_id,))):
-        if not ids or not all(type(i) is int for i in ids):
-            raise InputError(
-                f"{root}: {name} must be given by generation_config.json or tokenizer_config.json, got {ids}"
-            )
-    return eos_ids, pad_id
-
-
-def _chat_template(root: pathlib.Path, tokenizer) -> str:
-    """The folder's template, where transformers' processors look for it: own file first, tokenizer's last."""
-    template = None
-    if not (root / "chat_template.jinja").exists():
-        template = _read_json(root / "chat_template.json", optional=True).get("chat_template")
-    template = template or tokenizer.chat_template
-    if not isinstance(template, str):
-        raise InputError(f"{root} has no chat template; choices: chat_template.jinja, chat_template.json")
-    return template
-
-
-def _token_table(path: pathlib.Path, tokenizer, added: dict[str, tuple[int, bool]]) -> dict[int, bytes]:
-    """Bytes of every token id of a byte-level BPE."""
-    byte_of = {char: byte for byte, char in _byte_alphabet().items()}
-    table = {index: content.encode() for content, (index, _) in added.items()}
-    try:
-        for token, index in tokenizer.get_vocab().items():
-            if index not in table:
-                table[index] = bytes(byte_of[char] for char in token)
-    except KeyError as e:
-        raise InputError(f"{path} must be a byte-level BPE; token {token!r} has other letters") from e
-    return table
-
-
-def _byte_alphabet() -> dict[int, str]:
-    """The letter a byte-level BPE writes for each byte: its own if printable, else the next from U+0100."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = (byte for byte in range(256) if byte not in printable)
-    return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}

@@ -122,10 +122,12 @@ class Item:
 
     @property
     def is_conflict(self) -> bool:
+        """Whether the scene contradicts what one expects."""
         return self.answer != self.prior_value
 
     @property
     def pil_image(self) -> Image.Image:
+        """The image, as a source's row has it."""
         return Image.fromarray(self.image)
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks by the paper's protocol: questions, sampled answers, grading, statistics, reports."""

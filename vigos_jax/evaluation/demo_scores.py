@@ -42,6 +42,7 @@ class Answered:
 
     @property
     def is_correct(self) -> bool:
+        """Whether its last box holds the answer."""
         return is_correct(last_boxed(self.text), self.item.answer)
 
 

@@ -23,7 +23,7 @@ from vigos_jax.runtime import hub
 from vigos_jax.runtime.distributed import first_decides, is_first
 from vigos_jax.runtime.progress import say
 from vigos_jax.session import Session
-from vigos_jax.weights import huggingface
+from vigos_jax.weights import writing
 from vigos_jax.weights.safetensors_file import byte_count, write_file
 
 # What of a base folder is about text, pictures and shapes. Copied byte for byte: rewriting these files through a
@@ -74,10 +74,10 @@ def export(
             if is_first():
                 write_file(temporary / "adapter_model.safetensors", tensors)
             else:
-                huggingface.gather(tensors)
+                writing.gather(tensors)
             first_decides(lambda: _write_adapter_config(session, temporary))
         else:
-            huggingface.save_sharded(temporary, tensors, max_shard_bytes=int(e.max_shard_gb * 2**30))
+            writing.save_sharded(temporary, tensors, max_shard_bytes=int(e.max_shard_gb * 2**30))
             first_decides(lambda: _copy_companions(session.folder, temporary, dtype=e.dtype))
         rounds = e.kind == "merged" and e.dtype == "bfloat16" and lora is not None
         report = compare(session, trained, config, temporary) if e.check or rounds else None
@@ -129,13 +129,13 @@ def _prepare(output: pathlib.Path, target: pathlib.Path, temporary: pathlib.Path
 
 def _tensors(
     session: Session, trained: Variables, *, kind: str, dtype: str
-) -> Iterator[tuple[str, huggingface.FileTensor]]:
+) -> Iterator[tuple[str, writing.FileTensor]]:
     config, spec = session.config, session.model.lora
     if kind == "adapter":  # always float32: rounded, it would be another one
-        return huggingface.stream_tensors(trained["lora"], adapter_table(config, spec), config, dtype=np.float32)
+        return writing.stream_tensors(trained["lora"], adapter_table(config, spec), config, dtype=np.float32)
     params = trained.get("params", session.base)
     merged = {"lora": trained["lora"], "scale": spec.scale} if "lora" in trained else {}
-    return huggingface.stream_tensors(params, tensor_table(config), config, dtype=jnp.dtype(dtype), **merged)
+    return writing.stream_tensors(params, tensor_table(config), config, dtype=jnp.dtype(dtype), **merged)
 
 
 def _write_adapter_config(session: Session, folder: pathlib.Path) -> None:

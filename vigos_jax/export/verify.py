@@ -22,7 +22,7 @@ from vigos_jax.models.variables import Variables
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.runtime.sharding import replicated, tree_shardings
 from vigos_jax.session import Session
-from vigos_jax.weights import huggingface
+from vigos_jax.weights import adapters, reading
 
 # Question and answer: the logits of an answer's tokens are compared too.
 PROMPTS = (
@@ -51,7 +51,7 @@ def compare(session: Session, trained: Variables, config, folder: pathlib.Path) 
     """
     e = config.export
     if e.kind == "adapter":
-        spec, params, processor = huggingface.adapter_spec(folder, dropout=0.0), session.base, session.processor
+        spec, params, processor = adapters.adapter_spec(folder, dropout=0.0), session.base, session.processor
         written, dtype = session.config, "float32"
     else:
         spec, processor = None, Processor.load(folder)
@@ -60,12 +60,12 @@ def compare(session: Session, trained: Variables, config, folder: pathlib.Path) 
     abstract = abstract_variables(model)
     shardings = tree_shardings(abstract, session.mesh, config.mesh.rules)
     if spec is None:
-        params = huggingface.load_params(
+        params = reading.load_params(
             folder, written, abstract["params"], dtype=jnp.dtype(dtype), shardings=shardings["params"]
         )
         reloaded = {"params": params}
     else:
-        lora = huggingface.load_adapter(folder, written, spec, abstract["lora"], shardings=shardings["lora"])
+        lora = adapters.load_adapter(folder, written, spec, abstract["lora"], shardings=shardings["lora"])
         reloaded = {"params": params, "lora": lora}
 
     rows = prompt_rows(processor, config)

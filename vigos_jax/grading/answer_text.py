@@ -151,7 +151,7 @@ def _strip_surroundings(text: str) -> str:
 
 
 def _number(text: str) -> Fraction | None:
-    """The exact value of a decimal, a fraction a/b or a LaTeX \\frac; None for anything else and for a/0."""
+    r"""The exact value of a decimal, a fraction a/b or a LaTeX \frac; None for anything else and for a/0."""
     sign, top, bottom = "", text, "1"
     if match := _SLASH.fullmatch(text):
         top, bottom = match.groups()

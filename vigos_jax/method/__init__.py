@@ -1,0 +1,1 @@
+"""The ViGOS paper: teacher roles, prompts, spans, packing, divergences, the loss."""

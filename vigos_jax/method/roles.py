@@ -63,17 +63,13 @@ class TeacherRole:
 
     @property
     def shows_reference(self) -> bool:
+        """Whether its template shows the answer."""
         return "reference" in fields(self.user)
 
 
 ENTRY_FIELDS = tuple(f.name for f in dataclasses.fields(TeacherRole))[3:]  # of an entry of config.roles
 _OPTIONAL = {f.name: f.default for f in dataclasses.fields(TeacherRole) if f.default is not dataclasses.MISSING}
 REQUIRED_FIELDS = tuple(f for f in ENTRY_FIELDS if f not in _OPTIONAL)
-
-
-def _choice(role: str, field: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"config.roles.{role}.{field}={value!r} is unknown; choices: {', '.join(choices)}")
 
 
 def role_table(
@@ -99,6 +95,22 @@ def role_table(
 
 def _role(name: str, entry: Mapping[str, Any], prompts: Mapping[str, Any], data_fields: tuple[str, ...]) -> TeacherRole:
     where = f"config.roles.{name}"
+    if name == "student":
+        raise InputError(f"{where}: 'student' names the student's own prompt; choices: any other name")
+    values = _values(where, entry)
+    if name not in prompts:
+        raise InputError(f"{where} has no config.prompts.{name}; choices: {', '.join(prompts)}")
+    prompt = prompts[name]
+    if strangers := unknown_fields(prompt["user"], data_fields):
+        raise InputError(
+            f"{where} needs {{{strangers[0]}}} in config.prompts.{name}.user, which no row has; "
+            f"choices: {', '.join(('problem', 'reference', *data_fields))}, or a column named in config.data.fields"
+        )
+    return TeacherRole(name=name, user=prompt["user"], assistant_prefill=prompt["assistant_prefill"], **values)
+
+
+def _values(where: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The checked fields of an entry of config.roles, with the defaults of those it leaves out."""
     if not hasattr(entry, "items"):
         raise InputError(f"{where}={entry!r} must be a table; its fields are {', '.join(ENTRY_FIELDS)}")
     missing = [f for f in REQUIRED_FIELDS if f not in entry]
@@ -107,16 +119,15 @@ def _role(name: str, entry: Mapping[str, Any], prompts: Mapping[str, Any], data_
         what = f"lacks {', '.join(missing)}" if missing else f"has an unknown field {unknown[0]!r}"
         raise InputError(f"{where} {what}; its fields are {', '.join(ENTRY_FIELDS)}")
     r = _OPTIONAL | dict(entry.items())
-    if name == "student":
-        raise InputError(f"{where}: 'student' names the student's own prompt; choices: any other name")
     if not isinstance(r["scores"], list | tuple) or not r["scores"]:
         raise InputError(f"{where}.scores={r['scores']!r} must be a list of spans; choices: {', '.join(SPANS)}")
-    for span in r["scores"]:
-        _choice(name, "scores", span, SPANS)
-    for field, choices in (
-        ("when", CONDITIONS), ("divergence", tuple(DIVERGENCES)), ("clip_per", CLIP_PER), ("reads", READS),
-    ):  # fmt: skip
-        _choice(name, field, r[field], choices)
+    chosen = {"when": CONDITIONS, "divergence": tuple(DIVERGENCES), "clip_per": CLIP_PER, "reads": READS}
+    for field, value, choices in (
+        *(("scores", span, SPANS) for span in r["scores"]),
+        *((field, r[field], choices) for field, choices in chosen.items()),
+    ):
+        if value not in choices:
+            raise InputError(f"{where}.{field}={value!r} is unknown; choices: {', '.join(choices)}")
     for field in ("weight", "clip", "first_clip", "last_clip", "beta"):
         is_number = isinstance(r[field], int | float) and not isinstance(r[field], bool)
         if not is_number or not 0 <= r[field] <= _LARGEST:
@@ -127,16 +138,7 @@ def _role(name: str, entry: Mapping[str, Any], prompts: Mapping[str, Any], data_
             f"{where}.beta={r['beta']} must be between 0 and 1, both excluded: the limits are named, forward_kl is "
             "KL(teacher || student) and reverse_kl is KL(student || teacher)"
         )
-    if name not in prompts:
-        raise InputError(f"{where} has no config.prompts.{name}; choices: {', '.join(prompts)}")
-    prompt = prompts[name]
-    if strangers := unknown_fields(prompt["user"], data_fields):
-        raise InputError(
-            f"{where} needs {{{strangers[0]}}} in config.prompts.{name}.user, which no row has; "
-            f"choices: {', '.join(('problem', 'reference', *data_fields))}, or a column named in config.data.fields"
-        )
-    r["scores"] = tuple(r["scores"])
-    return TeacherRole(name=name, user=prompt["user"], assistant_prefill=prompt["assistant_prefill"], **r)
+    return r | {"scores": tuple(r["scores"])}
 
 
 def roles_per_token(table: tuple[TeacherRole, ...]) -> int:

@@ -1,7 +1,7 @@
-"""Builds the demo model's folder without its weights, in Hugging Face layout: tokenizer, template, configs.
+r"""Builds the demo model's folder without its weights, in Hugging Face layout: tokenizer, template, configs.
 
 The tokenizer is a real byte-level BPE over the demo's own words: every word of the prompts and of the world, with
-or without its leading space as it occurs, is one token; the tags `<description>`, `</think>`, `\\boxed{` ... are
+or without its leading space as it occurs, is one token; the tags `<description>`, `</think>`, `\boxed{` ... are
 several (`{red` is one, so the parser meets a token that covers a delimiter and an answer); any other text falls
 back to smaller pieces and in the end to the 256 bytes.
 """

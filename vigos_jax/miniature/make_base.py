@@ -30,7 +30,7 @@ from vigos_jax.models.families import tensor_table
 from vigos_jax.models.inputs import TextInputs, VisionInputs
 from vigos_jax.models.vlm import VisionLanguageModel, init_variables
 from vigos_jax.runtime.progress import Progress
-from vigos_jax.weights import huggingface
+from vigos_jax.weights import writing
 
 Array = jax.Array
 GRID = (1, world.SIDE // 14, world.SIDE // 14)  # patches of one demo picture
@@ -301,8 +301,8 @@ def make(config: ml_collections.ConfigDict) -> dict[str, Any]:
     assets.write_assets(folder, templates=prompt_texts)
     processor, model = Processor.load(folder), VisionLanguageModel(ModelConfig.load(folder))
     params = train(config, processor, model)
-    tensors = huggingface.file_tensors(params, tensor_table(model.config), model.config, dtype=jnp.bfloat16)
-    huggingface.save_sharded(folder, tensors, max_shard_bytes=8 << 20)
+    tensors = writing.file_tensors(params, tensor_table(model.config), model.config, dtype=jnp.bfloat16)
+    writing.save_sharded(folder, tensors, max_shard_bytes=8 << 20)
     measured = card.measure(folder, config)
     (folder / "measured.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
     text = card.write(measured, parameters=sum(x.size for x in jax.tree.leaves(params)))

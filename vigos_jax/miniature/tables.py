@@ -67,10 +67,12 @@ class Estimate:
 
     @property
     def low(self) -> float:
+        """Lower end of the 95 % interval."""
         return self.mean - self.half
 
     @property
     def high(self) -> float:
+        """Upper end of the 95 % interval."""
         return self.mean + self.half
 
 
@@ -188,7 +190,7 @@ def _plain(method: str) -> str:
 
 
 def with_interval(e: Estimate | None, *, sign: bool = False) -> str:
-    """ "0.741 ± 0.012"; a dash for none."""
+    """Text like "0.741 ± 0.012"; a dash for none."""
     if e is None:
         return "–"
     mean = f"{e.mean:+.3f}" if sign else f"{e.mean:.3f}"
@@ -196,7 +198,7 @@ def with_interval(e: Estimate | None, *, sign: bool = False) -> str:
 
 
 def with_test(e: Estimate | None) -> str:
-    """ "+0.236 ± 0.012, p 0.0003, 5 of 5 above"; a dash for none."""
+    """Text like "+0.236 ± 0.012, p 0.0003, 5 of 5 above"; a dash for none."""
     if e is None:
         return "–"
     if math.isnan(e.p):

@@ -38,6 +38,7 @@ class VisionConfig:
 
     @property
     def patch_dim(self) -> int:
+        """Numbers in one patch."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
     @property

@@ -97,6 +97,7 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(self, carry, layer: Array, inputs: LayerInputs, deterministic: bool):
+        """Runs one layer on (states [B, T, D], cache): ((states, cache), None)."""
         c = self.config
         x, cache = carry
         b, t, _ = x.shape

@@ -78,6 +78,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """Scales [..., D] to a root mean square of one, in float32."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
@@ -91,6 +92,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """Normalises [..., D] to mean zero and variance one, in float32."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
         y = x.astype(jnp.float32)
@@ -138,6 +140,7 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, deterministic: bool = True) -> Array:
+        """Maps [..., in] to [..., features]."""
         kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
         y = x @ kernel.astype(x.dtype)
         if self.use_bias:
@@ -166,6 +169,8 @@ class GatedMLP(nn.Module):
     lora_names: frozenset[str] = frozenset()
 
     def setup(self):
+        """Names the three projections as checkpoints do."""
+
         def make(name: str, features: int) -> Projection:
             return Projection(features, self.use_bias, self.lora if name in self.lora_names else None)
 
@@ -174,6 +179,7 @@ class GatedMLP(nn.Module):
         self.down_proj = make("down_proj", self.features)
 
     def __call__(self, x: Array, deterministic: bool = True) -> Array:
+        """Maps [..., D] to [..., features]."""
         h = jax.nn.silu(self.gate_proj(x, deterministic)) * self.up_proj(x, deterministic)
         return self.down_proj(h, deterministic)
 

@@ -35,6 +35,7 @@ class VisionBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, is_full: Array, angles: Array, image_ids: Array, deterministic: bool):
+        """Runs one block on patches [B, S, Dv]; is_full: bool scalar, no windows here."""
         c = self.config
         x = place(x, self.mesh, ROWS)
         attn = VisionAttention(c.num_heads, c.window_patches, name="attn")
@@ -55,6 +56,7 @@ class VisionTower(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: VisionInputs, deterministic: bool) -> Array:
+        """Visual tokens of each row in reading order, [B, M, D]."""
         c = self.config
         x = Projection(c.hidden_size, name="patch_embed")(inputs.patches.astype(self.dtype))  # [B, S, Dv]
         angles = grid_angles(inputs.hw, head_dim=c.hidden_size // c.num_heads)

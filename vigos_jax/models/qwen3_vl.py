@@ -59,6 +59,7 @@ class Merger(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:  # [B, S, Dv] -> [B, S/unit, D]
+        """Maps patches [B, S, Dv] to visual tokens [B, S / unit, D]."""
         c = self.config
         norm = LayerNorm(1e-6, name="norm")
         grouped = lambda a: a.reshape(a.shape[0], -1, c.merge_unit * c.hidden_size)  # noqa: E731
@@ -78,6 +79,7 @@ class VisionTower(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: VisionInputs, deterministic: bool) -> Array:
+        """Visual tokens, DeepStack's features beside them: [B, M, (1 + n) D]."""
         c = self.config
         x = Projection(c.hidden_size, use_bias=True, name="patch_embed")(inputs.patches.astype(self.dtype))
         table = self.param("positions", nn.initializers.normal(0.02), (c.num_positions, c.hidden_size))

@@ -43,6 +43,7 @@ class VisionLanguageModel(nn.Module):
     mesh: Mesh | None = None
 
     def setup(self):
+        """Names the parts as the parameter tree has them."""
         c = self.config
         family = FAMILIES[c.family]
         self.visual = family.tower(c.vision, self.lora, self.dtype, self.remat, self.mesh)

@@ -94,6 +94,7 @@ class AbstractRun:
 
     @property
     def mesh(self) -> Mesh:
+        """The mesh over the planned devices."""
         return self.model.mesh
 
     def rows(self, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:

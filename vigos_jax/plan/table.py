@@ -38,6 +38,7 @@ class Program:
 
     @property
     def peak(self) -> int:
+        """Bytes on one device while the program runs."""
         return self.arguments + self.outputs + self.temporaries - self.aliased + self.beside
 
     def times(self, rates: Rates) -> dict[str, float]:
@@ -87,6 +88,7 @@ class Plan:
 
     @property
     def is_whole(self) -> bool:
+        """Whether every program could be compiled."""
         return not any(p.refused for p in self.programs)
 
     @property
@@ -106,6 +108,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Whether every program has the memory it needs."""
         return all(self.holds(p) for p in self.programs)
 
     def holds(self, program: Program) -> bool:

@@ -1,0 +1,1 @@
+"""Self-contained HTML pages: charts, a run's page, and the template they share."""

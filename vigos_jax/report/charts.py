@@ -108,6 +108,7 @@ class Shape:
 
     @property
     def css(self) -> str:
+        """The colour as a style sheet writes it."""
         return css(self.color)
 
 

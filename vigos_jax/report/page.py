@@ -76,6 +76,7 @@ class Token:
 
     @property
     def background(self) -> str:
+        """The colour behind the token as a style sheet writes it."""
         r, g, b = (int(min(max(x, 0), 255)) for x in self.color)
         return f"rgba({r},{g},{b},{min(max(self.strength, 0.0), 1.0):.3f})"
 

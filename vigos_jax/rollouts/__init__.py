@@ -1,0 +1,1 @@
+"""Completions of prompts: the engine protocol, the native sampler, parsing."""

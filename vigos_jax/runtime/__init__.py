@@ -1,0 +1,1 @@
+"""Processes, devices, files, signals: what knows nothing of models or data."""

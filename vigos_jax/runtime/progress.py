@@ -40,6 +40,7 @@ class Progress:
             print(words, file=sys.stderr, flush=True)
 
     def close(self) -> None:
+        """Removes the bar."""
         self._bar.close()
 
 

@@ -108,7 +108,7 @@ def read_rows(x: jax.Array, mesh: Mesh) -> np.ndarray:
 
 
 def path_string(path: tuple[Any, ...]) -> str:
-    """ "params/layers/q_proj/kernel" for a key path of jax.tree_util."""
+    """Text like "params/layers/q_proj/kernel" for a key path of jax.tree_util."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 

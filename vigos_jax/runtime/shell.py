@@ -1,5 +1,4 @@
-"""What a shell sees of the program: exit codes, nothing of other libraries unless asked for, and no traceback when a
-reader of its output leaves."""
+"""What a shell sees of the program: exit codes, other libraries' messages only if asked for, broken pipes handled."""
 
 import ctypes
 import logging

@@ -58,7 +58,10 @@ class Interrupt:
 
 
 def ignore_signals(worker: int, workers: int) -> None:
-    """Begins a data worker, which does not hear the signals: terminals and schedulers send them to a whole group, and
-    the running step still needs what it reads. The run ends its workers itself."""
+    """Begins a data worker, which ignores the signals.
+
+    Terminals and schedulers send them to a whole group, and the running step still needs what a worker reads. The run
+    ends its workers itself.
+    """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -60,6 +60,7 @@ class Checkpoints:
 
     @property
     def folder(self) -> pathlib.Path:
+        """Where the checkpoints lie."""
         return self._folder
 
     def save(self, state: TrainState, data: Mapping[str, Any]) -> None:

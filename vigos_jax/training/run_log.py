@@ -54,6 +54,7 @@ class MetricsFile:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
 
@@ -72,12 +73,14 @@ class CompileCounter:
             self.seconds += seconds
 
     def close(self) -> None:
+        """Stops counting."""
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
 
 class RunLog:
-    """What a run says: a row per step with the seconds of its phases, to metrics.jsonl in `workdir` and to the trackers
-    of `config.log`, and progress. The first process's word alone.
+    """What a run logs: a row per step, with the seconds of its phases, and progress. The first process's alone.
+
+    Rows go to metrics.jsonl in `workdir` and to the trackers of `config.log`.
 
     Args:
       first: steps done before.

@@ -1,5 +1,6 @@
 """Snapshots of a run: the same few rows, answered by the student of every so many steps and scored by the teachers."""
 
+import contextlib
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -122,10 +123,8 @@ class Snapshots:
         out = {"id": example.id, "problem": example.problem, "reference": example.reference}
         out |= {"bad_reason": example.bad_reason, "picture": ""}
         if example.bad_reason is None and example.images:
-            try:
+            with contextlib.suppress(BadImage):  # it was there a moment ago
                 out["picture"] = image_uri(first_image(self._source, i))
-            except BadImage:  # it was there a moment ago
-                pass
         return out
 
     def _response(self, i: int, example: Example, rollout: Rollout, scored: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vigos_jax.method.batch import ScoreBatch
+from vigos_jax.method.batch import ScoreBatch, SupervisedTokens
 from vigos_jax.method.losses import (
     ObjectiveConfig,
     RoleStats,
+    TokenScores,
     loss_weights,
     normalizer_terms,
     role_losses,
@@ -85,6 +86,7 @@ class TrainStep:
     def __call__(
         self, state: TrainState, base: Any, batches: Sequence[ScoreBatch], key: Array
     ) -> tuple[TrainState, dict[str, Array]]:
+        """One optimizer step on micro-batches; `state` is donated."""
         normalizers = sum(self.normalizers_of(batch) for batch in batches)
         sums = None
         for i, batch in enumerate(batches):
@@ -135,7 +137,6 @@ def make_train_step(
       ema_rate: how far the average moves towards the trained weights after each step, for "ema".
       shardings: of (state, metrics), where they are on a mesh.
     """
-    roles = objective.roles
 
     def loss_fn(trained: Any, probe: Array, base: Any, average: Any, batch: ScoreBatch, normalizers: Array, key: Array):
         teacher_params = teacher_params_of(teacher_weights, trained=trained, average=average)
@@ -146,23 +147,11 @@ def make_train_step(
         return weighted_loss(states, batch.supervised, weights, objective, trains_head="params" in trained)
 
     def gradient(trained: Any, base: Any, average: Any, batch: ScoreBatch, normalizers: Array, key: Array) -> StepSums:
-        tokens = batch.supervised
         # Zeros added to the student's states: the loss's gradient there is its gradient at those states.
-        probe = jnp.zeros((*tokens.role.shape, model.config.hidden_size), model.dtype)
+        probe = jnp.zeros((*batch.supervised.role.shape, model.config.hidden_size), model.dtype)
         grad_fn = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
-        (loss, scores), (grads, at_states) = grad_fn(trained, probe, base, average, batch, normalizers, key)
-        gap = jnp.abs(scores.student_logp - tokens.sampled_logp)
-        is_known = (tokens.role >= 0) & ~jnp.isnan(gap)
-        one_hot = tokens.role[..., None] == jnp.arange(len(roles))
-        squares = jnp.sum(jnp.square(at_states.astype(jnp.float32)), -1, keepdims=True)
-        return StepSums(
-            loss=loss,
-            stats=role_stats(scores, tokens, objective),
-            sampler_gap=jnp.sum(jnp.where(is_known, gap, 0.0)),
-            sampler_tokens=jnp.sum(is_known).astype(jnp.float32),
-            squares=jnp.sum(jnp.where(one_hot, squares, 0.0), (0, 1)),
-            gradient=grads,
-        )
+        (loss, scores), gradients = grad_fn(trained, probe, base, average, batch, normalizers, key)
+        return _sums(loss, scores, gradients, batch.supervised, objective)
 
     def normalizers_of(batch: ScoreBatch) -> Array:
         return jnp.sum(normalizer_terms(batch.supervised, objective), (0, 1))  # [R]
@@ -181,6 +170,25 @@ def make_train_step(
         gradient=jax.jit(gradient),
         add=jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0),
         update=jax.jit(update, donate_argnums=0, **out),
+    )
+
+
+def _sums(
+    loss: Array, scores: TokenScores, gradients: tuple[Any, Array], tokens: SupervisedTokens, objective: ObjectiveConfig
+) -> StepSums:
+    """gradients: of the loss at what is trained, and at the student's states [B, E, D]."""
+    trained, at_states = gradients
+    gap = jnp.abs(scores.student_logp - tokens.sampled_logp)
+    is_known = (tokens.role >= 0) & ~jnp.isnan(gap)
+    one_hot = tokens.role[..., None] == jnp.arange(len(objective.roles))
+    squares = jnp.sum(jnp.square(at_states.astype(jnp.float32)), -1, keepdims=True)
+    return StepSums(
+        loss=loss,
+        stats=role_stats(scores, tokens, objective),
+        sampler_gap=jnp.sum(jnp.where(is_known, gap, 0.0)),
+        sampler_tokens=jnp.sum(is_known).astype(jnp.float32),
+        squares=jnp.sum(jnp.where(one_hot, squares, 0.0), (0, 1)),
+        gradient=trained,
     )
 
 

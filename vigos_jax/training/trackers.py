@@ -59,6 +59,7 @@ class TensorBoard:
         self._writer.flush()
 
     def close(self) -> None:
+        """Writes what is buffered."""
         self._writer.close()
 
 
@@ -104,6 +105,7 @@ class WeightsAndBiases:
             self._run.log(_numbers(row), step=row["step"])
 
     def close(self) -> None:
+        """Ends the run there."""
         self._run.finish()
 
 

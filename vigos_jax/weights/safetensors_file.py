@@ -23,10 +23,10 @@ DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Bytes of an entry, of what a file may hold beside what is read here.
 _ITEM_BYTES = {
-    **{name: 1 for name in ("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0")},
-    **{name: 2 for name in ("U16", "I16", "F16", "BF16")},
-    **{name: 4 for name in ("U32", "I32", "F32")},
-    **{name: 8 for name in ("U64", "I64", "F64", "C64")},
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
 }
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 _POINTER = b"version https://git-lfs"
@@ -48,40 +48,47 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
     Raises:
       InputError: the file is missing, empty, cut short, no safetensors file, or its header does not fit its size.
     """
-
-    def broken(problem: str) -> InputError:
-        return InputError(f"cannot read {path}: {problem}; it must be a complete safetensors file, fetch it again")
-
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            first = file.read(len(_POINTER))
-            if first == _POINTER:
-                raise broken("it is a git-lfs pointer, which names the weights and has none (`git lfs pull` gets them)")
-            if len(first) < 8:
-                raise broken("it is empty" if not first else f"it ends after {len(first)} bytes")
-            length = int.from_bytes(first[:8], "little")
-            if length > _MAX_HEADER:
-                raise broken("it does not begin with the length of a header")
-            if length > size - 8:
-                raise broken(f"it ends inside its header, after {size} of at least {8 + length} bytes")
-            file.seek(8)
-            raw = json.loads(file.read(length), object_pairs_hook=unique_keys)
+        raw, start, size = _header(path)
+        raw.pop("__metadata__", None)
+        out = {name: _stored(path, start, value) for name, value in raw.items()}
+        ranges = {name: tuple(value["data_offsets"]) for name, value in raw.items()}
     except OSError as e:
-        raise broken(e.strerror or str(e)) from e
-    except (ValueError, RecursionError) as e:
+        raise _broken(path, e.strerror or str(e)) from e
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
         if isinstance(e, InputError):
             raise
-        raise broken(f"its header is no JSON ({' '.join(str(e).split())[:100]})") from e
-    try:
-        raw.pop("__metadata__", None)
-        out = {name: _stored(path, 8 + length, value) for name, value in raw.items()}
-        ranges = {name: tuple(value["data_offsets"]) for name, value in raw.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise broken(f"its header does not describe tensors ({str(e)[:200]})") from e
-    if problem := _misfit(ranges, size - 8 - length):
-        raise broken(problem)
+        raise _broken(path, f"its header does not describe tensors ({str(e)[:200]})") from e
+    if problem := _misfit(ranges, size - start):
+        raise _broken(path, problem)
     return out
+
+
+def _broken(path: pathlib.Path, problem: str) -> InputError:
+    return InputError(f"cannot read {path}: {problem}; it must be a complete safetensors file, fetch it again")
+
+
+def _header(path: pathlib.Path) -> tuple[dict[str, Any], int, int]:
+    """(parsed header, first byte behind it, bytes of the file); InputError if there is none."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        first = file.read(len(_POINTER))
+        if first == _POINTER:
+            raise _broken(
+                path, "it is a git-lfs pointer, which names the weights and has none (`git lfs pull` gets them)"
+            )
+        if len(first) < 8:
+            raise _broken(path, "it is empty" if not first else f"it ends after {len(first)} bytes")
+        length = int.from_bytes(first[:8], "little")
+        if length > _MAX_HEADER:
+            raise _broken(path, "it does not begin with the length of a header")
+        if length > size - 8:
+            raise _broken(path, f"it ends inside its header, after {size} of at least {8 + length} bytes")
+        file.seek(8)
+        try:
+            return json.loads(file.read(length), object_pairs_hook=unique_keys), 8 + length, size
+        except (ValueError, RecursionError) as e:
+            raise _broken(path, f"its header is no JSON ({' '.join(str(e).split())[:100]})") from e
 
 
 def _stored(path: pathlib.Path, data_start: int, value: dict[str, Any]) -> Stored:

@@ -1,0 +1,151 @@
+"""Tokenizer, chat template and image settings of a Hugging Face folder, read and checked."""
+
+import json
+import pathlib
+import re
+from typing import Any
+
+import tokenizers
+
+from vigos_jax.errors import InputError
+from vigos_jax.models.config import ModelConfig
+
+CONTROL_SHAPE = re.compile(r"<\|[^|<>]+\|>")  # added tokens of this shape steer the model, "special" or not
+
+
+def open_tokenizer(root: pathlib.Path) -> Any:
+    """transformers' tokenizer of a folder; InputError naming the file that is missing or broken."""
+    from transformers import AutoTokenizer  # slow to import
+
+    if not (root / "tokenizer.json").is_file():
+        raise InputError(f"{root / 'tokenizer.json'} is missing; a model folder needs it")
+    read_json(root / "tokenizer_config.json")
+    load = lambda: AutoTokenizer.from_pretrained(root, local_files_only=True, trust_remote_code=False)  # noqa: E731
+    return build(root / "tokenizer.json", load)
+
+
+def open_image_processor(root: pathlib.Path, model: ModelConfig) -> Any:
+    """transformers' image processor of a folder; InputError if it is missing, broken, or cuts other patches."""
+    from transformers import AutoImageProcessor  # slow to import
+
+    path = root / "preprocessor_config.json"
+    read_json(path)
+    options = {"backend": "pil", "local_files_only": True, "trust_remote_code": False}
+    image_processor = build(path, lambda: AutoImageProcessor.from_pretrained(root, **options))
+    sizes = {
+        "patch_size": model.vision.patch_size,
+        "merge_size": model.vision.spatial_merge_size,
+        "temporal_patch_size": model.vision.temporal_patch_size,
+    }
+    for name, wanted in sizes.items():
+        found = getattr(image_processor, name, None)
+        if found != wanted:
+            raise InputError(f"{path}: {name} {found!r} must be {wanted}, as in config.json")
+    return image_processor
+
+
+def check_ids(root: pathlib.Path, model: ModelConfig, *, vocabulary: dict, control: set[int], ends: list[int]) -> None:
+    """Raises InputError unless the tokenizer's ids are this model's.
+
+    Args:
+      vocabulary: token -> id.
+      control: ids of the control tokens.
+      ends: ids of the end of a sequence and of the pad.
+    """
+    for name in ("image_token_id", "video_token_id"):
+        if getattr(model, name) not in control:
+            where = f"{root / 'config.json'}: {name} {getattr(model, name)}"
+            raise InputError(f"{where} must be a control token of tokenizer.json")
+    largest = max(*vocabulary.values(), *ends)
+    if largest >= model.vocab_size or min(ends) < 0:
+        raise InputError(
+            f"{root}: the tokenizer is not this model's: its ids, the end's and the pad's must be below vocab_size "
+            f"{model.vocab_size} of config.json and not negative; the largest is {largest}"
+        )
+
+
+def build(path: pathlib.Path, make):
+    """Runs a loader on a folder's files; whatever it raises becomes one line, the panics of its Rust code too."""
+    try:
+        return make()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(f"cannot load {path}: {type(e).__name__}: {reason}") from e
+
+
+def read_json(path: pathlib.Path, *, optional: bool = False) -> dict:
+    """A JSON object from a file; {} for an optional one that is not there."""
+    if optional and not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise InputError(f"cannot read {path}: {e.strerror}; a model folder needs it") from e
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path} is not valid JSON: {e}") from e
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def text_tokenizer(tokenizer) -> tuple[tokenizers.Tokenizer, dict[str, tuple[int, bool]]]:
+    """A private copy that never emits control tokens, and all added tokens as {content: (id, is control)}.
+
+    A copy, because the switch is a property of the shared object that transformers flips back and forth.
+    """
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in spec["added_tokens"]:
+        token["special"] = token["special"] or CONTROL_SHAPE.fullmatch(token["content"]) is not None
+    added = {token["content"]: (token["id"], token["special"]) for token in spec["added_tokens"]}
+    copy = tokenizers.Tokenizer.from_str(json.dumps(spec | {"truncation": None, "padding": None}))
+    copy.encode_special_tokens = True  # "encode them as text"; set once, never again
+    return copy, added
+
+
+def end_and_pad(root: pathlib.Path, tokenizer) -> tuple[tuple[int, ...], int]:
+    """(end of sequence ids, pad id): generation_config.json's word on the end, the tokenizer's on the pad."""
+    generation = read_json(root / "generation_config.json", optional=True)
+    eos = generation.get("eos_token_id", tokenizer.eos_token_id)
+    eos_ids = tuple(eos) if isinstance(eos, list) else (eos,)
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None:
+        pad_id = generation.get("pad_token_id")
+    for name, ids in (("eos_token_id", eos_ids), ("pad_token_id", (pad_id,))):
+        if not ids or not all(type(i) is int for i in ids):
+            raise InputError(
+                f"{root}: {name} must be given by generation_config.json or tokenizer_config.json, got {ids}"
+            )
+    return eos_ids, pad_id
+
+
+def chat_template(root: pathlib.Path, tokenizer) -> str:
+    """The folder's template, where transformers' processors look for it: own file first, tokenizer's last."""
+    template = None
+    if not (root / "chat_template.jinja").exists():
+        template = read_json(root / "chat_template.json", optional=True).get("chat_template")
+    template = template or tokenizer.chat_template
+    if not isinstance(template, str):
+        raise InputError(f"{root} has no chat template; choices: chat_template.jinja, chat_template.json")
+    return template
+
+
+def token_table(path: pathlib.Path, tokenizer, added: dict[str, tuple[int, bool]]) -> dict[int, bytes]:
+    """Bytes of every token id of a byte-level BPE."""
+    byte_of = {char: byte for byte, char in _byte_alphabet().items()}
+    table = {index: content.encode() for content, (index, _) in added.items()}
+    try:
+        for token, index in tokenizer.get_vocab().items():
+            if index not in table:
+                table[index] = bytes(byte_of[char] for char in token)
+    except KeyError as e:
+        raise InputError(f"{path} must be a byte-level BPE; token {token!r} has other letters") from e
+    return table
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """The letter a byte-level BPE writes for each byte: its own if printable, else the next from U+0100."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in printable)
+    return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}

@@ -1,0 +1,102 @@
+"""LoRA adapters of PEFT folders: what they adapt, and their weights."""
+
+import json
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from vigos_jax.errors import InputError
+from vigos_jax.models.config import ModelConfig
+from vigos_jax.models.families import adapter_table
+from vigos_jax.models.layers import LoraSpec
+from vigos_jax.models.tensor_names import LANGUAGE_PROJECTIONS, MLP_PROJECTIONS
+from vigos_jax.weights.reading import check_tensors, leaves, read_tree
+from vigos_jax.weights.weight_files import WeightFiles
+
+# What would change the forward pass without a trace in the tensors, or ask for more than this program does.
+_REFUSED_OPTIONS = (
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "lora_bias",
+    "fan_in_fan_out",
+    "alora_invocation_tokens",
+)
+_MAX_RANK = 2**16  # far above any adapter's: what is larger is a broken file
+_PLAIN_INITS = ("gaussian", "orthogonal", "eva")  # leave the base weights as they are
+
+
+def adapter_spec(folder: pathlib.Path, *, dropout: float) -> LoraSpec:
+    """What a PEFT adapter folder says of itself: rank, scale and adapted modules.
+
+    Args:
+      dropout: used while training on; the file's own dropout is what it was trained with.
+
+    Raises:
+      InputError: not a plain LoRA, or its tensors name modules this program does not adapt.
+    """
+    raw, rank, alpha = _adapter_config(folder / "adapter_config.json")
+    names = WeightFiles([folder / "adapter_model.safetensors"]).names()
+    language, vision = _adapted_modules(names, folder)
+    scale = alpha / rank**0.5 if raw.get("use_rslora") else alpha / rank
+    return LoraSpec(rank, scale, dropout, language, vision)
+
+
+def _adapter_config(path: pathlib.Path) -> tuple[dict[str, Any], int, float]:
+    """(the whole file, r, lora_alpha) of a plain LoRA."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        rank, alpha = raw["r"], raw["lora_alpha"]
+        if type(rank) is not int or type(alpha) not in (int, float) or not 0 < alpha < 1e30:
+            raise ValueError(f"r {rank!r} must be a whole number, lora_alpha {alpha!r} a positive one")
+    except OSError as e:
+        raise InputError(f"cannot read {path}: {e.strerror}; a PEFT adapter folder needs it") from e
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise InputError(f"{path} is not a PEFT LoRA config: {e!r}") from e
+    if raw.get("peft_type") != "LORA":
+        raise InputError(f"{path}: peft_type {raw.get('peft_type')!r} is not supported; choices: LORA")
+    if not 1 <= rank <= _MAX_RANK:
+        raise InputError(f"{path}: r={rank} must be from 1 to {_MAX_RANK}")
+    for field in _REFUSED_OPTIONS:
+        if raw.get(field):
+            raise InputError(f"{path}: {field}={raw[field]!r} is not supported; it must be empty or false")
+    if raw.get("bias", "none") != "none":
+        raise InputError(f"{path}: bias={raw['bias']!r} is not supported; choices: none")
+    init = raw.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
+        raise InputError(
+            f"{path}: init_lora_weights={init!r} is not supported, as it changes the base weights too; "
+            f"choices: true, false, {', '.join(_PLAIN_INITS)}"
+        )
+    return raw, rank, alpha
+
+
+def _adapted_modules(names: Iterable[str], folder: pathlib.Path) -> tuple[frozenset[str], frozenset[str]]:
+    """Modules of the decoder and of the vision tower that tensors of these names adapt."""
+    language, vision = set(), set()
+    for name in names:
+        module = name.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight").rsplit(".", 1)[-1]
+        if ".language_model.layers." in name and module in LANGUAGE_PROJECTIONS:
+            language.add(module)
+        elif ".visual.blocks." in name and ".mlp." in name and module in MLP_PROJECTIONS:
+            vision.add(module)
+        else:
+            raise InputError(
+                f"{folder}: adapter tensor {name} is on a module that cannot carry one here; choices: the decoder's "
+                f"{', '.join(LANGUAGE_PROJECTIONS)}, and {', '.join(MLP_PROJECTIONS)} of Qwen2.5-VL's vision blocks"
+            )
+    if not language | vision:
+        raise InputError(f"{folder}/adapter_model.safetensors holds no adapter tensor; it must hold lora_A and lora_B")
+    return frozenset(language), frozenset(vision)
+
+
+def load_adapter(folder: pathlib.Path, config: ModelConfig, lora: LoraSpec, abstract: Any, *, shardings: Any = None):
+    """Reads a PEFT adapter as a float32 `lora` collection of the shapes in `abstract`."""
+    table = adapter_table(config, lora)
+    shapes = {path: leaf.shape for path, leaf in leaves(abstract)}
+    files = WeightFiles([folder / "adapter_model.safetensors"])
+    check_tensors(files, table, shapes, str(folder))
+    return read_tree(files, table, abstract, str(folder), dtype=np.float32, shardings=shardings)

@@ -1,0 +1,87 @@
+"""Base parameters from a Hugging Face folder, by the family's table of tensors, shard by shard."""
+
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from vigos_jax.errors import InputError
+from vigos_jax.models.config import ModelConfig
+from vigos_jax.models.families import tensor_table
+from vigos_jax.models.tensor_names import Path, Tensor, canonical
+from vigos_jax.weights.safetensors_file import DTYPES
+from vigos_jax.weights.weight_files import WeightFiles, open_weights, read_leaf, some
+
+
+def check_tensors(
+    files: WeightFiles, table: list[Tensor], shapes: Mapping[Path, tuple[int, ...]], where: str, ignore=()
+) -> None:
+    """Compares all names, shapes and dtypes with the table and reports every mismatch at once."""
+    problems = []
+    rows = {canonical(name): row for row in table for name in row.names()}
+    named = {canonical(name): name for row in table for name in row.names()}
+    present = files.names() - set(ignore)
+    problems += [f"missing {named[n]}" for n in sorted(rows.keys() - present)]
+    problems += [f"unexpected {n}" for n in sorted(present - rows.keys())]
+    for name in sorted(rows.keys() & present):
+        row, stored = rows[name], files.stored(name)
+        if stored.dtype not in DTYPES:
+            problems.append(f"{name} has dtype {stored.dtype}, not one of {', '.join(DTYPES)}")
+        shape = stored.shape
+        flat = (shape[0], int(np.prod(shape[1:]))) if row.layout == "conv" and shape else shape
+        ours = flat if row.layout == "same" else flat[::-1]
+        want = shapes[row.path][1:] if row.stacked else shapes[row.path]
+        if ours != want:
+            wanted = want if row.layout == "same" else want[::-1]
+            problems.append(f"{name} has shape {list(flat)}, expected {list(wanted)}")
+    if problems:
+        raise InputError(f"{where} does not fit the model: {len(problems)} problem(s): {some(problems, '; ')}")
+
+
+def read_tree(files: WeightFiles, table: list[Tensor], abstract: Any, where: str, *, dtype: Any, shardings: Any) -> Any:
+    """Reads leaf by leaf, and each leaf shard by shard; one error lists all tensors that are not finite."""
+    shardings_by_path = dict(leaves(shardings)) if shardings is not None else {}
+    shapes = {path: leaf.shape for path, leaf in leaves(abstract)}
+    out: dict[str, Any] = {}
+    for row in table:
+        node = out
+        for key in row.path[:-1]:
+            node = node.setdefault(key, {})
+        sharding = shardings_by_path.get(row.path)
+        node[row.path[-1]] = read_leaf(files, row, shapes[row.path], dtype=np.dtype(dtype), sharding=sharding)
+    if files.not_finite:
+        bad = some(sorted(files.not_finite))
+        raise InputError(f"{where}: {len(files.not_finite)} tensor(s) hold NaN or infinity in {np.dtype(dtype)}: {bad}")
+    return out
+
+
+def leaves(tree: Any) -> Iterator[tuple[Path, Any]]:
+    """(path, leaf) of a tree of dicts."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        yield tuple(k.key for k in path), leaf
+
+
+def load_params(folder: pathlib.Path, config: ModelConfig, abstract: Any, *, dtype: Any, shardings: Any = None) -> Any:
+    """Reads the base parameters of a Hugging Face folder, each process the bytes of its own devices' shards.
+
+    Beside what the devices hold, host memory holds one shard of one stacked leaf.
+
+    Args:
+      folder: holds model.safetensors, or shards and their index; float32, bfloat16 or float16.
+      abstract: the `params` tree of shapes from `abstract_variables`.
+      dtype: of the returned leaves.
+      shardings: a tree of Shardings like `abstract`, or None for the default device.
+
+    Raises:
+      InputError: before any weight is read, if a file is missing or broken; one error lists every missing, extra and
+        wrong-shaped tensor. After it, one lists every tensor that is not finite, in the file or when it is rounded.
+    """
+    table = tensor_table(config)
+    shapes = {path: leaf.shape for path, leaf in leaves(abstract)}
+    # A tied checkpoint may still carry a copy of its embedding as lm_head.
+    ignore = ("lm_head.weight",) if config.tie_embeddings else ()
+    files = open_weights(folder)
+    check_tensors(files, table, shapes, str(folder), ignore)
+    return read_tree(files, table, abstract, str(folder), dtype=dtype, shardings=shardings)

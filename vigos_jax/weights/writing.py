@@ -1,0 +1,132 @@
+"""Checkpoints as Hugging Face folders hold them, layer by layer: one tensor in memory at a time."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from vigos_jax.models.config import ModelConfig
+from vigos_jax.models.tensor_names import Tensor
+from vigos_jax.weights.reading import leaves
+from vigos_jax.weights.safetensors_file import byte_count, write_file
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FileTensor:
+    """A tensor as a checkpoint will hold it, made anew each time it is asked for and kept by nobody.
+
+    Where its leaf is spread over several processes, all of them must ask for it, in the same order.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.make(), dtype)
+
+
+def stream_tensors(
+    tree: Any, table: list[Tensor], config: ModelConfig, *, dtype: Any, lora: Any = None, scale: float = 1.0
+) -> Iterator[tuple[str, FileTensor]]:
+    """Yields (file name, tensor to be) for every tensor of the table.
+
+    Args:
+      lora: adapters of some of the tree's kernels, merged into them: W + scale * A B is added in float32 and rounded
+        once, to `dtype`.
+    """
+    by_path, adapters = dict(leaves(tree)), dict(leaves(lora or {}))
+    for row in table:
+        leaf, module = by_path[row.path], row.path[:-1]
+        adapted = row.path[-1] == "kernel" and (*module, "a") in adapters
+        adapter = (adapters[*module, "a"], adapters[*module, "b"]) if adapted else None
+        shape = row.shape_in_file(leaf.shape[1:] if row.stacked else leaf.shape, config)
+        for i, name in enumerate(row.names()):
+            make = functools.partial(
+                _make, leaf, adapter, i if row.stacked else None, scale,
+                transposed=row.layout != "same", dtype=np.dtype(dtype), shape=shape,
+            )  # fmt: skip
+            yield name, FileTensor(shape, np.dtype(dtype), make)
+
+
+def file_tensors(
+    tree: Any, table: list[Tensor], config: ModelConfig, *, dtype: Any
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (file name, array) for every tensor of the table."""
+    for name, x in stream_tensors(tree, table, config, dtype=dtype):
+        yield name, np.asarray(x)
+
+
+def _make(leaf, adapter, layer: int | None, scale: float, *, transposed: bool, dtype: np.dtype, shape) -> np.ndarray:
+    x = _in_file(leaf, adapter, layer, scale, transposed=transposed, dtype=dtype)
+    if not (x.is_fully_addressable or x.is_fully_replicated):
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x).reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
+def _in_file(leaf, adapter, layer, scale, *, transposed: bool, dtype: np.dtype):
+    """One layer of a leaf ([L, ...]; None: the leaf itself), with its adapter, in the file's layout and dtype."""
+    take = lambda x: x if layer is None else jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)  # noqa: E731
+    x = take(leaf)
+    if adapter is not None:
+        a, b = take(adapter[0]), take(adapter[1])  # [in, r], [r, out]
+        x = x.astype(jnp.float32) + scale * jnp.matmul(a, b, precision="highest")
+    return (x.T if transposed else x).astype(dtype)
+
+
+def gather(tensors: Iterable[tuple[str, Any]]) -> None:
+    """The part in writing tensors of a process that does not write."""
+    for _, x in tensors:
+        np.asarray(x)
+
+
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|shard-\d+\.tmp")
+
+
+def save_sharded(folder: pathlib.Path, tensors: Iterable[tuple[str, Any]], *, max_shard_bytes: int) -> None:
+    """Writes model.safetensors, or numbered shards and their index when the tensors exceed one shard.
+
+    The folder's earlier weights give way when all of the new ones are written. Of several processes the first writes,
+    and all must call this.
+
+    Args:
+      tensors: (name, array or `FileTensor`), written in this order, one of them in memory at a time.
+    """
+    shards: list[list[tuple[str, Any]]] = [[]]
+    size = total = 0
+    for name, x in tensors:
+        n = byte_count(x)
+        if shards[-1] and size + n > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, x))
+        size, total = size + n, total + n
+    if jax.process_index() != 0:
+        for shard in shards:
+            gather(shard)
+        return
+    temporary = [folder / f"shard-{i}.tmp" for i in range(len(shards))]
+    for path, shard in zip(temporary, shards, strict=True):
+        write_file(path, shard)
+    for path in folder.iterdir():
+        if _WEIGHTS.fullmatch(path.name) and path not in temporary:
+            path.unlink()
+    if len(shards) == 1:
+        temporary[0].rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, (path, shard) in enumerate(zip(temporary, shards, strict=True)):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        path.rename(folder / file)
+        weight_map |= {name: file for name, _ in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
