@@ -15,6 +15,11 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import hypothesis  # noqa: E402
+import jaxtyping  # noqa: E402
+from shape_checks import CHECKED  # noqa: E402
+
+# The one switch of the shape checks: without it, annotations are documentation, as when the program runs.
+jaxtyping.install_import_hook(CHECKED, "shape_checks.checked")
 
 # A first call compiles, so its time says nothing. The same examples in every run: failures are repeatable.
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True)

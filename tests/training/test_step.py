@@ -32,8 +32,9 @@ ADAMW = {
 }
 
 
-def optimizer(*, steps, **settings):
-    return make_optimizer(types.SimpleNamespace(**ADAMW | settings), steps=steps)
+def optimizer(**settings):
+    options = ADAMW | settings
+    return make_optimizer(types.SimpleNamespace(**options), steps=options["steps"])
 
 
 def compiled_step(model, options=None, **settings):

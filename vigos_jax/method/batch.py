@@ -1,16 +1,14 @@
 """The arrays of the method, from host to device. B batch, T tokens, M visual tokens, D model, E supervised tokens."""
 
 import flax.struct
-import jax
 
 from vigos_jax.models.inputs import TextInputs, VisionInputs
-
-Array = jax.Array
+from vigos_jax.models.shapes import Array, Bool, Float, Int
 
 
 @flax.struct.dataclass
 class SupervisedTokens:
-    """Which student state is compared with which teacher state, under which role; int32 [B, E] unless stated.
+    """Which student state is compared with which teacher state, under which role.
 
     A token that several roles score stands here once per role.
 
@@ -20,17 +18,17 @@ class SupervisedTokens:
       teacher_at: the same in the packed teacher sequence.
       position: the token's place in the completion.
       token: its id.
-      sampled_logp: float32, log-probability under the sampler, NaN where the rollout came from elsewhere.
-      clip: float32, largest divergence the token contributes, infinity for no clip.
+      sampled_logp: log-probability under the sampler, NaN where the rollout came from elsewhere.
+      clip: largest divergence the token contributes, infinity for no clip.
     """
 
-    role: Array
-    student_at: Array
-    teacher_at: Array
-    position: Array
-    token: Array
-    sampled_logp: Array
-    clip: Array
+    role: Int[Array, "B E"]
+    student_at: Int[Array, "B E"]
+    teacher_at: Int[Array, "B E"]
+    position: Int[Array, "B E"]
+    token: Int[Array, "B E"]
+    sampled_logp: Float[Array, "B E"]
+    clip: Float[Array, "B E"]
 
 
 @flax.struct.dataclass
@@ -39,14 +37,14 @@ class ScoreBatch:
 
     Attributes:
       vision: None where `image_embeds` serve student and teachers.
-      image_embeds: [B, M, D], visual tokens that are known already; else None.
+      image_embeds: visual tokens that are known already; else None.
     """
 
     vision: VisionInputs | None
     student: TextInputs
     teacher: TextInputs
     supervised: SupervisedTokens
-    image_embeds: Array | None = None
+    image_embeds: Float[Array, "B M W"] | None = None
 
 
 @flax.struct.dataclass
@@ -54,9 +52,57 @@ class PromptBatch:
     """What the sampler needs: images and left-padded prompts.
 
     Attributes:
-      is_active: bool [B]; false rows (bad data) produce no tokens.
+      is_active: false rows (bad data) produce no tokens.
     """
 
     vision: VisionInputs
     text: TextInputs
-    is_active: Array
+    is_active: Bool[Array, "B"]
+
+
+@flax.struct.dataclass
+class SupervisedStates:
+    """What the heads are applied to; a state's logits are its products with a head's rows.
+
+    Attributes:
+      student, teacher: the states of each supervised token.
+      student_head, teacher_head: None for the teacher's if it is the student's: then one product serves both.
+    """
+
+    student: Float[Array, "B E D"]
+    student_head: Float[Array, "V D"]
+    teacher: Float[Array, "B E D"]
+    teacher_head: Float[Array, "V D"] | None
+
+
+@flax.struct.dataclass
+class TokenScores:
+    """Per supervised token, float32.
+
+    Attributes:
+      divergence: the role's, before the clip per token.
+      student_logp, teacher_logp: log-probabilities of the observed token, at temperature 1.
+      entropy: of the student's distribution, at temperature 1.
+    """
+
+    divergence: Float[Array, "B E"]
+    student_logp: Float[Array, "B E"]
+    teacher_logp: Float[Array, "B E"]
+    entropy: Float[Array, "B E"]
+
+
+@flax.struct.dataclass
+class RoleStats:
+    """Sums per role over supervised tokens, float32; those of several micro-batches add up.
+
+    Attributes:
+      loss: of normalizer term * clipped divergence.
+      normalizer, tokens, clipped_tokens: of the terms, of ones, of ones where the clip per token bites.
+      entropy: of the student's entropy.
+    """
+
+    loss: Float[Array, "R"]
+    normalizer: Float[Array, "R"]
+    tokens: Float[Array, "R"]
+    clipped_tokens: Float[Array, "R"]
+    entropy: Float[Array, "R"]

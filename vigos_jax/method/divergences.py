@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Array = jax.Array
+from vigos_jax.models.shapes import AnyArray, Array, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,24 +54,25 @@ DIVERGENCES: dict[str, Divergence] = {
 
 
 def divergence(
-    student_logits: Array, teacher_logits: Array, role: Array, *, roles: Sequence[Any], temperature: float
-) -> tuple[Array, Array]:
+    student_logits: Float[AnyArray, "*batch V"],
+    teacher_logits: Float[AnyArray, "*batch V"],
+    role: Int[AnyArray, "*batch"],
+    *,
+    roles: Sequence[Any],
+    temperature: float,
+) -> tuple[Float[Array, "*batch"], Float[Array, "*batch V"]]:
     """The divergence of each entry under its role, and its gradient at the student's logits.
 
     Args:
-      student_logits, teacher_logits: [..., V].
-      role: int [...], index into `roles`.
+      role: index into `roles`.
       roles: the role table, of `TeacherRole`.
       temperature: divides both logits; the result is not multiplied by its square.
-
-    Returns:
-      (float32 [...], float32 [..., V]).
     """
     log_p = log_softmax(student_logits, temperature)
     log_q = log_softmax(teacher_logits, temperature)
     p, q = jnp.exp(log_p), jnp.exp(log_q)
 
-    def of_role(values: list) -> Array:  # one value per role -> [..., 1]
+    def of_role(values: list) -> Array:  # one value per role -> [*batch, 1]
         return jnp.array(values)[role][..., None]
 
     names = sorted({r.divergence for r in roles})
@@ -100,8 +101,8 @@ def divergence(
     return value, (slopes - p * slope_sum[..., None]) / temperature
 
 
-def log_softmax(logits: Array, temperature: float = 1.0) -> Array:
-    """Log-probabilities in float32, [..., V]."""
+def log_softmax(logits: Float[AnyArray, "*batch V"], temperature: float = 1.0) -> Float[Array, "*batch V"]:
+    """Log-probabilities in float32."""
     logits = logits.astype(jnp.float32)
     if temperature != 1.0:
         logits = logits / temperature

@@ -12,15 +12,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
-from vigos_jax.method.batch import SupervisedTokens
+from vigos_jax.method.batch import RoleStats, SupervisedStates, SupervisedTokens, TokenScores
 from vigos_jax.method.divergences import divergence, log_softmax
 from vigos_jax.method.roles import TeacherRole
-
-Array = jax.Array
+from vigos_jax.models.shapes import AnyArray, Array, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,63 +38,15 @@ class ObjectiveConfig:
     reduction: str = "tokens"
 
     @property
-    def role_weights(self) -> Array:
-        """lambda of every role, float32 [R]."""
+    def role_weights(self) -> Float[Array, "R"]:
+        """lambda of every role."""
         return jnp.array([r.weight for r in self.roles], jnp.float32)
-
-
-@flax.struct.dataclass
-class SupervisedStates:
-    """What the heads are applied to; a state's logits are its products with a head's rows.
-
-    Attributes:
-      student, teacher: [B, E, D], the states of each supervised token.
-      student_head, teacher_head: [V, D]; None for the teacher's if it is the student's: then one product serves both.
-    """
-
-    student: Array
-    student_head: Array
-    teacher: Array
-    teacher_head: Array | None
-
-
-@flax.struct.dataclass
-class TokenScores:
-    """Per supervised token, float32 [B, E].
-
-    Attributes:
-      divergence: the role's, before the clip per token.
-      student_logp, teacher_logp: log-probabilities of the observed token, at temperature 1.
-      entropy: of the student's distribution, at temperature 1.
-    """
-
-    divergence: Array
-    student_logp: Array
-    teacher_logp: Array
-    entropy: Array
-
-
-@flax.struct.dataclass
-class RoleStats:
-    """Sums per role over supervised tokens, float32 [R]; those of several micro-batches add up.
-
-    Attributes:
-      loss: of normalizer term * clipped divergence.
-      normalizer, tokens, clipped_tokens: of the terms, of ones, of ones where the clip per token bites.
-      entropy: of the student's entropy.
-    """
-
-    loss: Array
-    normalizer: Array
-    tokens: Array
-    clipped_tokens: Array
-    entropy: Array
 
 
 def score_tokens(states: SupervisedStates, supervised: SupervisedTokens, objective: ObjectiveConfig) -> TokenScores:
     """The scores of all supervised tokens, a chunk of every row at a time: no more than [B, chunk, V] logits exist."""
 
-    def one(student: Array, teacher: Array, role: Array, token: Array) -> TokenScores:
+    def one(student, teacher, role, token):
         logits = _both_logits(student, states.student_head, teacher, states.teacher_head)
         value, _ = divergence(*logits, role, roles=objective.roles, temperature=objective.temperature)
         return _scores(*logits, value, token)
@@ -108,11 +58,11 @@ def score_tokens(states: SupervisedStates, supervised: SupervisedTokens, objecti
 def weighted_loss(
     states: SupervisedStates,
     supervised: SupervisedTokens,
-    weights: Array,
+    weights: Float[AnyArray, "B E"],
     objective: ObjectiveConfig,
     *,
     trains_head: bool,
-) -> tuple[Array, TokenScores]:
+) -> tuple[Float[Array, ""], TokenScores]:
     """Equation 18 as a sum of weight * clipped divergence, differentiable in the student's states and head.
 
     The gradient is computed in the forward pass, while a chunk's logits are at hand, and only scaled in the backward
@@ -120,7 +70,7 @@ def weighted_loss(
     recomputed, and no more than [B, chunk, V] logits at any time. The scores carry no gradient.
 
     Args:
-      weights: float32 [B, E], zero for unused slots; see `loss_weights`.
+      weights: zero for unused slots; see `loss_weights`.
       trains_head: whether a gradient is wanted for the student's head; without, it is taken for a constant.
     """
     if not trains_head:
@@ -168,18 +118,23 @@ def _weighted_loss_backward(objective, trains_head, residuals, cotangents):
 _weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward)
 
 
-def token_logps(hidden: Array, head: Array, token: Array, *, chunk: int) -> Array:
-    """Log-probability of `token` [B, E] in the states `hidden` [B, E, D] under `head` [V, D], float32 [B, E]."""
+def token_logps(
+    hidden: Float[AnyArray, "B E D"], head: Float[AnyArray, "V D"], token: Int[AnyArray, "B E"], *, chunk: int
+) -> Float[Array, "B E"]:
+    """Log-probability in float32 of each token in its state under a head."""
     return _in_chunks(lambda h, t: _pick(log_softmax(_logits(h, head)), t), (hidden, token), chunk)
 
 
-def _logits(hidden: Array, head: Array) -> Array:
+def _logits(hidden: Float[AnyArray, "B E D"], head: Float[AnyArray, "V D"]) -> Float[Array, "B E V"]:
     return jnp.einsum("bed,vd->bev", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def _both_logits(
-    student: Array, student_head: Array, teacher: Array, teacher_head: Array | None
-) -> tuple[Array, Array]:
+    student: Float[AnyArray, "B E D"],
+    student_head: Float[AnyArray, "V D"],
+    teacher: Float[AnyArray, "B E D"],
+    teacher_head: Float[AnyArray, "V D"] | None,
+) -> tuple[Float[Array, "B E V"], Float[Array, "B E V"]]:
     if teacher_head is not None:
         return _logits(student, student_head), _logits(teacher, teacher_head)
     n = student.shape[1]
@@ -187,20 +142,25 @@ def _both_logits(
     return logits[:, :n], logits[:, n:]
 
 
-def _scores(student_logits: Array, teacher_logits: Array, value: Array, token: Array) -> TokenScores:
+def _scores(
+    student_logits: Float[AnyArray, "B E V"],
+    teacher_logits: Float[AnyArray, "B E V"],
+    value: Float[AnyArray, "B E"],
+    token: Int[AnyArray, "B E"],
+) -> TokenScores:
     log_p, log_q = log_softmax(student_logits), log_softmax(teacher_logits)
     entropy = -jnp.sum(jnp.exp(log_p) * log_p, -1)
     return TokenScores(value, _pick(log_p, token), _pick(log_q, token), entropy)
 
 
-def _pick(log_probs: Array, token: Array) -> Array:
+def _pick(log_probs: Float[AnyArray, "B E V"], token: Int[AnyArray, "B E"]) -> Float[Array, "B E"]:
     return jnp.take_along_axis(log_probs, token[..., None], -1)[..., 0]
 
 
 def _split(parts: Any, chunk: int) -> Any:
     """Arrays [B, E, ...] -> [n, B, chunk, ...], padded with zeros."""
 
-    def split(x: Array) -> Array:
+    def split(x):
         b, e = x.shape[:2]
         size = min(chunk, e)
         n = -(-e // size)
@@ -213,32 +173,34 @@ def _split(parts: Any, chunk: int) -> Any:
 def _join(results: Any, length: int) -> Any:
     """Arrays [n, B, chunk, ...] -> [B, length, ...]: the inverse of `_split`."""
 
-    def join(x: Array) -> Array:
+    def join(x):
         n, b, size = x.shape[:3]
         return jnp.moveaxis(x, 0, 1).reshape(b, n * size, *x.shape[3:])[:, :length]
 
     return jax.tree.map(join, results)
 
 
-def _in_chunks(function: Callable, parts: tuple[Array, ...], chunk: int) -> Any:
+def _in_chunks(function: Callable, parts: tuple[AnyArray, ...], chunk: int) -> Any:
     """`function` of arrays [B, E, ...], applied to `chunk` tokens of every row at a time."""
     _, results = jax.lax.scan(lambda _, x: (None, function(*x)), None, _split(parts, chunk))
     return _join(results, parts[0].shape[1])
 
 
-def normalizer_terms(supervised: SupervisedTokens, objective: ObjectiveConfig) -> Array:
-    """What each token adds to its role's normalizer: float32 [B, E, R], zero but for its own role's column."""
+def normalizer_terms(supervised: SupervisedTokens, objective: ObjectiveConfig) -> Float[Array, "B E R"]:
+    """What each token adds to its role's normalizer: float32, zero but for its own role's column."""
     one_hot = (supervised.role[..., None] == jnp.arange(len(objective.roles))).astype(jnp.float32)
     if objective.reduction == "tokens":
         return one_hot
     return one_hot / jnp.maximum(jnp.sum(one_hot, 1, keepdims=True), 1.0)
 
 
-def loss_weights(supervised: SupervisedTokens, normalizers: Array, objective: ObjectiveConfig) -> Array:
-    """What each token's divergence is multiplied with in the total loss: float32 [B, E].
+def loss_weights(
+    supervised: SupervisedTokens, normalizers: Float[AnyArray, "R"], objective: ObjectiveConfig
+) -> Float[Array, "B E"]:
+    """What each token's divergence is multiplied with in the total loss.
 
     Args:
-      normalizers: [R], the sums of `normalizer_terms` over the global batch.
+      normalizers: the sums of `normalizer_terms` over the global batch.
     """
     terms = normalizer_terms(supervised, objective)  # [B, E, R]
     return jnp.sum(terms * objective.role_weights / jnp.where(normalizers > 0, normalizers, 1.0), -1)
@@ -249,7 +211,7 @@ def role_stats(scores: TokenScores, supervised: SupervisedTokens, objective: Obj
     terms = normalizer_terms(supervised, objective)
     one_hot = terms > 0
 
-    def total(x: Array, weights: Array | float) -> Array:  # unused slots may hold anything
+    def total(x, weights):  # unused slots may hold anything
         return jnp.sum(jnp.where(one_hot, weights * x[..., None], 0.0), (0, 1))
 
     ones = jnp.ones_like(scores.divergence)
@@ -262,11 +224,11 @@ def role_stats(scores: TokenScores, supervised: SupervisedTokens, objective: Obj
     )
 
 
-def role_losses(stats: RoleStats, normalizers: Array) -> Array:
-    """Mean clipped divergence per role, [R]; `normalizers` [R] are the global batch's. A role without tokens: 0."""
+def role_losses(stats: RoleStats, normalizers: Float[AnyArray, "R"]) -> Float[AnyArray, "R"]:
+    """Mean clipped divergence per role; `normalizers` are the global batch's. A role without tokens: 0."""
     return stats.loss / jnp.where(normalizers > 0, normalizers, 1.0)
 
 
-def total_loss(stats: RoleStats, normalizers: Array, objective: ObjectiveConfig) -> Array:
+def total_loss(stats: RoleStats, normalizers: Float[AnyArray, "R"], objective: ObjectiveConfig) -> Float[Array, ""]:
     """Equation 18: the weighted sum of the roles' means."""
     return jnp.dot(objective.role_weights, role_losses(stats, normalizers))

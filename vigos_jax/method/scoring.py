@@ -2,16 +2,14 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from vigos_jax.method.batch import ScoreBatch
 from vigos_jax.method.losses import ObjectiveConfig, SupervisedStates, TokenScores, score_tokens, token_logps
 from vigos_jax.models.attention import Causal
+from vigos_jax.models.shapes import AnyArray, Array, Float, Int, Key
 from vigos_jax.models.variables import Variables, shares_vision, student_variables, teacher_variables
 from vigos_jax.models.vlm import VisionLanguageModel
-
-Array = jax.Array
 
 
 def supervised_states(
@@ -21,7 +19,7 @@ def supervised_states(
     batch: ScoreBatch,
     *,
     teacher_params: Variables | None = None,
-    dropout_key: Array | None = None,
+    dropout_key: Key[AnyArray, ""] | None = None,
 ) -> SupervisedStates:
     """The states behind every supervised token: the student runs on its sequences, all roles on their packed branches.
 
@@ -72,8 +70,8 @@ def score_batch(
 
 def teacher_logps(
     model: VisionLanguageModel, base: Any, batch: ScoreBatch, *, teacher_params: Variables, chunk: int
-) -> Array:
-    """Log-probability of every supervised token under its role alone, [B, E]; no student runs."""
+) -> Float[Array, "B E"]:
+    """Log-probability of every supervised token under its role alone; no student runs."""
     teacher = teacher_variables(base, teacher_params)
     images = model.apply(teacher, batch.vision, method="encode_images")
     hidden, _ = model.apply(teacher, batch.teacher, images)
@@ -81,5 +79,5 @@ def teacher_logps(
     return token_logps(states, model.apply(teacher, method="head"), batch.supervised.token, chunk=chunk)
 
 
-def _pick(hidden: Array, at: Array) -> Array:  # [B, T, D], [B, E] -> [B, E, D]
+def _pick(hidden: Float[AnyArray, "B T D"], at: Int[AnyArray, "B E"]) -> Float[Array, "B E D"]:
     return jnp.take_along_axis(hidden, at[:, :, None], axis=1)

@@ -11,8 +11,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from vigos_jax.errors import InputError
-
-Array = jax.Array
+from vigos_jax.models.shapes import AnyArray, Array, Bool, Float, Int
 
 _MASKED = -1e30
 _MAX_QUERIES = 2048  # logits of more at a time would be gigabytes
@@ -27,7 +26,7 @@ class Causal:
       lengths: int32 [B], tokens of each row. What stands at the padding afterwards is finite, and means nothing.
     """
 
-    lengths: Array
+    lengths: Int[Array, "B"]
 
 
 def choose(asked: str, *, platform: str, dtype: jnp.dtype) -> str:
@@ -52,20 +51,24 @@ def choose(asked: str, *, platform: str, dtype: jnp.dtype) -> str:
 
 
 def attention(
-    q: Array, k: Array, v: Array, mask: Array | Causal, *, implementation: str = "xla", mesh: Mesh | None = None
-) -> Array:
+    q: Float[AnyArray, "B T N H"],
+    k: Float[AnyArray, "B S K H"],
+    v: Float[AnyArray, "B S K H"],
+    mask: Bool[AnyArray, "B T S"] | Causal,
+    *,
+    implementation: str = "xla",
+    mesh: Mesh | None = None,
+) -> Float[Array, "B T N H"]:
     """Softmax attention with grouped key/value heads.
 
     Args:
-      q: [B, T, N, H].
-      k, v: [B, S, K, H] with N a multiple of K.
-      mask: bool [B, T, S], true where query t may see key s, or `Causal`. A query that may see nothing gives a finite
-        result.
+      q, k, v: N is a multiple of K.
+      mask: true where query t may see key s, or `Causal`. A query that may see nothing gives a finite result.
       implementation: "xla", "cudnn" or "splash", for `Causal`; a mask is XLA's.
       mesh: over which splash splits rows and heads; None for one device.
 
     Returns:
-      [B, T, N, H] in q's dtype; logits and softmax are float32.
+      In q's dtype; logits and softmax are float32.
     """
     t = q.shape[1]
     if isinstance(mask, Causal):
@@ -84,7 +87,7 @@ def attention(
     parts = -(-t // _MAX_QUERIES)
     size = -(-t // parts)
 
-    def split(x: Array) -> Array:  # [B, T, ...] -> [parts, B, size, ...]
+    def split(x):  # [B, T, ...] -> [parts, B, size, ...]
         x = jnp.pad(x, [(0, 0), (0, parts * size - t)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], parts, size, *x.shape[2:]), 1, 0)
 
@@ -93,23 +96,27 @@ def attention(
 
 
 @jax.custom_vjp
-def _masked(q: Array, k: Array, v: Array, mask: Array) -> Array:
+def _masked(q, k, v, mask):
     """`attention` under a mask. The backward pass computes the [T, S] weights anew: none are kept, on any platform."""
     return _masked_forward(q, k, v, mask)[0]
 
 
-def _heads_first(q: Array, kv_heads: int) -> Array:  # [B, T, N, H] -> [B, K, G*T, H], G = N / K
+def _heads_first(
+    q: Float[AnyArray, "B T N H"], kv_heads: int
+) -> Float[Array, "B {kv_heads} N*T//{kv_heads} H"]:  # G = N / K query heads beside each other
     b, t, n, h = q.shape
     return q.reshape(b, t, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, -1, h)
 
 
-def _tokens_first(x: Array, t: int) -> Array:  # and back
+def _tokens_first(x: Float[AnyArray, "B K GT H"], t: int) -> Float[Array, "B {t} K*GT//{t} H"]:  # and back
     b, k, gt, h = x.shape
     return x.reshape(b, k, gt // t, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, -1, h)
 
 
-def _weighted(q: Array, k: Array, mask: Array) -> Array:
-    """Masked logits, float32 [B, K, G*T, S]. One product per key/value head: its query heads are rows of it."""
+def _weighted(
+    q: Float[AnyArray, "B K GT H"], k: Float[AnyArray, "B K S H"], mask: Bool[AnyArray, "B T S"]
+) -> Float[Array, "B K GT S"]:
+    """Masked logits in float32. One product per key/value head: its query heads are rows of it."""
     logits = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     b, t, s = mask.shape
     split = logits.reshape(b, k.shape[1], -1, t, s)
@@ -145,7 +152,15 @@ def _masked_backward(residuals, d_out):
 _masked.defvjp(_masked_forward, _masked_backward)
 
 
-def splash(q: Array, k: Array, v: Array, lengths: Array, *, mesh: Mesh | None = None, interpret: bool = False) -> Array:
+def splash(
+    q: Float[AnyArray, "B T N H"],
+    k: Float[AnyArray, "B T K H"],
+    v: Float[AnyArray, "B T K H"],
+    lengths: Int[AnyArray, "B"],
+    *,
+    mesh: Mesh | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B T N H"]:
     """Pallas splash attention for TPUs: the lower triangle alone, block by block, T a multiple of 128.
 
     Args:
@@ -159,7 +174,7 @@ def splash(q: Array, k: Array, v: Array, lengths: Array, *, mesh: Mesh | None = 
     if k.shape[2] % tensor:  # every part needs a head of its own
         k, v = (jnp.repeat(x, n // x.shape[2], axis=2) for x in (k, v))
 
-    def local(q: Array, k: Array, v: Array, lengths: Array) -> Array:
+    def local(q, k, v, lengths):
         # A kernel per key/value head and its group of query heads.
         b, kv_heads = q.shape[0], k.shape[2]
         causal = masks.MultiHeadMask([masks.CausalMask((t, t))] * (q.shape[2] // kv_heads))

@@ -22,17 +22,16 @@ from vigos_jax.models.layers import (
     rotate,
     unroll,
 )
-
-Array = jax.Array
+from vigos_jax.models.shapes import AnyArray, Array, Bool, Float, Int
 
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of all layers, [L, B, S, K, H], and the slot where the next tokens go (int32 scalar)."""
+    """Keys and values of all layers, and the slot where the next tokens go."""
 
-    k: Array
-    v: Array
-    write_at: Array
+    k: Float[Array, "L B S K H"]
+    v: Float[Array, "L B S K H"]
+    write_at: Int[Array, ""]
 
 
 def empty_cache(config: ModelConfig, *, batch: int, length: int, dtype: Any) -> KVCache:
@@ -41,7 +40,7 @@ def empty_cache(config: ModelConfig, *, batch: int, length: int, dtype: Any) -> 
     return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), write_at=jnp.zeros((), jnp.int32))
 
 
-def segment_mask(segment_ids: Array) -> Array:
+def segment_mask(segment_ids: Int[AnyArray, "B T"]) -> Bool[Array, "B T T"]:
     """Who sees whom: causal, within the own segment or the prefix, never padding.
 
     For segment_ids `1 1 2 2 3` (a prefix of two, branches of two and one):
@@ -51,12 +50,6 @@ def segment_mask(segment_ids: Array) -> Array:
         1 1 1 . .
         1 1 1 1 .
         1 1 . . 1
-
-    Args:
-      segment_ids: int32 [B, T].
-
-    Returns:
-      bool [B, T, T].
     """
     q, k = segment_ids[:, :, None], segment_ids[:, None, :]
     t = segment_ids.shape[1]
@@ -69,19 +62,19 @@ class LayerInputs:
     """What every layer reads beside the hidden states.
 
     Attributes:
-      angles: float32 [B, T, H/2], rotary angles.
-      mask: bool [B, T, S], or `Causal`.
-      image_index: int32 [B, T], which visual token stands here, -1 for text.
-      deepstack: [n, B, M, D], visual features that are added behind layers 0 .. n-1; None where there are none.
+      angles: rotary angles.
+      mask: who sees whom.
+      image_index: which visual token stands here, -1 for text.
+      deepstack: visual features that are added behind layers 0 .. n-1; None where there are none.
     """
 
-    angles: Array
-    mask: Array | Causal
-    image_index: Array
-    deepstack: Array | None
+    angles: Float[Array, "B T H//2"]
+    mask: Bool[Array, "B T S"] | Causal
+    image_index: Int[Array, "B T"]
+    deepstack: Float[Array, "n B M D"] | None
 
 
-def pick_visual(features: Array, image_index: Array) -> Array:  # [B, M, D], [B, T] -> [B, T, D]
+def pick_visual(features: Float[AnyArray, "B M D"], image_index: Int[AnyArray, "B T"]) -> Float[Array, "B T D"]:
     """Each token's visual feature; zeros for text."""
     at = jnp.maximum(image_index, 0)[:, :, None]
     return jnp.where(image_index[:, :, None] >= 0, jnp.take_along_axis(features, at, axis=1), 0)
@@ -96,7 +89,7 @@ class DecoderLayer(nn.Module):
     mesh: Mesh | None
 
     @nn.compact
-    def __call__(self, carry, layer: Array, inputs: LayerInputs, deterministic: bool):
+    def __call__(self, carry, layer: Int[AnyArray, ""], inputs: LayerInputs, deterministic: bool):
         """Runs one layer on (states [B, T, D], cache): ((states, cache), None)."""
         c = self.config
         x, cache = carry
@@ -106,7 +99,7 @@ class DecoderLayer(nn.Module):
             adapted = self.lora is not None and name in self.lora.language
             return Projection(features, bias, self.lora if adapted else None, name=name)
 
-        def heads(x: Array, count: int) -> Array:  # [B, T, count * H] -> [B, T, count, H]
+        def heads(x: Float[AnyArray, "B T F"], count: int) -> Float[AnyArray, "B T {count} H"]:
             divides = self.mesh is not None and count % self.mesh.shape["tensor"] == 0
             x = x.reshape(b, t, count, c.head_dim)
             return place(x, self.mesh, ROWS, None, "tensor" if divides else None)
@@ -135,7 +128,7 @@ class DecoderLayer(nn.Module):
         if inputs.deepstack is not None:
             n = inputs.deepstack.shape[0]
 
-            def add(x: Array) -> Array:
+            def add(x):
                 features = inputs.deepstack[jnp.minimum(layer, n - 1)]  # [B, M, D]
                 return x + pick_visual(features, inputs.image_index).astype(x.dtype)
 

@@ -1,9 +1,8 @@
 """The arrays a model reads. B batch, S patch slots, M visual tokens, T tokens."""
 
 import flax.struct
-import jax
 
-Array = jax.Array
+from vigos_jax.models.shapes import Array, Float, Int
 
 
 @flax.struct.dataclass
@@ -18,11 +17,11 @@ class VisionInputs:
       token_unit: int32 [B, M], the slot group of each visual token in reading order (0 past the row's last).
     """
 
-    patches: Array
-    image_ids: Array
-    hw: Array
-    grid: Array
-    token_unit: Array
+    patches: Float[Array, "B S patch_dim"]
+    image_ids: Int[Array, "B S"]
+    hw: Int[Array, "B S 2"]
+    grid: Int[Array, "B S 2"]
+    token_unit: Int[Array, "B M"]
 
 
 @flax.struct.dataclass
@@ -36,7 +35,7 @@ class TextInputs:
       image_index: int32 [B, T], which visual token of the row stands here, -1 for text.
     """
 
-    ids: Array
-    positions: Array
-    segment_ids: Array
-    image_index: Array
+    ids: Int[Array, "B T"]
+    positions: Int[Array, "B 3 T"]
+    segment_ids: Int[Array, "B T"]
+    image_index: Int[Array, "B T"]

@@ -9,8 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vigos_jax.models.attention import attention
-
-Array = jax.Array
+from vigos_jax.models.shapes import AnyArray, Array, Bool, Float, Int
 
 
 def unroll(layers: int) -> int:
@@ -35,7 +34,7 @@ def rematerialised(layer: type[nn.Module], remat: str, layers: int, *, static: t
 ROWS = ("data", "fsdp")  # the mesh axes that a batch lies over
 
 
-def place(x: Array, mesh: Mesh | None, *axes: str | tuple[str, ...] | None) -> Array:
+def place(x: AnyArray, mesh: Mesh | None, *axes: str | tuple[str, ...] | None) -> AnyArray:
     """x with a mesh axis, several or None for each of its first dimensions; as it is without a mesh.
 
     Left alone, the compiler may split hidden states as the weights are split, and compute every row on every device.
@@ -43,7 +42,7 @@ def place(x: Array, mesh: Mesh | None, *axes: str | tuple[str, ...] | None) -> A
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*axes)))
 
 
-def place_states(x: Array, mesh: Mesh | None) -> Array:
+def place_states(x: Float[AnyArray, "B T D"], mesh: Mesh | None) -> Float[AnyArray, "B T D"]:
     """Hidden states [B, T, D] where the next projection wants them.
 
     Sequences stay with their rows, and a layer's weights come to them when it is its turn. A single token is much
@@ -77,7 +76,7 @@ class RMSNorm(nn.Module):
     eps: float
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[AnyArray, "*batch D"]) -> Float[Array, "*batch D"]:
         """Scales [..., D] to a root mean square of one, in float32."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         y = x.astype(jnp.float32)
@@ -91,7 +90,7 @@ class LayerNorm(nn.Module):
     eps: float
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[AnyArray, "*batch D"]) -> Float[Array, "*batch D"]:
         """Normalises [..., D] to mean zero and variance one, in float32."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
@@ -102,8 +101,10 @@ class LayerNorm(nn.Module):
 
 
 @jax.custom_vjp
-def low_rank(x: Array, a: Array, b: Array) -> Array:
-    """x A B: [..., in], [in, r], [r, out] -> [..., out].
+def low_rank(
+    x: Float[AnyArray, "*batch D"], a: Float[AnyArray, "D r"], b: Float[AnyArray, "r F"]
+) -> Float[Array, "*batch F"]:
+    """x A B.
 
     The gradient is written out for the sake of the compiler: left to itself, it copies the wide arrays x and dy into
     transposed ones for the products that give dA and dB; here only the narrow ones ever are.
@@ -139,7 +140,7 @@ class Projection(nn.Module):
     lora: LoraSpec | None = None  # None: this projection carries no adapter
 
     @nn.compact
-    def __call__(self, x: Array, deterministic: bool = True) -> Array:
+    def __call__(self, x: Float[AnyArray, "*batch D"], deterministic: bool = True) -> Float[Array, "*batch F"]:
         """Maps [..., in] to [..., features]."""
         kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
         y = x @ kernel.astype(x.dtype)
@@ -178,17 +179,18 @@ class GatedMLP(nn.Module):
         self.up_proj = make("up_proj", self.hidden)
         self.down_proj = make("down_proj", self.features)
 
-    def __call__(self, x: Array, deterministic: bool = True) -> Array:
+    def __call__(self, x: Float[AnyArray, "*batch D"], deterministic: bool = True) -> Float[Array, "*batch F"]:
         """Maps [..., D] to [..., features]."""
         h = jax.nn.silu(self.gate_proj(x, deterministic)) * self.up_proj(x, deterministic)
         return self.down_proj(h, deterministic)
 
 
-def mrope_angles(positions: Array, *, theta: float, sections: tuple[int, int, int], interleaved: bool = False) -> Array:
+def mrope_angles(
+    positions: Int[AnyArray, "B 3 T"], *, theta: float, sections: tuple[int, ...], interleaved: bool = False
+) -> Float[Array, "B T {sum(sections)}"]:
     """Rotary angles of which some follow time, some height and some width (M-RoPE).
 
     Args:
-      positions: int [B, 3, T].
       sections: how many frequencies follow each.
       interleaved: they take turns (t h w t h w ... t t), until a section is used up and time takes its turns;
         otherwise each section is one run of frequencies.
@@ -206,7 +208,9 @@ def mrope_angles(positions: Array, *, theta: float, sections: tuple[int, int, in
     return jnp.swapaxes(positions, 1, 2).astype(jnp.float32)[..., axis] * frequency
 
 
-def grid_angles(hw: Array, *, head_dim: int, theta: float = 10000.0) -> Array:
+def grid_angles(
+    hw: Int[AnyArray, "*batch 2"], *, head_dim: int, theta: float = 10000.0
+) -> Float[Array, "*batch {head_dim//2}"]:
     """Rotary angles of a 2-D grid: a quarter of the head follows rows, the next columns, with equal frequencies.
 
     Args:
@@ -220,8 +224,8 @@ def grid_angles(hw: Array, *, head_dim: int, theta: float = 10000.0) -> Array:
     return (hw.astype(jnp.float32)[..., None] * frequency).reshape(*hw.shape[:-1], 2 * n)
 
 
-def rotate(x: Array, angles: Array) -> Array:
-    """Rotates pairs (i, i + H/2) of each head by `angles`. x: [B, T, N, H]; angles: [B, T, H/2]."""
+def rotate(x: Float[AnyArray, "B T N H"], angles: Float[AnyArray, "B T H//2"]) -> Float[Array, "B T N H"]:
+    """Rotates pairs (i, i + H/2) of each head by `angles`."""
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
@@ -238,17 +242,23 @@ class VisionAttention(nn.Module):
     window: int
 
     @nn.compact
-    def __call__(self, x: Array, angles: Array, image_ids: Array, is_full: Array | None = None) -> Array:
-        """x: [B, S, D]; angles: [B, S, H/2]; image_ids: [B, S]; is_full: bool scalar, None for always full."""
+    def __call__(
+        self,
+        x: Float[AnyArray, "B S D"],
+        angles: Float[AnyArray, "B S A"],
+        image_ids: Int[AnyArray, "B S"],
+        is_full: Bool[AnyArray, ""] | None = None,
+    ) -> Float[Array, "B S D"]:
+        """Attends over the patch slots of each row; is_full: None for always."""
         b, s, d = x.shape
         qkv = Projection(3 * d, use_bias=True, name="qkv")(x).reshape(b, s, 3, self.num_heads, d // self.num_heads)
         q, k, v = rotate(qkv[:, :, 0], angles), rotate(qkv[:, :, 1], angles), qkv[:, :, 2]
 
-        def within(q: Array, k: Array, v: Array, ids: Array) -> Array:
+        def within(q, k, v, ids):
             mask = (ids[:, :, None] == ids[:, None, :]) & (ids[:, None, :] > 0)
             return attention(q, k, v, mask)
 
-        def windowed(q: Array, k: Array, v: Array, ids: Array) -> Array:
+        def windowed(q, k, v, ids):
             split = lambda a: a.reshape(b * (s // self.window), self.window, *a.shape[2:])  # noqa: E731
             return within(split(q), split(k), split(v), split(ids)).reshape(q.shape)
 

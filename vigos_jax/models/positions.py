@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vigos_jax.models.config import VisionConfig
+from vigos_jax.models.shapes import Int
 
 Grid = tuple[int, int, int]  # (time, height, width) in patches
 
@@ -27,11 +28,11 @@ class VisionLayout:
       token_unit: int32 [M], for each visual token in reading order, the group of `merge_unit` slots it comes from.
     """
 
-    source: np.ndarray
-    image_ids: np.ndarray
-    hw: np.ndarray
-    grid: np.ndarray
-    token_unit: np.ndarray
+    source: Int[np.ndarray, "S"]
+    image_ids: Int[np.ndarray, "S"]
+    hw: Int[np.ndarray, "S 2"]
+    grid: Int[np.ndarray, "S 2"]
+    token_unit: Int[np.ndarray, "M"]
 
 
 def visual_token_count(grid: Grid, merge_size: int) -> int:
@@ -82,7 +83,7 @@ def mrope_positions(
     visual_ids: Sequence[int],
     merge_size: int,
     time_steps: Sequence[float] | None = None,
-) -> np.ndarray:
+) -> Int[np.ndarray, "3 {len(ids)}"]:
     """M-RoPE positions of a token sequence: text counts up by one, an image spans a (time, height, width) box.
 
     Text behind a box goes on at its start plus its larger side. As in transformers, its length in time does not count:

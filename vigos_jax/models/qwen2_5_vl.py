@@ -21,9 +21,8 @@ from vigos_jax.models.layers import (
     rematerialised,
     unroll,
 )
+from vigos_jax.models.shapes import AnyArray, Array, Bool, Float, Int
 from vigos_jax.models.tensor_names import Tensor, decoder_tensors, dense
-
-Array = jax.Array
 
 
 class VisionBlock(nn.Module):
@@ -34,8 +33,15 @@ class VisionBlock(nn.Module):
     mesh: Mesh | None
 
     @nn.compact
-    def __call__(self, x: Array, is_full: Array, angles: Array, image_ids: Array, deterministic: bool):
-        """Runs one block on patches [B, S, Dv]; is_full: bool scalar, no windows here."""
+    def __call__(
+        self,
+        x: Float[AnyArray, "B S Dv"],
+        is_full: Bool[AnyArray, ""],
+        angles: Float[AnyArray, "B S A"],
+        image_ids: Int[AnyArray, "B S"],
+        deterministic: bool,
+    ):
+        """Runs one block on patches; is_full: no windows here."""
         c = self.config
         x = place(x, self.mesh, ROWS)
         attn = VisionAttention(c.num_heads, c.window_patches, name="attn")
@@ -55,8 +61,8 @@ class VisionTower(nn.Module):
     mesh: Mesh | None
 
     @nn.compact
-    def __call__(self, inputs: VisionInputs, deterministic: bool) -> Array:
-        """Visual tokens of each row in reading order, [B, M, D]."""
+    def __call__(self, inputs: VisionInputs, deterministic: bool) -> Float[Array, "B M D"]:
+        """Visual tokens of each row in reading order."""
         c = self.config
         x = Projection(c.hidden_size, name="patch_embed")(inputs.patches.astype(self.dtype))  # [B, S, Dv]
         angles = grid_angles(inputs.hw, head_dim=c.hidden_size // c.num_heads)

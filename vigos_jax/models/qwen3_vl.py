@@ -20,9 +20,8 @@ from vigos_jax.models.layers import (
     rematerialised,
     unroll,
 )
+from vigos_jax.models.shapes import AnyArray, Array, Float, Int
 from vigos_jax.models.tensor_names import Tensor, decoder_tensors, dense, layer_norm
-
-Array = jax.Array
 
 
 class VisionBlock(nn.Module):
@@ -32,7 +31,13 @@ class VisionBlock(nn.Module):
     mesh: Mesh | None
 
     @nn.compact
-    def __call__(self, carry, slot: Array, angles: Array, image_ids: Array):
+    def __call__(
+        self,
+        carry,
+        slot: Int[AnyArray, ""],
+        angles: Float[AnyArray, "B S A"],
+        image_ids: Int[AnyArray, "B S"],
+    ):
         """carry: (x [B, S, D], collected [n, B, S, D]); slot: where in `collected` the output goes, -1 for nowhere."""
         c = self.config
         x, collected = carry
@@ -58,8 +63,8 @@ class Merger(nn.Module):
     norm_after: bool
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:  # [B, S, Dv] -> [B, S/unit, D]
-        """Maps patches [B, S, Dv] to visual tokens [B, S / unit, D]."""
+    def __call__(self, x: Float[AnyArray, "B S Dv"]) -> Float[Array, "B U D"]:
+        """Maps patches to visual tokens, U = S / merge_unit."""
         c = self.config
         norm = LayerNorm(1e-6, name="norm")
         grouped = lambda a: a.reshape(a.shape[0], -1, c.merge_unit * c.hidden_size)  # noqa: E731
@@ -78,8 +83,8 @@ class VisionTower(nn.Module):
     mesh: Mesh | None
 
     @nn.compact
-    def __call__(self, inputs: VisionInputs, deterministic: bool) -> Array:
-        """Visual tokens, DeepStack's features beside them: [B, M, (1 + n) D]."""
+    def __call__(self, inputs: VisionInputs, deterministic: bool) -> Float[Array, "B M W"]:
+        """Visual tokens, DeepStack's features beside them: W = (1 + n) D."""
         c = self.config
         x = Projection(c.hidden_size, use_bias=True, name="patch_embed")(inputs.patches.astype(self.dtype))
         table = self.param("positions", nn.initializers.normal(0.02), (c.num_positions, c.hidden_size))
@@ -103,16 +108,15 @@ class VisionTower(nn.Module):
         return jnp.take_along_axis(x, inputs.token_unit[:, :, None], axis=1)
 
 
-def resample(table: Array, hw: Array, grid: Array) -> Array:
+def resample(
+    table: Float[AnyArray, "table D"], hw: Int[AnyArray, "B S 2"], grid: Int[AnyArray, "B S 2"]
+) -> Float[Array, "B S D"]:
     """The learned positions, a square table, stretched bilinearly over each image: its corners are the table's.
 
     Args:
-      table: [side * side, D].
-      hw: int [B, S, 2], row and column of each patch.
-      grid: int [B, S, 2], rows and columns of its image.
-
-    Returns:
-      float32 [B, S, D].
+      table: side * side positions.
+      hw: row and column of each patch.
+      grid: rows and columns of its image.
     """
     side = round(table.shape[0] ** 0.5)
     at = hw * ((side - 1) / jnp.maximum(grid - 1, 1))  # [B, S, 2]

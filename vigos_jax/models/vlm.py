@@ -18,8 +18,7 @@ from vigos_jax.models.decoder import KVCache, LayerInputs, pick_visual, segment_
 from vigos_jax.models.families import FAMILIES
 from vigos_jax.models.inputs import TextInputs, VisionInputs
 from vigos_jax.models.layers import ROWS, LoraSpec, RMSNorm, mrope_angles, place, place_states
-
-Array = jax.Array
+from vigos_jax.models.shapes import AnyArray, Array, Bool, Float, Key
 
 
 class VisionLanguageModel(nn.Module):
@@ -53,25 +52,25 @@ class VisionLanguageModel(nn.Module):
         if not c.tie_embeddings:
             self.lm_head = self.param("lm_head", nn.initializers.normal(0.02), (c.hidden_size, c.vocab_size))
 
-    def encode_images(self, inputs: VisionInputs, *, deterministic: bool = True) -> Array:
-        """Visual tokens of each row, [B, M, (1 + n) D]: features of the tower's end and, for DeepStack, of n blocks."""
+    def encode_images(self, inputs: VisionInputs, *, deterministic: bool = True) -> Float[Array, "B M W"]:
+        """Visual tokens of each row, W = (1 + n) D: features of the tower's end and, for DeepStack, of n blocks."""
         return self.visual(inputs, deterministic)
 
     def __call__(
         self,
         text: TextInputs,
-        image_embeds: Array,
+        image_embeds: Float[AnyArray, "B M W"],
         *,
-        mask: Array | Causal | None = None,
+        mask: Bool[AnyArray, "B T S"] | Causal | None = None,
         cache: KVCache | None = None,
         deterministic: bool = True,
-    ) -> tuple[Array, KVCache | None]:
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Final hidden states, after the last norm.
 
         Args:
           text: T tokens per row.
-          image_embeds: [B, M, (1 + n) D] from `encode_images`.
-          mask: bool [B, T, S], or `Causal`; default `segment_mask(text.segment_ids)`. With a cache, S is its length.
+          image_embeds: from `encode_images`.
+          mask: who sees whom; default `segment_mask(text.segment_ids)`. With a cache, S is its length.
           cache: keys and values of earlier tokens; the T new ones are written at `cache.write_at`.
           deterministic: false applies the adapter's dropout (needs a "dropout" rng).
 
@@ -99,21 +98,21 @@ class VisionLanguageModel(nn.Module):
             cache = cache.replace(write_at=cache.write_at + text.ids.shape[1])
         return self.norm(place_states(x, self.mesh)), cache
 
-    def logits(self, hidden: Array) -> Array:
-        """Next-token logits in float32: [..., D] -> [..., V]. Only for a few positions at a time."""
+    def logits(self, hidden: Float[AnyArray, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Next-token logits in float32. Only for a few positions at a time."""
         head = self._head().astype(hidden.dtype)
         hidden = place(hidden, self.mesh, "data", *[None] * (hidden.ndim - 2), "fsdp")  # as the head is split
         logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
         return place(logits, self.mesh, ROWS)
 
-    def head(self) -> Array:
-        """The output head, [V, D]: the logits are a state's products with its rows. For a loop over many states."""
+    def head(self) -> Float[AnyArray, "V D"]:
+        """The output head: the logits are a state's products with its rows. For a loop over many states."""
         return place(self._head(), self.mesh, "tensor")  # whole over fsdp: fetched once, not in every pass of the loop
 
-    def _head(self) -> Array:
+    def _head(self) -> Float[AnyArray, "V D"]:
         return self.embedding if self.config.tie_embeddings else self.lm_head.T
 
-    def init_all(self, vision: VisionInputs, text: TextInputs) -> Array:
+    def init_all(self, vision: VisionInputs, text: TextInputs) -> Float[Array, "B T V"]:
         """Touches every parameter once, for `init` and `eval_shape`."""
         hidden, _ = self(text, self.encode_images(vision))
         return self.logits(hidden)
@@ -124,7 +123,7 @@ def abstract_variables(model: VisionLanguageModel) -> dict[str, Any]:
     return jax.eval_shape(functools.partial(init_variables, model), jax.random.key(0))
 
 
-def init_variables(model: VisionLanguageModel, key: Array) -> dict[str, Any]:
+def init_variables(model: VisionLanguageModel, key: Key[AnyArray, ""]) -> dict[str, Any]:
     """Freshly initialised `{"params": ...}`, and `"lora"` if the model has adapters (B is zero)."""
     v = model.config.vision
     s = v.window_patches

@@ -19,12 +19,11 @@ from jax.sharding import Mesh
 from vigos_jax.method.batch import PromptBatch
 from vigos_jax.models.decoder import KVCache, empty_cache
 from vigos_jax.models.inputs import TextInputs, VisionInputs
+from vigos_jax.models.shapes import AnyArray, Array, Bool, Float, Int, Key
 from vigos_jax.models.variables import Variables, cast_floats
 from vigos_jax.models.vlm import VisionLanguageModel
 from vigos_jax.rollouts.sampling import Sampling, draw, penalise
 from vigos_jax.runtime.sharding import read_rows
-
-Array = jax.Array
 
 
 @flax.struct.dataclass
@@ -34,31 +33,31 @@ class DecodeState:
     Attributes:
       prompt_slots: static, cache slots of the prompt; the rest are for the completion.
       cache: keys and values of prompt and completion so far.
-      visible: bool [B, S], cache slots that hold a real prompt token; completion slots become visible as written.
-      logits: float32 [B, V] for the next token.
-      next_position: int32 [B], M-RoPE position of the next token.
-      keys: random keys [B].
-      tokens: int32 [B, C].
-      logps: float32 [B, C], log-probability at temperature 1, unfiltered and unpenalised.
-      lengths: int32 [B], tokens so far, the end-of-sequence token included.
-      is_done: bool [B].
-      step: int32 scalar, tokens taken by the loop.
-      in_prompt, in_completion: bool [B, V] token sets for the penalties, [B, 0] when those are off.
+      visible: cache slots that hold a real prompt token; completion slots become visible as written.
+      logits: float32, for the next token.
+      next_position: M-RoPE position of the next token.
+      keys: one random key per row.
+      tokens: those sampled so far, then zeros.
+      logps: log-probability at temperature 1, unfiltered and unpenalised.
+      lengths: tokens so far, the end-of-sequence token included.
+      is_done: rows that have ended.
+      step: tokens taken by the loop.
+      in_prompt, in_completion: token sets for the penalties, [B, 0] when those are off.
     """
 
     prompt_slots: int = flax.struct.field(pytree_node=False)
     cache: KVCache
-    visible: Array
-    logits: Array
-    next_position: Array
-    keys: Array
-    tokens: Array
-    logps: Array
-    lengths: Array
-    is_done: Array
-    step: Array
-    in_prompt: Array
-    in_completion: Array
+    visible: Bool[Array, "B S"]
+    logits: Float[Array, "B V"]
+    next_position: Int[Array, "B"]
+    keys: Key[Array, "B"]
+    tokens: Int[Array, "B C"]
+    logps: Float[Array, "B C"]
+    lengths: Int[Array, "B"]
+    is_done: Bool[Array, "B"]
+    step: Int[Array, ""]
+    in_prompt: Bool[Array, "B V"]
+    in_completion: Bool[Array, "B V"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +74,8 @@ def _prefill(
     capacity: int,
     variables: Variables,
     prompts: PromptBatch,
-    images: Array,
-    keys: Array,
+    images: Float[AnyArray, "B M W"],
+    keys: Key[AnyArray, "B"],
 ) -> DecodeState:
     text, c = prompts.text, model.config
     b, t = text.ids.shape
@@ -112,13 +111,13 @@ def _decode(
     eos_ids: tuple[int, ...],
     variables: Variables,
     state: DecodeState,
-    until: Array,
+    until: Int[AnyArray, ""],
 ) -> DecodeState:
     b = state.tokens.shape[0]
     no_images = jnp.zeros((b, 0, model.config.hidden_size), model.dtype)
     slots = jnp.arange(state.visible.shape[1])
 
-    def unfinished(s: DecodeState) -> Array:
+    def unfinished(s: DecodeState) -> Bool[Array, ""]:
         return (s.step < until) & ~jnp.all(s.is_done)
 
     def step(s: DecodeState) -> DecodeState:
@@ -209,12 +208,16 @@ class Sampler:
             return variables
         return {**variables, "params": self._cast(variables["params"])}
 
-    def encode(self, variables: Variables, vision: VisionInputs) -> Array:
-        """Visual tokens of each row, [B, M, D]: for `start`, and for whoever else needs them."""
+    def encode(self, variables: Variables, vision: VisionInputs) -> Float[Array, "B M W"]:
+        """Visual tokens of each row: for `start`, and for whoever else needs them."""
         return self.programs.encode(variables, vision)
 
     def start(
-        self, variables: Variables, prompts: PromptBatch, keys: Array, images: Array | None = None
+        self,
+        variables: Variables,
+        prompts: PromptBatch,
+        keys: Key[AnyArray, "B"],
+        images: Float[AnyArray, "B M W"] | None = None,
     ) -> DecodeState:
         """Runs the prompts. variables: from `ready`; keys: one random key per row; images: from `encode`, if known."""
         if images is None:
@@ -233,7 +236,11 @@ class Sampler:
             state = self.programs.grow(state, larger - capacity)
 
     def __call__(
-        self, variables: Variables, prompts: PromptBatch, keys: Array, images: Array | None = None
+        self,
+        variables: Variables,
+        prompts: PromptBatch,
+        keys: Key[AnyArray, "B"],
+        images: Float[AnyArray, "B M W"] | None = None,
     ) -> Completions:
         """Samples a completion for every row; returns those of this process's rows."""
         variables = self.ready(variables)
@@ -255,7 +262,7 @@ def completions(state: DecodeState, mesh: Mesh | None = None) -> Completions:
     )
 
 
-def row_keys(seed: int, step: int, rows: int, *, first_row: int = 0) -> Array:
+def row_keys(seed: int, step: int, rows: int, *, first_row: int = 0) -> Key[Array, "{rows}"]:
     """One key per row of the global batch: the same rollouts whatever the mesh."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(rows))

@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-Array = jax.Array
+from vigos_jax.models.shapes import AnyArray, Array, Bool, Float, Int, Key
+
 _MASKED = -1e30
 
 
@@ -32,8 +33,17 @@ class Sampling:
     presence_penalty: float = 0.0
 
 
-def penalise(logits: Array, in_prompt: Array, in_completion: Array, sampling: Sampling) -> Array:
-    """Applies the repetition penalty (prompt and completion) and the presence penalty (completion). All [B, V]."""
+def penalise(
+    logits: Float[AnyArray, "B V"],
+    in_prompt: Bool[AnyArray, "B _"],
+    in_completion: Bool[AnyArray, "B _"],
+    sampling: Sampling,
+) -> Float[Array, "B V"]:
+    """Applies the repetition penalty (prompt and completion) and the presence penalty (completion).
+
+    Args:
+      in_prompt, in_completion: [B, V], or [B, 0] where no penalty reads them.
+    """
     if sampling.repetition_penalty != 1.0:
         p = sampling.repetition_penalty
         logits = jnp.where(in_prompt | in_completion, jnp.where(logits > 0, logits / p, logits * p), logits)
@@ -42,8 +52,8 @@ def penalise(logits: Array, in_prompt: Array, in_completion: Array, sampling: Sa
     return logits
 
 
-def draw(keys: Array, logits: Array, sampling: Sampling) -> Array:
-    """Draws one token per row from penalised logits. keys [B], logits [B, V] -> int32 [B]."""
+def draw(keys: Key[AnyArray, "B"], logits: Float[AnyArray, "B V"], sampling: Sampling) -> Int[Array, "B"]:
+    """Draws one token per row from penalised logits."""
     if sampling.temperature == 0.0:
         return jnp.argmax(logits, -1).astype(jnp.int32)
     logits = logits / sampling.temperature
@@ -69,19 +79,16 @@ def draw(keys: Array, logits: Array, sampling: Sampling) -> Array:
 _CHUNK = 128
 
 
-def top_k(logits: Array, k: int) -> tuple[Array, Array]:
+def top_k(logits: Float[AnyArray, "B V"], k: int) -> tuple[Float[Array, "B {k}"], Int[Array, "B {k}"]]:
     """The k largest of each row and where they are, equal to `jax.lax.top_k`, ties included, and faster over many.
 
     The k largest lie in the k chunks with the largest maxima: of each of those k chunks at least one element comes
     before any element of another chunk. So two small selections replace one over the whole row.
-
-    Args:
-      logits: [B, V].
     """
     b, v = logits.shape
     n = -(-v // _CHUNK)
     if n <= 2 * k:
-        return jax.lax.top_k(logits, k)
+        return tuple(jax.lax.top_k(logits, k))
     chunks = jnp.pad(logits, ((0, 0), (0, n * _CHUNK - v)), constant_values=-jnp.inf).reshape(b, n, _CHUNK)
     _, best = jax.lax.top_k(jnp.max(chunks, -1), k)
     best = jnp.sort(best, -1)  # in the row's order, so that the first of equal elements still comes first

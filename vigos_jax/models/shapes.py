@@ -1,0 +1,15 @@
+"""The words of array annotations: `Float[Array, "B T D"]` has a floating dtype and three axes.
+
+B batch, T tokens, S cache slots or patch slots, P patches, M visual tokens, D model, N query heads, K key/value heads,
+H head size, F features, V vocabulary, L layers, E supervised tokens, R roles. Within one call a letter is one number.
+Nothing checks them while the program runs; the tests do, at every call.
+"""
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int, Key
+
+Array = jax.Array
+AnyArray = jax.Array | np.ndarray  # what functions of arrays take
+
+__all__ = ["AnyArray", "Array", "Bool", "Float", "Int", "Key"]
