@@ -162,6 +162,22 @@ def test_bad_input_is_refused(capsys, world, argv, words):
     assert not pathlib.Path("runs").exists()
 
 
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("config.accumulation = 8", "config.accumulation is now config.gradient_accumulation_steps"),
+        ("config['accumulation'] = 8", "config.accumulation is now config.gradient_accumulation_steps"),
+        ("config.evaluate.seed = 1", "config.evaluate is now config.demo_eval"),
+        ("config['evaluate']['seed'] = 1", "config.evaluate is now config.demo_eval"),
+    ],
+)
+def test_a_config_file_with_a_renamed_field(capsys, tmp_path, line, words):
+    file = tmp_path / "mine.py"
+    body = f"def get_config():\n    config = base.get_config()\n    {line}\n    return config\n"
+    file.write_text(f"from configs import base\n\n\n{body}")
+    assert words in refusal(capsys, [f"--config={file}"])
+
+
 def test_data_without_its_columns(capsys, world, tmp_path):
     data = runs.write_rows(tmp_path / "data.jsonl", [{"id": "a", "question": "Why?", "images": []}])
     said = refusal(capsys, [f"--config={world.config}", f"--config.data.source={data}"])

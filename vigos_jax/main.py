@@ -86,6 +86,10 @@ def _parse(argv: list[str]):
         # ml_collections puts a whole traceback into some messages; what happened is behind its last frame.
         message = re.sub(r"Traceback \(most recent call last\):.*\n  +\S[^\n]*", "", str(e), flags=re.DOTALL)
         reason = " ".join(message.split())
+        # A locked config names the field that it does not have first, in quotes.
+        asked = re.search(r"""["'](?:Key )?["']?(\w+)["']""", reason)
+        if asked and (new := renamed(asked[1])):
+            raise InputError(f"--config {file}: config.{asked[1]} is now config.{new}") from e
         raise InputError(f"bad command line or config: {type(e).__name__}: {reason}; see --help") from e
     if config is None:
         raise InputError(f"--config {file}: its get_config() returns nothing; it must return the config")
