@@ -44,11 +44,11 @@ lint: $(VENV)/installed-core
 # The stamps hold no text: their dates say when the venv last agreed with setup.py and the locks.
 $(VENV)/installed: setup.py $(wildcard constraints/*.txt)
 	@test -x $(PYTHON) || { \
-	  for python in python3.11 python3.12 python3; do \
-	    $$python -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null \
+	  for python in python3.11 python3.12 python3.13 python3; do \
+	    $$python -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
 	      && exec $$python -m venv $(VENV); \
 	  done; \
-	  echo 'make: no Python 3.11 or 3.12 with venv on the PATH' >&2; exit 1; }
+	  echo 'make: no Python 3.11, 3.12 or 3.13 with venv on the PATH' >&2; exit 1; }
 	@echo 'installing into $(VENV)'
 	@$(PIP) -e .
 	@touch $@

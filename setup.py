@@ -15,6 +15,7 @@ RUN = [
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12",
     "grain>=0.2.18",
+    "jaxtyping>=0.3.11",  # shapes in annotations
     "numpy>=2.0",
     "ml-collections>=1.1",
     "absl-py>=2.1",
@@ -38,6 +39,7 @@ TEST_CORE = [
     "pytest>=9",
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
+    "beartype>=0.23",  # checks the annotated shapes
     "ruff>=0.14",
     "openai>=2",  # the judge's client
 ]
@@ -77,7 +79,7 @@ setup(
     version=VERSION,
     description="Visually grounded on-policy self-distillation (ViGOS) for vision-language models, in JAX",
     license="Apache-2.0",
-    python_requires=">=3.11,<3.13",
+    python_requires=">=3.11,<3.14",
     packages=find_packages(include=["vigos_jax", "vigos_jax.*", "configs", "configs.*"]),
     package_data={"vigos_jax.report": ["*.j2", "*.js"], "vigos_jax.demo": ["base/*"]},
     install_requires=RUN,

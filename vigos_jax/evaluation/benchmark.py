@@ -78,7 +78,7 @@ class Evaluation:
         """Evaluates a student; appends to responses.jsonl and verdicts.jsonl in `output` what is not there yet.
 
         Args:
-          trained: as `Loaded.student` takes it.
+          trained: as `Session.student` takes it.
 
         Returns:
           A result per task; none in all processes but the first.

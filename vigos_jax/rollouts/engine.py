@@ -42,7 +42,7 @@ class Engine(Protocol):
         """What `sample` takes for a batch: all that can be done before its student is there.
 
         Args:
-          rows: this process's rows of a global batch, in the order of `Loaded.own_rows`; a bad row is never sampled.
+          rows: this process's rows of a global batch, in the order of `Session.own_rows`; a bad row is never sampled.
         """
         ...
 

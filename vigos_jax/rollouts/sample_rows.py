@@ -16,8 +16,8 @@ def sample_rows(engine: Engine, session: Session, rows: Sequence[Row], keys: jax
 
     Args:
       rows: of the global batch, at most as many as there are keys; the rest of the batch is empty. A process needs
-        those that `Loaded.own_rows` gives it, and may have anything in the other places.
-      keys: one per row of the batch, as many as the mesh can split (`Loaded.whole_batch`).
+        those that `Session.own_rows` gives it, and may have anything in the other places.
+      keys: one per row of the batch, as many as the mesh can split (`Session.whole_batch`).
     """
     size = len(keys)
     padded = [*rows, *[Row()] * (size - len(rows))]

@@ -28,7 +28,7 @@ class Batch:
     """What a step starts from.
 
     Attributes:
-      examples, rows: this process's, in the order of `Loaded.own_rows`.
+      examples, rows: this process's, in the order of `Session.own_rows`.
       prompts: what the engine samples from, from `Engine.prepare`.
       bad_rows: of all processes, how many are unusable, by reason.
       seconds: what reading and packing took here.
