@@ -167,7 +167,7 @@ def row_of(item):
         (picture,),
         problem=item.question,
         reference=item.answer,
-        student=config.prompts.student,
+        student=config.prompts.student.to_dict(),
         roles=roles,
         processor=processor,
     )

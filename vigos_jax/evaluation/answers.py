@@ -59,7 +59,7 @@ class Asker:
     def _prompt(self) -> Mapping[str, str]:
         e = self.config.eval
         plain = {"user": e.plain_prompt, "assistant_prefill": ""}
-        return self.config.prompts.student if e.prompt == "structured" else plain
+        return self.config.prompts.student.to_dict() if e.prompt == "structured" else plain
 
     def jobs(self, questions: Sequence[Question]) -> tuple[list[Job], list[tuple[Question, str]]]:
         """Every answer to be had, with its key; and the questions that cannot be asked, with the reason."""

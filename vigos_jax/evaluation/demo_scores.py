@@ -51,7 +51,7 @@ def _rows(session: Session, items: list[world.Item], config) -> list[Row]:
         make_row(
             (session.processor.encode_image(item.pil_image),),
             problem=item.question,
-            student=config.prompts.student,
+            student=config.prompts.student.to_dict(),
             processor=session.processor,
         )
         for item in items

@@ -4,6 +4,8 @@ cuDNN and splash serve the student, whose rows are plain causal sequences (`Caus
 teachers, left-padded prompts, a cache, pictures) is XLA's on every platform: attention is a few percent of it.
 """
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,7 @@ class Causal:
     lengths: Int[Array, "B"]
 
 
-def choose(asked: str, *, platform: str, dtype: jnp.dtype) -> str:
+def choose(asked: str, *, platform: str, dtype: Any) -> str:
     """The implementation for what `config.model.attention` asks; "auto" is the device's fast one, where it has one.
 
     Args:

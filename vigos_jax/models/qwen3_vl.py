@@ -20,7 +20,7 @@ from vigos_jax.models.layers import (
     rematerialised,
     unroll,
 )
-from vigos_jax.models.shapes import AnyArray, Array, Float, Int
+from vigos_jax.models.shapes import AnyArray, Array, Float, Int, Num
 from vigos_jax.models.tensor_names import Tensor, decoder_tensors, dense, layer_norm
 
 
@@ -109,7 +109,7 @@ class VisionTower(nn.Module):
 
 
 def resample(
-    table: Float[AnyArray, "table D"], hw: Int[AnyArray, "B S 2"], grid: Int[AnyArray, "B S 2"]
+    table: Float[AnyArray, "table D"], hw: Num[AnyArray, "B S 2"], grid: Int[AnyArray, "B S 2"]
 ) -> Float[Array, "B S D"]:
     """The learned positions, a square table, stretched bilinearly over each image: its corners are the table's.
 

@@ -7,9 +7,9 @@ Nothing checks them while the program runs; the tests do, at every call.
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int, Key
+from jaxtyping import Bool, Float, Int, Key, Num
 
 Array = jax.Array
 AnyArray = jax.Array | np.ndarray  # what functions of arrays take
 
-__all__ = ["AnyArray", "Array", "Bool", "Float", "Int", "Key"]
+__all__ = ["AnyArray", "Array", "Bool", "Float", "Int", "Key", "Num"]

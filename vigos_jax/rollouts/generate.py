@@ -53,7 +53,7 @@ def _answer(
 ) -> Iterator[str]:
     """Yields the student's completion, prefill included; raises BadImage."""
     encoded = session.processor.encode_image(image)
-    row = make_row((encoded,), problem=problem, student=config.prompts.student, processor=session.processor)
+    row = make_row((encoded,), problem=problem, student=config.prompts.student.to_dict(), processor=session.processor)
     copies = session.whole_batch(1)  # one row cannot be split: every data slot of the mesh gets a copy of it
     said = text = ""
     with contextlib.closing(open_engine(session, Sampling(**config.sampling))) as engine:

@@ -38,7 +38,7 @@ def penalise(
     in_prompt: Bool[AnyArray, "B _"],
     in_completion: Bool[AnyArray, "B _"],
     sampling: Sampling,
-) -> Float[Array, "B V"]:
+) -> Float[AnyArray, "B V"]:
     """Applies the repetition penalty (prompt and completion) and the presence penalty (completion).
 
     Args:
