@@ -3,7 +3,7 @@
 # make test-fast   the tests of plain logic: no torch, no training, about a minute
 # make test-slow   the tests marked slow
 # make test-matrix the fast tests and two training steps on every Python and jax that constraints/ has a lock of
-# make lint        ruff only
+# make lint        ruff, and pyrefly over vigos_jax/ and configs/
 # make clean       remove .venv, caches and build outputs; runs/ stays
 
 SHELL := bash
@@ -40,6 +40,7 @@ test-slow: $(VENV)/installed-test
 lint: $(VENV)/installed-core
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check --quiet .
+	$(PYTHON) -m pyrefly check --python-interpreter-path $(PYTHON) --progress-bar no
 
 # The stamps hold no text: their dates say when the venv last agreed with setup.py and the locks.
 $(VENV)/installed: setup.py $(wildcard constraints/*.txt)

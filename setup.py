@@ -41,6 +41,7 @@ TEST_CORE = [
     "hypothesis>=6.100",
     "beartype>=0.23",  # checks the annotated shapes
     "ruff>=0.14",
+    "pyrefly>=1.4,<2",  # checks the types
     "openai>=2",  # the judge's client
 ]
 
@@ -81,7 +82,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["vigos_jax", "vigos_jax.*", "configs", "configs.*"]),
-    package_data={"vigos_jax.report": ["*.j2", "*.js"], "vigos_jax.demo": ["base/*"]},
+    package_data={"vigos_jax": ["py.typed"], "vigos_jax.report": ["*.j2", "*.js"], "vigos_jax.demo": ["base/*"]},
     install_requires=RUN,
     extras_require=EXTRAS,
 )

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from vigos_jax.errors import InputError
 from vigos_jax.runtime.files import unique_keys
@@ -143,7 +143,7 @@ _MODE_SECTIONS = (
 )
 
 
-def get(config: Mapping[str, Any], field: str) -> Any:
+def get(config: ConfigDict, field: str) -> Any:
     """The value of a dotted field; KeyError if it, or a section on the way, is not there."""
     for part in field.split("."):
         if not hasattr(config, "items"):
@@ -159,19 +159,20 @@ def _defaults() -> dict[str, Any]:
     The file beside this package, whatever `configs` may mean in the folder where a program is started.
     """
     spec = importlib.util.spec_from_file_location("vigos_jax_defaults", _DEFAULTS_FILE)
+    assert spec is not None and spec.loader is not None  # a file's path always gives both
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return {f: v for f, v in flatten(module.get_config().to_dict()) if not f.startswith(_NAMED_BY_USERS)}
 
 
-def _section(config: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+def _section(config: ConfigDict, field: str) -> ConfigDict:
     value = get(config, field)
     if not hasattr(value, "items"):
         raise InputError(f"config.{field}={value!r} must be a table")
     return value
 
 
-def validate(config: ml_collections.ConfigDict) -> None:
+def validate(config: ConfigDict) -> None:
     """Raises InputError for the first field that is missing, of a wrong type, out of range or not among its choices.
 
     What other rooms check (roles, mesh) has the right types afterwards.
@@ -193,13 +194,13 @@ def renamed(field: str) -> str | None:
     return None
 
 
-def _check_renamed(config: Mapping[str, Any]) -> None:
+def _check_renamed(config: ConfigDict) -> None:
     for old, new in RENAMED.items():
         if old in config:
             raise InputError(f"config.{old} is now config.{new}")
 
 
-def _check_fields(config: Mapping[str, Any]) -> None:
+def _check_fields(config: ConfigDict) -> None:
     for field, default in _defaults().items():
         _check_type(field, get(config, field), default)
     for field, allowed in RANGES.items():
@@ -212,14 +213,14 @@ def _check_fields(config: Mapping[str, Any]) -> None:
         _check_home(field, get(config, field))
 
 
-def _check_sections(config: Mapping[str, Any]) -> None:
+def _check_sections(config: ConfigDict) -> None:
     for section in _NO_OTHERS:
         known = [f.removeprefix(f"{section}.") for f in _defaults() if f.startswith(f"{section}.")]
         if strangers := [str(name) for name in _section(config, section) if name not in known]:
             raise InputError(f"config.{section} has no field {strangers[0]!r}; choices: {', '.join(known)}")
 
 
-def _check_eval(config: Mapping[str, Any]) -> None:
+def _check_eval(config: ConfigDict) -> None:
     e, push_to = config["eval"], get(config, "export.push_to")
     if not _VARIABLE.fullmatch(e["judge"]["key_env"]):  # not shown: it may be the key itself
         raise InputError("config.eval.judge.key_env must be the name of an environment variable, like JUDGE_KEY")
@@ -234,7 +235,7 @@ def _check_eval(config: Mapping[str, Any]) -> None:
         _check_home(f"eval.sources.{task}", source)
 
 
-def _check_data(config: Mapping[str, Any]) -> None:
+def _check_data(config: ConfigDict) -> None:
     fields = get(config, "data.fields")
     for name in fields:
         if not isinstance(name, str) or not name.isidentifier() or name in ("problem", "reference"):
@@ -262,7 +263,7 @@ def _check_home(field: str, value: str) -> None:
         raise InputError(f"config.{field}={value!r} begins with the home of a user that does not exist") from e
 
 
-def _check_buckets(config: Mapping[str, Any]) -> None:
+def _check_buckets(config: ConfigDict) -> None:
     for kind, sizes in _section(config, "buckets").items():
         is_list = isinstance(sizes, list | tuple) and bool(sizes) and all(type(s) is int and s > 0 for s in sizes)
         if not is_list or list(sizes) != sorted(set(sizes)):
@@ -274,12 +275,12 @@ def _check_buckets(config: Mapping[str, Any]) -> None:
         )
 
 
-def guarded(guards: Mapping[str, Any]) -> list[str]:
+def guarded(guards: ConfigDict) -> list[str]:
     """The metrics that `config.guards` bounds: its fields that are a lowest and a highest value."""
     return [name for name, bounds in guards.items() if isinstance(bounds, list | tuple)]
 
 
-def _check_guards(config: Mapping[str, Any]) -> None:
+def _check_guards(config: ConfigDict) -> None:
     for name in guarded(config["guards"]):
         low_high = config["guards"][name]
         numbers = [x for x in low_high if type(x) in (int, float)]
@@ -287,7 +288,7 @@ def _check_guards(config: Mapping[str, Any]) -> None:
             raise InputError(f"config.guards.{name}={low_high!r} must be a lowest and a highest value, like (0.2, 1.0)")
 
 
-def _check_prompts(config: Mapping[str, Any]) -> None:
+def _check_prompts(config: ConfigDict) -> None:
     for name, entry in _section(config, "prompts").items():
         fields = list(entry) if hasattr(entry, "items") else []
         if set(fields) != set(_PROMPT_FIELDS):
@@ -301,25 +302,25 @@ def _check_prompts(config: Mapping[str, Any]) -> None:
     _section(config, "roles")
 
 
-def to_json(config: ml_collections.ConfigDict) -> str:
+def to_json(config: ConfigDict) -> str:
     """The config as JSON."""
     return json.dumps(config.to_dict(), indent=2, default=list)
 
 
-def read_json(path: pathlib.Path) -> ml_collections.ConfigDict:
+def read_json(path: pathlib.Path) -> ConfigDict:
     """The config a run wrote into its workdir."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
         if not isinstance(raw, dict):
             raise ValueError(f"it holds a {type(raw).__name__}")
-        return ml_collections.ConfigDict(raw)
+        return ConfigDict(raw)
     except OSError as e:
         raise InputError(f"cannot read {path}: {e.strerror}; a run's workdir holds its config.json") from e
     except (ValueError, TypeError, RecursionError) as e:
         raise InputError(f"{path} is not a run's config: {e}") from e
 
 
-def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """What makes two configs different runs, as "field: old -> new" lines."""
     a, b = (dict(flatten(json.loads(to_json(c)))) for c in (old, new))
     fields = [f for f in sorted(a.keys() | b.keys()) if f.split(".")[0] not in _MODE_SECTIONS]

@@ -172,9 +172,10 @@ def _config_of_run(config, workdir: pathlib.Path | None):
     return saved
 
 
-def _train(config, workdir: pathlib.Path) -> int:
+def _train(config, workdir: pathlib.Path | None) -> int:
     from vigos_jax.training.loop import train
 
+    assert workdir is not None  # `_parse` gives a run one
     train(config, workdir)
     return 0
 
@@ -204,10 +205,12 @@ def _diagnose(config, workdir: pathlib.Path | None) -> int:
     from vigos_jax.training.checkpoints import load_student
 
     student = load_student(config, workdir)
-    output = pathlib.Path(config.diagnose.output).expanduser() if config.diagnose.output else None
-    if output is None and workdir is None:
+    if config.diagnose.output:
+        output = pathlib.Path(config.diagnose.output).expanduser()
+    elif workdir is not None:
+        output = workdir / files.DIAGNOSIS
+    else:
         raise InputError("--mode diagnose needs --workdir of a run, or --config.diagnose.output=DIR")
-    output = output or workdir / files.DIAGNOSIS
     return _told(
         *diagnose(student.session, student.trained, config, teacher_params=student.teacher_params, output=output)
     )

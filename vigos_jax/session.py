@@ -30,7 +30,8 @@ from vigos_jax.runtime import distributed, hub
 from vigos_jax.runtime.sharding import batch_sharding, make_mesh, own_rows, tree_shardings
 from vigos_jax.weights import adapters, reading
 
-_USERS_PRECISION = jax.config.jax_default_matmul_precision  # what the environment says, if anything
+_JAX_CONFIG: Any = jax.config  # its options are not among its annotations
+_USERS_PRECISION = _JAX_CONFIG.jax_default_matmul_precision  # what the environment says, if anything
 DEMO_FOLDER = pathlib.Path(__file__).parent / "demo" / "base"
 
 
@@ -155,7 +156,7 @@ def open_source(config) -> Any:
 
 def use_compilation_cache(folder: str) -> None:
     """Keeps compiled programs on disk, in `folder` unless the environment names another; "" keeps none."""
-    if folder and not jax.config.jax_compilation_cache_dir:
+    if folder and not _JAX_CONFIG.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -184,7 +185,7 @@ def load(config, *, for_training: bool) -> Session:
         any, a full copy. Otherwise only a loaded adapter is trained weights, and `{}` means the base itself.
     """
     objective = objective_of(config)
-    buckets = Buckets(**{kind: tuple(sizes) for kind, sizes in config.buckets.items()}, agree=distributed.largest)
+    buckets = buckets_of(config)
     use_compilation_cache(config.compilation_cache)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     folder = resolve_model(config.model.path)
@@ -196,7 +197,7 @@ def load(config, *, for_training: bool) -> Session:
     shardings = tree_shardings(abstract, mesh, config.mesh.rules)
     base = reading.load_params(folder, model_config, abstract["params"], dtype=dtype, shardings=shardings["params"])
 
-    if config.model.adapter:
+    if config.model.adapter and spec is not None:
         adapter = pathlib.Path(config.model.adapter).expanduser()
         lora = adapters.load_adapter(adapter, model_config, spec, abstract["lora"], shardings=shardings["lora"])
         trained = {"lora": lora}
@@ -212,6 +213,13 @@ def load(config, *, for_training: bool) -> Session:
     return Session(
         name, folder, model_config, model, processor, objective, buckets, config.span_rule, mesh, base, trained
     )
+
+
+def buckets_of(config) -> Buckets:
+    """The declared sizes of `config.buckets`, the same one in all processes."""
+    b = config.buckets
+    sizes = (tuple(x) for x in (b.patches, b.prompt, b.completion, b.sequence))
+    return Buckets(*sizes, agree=distributed.largest)
 
 
 def objective_of(config) -> ObjectiveConfig:

@@ -144,7 +144,7 @@ def _checked(cases: Iterator[Case], name, bad_lines: list[str], counts: Counter)
         if case.bad_reason:
             counts["bad rows"] += 1
             bad_lines.append(f"{name(case.index)}: id {case.example.id}: {case.bad_reason}")
-        elif not case.rollout.spans.is_valid:
+        elif not case.scored.spans.is_valid:
             counts["invalid rollouts"] += 1
         else:
             yield case
@@ -192,7 +192,7 @@ def _with_counterfactuals(
 
 
 def _fits(reader: Reader, case: Case, **changes: Any) -> bool:
-    return reader.too_long(case.example, max_completion=len(case.rollout.ids), **changes) is None
+    return reader.too_long(case.example, max_completion=len(case.scored.ids), **changes) is None
 
 
 def _answers_by_kind(source: Any, rows: int) -> dict[str, list[str]]:
@@ -236,7 +236,7 @@ def _scorer(session: Session, reader: Reader):
 
     def score(part: list[_Counterfactuals], size: int, trained: Variables, teacher_params: Variables):
         empty = size - len(part)
-        rollouts = [x.case.rollout for x in part] + [None] * empty
+        rollouts = [x.case.scored for x in part] + [None] * empty
 
         def counterfactual(rows: list[Row]) -> np.ndarray:
             batch = session.pack_scores(rows + [Row()] * empty, rollouts)
@@ -245,7 +245,7 @@ def _scorer(session: Session, reader: Reader):
             return jax.device_get(teachers(session.base, teacher_params, session.put_batch(batch)))
 
         batch = session.pack_scores([x.case.row for x in part] + [Row()] * empty, rollouts)
-        tokens = batch.supervised
+        tokens = jax.tree.map(np.asarray, batch.supervised)
         student, teacher = jax.device_get(own(session.base, trained, teacher_params, session.put_batch(batch)))
         # A case with fewer wrong answers repeats its first, which is then left out of the mixture.
         most = max(len(x.wrong_answers) for x in part)
@@ -273,9 +273,9 @@ def _scorer(session: Session, reader: Reader):
 
 
 def _mask(case: Case, parts: tuple[str, ...]) -> np.ndarray:
-    out = np.zeros(len(case.rollout.ids), bool)
+    out = np.zeros(len(case.scored.ids), bool)
     for part in parts:
-        out[slice(None) if part == "completion" else slice(*getattr(case.rollout.spans, part))] = True
+        out[slice(None) if part == "completion" else slice(*getattr(case.scored.spans, part))] = True
     return out
 
 
@@ -284,7 +284,7 @@ def _record(item: _Counterfactuals, scores: palr.TokenCorrections, session: Sess
 
     Where two roles score a token, the sums of both count, and the lists show the table's first.
     """
-    rollout = item.case.rollout
+    rollout = item.case.scored
     n = len(rollout.ids)
     lists: dict[str, list[Any]] = {k: [None] * n for k in ("role", "s", "c_answer", "c_image")}
     for e in reversed(range(len(scores.position))):
@@ -298,7 +298,7 @@ def _record(item: _Counterfactuals, scores: palr.TokenCorrections, session: Sess
 
 
 def _page_rollout(item: _Counterfactuals, scores: palr.TokenCorrections, source: Any, session: Session) -> page.Rollout:
-    example, rollout = item.case.example, item.case.rollout
+    example, rollout = item.case.example, item.case.scored
     record = _record(item, scores, session)
     weight = np.zeros(len(rollout.ids))
     np.add.at(weight, scores.position, scores.strength * (scores.answer + scores.image))

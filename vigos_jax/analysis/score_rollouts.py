@@ -1,10 +1,8 @@
 """`--mode score`: the objective on rollouts made by any engine, token by token, without an optimizer."""
 
-import dataclasses
 import json
 import pathlib
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,7 +24,7 @@ from vigos_jax.session import Session
 
 
 def token_lists(
-    rollout: Rollout, supervised: SupervisedTokens, scores: TokenScores, roles: Sequence[TeacherRole]
+    rollout: Rollout, supervised: SupervisedTokens, scores: TokenScores, roles: tuple[TeacherRole, ...]
 ) -> dict[str, list[Any]]:
     """Lists over a completion's tokens, None where nobody scores one; of roles that score one twice, the first's.
 
@@ -45,9 +43,9 @@ def token_lists(
         "teacher_logp": scores.teacher_logp,
     }
     out: dict[str, Any] = {"role": [None] * n} | {f: [None] * n for f in values}
-    by_role = {r.name: {f: [None] * n for f in values} for r in roles}
-    for e in np.flatnonzero(supervised.role >= 0):
-        j, name = int(supervised.position[e]), roles[supervised.role[e]].name
+    by_role: dict[str, dict[str, list[Any]]] = {r.name: {f: [None] * n for f in values} for r in roles}
+    for e in np.flatnonzero(np.asarray(supervised.role) >= 0).tolist():
+        j, name = int(supervised.position[e]), roles[int(supervised.role[e])].name
         for f, of_token in values.items():
             by_role[name][f][j] = float(of_token[e])
         if out["role"][j] is None:
@@ -97,7 +95,8 @@ def score_rollouts(
     except OSError as e:
         raise InputError(f"cannot write to config.score.output={str(output)!r}: {e.strerror}; choose a folder") from e
     temporary = output / "scores.jsonl.tmp"
-    totals = RoleStats(*(np.zeros(len(objective.roles)) for _ in dataclasses.fields(RoleStats)))
+    zeros: Any = np.zeros(len(objective.roles))  # summed in float64 on the host
+    totals = RoleStats(zeros, zeros, zeros, zeros, zeros)
     bad, valid, bad_lines = Counter(), 0, []
     cases = read_cases(source, session, config)
     with temporary.open("w", encoding="utf-8") as file:
@@ -114,7 +113,7 @@ def score_rollouts(
                         f"{source.path}:{source.line(case.index)}: id {case.example.id}: {case.bad_reason}"
                     )
                 else:
-                    valid += case.rollout.spans.is_valid
+                    valid += case.scored.spans.is_valid
                 supervised, own = jax.tree.map(lambda x, i=i: x[i], (batch.supervised, scores))
                 file.write(json.dumps(_record(case, supervised, own, objective.roles)) + "\n")
     if len(source) == bad.total():
@@ -127,17 +126,17 @@ def score_rollouts(
 
 
 def _record(
-    case: Case, supervised: SupervisedTokens, scores: TokenScores, roles: Sequence[TeacherRole]
+    case: Case, supervised: SupervisedTokens, scores: TokenScores, roles: tuple[TeacherRole, ...]
 ) -> dict[str, Any]:
     """The line of scores.jsonl."""
     if case.bad_reason:
         return {"id": case.example.id, "error": case.bad_reason}
     return {
         "id": case.example.id,
-        "is_valid": case.rollout.spans.is_valid,
-        "completion_ids": list(case.rollout.ids),
-        "spans": spans_json(case.rollout),
-        **token_lists(case.rollout, supervised, scores, roles),
+        "is_valid": case.scored.spans.is_valid,
+        "completion_ids": list(case.scored.ids),
+        "spans": spans_json(case.scored),
+        **token_lists(case.scored, supervised, scores, roles),
     }
 
 

@@ -1,6 +1,7 @@
 """The two texts of a data row as prompts show them."""
 
 import ast
+import math
 import numbers
 import re
 from typing import Any
@@ -58,7 +59,7 @@ def _number_text(value: numbers.Real) -> str:
         return str(value)
     if isinstance(value, numbers.Integral):
         return str(int(value))
-    value = float(value)
-    if value != value or value in (float("inf"), float("-inf")):
+    number = float(value)
+    if not math.isfinite(number):
         return ""
-    return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+    return str(int(number)) if number.is_integer() and abs(number) < 1e15 else repr(number)

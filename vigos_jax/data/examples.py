@@ -127,7 +127,7 @@ def _encode(item: object, processor: Processor, image_roots: Sequence[str]) -> t
             raise BadImage("image_too_small", f"{image.width} x {image.height} pixels")
         return image
 
-    if not _is_video(item):
+    if not isinstance(item, Mapping) or not _is_video(item):
         return (processor.encode_image(read(item)),)
     frames, fps = _frames(item), item.get("fps")
     if isinstance(fps, bool) or not isinstance(fps, int | float) or not MIN_FPS <= fps <= MAX_FPS:
@@ -143,7 +143,7 @@ def _frames(video: Mapping[str, Any]) -> Sequence[object]:
     frames = video["frames"]
     if not isinstance(frames, list | tuple | np.ndarray) or not len(frames):
         raise BadImage("bad_video", "its frames must be a list of pictures")
-    return frames
+    return list(frames)
 
 
 def row_size(row: Mapping[str, Any], *, processor: Processor, image_roots: Sequence[str]) -> int:

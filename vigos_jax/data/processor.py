@@ -9,6 +9,7 @@ import functools
 import pathlib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -77,7 +78,7 @@ class Processor:
     """
 
     folder: str
-    tokenizer: object  # transformers' tokenizer
+    tokenizer: Any  # transformers' tokenizer
     image_token_id: int
     video_token_id: int
     eos_ids: tuple[int, ...]
@@ -86,7 +87,7 @@ class Processor:
     merge_size: int  # patches along a side of one visual token
     frames_per_patch: int  # of a video
     tokens_per_second: float  # M-RoPE positions of a video; 0 where timestamps tell its frames apart
-    _image_processor: object
+    _image_processor: Any
     _text_tokenizer: tokenizers.Tokenizer  # a private copy in which control tokens are plain text
     _control_ids: dict[str, int]
     _chat_template: str

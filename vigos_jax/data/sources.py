@@ -58,7 +58,7 @@ class TableSource(Source):
     def __len__(self) -> int:
         return len(self._table)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: Any) -> Any:
         row = self._table[int(index)]
         return row | raw_row(row, int(index))
 
@@ -92,7 +92,7 @@ class JsonlSource(Source):
     def __len__(self) -> int:
         return len(self._starts)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: Any) -> Any:
         raw = self._parse(int(index))
         if raw is None:
             return raw_row({}, int(index)) | {"bad_reason": "bad_json"}
@@ -177,7 +177,7 @@ def _load_table(name: str, path: str, *, split: str, **options) -> Any:
 
 def _check_columns(columns: Sequence[str], name: str, fields: Sequence[str]) -> str:
     """The name of the picture column, if all that a row and the roles' prompts need is there."""
-    images = next((c for c in ("images", "image") if c in columns), None)
+    images = next((c for c in ("images", "image") if c in columns), "")
     missing = [c for c in ("problem", "answer", *fields) if c not in columns] + ([] if images else ["images"])
     if missing:
         raise InputError(f"{name} lacks {', '.join(missing)}; it has the columns {', '.join(columns)}")

@@ -135,12 +135,12 @@ def token_table(path: pathlib.Path, tokenizer, added: dict[str, tuple[int, bool]
     """Bytes of every token id of a byte-level BPE."""
     byte_of = {char: byte for byte, char in _byte_alphabet().items()}
     table = {index: content.encode() for content, (index, _) in added.items()}
-    try:
-        for token, index in tokenizer.get_vocab().items():
-            if index not in table:
-                table[index] = bytes(byte_of[char] for char in token)
-    except KeyError as e:
-        raise InputError(f"{path} must be a byte-level BPE; token {token!r} has other letters") from e
+    for token, index in tokenizer.get_vocab().items():
+        if index in table:
+            continue
+        if not byte_of.keys() >= set(token):
+            raise InputError(f"{path} must be a byte-level BPE; token {token!r} has other letters")
+        table[index] = bytes(byte_of[char] for char in token)
     return table
 
 

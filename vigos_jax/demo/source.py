@@ -33,7 +33,7 @@ class DemoSource(Sequence):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: Any) -> Any:
         if not 0 <= index < self.length:
             raise IndexError(f"row {index} of {self.length}")
         row = world.item(self.seed, int(index), setting=self.setting)
@@ -63,8 +63,8 @@ class DemoProbes(Sequence):
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return self._sources[i % 2][i // 2]
+    def __getitem__(self, index: Any) -> Any:
+        return self._sources[index % 2][index // 2]
 
     def item(self, i: int) -> world.Item:
         """Question i, conflict and prior images in turn."""

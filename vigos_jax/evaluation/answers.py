@@ -91,7 +91,7 @@ class Asker:
         Args:
           responses: where answers are kept; None in all processes but the first.
         """
-        there = set(first_decides(lambda: [job.key for job in jobs if job.key in responses]))
+        there = set(first_decides(lambda: [job.key for job in jobs if responses is not None and job.key in responses]))
         pending = [job for job in jobs if job.key not in there]
         if there:
             say(f"{self.task.name}: {len(jobs) - len(pending)} of {len(jobs)} answers are there already")
@@ -150,7 +150,7 @@ class Asker:
         except BadImage as e:
             return e.kind
         row = make_row(images, problem=question.text, student=self._prompt(), processor=session.processor)
-        for kind, n in (("patches", slot_count(row, session.config)), ("prompt", len(row.student.ids))):
+        for kind, n in (("patches", slot_count(row, session.config)), ("prompt", len(row.prompt.ids))):
             if n > max(getattr(session.buckets, kind)):
                 return f"{kind}_too_long"
         return row

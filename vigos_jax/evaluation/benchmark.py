@@ -94,7 +94,7 @@ class Evaluation:
                 asker = Asker(self._session, self._config, self._engine, self._sampling, fingerprint, task, rows)
                 jobs, errors = asker.jobs(questions_of(task, rows, limit=self._config.eval.limit))
                 errors += asker.sample(jobs, responses)
-                if responses is not None:
+                if responses is not None and verdicts is not None:
                     results.append(self._result(task, rows, jobs, errors, responses, verdicts))
         return results
 
@@ -113,7 +113,8 @@ class Evaluation:
     ) -> TaskResult:
         e = self._config.eval
         with MathGrader() as math:
-            answers = [_grade(task, job, responses[job.key], verdicts, math) for job in jobs if job.key in responses]
+            known = [(job, response) for job in jobs if job.key in responses and (response := responses[job.key])]
+            answers = [_grade(task, job, response, verdicts, math) for job, response in known]
         if self._judge is not None:
             answers = _judged(answers, self._judge, verdicts, mode=e.judge.mode)
         notes = []
@@ -137,9 +138,11 @@ def _journals(output: pathlib.Path) -> Iterator[tuple[Journal | None, Journal | 
 
 def output_of(config, workdir: pathlib.Path | None) -> pathlib.Path:
     """Where answers are kept: `config.eval.output`, else the run's eval/."""
-    if not config.eval.output and workdir is None:
+    if config.eval.output:
+        return pathlib.Path(config.eval.output).expanduser()
+    if workdir is None:
         raise InputError("--mode eval needs --workdir of a run, or --config.eval.output=DIR")
-    return pathlib.Path(config.eval.output).expanduser() if config.eval.output else workdir / files.EVALUATION
+    return workdir / files.EVALUATION
 
 
 def lenient_answer(text: str) -> str | None:
@@ -164,7 +167,7 @@ def _grade(task: Task, job: Job, response: Mapping[str, Any], verdicts: Journal,
         loose = strict if lenient == boxed else task.grade(question, lenient, math)
         record = {"answer": boxed, "is_correct": strict.is_correct, "grader": strict.grader}
         verdicts.append(known, record | {"is_correct_leniently": loose.is_correct})
-    v = verdicts[known]
+    v = verdicts[known] or {}  # this journal keeps its values
     return Answer(
         question=question,
         sample=job.sample,
@@ -208,7 +211,7 @@ def _judged(answers: Sequence[Answer], judge: Judge, verdicts: Journal, *, mode:
     out = []
     for a, key in zip(answers, keys, strict=True):
         if key is not None:
-            said = verdicts[key]["is_correct"] if key in verdicts else None
+            said = ((key in verdicts and verdicts[key]) or {}).get("is_correct")
             a = dataclasses.replace(a, is_correct=said, grader="judge")
         out.append(a)
     return out

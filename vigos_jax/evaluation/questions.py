@@ -37,7 +37,7 @@ class _DemoRows(Sequence):
     def __len__(self) -> int:
         return 2 * self._count
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: Any) -> Any:
         setting = "conflict" if index < self._count else "prior"
         item = world.item(self._seed, index % self._count, setting=setting)
         return {"image": item.pil_image, "question": item.question, "answer": item.answer, "setting": setting}

@@ -81,7 +81,7 @@ def summarise(task: Task, answers: Sequence[Answer], *, seed: int) -> dict[str, 
     names = {a.question.id: a.question.group for a in answers}
     for question, v in verdicts.items():
         groups[names[question]].append(float(np.mean(v)))
-    out = {
+    out: dict[str, Any] = {
         "questions": len(verdicts),
         "samples": len(answers),
         "unjudged": sum(a.is_correct is None for a in answers),

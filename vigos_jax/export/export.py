@@ -18,6 +18,7 @@ from vigos_jax.errors import InputError
 from vigos_jax.export.model_card import RunFacts, card_text
 from vigos_jax.export.verify import compare
 from vigos_jax.models.families import adapter_table, tensor_table
+from vigos_jax.models.layers import LoraSpec
 from vigos_jax.models.variables import Variables
 from vigos_jax.runtime import hub
 from vigos_jax.runtime.distributed import first_decides, is_first
@@ -75,7 +76,8 @@ def export(
                 write_file(temporary / "adapter_model.safetensors", tensors)
             else:
                 writing.gather(tensors)
-            first_decides(lambda: _write_adapter_config(session, temporary))
+            spec = session.model.lora
+            first_decides(lambda: spec and _write_adapter_config(spec, temporary, base=session.name))
         else:
             writing.save_sharded(temporary, tensors, max_shard_bytes=int(e.max_shard_gb * 2**30))
             first_decides(lambda: _copy_companions(session.folder, temporary, dtype=e.dtype))
@@ -131,15 +133,14 @@ def _tensors(
     session: Session, trained: Variables, *, kind: str, dtype: str
 ) -> Iterator[tuple[str, writing.FileTensor]]:
     config, spec = session.config, session.model.lora
-    if kind == "adapter":  # always float32: rounded, it would be another one
+    if kind == "adapter" and spec is not None:  # always float32: rounded, it would be another one
         return writing.stream_tensors(trained["lora"], adapter_table(config, spec), config, dtype=np.float32)
     params = trained.get("params", session.base)
-    merged = {"lora": trained["lora"], "scale": spec.scale} if "lora" in trained else {}
+    merged = {"lora": trained["lora"], "scale": spec.scale} if "lora" in trained and spec is not None else {}
     return writing.stream_tensors(params, tensor_table(config), config, dtype=jnp.dtype(dtype), **merged)
 
 
-def _write_adapter_config(session: Session, folder: pathlib.Path) -> None:
-    spec = session.model.lora
+def _write_adapter_config(spec: LoraSpec, folder: pathlib.Path, *, base: str) -> None:
     parts = []
     if spec.language:
         parts.append(rf"language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(sorted(spec.language))})")
@@ -148,7 +149,7 @@ def _write_adapter_config(session: Session, folder: pathlib.Path) -> None:
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": session.name,
+        "base_model_name_or_path": base,
         "r": spec.rank,
         "lora_alpha": spec.scale * spec.rank,
         "lora_dropout": spec.dropout,

@@ -51,7 +51,7 @@ def compare(session: Session, trained: Variables, config, folder: pathlib.Path) 
     """
     e = config.export
     if e.kind == "adapter":
-        spec, params, processor = adapters.adapter_spec(folder, dropout=0.0), session.base, session.processor
+        spec, processor = adapters.adapter_spec(folder, dropout=0.0), session.processor
         written, dtype = session.config, "float32"
     else:
         spec, processor = None, Processor.load(folder)
@@ -66,7 +66,7 @@ def compare(session: Session, trained: Variables, config, folder: pathlib.Path) 
         reloaded = {"params": params}
     else:
         lora = adapters.load_adapter(folder, written, spec, abstract["lora"], shardings=shardings["lora"])
-        reloaded = {"params": params, "lora": lora}
+        reloaded = {"params": session.base, "lora": lora}
 
     rows = prompt_rows(processor, config)
     if [row.student for row in rows] != [row.student for row in prompt_rows(session.processor, config)]:
@@ -116,11 +116,11 @@ def pack(rows: list[Row], config: ModelConfig) -> tuple[PromptBatch, np.ndarray]
     """The rows as one batch, and which of its last n positions are text behind the image, bool [B, n]."""
     buckets = Buckets(
         patches=(max(slot_count(row, config) for row in rows),),
-        prompt=(max(len(row.student.ids) for row in rows),),
+        prompt=(max(len(row.prompt.ids) for row in rows),),
         completion=(1,),
         sequence=(1,),
     )
-    lengths = np.array([len(row.student.rest_ids) for row in rows])
+    lengths = np.array([len(row.prompt.rest_ids) for row in rows])
     mask = np.arange(lengths.max())[::-1] < lengths[:, None]  # prompts end together
     return pack_prompts(rows, config=config, buckets=buckets), mask
 
@@ -131,11 +131,12 @@ def _float32_model(config: ModelConfig, lora: LoraSpec | None) -> VisionLanguage
 
 def _differences(a: VisionLanguageModel, b: VisionLanguageModel, last: int, student, reloaded, batch: PromptBatch):
     """Of each of the last positions, [B, last]: largest difference of a logit, and KL(student || reloaded)."""
-    logits = []
+    logits: list[jax.Array] = []
     for model, variables in ((a, student), (b, reloaded)):
-        images = model.apply(variables, batch.vision, method="encode_images")
-        hidden, _ = model.apply(variables, batch.text, images)
-        logits.append(model.apply(variables, hidden[:, -last:], method="logits"))  # [B, last, V]
+        apply: Any = functools.partial(model.apply, variables)
+        images = apply(batch.vision, method="encode_images")
+        hidden, _ = apply(batch.text, images)
+        logits.append(apply(hidden[:, -last:], method="logits"))  # [B, last, V]
     p, q = (jax.nn.log_softmax(x) for x in logits)
     kl = jnp.sum(jnp.exp(p) * (p - q), -1)
     return jnp.max(jnp.abs(logits[0] - logits[1]), -1), jnp.maximum(kl, 0.0)  # rounding may make a zero negative

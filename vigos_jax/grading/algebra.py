@@ -48,7 +48,8 @@ class MathGrader:
             self._worker.wait()
             for pipe in (self._worker.stdin, self._worker.stdout):
                 with contextlib.suppress(OSError):
-                    pipe.close()
+                    if pipe is not None:
+                        pipe.close()
             self._worker = None
 
     def is_equal(self, prediction: str, reference: str) -> bool | None:
@@ -78,6 +79,7 @@ class MathGrader:
             raise RuntimeError("the math worker does not start; try: python -m vigos_jax.grading.algebra")
 
     def _ask(self, question: dict[str, str], deadline: float) -> bool | None:
+        assert self._worker is not None and self._worker.stdin is not None  # it was started with pipes
         try:
             self._worker.stdin.write(json.dumps(question) + "\n")
             self._worker.stdin.flush()
@@ -99,11 +101,12 @@ def _pump(pipe: Any, lines: "queue.Queue[str]") -> None:
 
 def _compare(prediction: str, reference: str) -> bool | None:
     """math-verify's word; None where one of the two is no expression to it."""
-    from math_verify import parse, verify
+    import math_verify
 
+    parse: Any = math_verify.parse  # its annotation forgets that None is no limit
     # Its own time limits are signals, for which its caller must be a main thread; here the parent watches the clock.
     gold, ours = (parse(f"${x}$", parsing_timeout=None) for x in (reference, prediction))
-    return bool(verify(gold, ours, timeout_seconds=None)) if gold and ours else None
+    return bool(math_verify.verify(gold, ours, timeout_seconds=None)) if gold and ours else None
 
 
 def _serve() -> None:

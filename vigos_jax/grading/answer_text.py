@@ -99,7 +99,8 @@ def answer_kind(answer: str) -> str:
         return "letter"
     if text in ("yes", "no", "true", "false"):
         return "yes_no"
-    number = text if _bare(text) is None else _bare(text)
+    bare = _bare(text)
+    number = text if bare is None else bare
     if re.fullmatch(r"-?[0-9]+(/[0-9]+)?", number):
         return "number" if "/" in number else "integer"
     return "text"

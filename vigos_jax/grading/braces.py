@@ -8,7 +8,8 @@ _TEXT, _BYTES = re.compile(r"[{}]"), re.compile(rb"[{}]")
 def closing_brace(text: str | bytes, start: int) -> int | None:
     """Offset of the brace that closes one opened just before `start`; None if it is never closed."""
     depth = 1
-    for brace in (_TEXT if isinstance(text, str) else _BYTES).finditer(text, start):
+    braces = _TEXT.finditer(text, start) if isinstance(text, str) else _BYTES.finditer(text, start)
+    for brace in braces:
         depth += 1 if brace[0] in ("{", b"{") else -1
         if depth == 0:
             return brace.start()

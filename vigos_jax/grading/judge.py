@@ -100,7 +100,7 @@ class Judge:
 
     def _ask(self, items: Sequence[Item]) -> list[bool]:
         """A verdict per item; [] if the server did not give them."""
-        messages = [
+        messages: Any = [
             {"role": "system", "content": PROMPT},
             {"role": "user", "content": json.dumps([item.shown() for item in items], ensure_ascii=False)},
         ]

@@ -6,8 +6,7 @@ from vigos_jax.models.inputs import TextInputs, VisionInputs
 from vigos_jax.models.shapes import Array, Bool, Float, Int
 
 
-@flax.struct.dataclass
-class SupervisedTokens:
+class SupervisedTokens(flax.struct.PyTreeNode):
     """Which student state is compared with which teacher state, under which role.
 
     A token that several roles score stands here once per role.
@@ -31,8 +30,7 @@ class SupervisedTokens:
     clip: Float[Array, "B E"]
 
 
-@flax.struct.dataclass
-class ScoreBatch:
+class ScoreBatch(flax.struct.PyTreeNode):
     """Everything the objective needs: images, the student's sequences, the teachers' branches, the supervised tokens.
 
     Attributes:
@@ -47,8 +45,7 @@ class ScoreBatch:
     image_embeds: Float[Array, "B M W"] | None = None
 
 
-@flax.struct.dataclass
-class PromptBatch:
+class PromptBatch(flax.struct.PyTreeNode):
     """What the sampler needs: images and left-padded prompts.
 
     Attributes:
@@ -60,8 +57,7 @@ class PromptBatch:
     is_active: Bool[Array, "B"]
 
 
-@flax.struct.dataclass
-class SupervisedStates:
+class SupervisedStates(flax.struct.PyTreeNode):
     """What the heads are applied to; a state's logits are its products with a head's rows.
 
     Attributes:
@@ -75,8 +71,7 @@ class SupervisedStates:
     teacher_head: Float[Array, "V D"] | None
 
 
-@flax.struct.dataclass
-class TokenScores:
+class TokenScores(flax.struct.PyTreeNode):
     """Per supervised token, float32.
 
     Attributes:
@@ -91,8 +86,7 @@ class TokenScores:
     entropy: Float[Array, "B E"]
 
 
-@flax.struct.dataclass
-class RoleStats:
+class RoleStats(flax.struct.PyTreeNode):
     """Sums per role over supervised tokens, float32; those of several micro-batches add up.
 
     Attributes:

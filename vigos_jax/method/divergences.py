@@ -91,19 +91,20 @@ def divergence(
         slopes = jnp.where(terms < clip, slopes, 0.0)
         terms = jnp.minimum(terms, clip)
     value = jnp.sum(terms, -1)
-    if is_clipped or any(d.slope_sum is None for d in table):
+    closed = [d.slope_sum for d in table if d.slope_sum is not None]
+    if is_clipped or len(closed) < len(table):
         slope_sum = jnp.sum(slopes, -1)
     else:
-        slope_sum = jnp.broadcast_to(table[0].slope_sum(value), value.shape)
-        for name, d in zip(names[1:], table[1:], strict=True):
+        slope_sum = jnp.broadcast_to(closed[0](value), value.shape)
+        for name, of_value in zip(names[1:], closed[1:], strict=True):
             is_named = of_role([r.divergence == name for r in roles])[..., 0]
-            slope_sum = jnp.where(is_named, d.slope_sum(value), slope_sum)
+            slope_sum = jnp.where(is_named, of_value(value), slope_sum)
     return value, (slopes - p * slope_sum[..., None]) / temperature
 
 
 def log_softmax(logits: Float[AnyArray, "*batch V"], temperature: float = 1.0) -> Float[Array, "*batch V"]:
     """Log-probabilities in float32."""
-    logits = logits.astype(jnp.float32)
+    scaled: Array = jnp.asarray(logits, jnp.float32)
     if temperature != 1.0:
-        logits = logits / temperature
-    return logits - jax.nn.logsumexp(logits, -1, keepdims=True)
+        scaled = scaled / temperature
+    return scaled - jax.nn.logsumexp(scaled, -1, keepdims=True)

@@ -103,7 +103,7 @@ def _weighted_loss_forward(objective, trains_head, states, supervised, weights):
     start = jnp.zeros(states.student_head.shape, jnp.float32) if trains_head else None
     head_gradient, (loss, scores, state_gradient) = jax.lax.scan(one, start, _split(parts, objective.chunk))
     scores, state_gradient = _join((scores, state_gradient), supervised.role.shape[1])
-    if trains_head:
+    if head_gradient is not None:
         head_gradient = head_gradient.astype(states.student_head.dtype)
     return (jnp.sum(loss), scores), (state_gradient, head_gradient)
 
@@ -111,8 +111,13 @@ def _weighted_loss_forward(objective, trains_head, states, supervised, weights):
 def _weighted_loss_backward(objective, trains_head, residuals, cotangents):
     state_gradient, head_gradient = residuals
     loss_cotangent, _ = cotangents
-    scaled = lambda x: None if x is None else (loss_cotangent * x).astype(x.dtype)  # noqa: E731
-    return SupervisedStates(scaled(state_gradient), scaled(head_gradient), None, None), None, None
+    no_gradient: Any = None
+
+    def scaled(x: Any) -> Any:
+        return no_gradient if x is None else (loss_cotangent * x).astype(x.dtype)
+
+    states = SupervisedStates(scaled(state_gradient), scaled(head_gradient), no_gradient, no_gradient)
+    return states, None, None
 
 
 _weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward)
@@ -145,7 +150,7 @@ def _both_logits(
 def _scores(
     student_logits: Float[AnyArray, "B E V"],
     teacher_logits: Float[AnyArray, "B E V"],
-    value: Float[AnyArray, "B E"],
+    value: Float[Array, "B E"],
     token: Int[AnyArray, "B E"],
 ) -> TokenScores:
     log_p, log_q = log_softmax(student_logits), log_softmax(teacher_logits)

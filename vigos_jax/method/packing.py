@@ -13,7 +13,7 @@ Each branch holds only what its scored tokens need: its prompt and the student's
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,8 @@ from vigos_jax.method.spans import Spans
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.inputs import TextInputs, VisionInputs
 from vigos_jax.models.positions import mrope_positions, vision_layout
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,13 @@ class Row:
     images: tuple[EncodedImage, ...] = ()
     student: Turn | None = None
     teachers: tuple[Turn, ...] = ()
+
+    @property
+    def prompt(self) -> Turn:
+        """The student's turn of a row that is not bad."""
+        if self.student is None:
+            raise ValueError("a bad row has no prompt")
+        return self.student
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +131,8 @@ def too_long(
     row: Row, *, roles: tuple[TeacherRole, ...], buckets: Buckets, max_completion: int, config: ModelConfig
 ) -> str | None:
     """The kind of bucket this row cannot fit whatever is sampled for it, or None if it always fits."""
-    prompt = len(row.student.prefix_ids) + len(row.student.rest_ids)
-    branches = len(row.student.prefix_ids) + max(
+    prompt = len(row.prompt.ids)
+    branches = len(row.prompt.prefix_ids) + max(
         sum(len(t.rest_ids) + max_completion for r, t in zip(roles, row.teachers, strict=True) if r.applies(valid))
         for valid in (True, False)
     )
@@ -151,7 +160,12 @@ def _vision(rows: Sequence[Row], config: ModelConfig, buckets: Buckets) -> Visio
         patches[i, :n][used] = np.concatenate([image.patches for image in row.images])[x.source[used]]
         image_ids[i, :n], hw[i, :n], grid[i, :n] = x.image_ids, x.hw, x.grid
         token_unit[i, : len(x.token_unit)] = x.token_unit
-    return VisionInputs(patches=patches, image_ids=image_ids, hw=hw, grid=grid, token_unit=token_unit)
+    return host(VisionInputs, patches=patches, image_ids=image_ids, hw=hw, grid=grid, token_unit=token_unit)
+
+
+def host(struct: Callable[..., T], **arrays: Any) -> T:
+    """A struct of device arrays with numpy arrays in their place, until it is put on the mesh."""
+    return struct(**arrays)
 
 
 class _Sequence(NamedTuple):
@@ -191,7 +205,7 @@ def _text(sequences: Sequence[_Sequence], length: int, *, left: bool = False) ->
         at = slice(length - n, length) if left else slice(0, n)
         ids[i, at], positions[i, :, at], segments[i, at] = row.ids, row.positions, row.segment_ids
         image_index[i, at] = row.image_index
-    return TextInputs(ids=ids, positions=positions, segment_ids=segments, image_index=image_index)
+    return host(TextInputs, ids=ids, positions=positions, segment_ids=segments, image_index=image_index)
 
 
 def _supervised(rows: Sequence[Sequence[_Token]], length: int) -> SupervisedTokens:
@@ -202,7 +216,7 @@ def _supervised(rows: Sequence[Sequence[_Token]], length: int) -> SupervisedToke
         columns[name] = np.full((len(rows), length), unused, np.float32 if isinstance(unused, float) else np.int32)
         for i, tokens in enumerate(rows):
             columns[name][i, : len(tokens)] = [getattr(token, name) for token in tokens]
-    return SupervisedTokens(**columns)
+    return host(SupervisedTokens, **columns)
 
 
 def _sequence(row: Row, prompt: Sequence[int], config: ModelConfig, completion: Sequence[int] = ()) -> _Sequence:
@@ -235,7 +249,8 @@ def pack_prompts(rows: Sequence[Row], *, config: ModelConfig, buckets: Buckets) 
     """Student prompts, left-padded so that all rows decode into the same cache slot."""
     sequences = [_EMPTY if r.student is None else _sequence(r, r.student.ids, config) for r in rows]
     length = buckets.fit("prompt", max(len(s.ids) for s in sequences))
-    return PromptBatch(
+    return host(
+        PromptBatch,
         vision=_vision(rows, config, buckets),
         text=_text(sequences, length, left=True),
         is_active=np.array([r.student is not None for r in rows]),
@@ -263,7 +278,8 @@ def length_groups(rows: Sequence[Row], rollouts: Sequence[Rollout | None], count
         return [list(range(len(rows)))]
 
     def length(i: int) -> int:
-        return len(rows[i].student.ids) + len(rollouts[i].ids) if rollouts[i] is not None else 0
+        rollout = rollouts[i]
+        return len(rows[i].prompt.ids) + len(rollout.ids) if rollout is not None else 0
 
     order, size = sorted(range(len(rows)), key=length), len(rows) // count
     return [order[k * size : (k + 1) * size] for k in range(count)]
@@ -321,7 +337,7 @@ def _pack_row(
     row: Row, rollout: Rollout, roles: tuple[TeacherRole, ...], config: ModelConfig
 ) -> tuple[_Sequence, list[_Token]]:
     """One row's branches behind their prefix, and its supervised tokens."""
-    prefix = row.student.prefix_ids
+    prefix = row.prompt.prefix_ids
     parts = [_sequence(row, prefix, config)]
     after_prefix = _after(parts[0].positions)
     length, tokens = len(prefix), []
@@ -340,7 +356,7 @@ def _pack_row(
         parts.append(_Sequence(branch, positions, np.full(n, len(parts) + 1, np.int32), np.full(n, -1)))
         for j in scored:
             logp = rollout.logps[j] if rollout.logps is not None else np.nan
-            student_at, teacher_at = len(row.student.ids) + j - 1, length + len(turn.rest_ids) + at[j] - 1
+            student_at, teacher_at = len(row.prompt.ids) + j - 1, length + len(turn.rest_ids) + at[j] - 1
             clip = token_clip(role, j, scored)
             tokens.append(_Token(r, student_at, teacher_at, j, rollout.ids[j], logp, clip))
         length += n

@@ -32,7 +32,7 @@ def fill(template: str, /, *, problem: str, reference: str | None = None, **othe
             f"prompt template {_shorten(template)!r} asks for {{reference}}, but none is shown here; "
             "the field it can use is {problem}"
         )
-    values = {"problem": problem, "reference": reference} | others
+    values = {"problem": problem, "reference": reference or ""} | others
     return _WORD.sub(lambda match: values.get(match[1], match[0]), template)
 
 

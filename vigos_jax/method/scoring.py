@@ -31,26 +31,27 @@ def supervised_states(
       teacher_params: what replaces or adapts the base for the teachers, from `teacher_params_of`; None: nothing does.
       dropout_key: applies the adapter's dropout to the student; None for none.
     """
+    apply: Any = model.apply  # which returns what its method does
     teacher, student = teacher_variables(base, teacher_params or {}), student_variables(base, trained)
-    rest = {"deterministic": dropout_key is None}
+    rest: dict[str, Any] = {"deterministic": dropout_key is None}
     if dropout_key is not None:
         rest["rngs"] = {"dropout": dropout_key}
     teacher_images = batch.image_embeds
     if teacher_images is None:
-        teacher_images = model.apply(teacher, batch.vision, method="encode_images")
+        teacher_images = apply(teacher, batch.vision, method="encode_images")
     student_images = teacher_images
     if not shares_vision(trained):
-        student_images = model.apply(student, batch.vision, method="encode_images", **rest)
-    teacher_hidden, _ = model.apply(teacher, batch.teacher, teacher_images)  # [B, T', D]
+        student_images = apply(student, batch.vision, method="encode_images", **rest)
+    teacher_hidden, _ = apply(teacher, batch.teacher, teacher_images)  # [B, T', D]
     # The student's rows are plain sequences, right-padded.
     lengths = jnp.sum(batch.student.segment_ids > 0, -1)
-    student_hidden, _ = model.apply(student, batch.student, student_images, mask=Causal(lengths), **rest)
+    student_hidden, _ = apply(student, batch.student, student_images, mask=Causal(lengths), **rest)
     return SupervisedStates(
         student=_pick(student_hidden, batch.supervised.student_at),
-        student_head=model.apply(student, method="head"),
+        student_head=apply(student, method="head"),
         teacher=_pick(teacher_hidden, batch.supervised.teacher_at),
         # Adapters never sit on the head: only with parameters of its own does the student have another one.
-        teacher_head=model.apply(teacher, method="head") if "params" in trained else None,
+        teacher_head=apply(teacher, method="head") if "params" in trained else None,
     )
 
 
@@ -72,11 +73,12 @@ def teacher_logps(
     model: VisionLanguageModel, base: Any, batch: ScoreBatch, *, teacher_params: Variables, chunk: int
 ) -> Float[Array, "B E"]:
     """Log-probability of every supervised token under its role alone; no student runs."""
+    apply: Any = model.apply
     teacher = teacher_variables(base, teacher_params)
-    images = model.apply(teacher, batch.vision, method="encode_images")
-    hidden, _ = model.apply(teacher, batch.teacher, images)
+    images = apply(teacher, batch.vision, method="encode_images")
+    hidden, _ = apply(teacher, batch.teacher, images)
     states = _pick(hidden, batch.supervised.teacher_at)
-    return token_logps(states, model.apply(teacher, method="head"), batch.supervised.token, chunk=chunk)
+    return token_logps(states, apply(teacher, method="head"), batch.supervised.token, chunk=chunk)
 
 
 def _pick(hidden: Float[AnyArray, "B T D"], at: Int[AnyArray, "B E"]) -> Float[Array, "B E D"]:

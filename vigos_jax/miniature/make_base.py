@@ -23,6 +23,7 @@ from ml_collections import config_flags
 from vigos_jax.data.processor import Processor, Turn
 from vigos_jax.demo import world
 from vigos_jax.method import prompts
+from vigos_jax.method.packing import host
 from vigos_jax.miniature import assets, card, responses
 from vigos_jax.models import positions as geometry
 from vigos_jax.models.config import ModelConfig
@@ -39,8 +40,7 @@ CAPTION_LENGTH = 40  # tokens of an image-only turn with its caption
 RESPONSE_LENGTH = 100  # tokens of any other turn with its response
 
 
-@flax.struct.dataclass
-class Rows:
+class Rows(flax.struct.PyTreeNode):
     """Supervised rows, right-padded. Turn and completion lie in `ids` one after the other.
 
     Attributes:
@@ -133,7 +133,14 @@ class RowMaker:
                 raise ValueError(f"a demo row of {len(prompt)} + {len(completion)} tokens does not fit {length}")
             ids[i, : len(row)], prompt_length[i] = row, len(prompt)
             targets[i, : len(completion)], mask[i, : len(completion)] = completion, True
-        return Rows(np.stack([item.image for item, _, _ in drawn]), ids, prompt_length, targets, mask)
+        return host(
+            Rows,
+            images=np.stack([item.image for item, _, _ in drawn]),
+            ids=ids,
+            prompt_length=prompt_length,
+            targets=targets,
+            mask=mask,
+        )
 
 
 # Model --------------------------------------------------------------------------------------------
@@ -196,7 +203,7 @@ def vision_loss(trained: Any, images: Array, labels: Array, *, model: VisionLang
     tokens = model.apply({"params": trained["params"]}, vision_inputs(images, model.config), method="encode_images")
     logits = tokens @ trained["head"] + trained["bias"]  # [B, 9, 13 + 8 + 2]
     sizes = [1 + len(world.KINDS), len(world.ATTRIBUTES["color"]), len(world.ATTRIBUTES["size"])]
-    total = 0.0
+    total: Any = 0.0
     for i, part in enumerate(jnp.split(logits, np.cumsum(sizes)[:-1].tolist(), axis=-1)):
         label = labels[..., i]
         nll = optax.softmax_cross_entropy_with_integer_labels(part, jnp.maximum(label, 0))
@@ -206,13 +213,15 @@ def vision_loss(trained: Any, images: Array, labels: Array, *, model: VisionLang
 
 def text_loss(params: Any, groups: tuple[Rows, ...], *, model: VisionLanguageModel) -> Array:
     """Mean cross-entropy of all completion tokens. The groups differ in their padded length only."""
-    total, count = 0.0, 0
+    total: Any = 0.0
+    count: Any = 0
+    apply: Any = functools.partial(model.apply, {"params": params})
     for rows in groups:
-        embeds = model.apply({"params": params}, vision_inputs(rows.images, model.config), method="encode_images")
-        hidden, _ = model.apply({"params": params}, text_inputs(rows, model.config), embeds)  # [B, T, D]
+        embeds = apply(vision_inputs(rows.images, model.config), method="encode_images")
+        hidden, _ = apply(text_inputs(rows, model.config), embeds)  # [B, T, D]
         at = rows.prompt_length[:, None] - 1 + jnp.arange(COMPLETION_LENGTH)  # who predicts each target
         hidden = jnp.take_along_axis(hidden, jnp.minimum(at, hidden.shape[1] - 1)[..., None], axis=1)
-        logits = model.apply({"params": params}, hidden, method="logits")  # [B, A, V]
+        logits = apply(hidden, method="logits")  # [B, A, V]
         nll = optax.softmax_cross_entropy_with_integer_labels(logits, rows.targets)
         total, count = total + jnp.sum(nll * rows.mask), count + jnp.sum(rows.mask)
     return total / count

@@ -13,15 +13,14 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from vigos_jax.errors import InputError
-from vigos_jax.models.shapes import AnyArray, Array, Bool, Float, Int
+from vigos_jax.models.shapes import Array, Bool, Float, Int
 
 _MASKED = -1e30
 _MAX_QUERIES = 2048  # logits of more at a time would be gigabytes
 _SPLASH_BLOCK = 128  # sequence lengths it takes are multiples of this
 
 
-@flax.struct.dataclass
-class Causal:
+class Causal(flax.struct.PyTreeNode):
     """Each row is one sequence, then padding: a query sees itself and what comes before it.
 
     Attributes:
@@ -53,10 +52,10 @@ def choose(asked: str, *, platform: str, dtype: Any) -> str:
 
 
 def attention(
-    q: Float[AnyArray, "B T N H"],
-    k: Float[AnyArray, "B S K H"],
-    v: Float[AnyArray, "B S K H"],
-    mask: Bool[AnyArray, "B T S"] | Causal,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"] | Causal,
     *,
     implementation: str = "xla",
     mesh: Mesh | None = None,
@@ -104,19 +103,19 @@ def _masked(q, k, v, mask):
 
 
 def _heads_first(
-    q: Float[AnyArray, "B T N H"], kv_heads: int
+    q: Float[Array, "B T N H"], kv_heads: int
 ) -> Float[Array, "B {kv_heads} N*T//{kv_heads} H"]:  # G = N / K query heads beside each other
     b, t, n, h = q.shape
     return q.reshape(b, t, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, -1, h)
 
 
-def _tokens_first(x: Float[AnyArray, "B K GT H"], t: int) -> Float[Array, "B {t} K*GT//{t} H"]:  # and back
+def _tokens_first(x: Float[Array, "B K GT H"], t: int) -> Float[Array, "B {t} K*GT//{t} H"]:  # and back
     b, k, gt, h = x.shape
     return x.reshape(b, k, gt // t, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, -1, h)
 
 
 def _weighted(
-    q: Float[AnyArray, "B K GT H"], k: Float[AnyArray, "B K S H"], mask: Bool[AnyArray, "B T S"]
+    q: Float[Array, "B K GT H"], k: Float[Array, "B K S H"], mask: Bool[Array, "B T S"]
 ) -> Float[Array, "B K GT S"]:
     """Masked logits in float32. One product per key/value head: its query heads are rows of it."""
     logits = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
@@ -155,10 +154,10 @@ _masked.defvjp(_masked_forward, _masked_backward)
 
 
 def splash(
-    q: Float[AnyArray, "B T N H"],
-    k: Float[AnyArray, "B T K H"],
-    v: Float[AnyArray, "B T K H"],
-    lengths: Int[AnyArray, "B"],
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    lengths: Int[Array, "B"],
     *,
     mesh: Mesh | None = None,
     interpret: bool = False,
@@ -182,12 +181,14 @@ def splash(
         causal = masks.MultiHeadMask([masks.CausalMask((t, t))] * (q.shape[2] // kv_heads))
         size = next(s for s in (512, 256, _SPLASH_BLOCK) if t % s == 0)
         blocks = kernel.BlockSizes(size, size, size, size, size, size, size, size)
-        attend = kernel.make_splash_mqa(causal, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret)
+        attend: Any = kernel.make_splash_mqa(
+            causal, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret
+        )
         segments = (jnp.arange(t) < lengths[:, None]).astype(jnp.int32)  # [B, T]
         q = _heads_first(q * h**-0.5, kv_heads).reshape(b, kv_heads, -1, t, h)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
         over_heads = jax.vmap(attend, (0, 0, 0, None))
-        out = jax.vmap(over_heads)(q, k, v, kernel.SegmentIds(segments, segments))  # [B, K, G, T, H]
+        out: Any = jax.vmap(over_heads)(q, k, v, kernel.SegmentIds(segments, segments))  # [B, K, G, T, H]
         return _tokens_first(out.reshape(b, kv_heads, -1, h), t)
 
     if mesh is None:

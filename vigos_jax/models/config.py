@@ -139,6 +139,13 @@ def _wholes(values: Mapping[str, Any], key: str, *, default: tuple[int, ...] = (
     return tuple(_whole({key: n}, key, least=least) for n in value)
 
 
+def _sections(rope: Mapping[str, Any]) -> tuple[int, int, int]:
+    sections = _wholes(rope, "mrope_section", least=1)
+    if len(sections) != 3:
+        raise ValueError(f"mrope_section {sections} must be three numbers")
+    return sections[0], sections[1], sections[2]
+
+
 def _positive(values: Mapping[str, Any], key: str, default: float) -> float:
     value = default if values.get(key) is None else values[key]
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1e30:
@@ -185,7 +192,7 @@ def parse_decoder(raw: Mapping[str, Any], where: str, *, family: str, traits: De
             intermediate_size=_whole(text, "intermediate_size"),
             vocab_size=_whole(text, "vocab_size"),
             rope_theta=_positive(rope if rope.get("rope_theta") else text, "rope_theta", traits.rope_theta),
-            mrope_section=_wholes(rope, "mrope_section", least=1),
+            mrope_section=_sections(rope),
             rms_eps=_positive(text, "rms_norm_eps", 1e-6),
             # transformers reads the top level; a nested copy may be stale.
             tie_embeddings=_flag(raw if "tie_word_embeddings" in raw else text, "tie_word_embeddings"),
@@ -224,7 +231,7 @@ def _check_sizes(config: ModelConfig, where: str) -> None:
     ):
         if n % parts:
             raise InputError(f"{where}: {what} {n} and {parts}: the first must be a multiple of the second")
-    if len(config.mrope_section) != 3 or 2 * sum(config.mrope_section) != config.head_dim:
+    if 2 * sum(config.mrope_section) != config.head_dim:
         raise InputError(
             f"{where}: mrope_section {config.mrope_section} must be three numbers that sum to half the head size "
             f"{config.head_dim}"

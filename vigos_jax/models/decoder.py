@@ -25,8 +25,7 @@ from vigos_jax.models.layers import (
 from vigos_jax.models.shapes import AnyArray, Array, Bool, Float, Int
 
 
-@flax.struct.dataclass
-class KVCache:
+class KVCache(flax.struct.PyTreeNode):
     """Keys and values of all layers, and the slot where the next tokens go."""
 
     k: Float[Array, "L B S K H"]
@@ -57,8 +56,7 @@ def segment_mask(segment_ids: Int[AnyArray, "B T"]) -> Bool[Array, "B T T"]:
     return causal & (k > 0) & ((k == 1) | (k == q))
 
 
-@flax.struct.dataclass
-class LayerInputs:
+class LayerInputs(flax.struct.PyTreeNode):
     """What every layer reads beside the hidden states.
 
     Attributes:
@@ -74,7 +72,7 @@ class LayerInputs:
     deepstack: Float[Array, "n B M D"] | None
 
 
-def pick_visual(features: Float[AnyArray, "B M D"], image_index: Int[AnyArray, "B T"]) -> Float[Array, "B T D"]:
+def pick_visual(features: Float[Array, "B M D"], image_index: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Each token's visual feature; zeros for text."""
     at = jnp.maximum(image_index, 0)[:, :, None]
     return jnp.where(image_index[:, :, None] >= 0, jnp.take_along_axis(features, at, axis=1), 0)
@@ -89,7 +87,7 @@ class DecoderLayer(nn.Module):
     mesh: Mesh | None
 
     @nn.compact
-    def __call__(self, carry, layer: Int[AnyArray, ""], inputs: LayerInputs, deterministic: bool):
+    def __call__(self, carry, layer: Int[Array, ""], inputs: LayerInputs, deterministic: bool):
         """Runs one layer on (states [B, T, D], cache): ((states, cache), None)."""
         c = self.config
         x, cache = carry
@@ -99,7 +97,7 @@ class DecoderLayer(nn.Module):
             adapted = self.lora is not None and name in self.lora.language
             return Projection(features, bias, self.lora if adapted else None, name=name)
 
-        def heads(x: Float[AnyArray, "B T F"], count: int) -> Float[AnyArray, "B T {count} H"]:
+        def heads(x: Float[Array, "B T F"], count: int) -> Float[Array, "B T {count} H"]:
             divides = self.mesh is not None and count % self.mesh.shape["tensor"] == 0
             x = x.reshape(b, t, count, c.head_dim)
             return place(x, self.mesh, ROWS, None, "tensor" if divides else None)

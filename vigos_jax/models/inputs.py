@@ -5,8 +5,7 @@ import flax.struct
 from vigos_jax.models.shapes import Array, Float, Int
 
 
-@flax.struct.dataclass
-class VisionInputs:
+class VisionInputs(flax.struct.PyTreeNode):
     """The images of each row, laid out in window slots (see `geometry.VisionLayout`).
 
     Attributes:
@@ -24,8 +23,7 @@ class VisionInputs:
     token_unit: Int[Array, "B M"]
 
 
-@flax.struct.dataclass
-class TextInputs:
+class TextInputs(flax.struct.PyTreeNode):
     """Token sequences, one per row; several branches may share one row behind a common prefix.
 
     Attributes:

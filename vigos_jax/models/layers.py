@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vigos_jax.models.attention import attention
-from vigos_jax.models.shapes import AnyArray, Array, Bool, Float, Int
+from vigos_jax.models.shapes import Array, Bool, Float, Int
 
 
 def unroll(layers: int) -> int:
@@ -34,7 +34,7 @@ def rematerialised(layer: type[nn.Module], remat: str, layers: int, *, static: t
 ROWS = ("data", "fsdp")  # the mesh axes that a batch lies over
 
 
-def place(x: AnyArray, mesh: Mesh | None, *axes: str | tuple[str, ...] | None) -> AnyArray:
+def place(x: Array, mesh: Mesh | None, *axes: str | tuple[str, ...] | None) -> Array:
     """x with a mesh axis, several or None for each of its first dimensions; as it is without a mesh.
 
     Left alone, the compiler may split hidden states as the weights are split, and compute every row on every device.
@@ -42,7 +42,7 @@ def place(x: AnyArray, mesh: Mesh | None, *axes: str | tuple[str, ...] | None) -
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*axes)))
 
 
-def place_states(x: Float[AnyArray, "B T D"], mesh: Mesh | None) -> Float[AnyArray, "B T D"]:
+def place_states(x: Float[Array, "B T D"], mesh: Mesh | None) -> Float[Array, "B T D"]:
     """Hidden states [B, T, D] where the next projection wants them.
 
     Sequences stay with their rows, and a layer's weights come to them when it is its turn. A single token is much
@@ -76,7 +76,7 @@ class RMSNorm(nn.Module):
     eps: float
 
     @nn.compact
-    def __call__(self, x: Float[AnyArray, "*batch D"]) -> Float[Array, "*batch D"]:
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Scales [..., D] to a root mean square of one, in float32."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         y = x.astype(jnp.float32)
@@ -90,7 +90,7 @@ class LayerNorm(nn.Module):
     eps: float
 
     @nn.compact
-    def __call__(self, x: Float[AnyArray, "*batch D"]) -> Float[Array, "*batch D"]:
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Normalises [..., D] to mean zero and variance one, in float32."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
@@ -101,9 +101,7 @@ class LayerNorm(nn.Module):
 
 
 @jax.custom_vjp
-def low_rank(
-    x: Float[AnyArray, "*batch D"], a: Float[AnyArray, "D r"], b: Float[AnyArray, "r F"]
-) -> Float[Array, "*batch F"]:
+def low_rank(x: Float[Array, "*batch D"], a: Float[Array, "D r"], b: Float[Array, "r F"]) -> Float[Array, "*batch F"]:
     """x A B.
 
     The gradient is written out for the sake of the compiler: left to itself, it copies the wide arrays x and dy into
@@ -140,7 +138,7 @@ class Projection(nn.Module):
     lora: LoraSpec | None = None  # None: this projection carries no adapter
 
     @nn.compact
-    def __call__(self, x: Float[AnyArray, "*batch D"], deterministic: bool = True) -> Float[Array, "*batch F"]:
+    def __call__(self, x: Float[Array, "*batch D"], deterministic: bool = True) -> Float[Array, "*batch F"]:
         """Maps [..., in] to [..., features]."""
         kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
         y = x @ kernel.astype(x.dtype)
@@ -179,14 +177,14 @@ class GatedMLP(nn.Module):
         self.up_proj = make("up_proj", self.hidden)
         self.down_proj = make("down_proj", self.features)
 
-    def __call__(self, x: Float[AnyArray, "*batch D"], deterministic: bool = True) -> Float[Array, "*batch F"]:
+    def __call__(self, x: Float[Array, "*batch D"], deterministic: bool = True) -> Float[Array, "*batch F"]:
         """Maps [..., D] to [..., features]."""
         h = jax.nn.silu(self.gate_proj(x, deterministic)) * self.up_proj(x, deterministic)
         return self.down_proj(h, deterministic)
 
 
 def mrope_angles(
-    positions: Int[AnyArray, "B 3 T"], *, theta: float, sections: tuple[int, ...], interleaved: bool = False
+    positions: Int[Array, "B 3 T"], *, theta: float, sections: tuple[int, ...], interleaved: bool = False
 ) -> Float[Array, "B T {sum(sections)}"]:
     """Rotary angles of which some follow time, some height and some width (M-RoPE).
 
@@ -209,7 +207,7 @@ def mrope_angles(
 
 
 def grid_angles(
-    hw: Int[AnyArray, "*batch 2"], *, head_dim: int, theta: float = 10000.0
+    hw: Int[Array, "*batch 2"], *, head_dim: int, theta: float = 10000.0
 ) -> Float[Array, "*batch {head_dim//2}"]:
     """Rotary angles of a 2-D grid: a quarter of the head follows rows, the next columns, with equal frequencies.
 
@@ -224,7 +222,7 @@ def grid_angles(
     return (hw.astype(jnp.float32)[..., None] * frequency).reshape(*hw.shape[:-1], 2 * n)
 
 
-def rotate(x: Float[AnyArray, "B T N H"], angles: Float[AnyArray, "B T H//2"]) -> Float[Array, "B T N H"]:
+def rotate(x: Float[Array, "B T N H"], angles: Float[Array, "B T H//2"]) -> Float[Array, "B T N H"]:
     """Rotates pairs (i, i + H/2) of each head by `angles`."""
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -244,10 +242,10 @@ class VisionAttention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[AnyArray, "B S D"],
-        angles: Float[AnyArray, "B S A"],
-        image_ids: Int[AnyArray, "B S"],
-        is_full: Bool[AnyArray, ""] | None = None,
+        x: Float[Array, "B S D"],
+        angles: Float[Array, "B S A"],
+        image_ids: Int[Array, "B S"],
+        is_full: Bool[Array, ""] | None = None,
     ) -> Float[Array, "B S D"]:
         """Attends over the patch slots of each row; is_full: None for always."""
         b, s, d = x.shape

@@ -21,7 +21,7 @@ from vigos_jax.models.layers import (
     rematerialised,
     unroll,
 )
-from vigos_jax.models.shapes import AnyArray, Array, Bool, Float, Int
+from vigos_jax.models.shapes import Array, Bool, Float, Int
 from vigos_jax.models.tensor_names import Tensor, decoder_tensors, dense
 
 
@@ -35,10 +35,10 @@ class VisionBlock(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[AnyArray, "B S Dv"],
-        is_full: Bool[AnyArray, ""],
-        angles: Float[AnyArray, "B S A"],
-        image_ids: Int[AnyArray, "B S"],
+        x: Float[Array, "B S Dv"],
+        is_full: Bool[Array, ""],
+        angles: Float[Array, "B S A"],
+        image_ids: Int[Array, "B S"],
         deterministic: bool,
     ):
         """Runs one block on patches; is_full: no windows here."""

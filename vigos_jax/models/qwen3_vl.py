@@ -20,7 +20,7 @@ from vigos_jax.models.layers import (
     rematerialised,
     unroll,
 )
-from vigos_jax.models.shapes import AnyArray, Array, Float, Int, Num
+from vigos_jax.models.shapes import Array, Float, Int, Num
 from vigos_jax.models.tensor_names import Tensor, decoder_tensors, dense, layer_norm
 
 
@@ -34,9 +34,9 @@ class VisionBlock(nn.Module):
     def __call__(
         self,
         carry,
-        slot: Int[AnyArray, ""],
-        angles: Float[AnyArray, "B S A"],
-        image_ids: Int[AnyArray, "B S"],
+        slot: Int[Array, ""],
+        angles: Float[Array, "B S A"],
+        image_ids: Int[Array, "B S"],
     ):
         """carry: (x [B, S, D], collected [n, B, S, D]); slot: where in `collected` the output goes, -1 for nowhere."""
         c = self.config
@@ -63,7 +63,7 @@ class Merger(nn.Module):
     norm_after: bool
 
     @nn.compact
-    def __call__(self, x: Float[AnyArray, "B S Dv"]) -> Float[Array, "B U D"]:
+    def __call__(self, x: Float[Array, "B S Dv"]) -> Float[Array, "B U D"]:
         """Maps patches to visual tokens, U = S / merge_unit."""
         c = self.config
         norm = LayerNorm(1e-6, name="norm")
@@ -109,7 +109,7 @@ class VisionTower(nn.Module):
 
 
 def resample(
-    table: Float[AnyArray, "table D"], hw: Num[AnyArray, "B S 2"], grid: Int[AnyArray, "B S 2"]
+    table: Float[Array, "table D"], hw: Num[Array, "B S 2"], grid: Int[Array, "B S 2"]
 ) -> Float[Array, "B S D"]:
     """The learned positions, a square table, stretched bilinearly over each image: its corners are the table's.
 
@@ -124,7 +124,7 @@ def resample(
     share = at - low
     low = low.astype(jnp.int32)
     high = jnp.minimum(low + 1, side - 1)
-    out = 0.0
+    out = jnp.zeros(())
     for row, row_share in ((low[..., 0], 1 - share[..., 0]), (high[..., 0], share[..., 0])):
         for col, col_share in ((low[..., 1], 1 - share[..., 1]), (high[..., 1], share[..., 1])):
             out = out + table[row * side + col].astype(jnp.float32) * (row_share * col_share)[..., None]

@@ -18,7 +18,7 @@ from vigos_jax.models.decoder import KVCache, LayerInputs, pick_visual, segment_
 from vigos_jax.models.families import FAMILIES
 from vigos_jax.models.inputs import TextInputs, VisionInputs
 from vigos_jax.models.layers import ROWS, LoraSpec, RMSNorm, mrope_angles, place, place_states
-from vigos_jax.models.shapes import AnyArray, Array, Bool, Float, Key
+from vigos_jax.models.shapes import Array, Bool, Float, Key
 
 
 class VisionLanguageModel(nn.Module):
@@ -59,9 +59,9 @@ class VisionLanguageModel(nn.Module):
     def __call__(
         self,
         text: TextInputs,
-        image_embeds: Float[AnyArray, "B M W"],
+        image_embeds: Float[Array, "B M W"],
         *,
-        mask: Bool[AnyArray, "B T S"] | Causal | None = None,
+        mask: Bool[Array, "B T S"] | Causal | None = None,
         cache: KVCache | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
@@ -98,18 +98,18 @@ class VisionLanguageModel(nn.Module):
             cache = cache.replace(write_at=cache.write_at + text.ids.shape[1])
         return self.norm(place_states(x, self.mesh)), cache
 
-    def logits(self, hidden: Float[AnyArray, "*batch D"]) -> Float[Array, "*batch V"]:
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Next-token logits in float32. Only for a few positions at a time."""
         head = self._head().astype(hidden.dtype)
         hidden = place(hidden, self.mesh, "data", *[None] * (hidden.ndim - 2), "fsdp")  # as the head is split
         logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
         return place(logits, self.mesh, ROWS)
 
-    def head(self) -> Float[AnyArray, "V D"]:
+    def head(self) -> Float[Array, "V D"]:
         """The output head: the logits are a state's products with its rows. For a loop over many states."""
         return place(self._head(), self.mesh, "tensor")  # whole over fsdp: fetched once, not in every pass of the loop
 
-    def _head(self) -> Float[AnyArray, "V D"]:
+    def _head(self) -> Float[Array, "V D"]:
         return self.embedding if self.config.tie_embeddings else self.lm_head.T
 
     def init_all(self, vision: VisionInputs, text: TextInputs) -> Float[Array, "B T V"]:
@@ -123,7 +123,7 @@ def abstract_variables(model: VisionLanguageModel) -> dict[str, Any]:
     return jax.eval_shape(functools.partial(init_variables, model), jax.random.key(0))
 
 
-def init_variables(model: VisionLanguageModel, key: Key[AnyArray, ""]) -> dict[str, Any]:
+def init_variables(model: VisionLanguageModel, key: Key[Array, ""]) -> dict[str, Any]:
     """Freshly initialised `{"params": ...}`, and `"lora"` if the model has adapters (B is zero)."""
     v = model.config.vision
     s = v.window_patches

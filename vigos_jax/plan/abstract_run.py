@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 from vigos_jax.errors import InputError
 from vigos_jax.method.batch import PromptBatch, ScoreBatch, SupervisedTokens
 from vigos_jax.method.losses import ObjectiveConfig
-from vigos_jax.method.packing import Buckets
 from vigos_jax.method.roles import TeacherRole, roles_per_token
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.inputs import TextInputs, VisionInputs
@@ -22,7 +21,7 @@ from vigos_jax.models.variables import shares_vision, student_variables
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.plan.devices import Topology
 from vigos_jax.runtime.sharding import batch_sharding, check_batch, make_mesh, replicated, tree_shardings
-from vigos_jax.session import DEMO_FOLDER, model_of, objective_of
+from vigos_jax.session import DEMO_FOLDER, buckets_of, model_of, objective_of
 from vigos_jax.training.step import TrainState, make_optimizer
 
 
@@ -50,7 +49,7 @@ def sizes_of(config, model: ModelConfig, roles: tuple[TeacherRole, ...]) -> Size
     No completion of that length needs more: the teachers' sequence holds all of it for every role that may score it.
     """
     p = config.plan
-    buckets = Buckets(**{kind: tuple(sizes) for kind, sizes in config.buckets.items()})
+    buckets = buckets_of(config)
     patches = buckets.fit("patches", p.patches)
     patches = math.ceil(patches / model.vision.window_patches) * model.vision.window_patches
     visual = p.patches // model.vision.merge_unit
@@ -95,14 +94,15 @@ class AbstractRun:
     @property
     def mesh(self) -> Mesh:
         """The mesh over the planned devices."""
+        assert self.model.mesh is not None  # `describe` gives it one
         return self.model.mesh
 
-    def rows(self, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        """An array of a batch, rows over the mesh."""
+    def rows(self, dtype: Any, *shape: int) -> Any:
+        """A ShapeDtypeStruct in place of an array of a batch, rows over the mesh."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(self.mesh))
 
-    def whole(self, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        """An array that every device holds whole."""
+    def whole(self, dtype: Any, *shape: int) -> Any:
+        """A ShapeDtypeStruct in place of an array that every device holds whole."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.mesh))
 
     def text(self, rows: int, length: int) -> TextInputs:
@@ -116,7 +116,7 @@ class AbstractRun:
         patches = self.rows(jnp.float32, rows, s, self.model.config.vision.patch_dim)
         return VisionInputs(patches, int32(s), int32(s, 2), int32(s, 2), int32(self.sizes.visual))
 
-    def images(self, rows: int) -> jax.ShapeDtypeStruct:
+    def images(self, rows: int) -> Any:
         """The rows' visual tokens, DeepStack's features beside them: [B, M, (1 + n) D]."""
         c = self.model.config
         width = (1 + len(c.vision.deepstack_blocks)) * c.hidden_size
@@ -159,7 +159,7 @@ def describe(config, target: Topology) -> AbstractRun:
     part = "params" if model.lora is None else "lora"
     trained = place({part: abstract[part]}, dtype=jnp.float32)
     tx, _ = make_optimizer(config.optimizer, steps=config.steps)
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     opt_state = place(jax.eval_shape(tx.init, trained))
     state = TrainState(step, trained, opt_state, trained if config.teacher.weights == "ema" else {})
     student = student_variables(base, trained)

@@ -10,7 +10,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -160,7 +160,7 @@ def _measure(
     target: Topology,
     name: str,
     runs: int,
-    function: Callable,
+    function: Any,
     *args: Any,
     beside: int,
     sampler_steps: int,

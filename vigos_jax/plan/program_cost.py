@@ -34,8 +34,9 @@ def flops(jaxpr: ClosedJaxpr | Jaxpr, *, trips: int = 1) -> float:
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
-            depth = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
-            total += 2.0 * depth * math.prod(equation.outvars[0].aval.shape)
+            operand: Any = equation.invars[0].aval
+            result: Any = equation.outvars[0].aval
+            total += 2.0 * math.prod(operand.shape[i] for i in contracted) * math.prod(result.shape)
         elif name == "scan":
             total += params["length"] * inner(params["jaxpr"])
         elif name == "while":
@@ -202,7 +203,7 @@ def _arrays(shape: str) -> list[tuple[str, float]]:
     """("bf16[2,3]", bytes in the device's memory) of each array of a shape."""
     out = []
     for dtype, dims, layout in _ARRAY.findall(shape):
-        bits = _BITS.get(dtype) if dtype in _BITS else int((re.search(r"\d+", dtype) or ["0"])[0])
+        bits = _BITS[dtype] if dtype in _BITS else int((re.search(r"\d+", dtype) or ["0"])[0])
         size = bits / 8 * math.prod(int(d) for d in dims.split(",") if d)
         out.append((f"{dtype}[{dims}]", 0.0 if "S(1)" in layout else size))
     return out

@@ -61,7 +61,7 @@ class Chart:
         if self.stacked:
             lines = _stack(lines)
         xs = [x for line in lines for x, _ in line.points]
-        ys = [y for line in lines for _, y in line.points if _is_number(y)]
+        ys = [y for line in lines for _, y in line.points if y is not None and math.isfinite(y)]
         left, right = (min(xs), max(xs)) if xs else (0.0, 1.0)
         right = max(right, left + 1)
         low, high = (min(0.0, *ys), self.top or max(ys)) if ys else (0.0, 1.0)
@@ -69,7 +69,9 @@ class Chart:
         low, high = min(low, y_ticks[0]), max(high, y_ticks[-1])
         across, up = (WIDTH - LEFT - RIGHT) / (right - left), (HEIGHT - TOP - BOTTOM) / (high - low)
 
-        def place(x: float, y: float) -> tuple[float, float]:
+        def place(x: float, y: float | None) -> tuple[float, float]:
+            if y is None:
+                raise ValueError("a gap has no place")
             # Far above the top is as good as just above it, and keeps the numbers short.
             return LEFT + (x - left) * across, HEIGHT - BOTTOM - (min(y, 2 * high - low) - low) * up
 
@@ -162,7 +164,7 @@ def smooth(points: Sequence[Point]) -> list[Point]:
 
 
 def _mean(points: Sequence[Point]) -> float | None:
-    values = [y for _, y in points if _is_number(y)]
+    values = [y for _, y in points if y is not None and math.isfinite(y)]
     return sum(values) / len(values) if values else None
 
 
@@ -185,11 +187,12 @@ def _path(runs: Sequence[Sequence[Point]], place) -> str:
 
 
 def _stack(lines: Sequence[Line]) -> list[Line]:
-    out, below = [], None
+    out: list[Line] = []
+    below: list[float] = []
     for line in lines:
-        own = [(x, y if _is_number(y) else 0.0) for x, y in line.points]
-        below = own if below is None else [(x, y + z) for (x, y), (_, z) in zip(own, below, strict=True)]
-        out.append(dataclasses.replace(line, points=below))
+        own = [y if y is not None and math.isfinite(y) else 0.0 for _, y in line.points]
+        below = [y + z for y, z in zip(own, below, strict=True)] if below else own
+        out.append(dataclasses.replace(line, points=[(x, y) for (x, _), y in zip(line.points, below, strict=True)]))
     return out
 
 

@@ -83,7 +83,7 @@ class NativeEngine:
         self._sampler = Sampler(
             session.model, sampling, eos_ids=session.processor.eos_ids, cache_sizes=session.buckets.completion
         )
-        self._student = None
+        self._student: Variables = {}
 
     def prepare(self, rows: Sequence[Row]) -> Any:
         """The rows' prompts and images, packed, on the mesh."""
@@ -110,4 +110,4 @@ class NativeEngine:
 
     def close(self) -> None:
         """Lets go of the weights."""
-        self._student = None
+        self._student: Variables = {}

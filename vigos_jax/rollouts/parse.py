@@ -35,6 +35,13 @@ class Case:
     rollout: Rollout | None = None
     bad_reason: str | None = None
 
+    @property
+    def scored(self) -> Rollout:
+        """The rollout of a row that is not bad."""
+        if self.rollout is None:
+            raise ValueError(f"case {self.index} has no rollout: {self.bad_reason}")
+        return self.rollout
+
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
@@ -173,7 +180,7 @@ def records(session: Session, examples: Sequence[Example], rollouts: Sequence[Ro
     """JSON of each row and its rollout, to look at; a bad row has its reason instead."""
     out = []
     for example, rollout in zip(examples, rollouts, strict=True):
-        row = {"id": example.id}
+        row: dict[str, Any] = {"id": example.id}
         if rollout is None:
             out.append(row | {"bad_reason": example.bad_reason})
             continue

@@ -10,6 +10,7 @@ key, so its tokens do not depend on the mesh or on the other rows of the batch.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -19,15 +20,14 @@ from jax.sharding import Mesh
 from vigos_jax.method.batch import PromptBatch
 from vigos_jax.models.decoder import KVCache, empty_cache
 from vigos_jax.models.inputs import TextInputs, VisionInputs
-from vigos_jax.models.shapes import AnyArray, Array, Bool, Float, Int, Key
+from vigos_jax.models.shapes import Array, Bool, Float, Int, Key
 from vigos_jax.models.variables import Variables, cast_floats
 from vigos_jax.models.vlm import VisionLanguageModel
 from vigos_jax.rollouts.sampling import Sampling, draw, penalise
 from vigos_jax.runtime.sharding import read_rows
 
 
-@flax.struct.dataclass
-class DecodeState:
+class DecodeState(flax.struct.PyTreeNode):
     """The loop's state. B rows, C = max_tokens, S cache slots, V vocabulary.
 
     Attributes:
@@ -74,17 +74,18 @@ def _prefill(
     capacity: int,
     variables: Variables,
     prompts: PromptBatch,
-    images: Float[AnyArray, "B M W"],
-    keys: Key[AnyArray, "B"],
+    images: Float[Array, "B M W"],
+    keys: Key[Array, "B"],
 ) -> DecodeState:
     text, c = prompts.text, model.config
+    apply: Any = functools.partial(model.apply, variables)  # which returns what its method does
     b, t = text.ids.shape
     length = t + capacity
     cache = empty_cache(c, batch=b, length=length, dtype=model.dtype)
     visible = jnp.pad(text.segment_ids > 0, ((0, 0), (0, capacity)))  # [B, S]
     causal = jnp.arange(t)[:, None] >= jnp.arange(length)[None, :]
-    hidden, cache = model.apply(variables, text, images, mask=visible[:, None] & causal, cache=cache)
-    logits = model.apply(variables, hidden[:, -1], method="logits")  # left-padded: the last slot is the last token
+    hidden, cache = apply(text, images, mask=visible[:, None] & causal, cache=cache)
+    logits = apply(hidden[:, -1], method="logits")  # left-padded: the last slot is the last token
     rows = jnp.arange(b)[:, None]
     wants_sets = sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0
     sets = jnp.zeros((b, c.vocab_size if wants_sets else 0), bool)
@@ -111,7 +112,7 @@ def _decode(
     eos_ids: tuple[int, ...],
     variables: Variables,
     state: DecodeState,
-    until: Int[AnyArray, ""],
+    until: Int[Array, ""],
 ) -> DecodeState:
     b = state.tokens.shape[0]
     no_images = jnp.zeros((b, 0, model.config.hidden_size), model.dtype)
@@ -216,8 +217,8 @@ class Sampler:
         self,
         variables: Variables,
         prompts: PromptBatch,
-        keys: Key[AnyArray, "B"],
-        images: Float[AnyArray, "B M W"] | None = None,
+        keys: Key[Array, "B"],
+        images: Float[Array, "B M W"] | None = None,
     ) -> DecodeState:
         """Runs the prompts. variables: from `ready`; keys: one random key per row; images: from `encode`, if known."""
         if images is None:
@@ -239,8 +240,8 @@ class Sampler:
         self,
         variables: Variables,
         prompts: PromptBatch,
-        keys: Key[AnyArray, "B"],
-        images: Float[AnyArray, "B M W"] | None = None,
+        keys: Key[Array, "B"],
+        images: Float[Array, "B M W"] | None = None,
     ) -> Completions:
         """Samples a completion for every row; returns those of this process's rows."""
         variables = self.ready(variables)

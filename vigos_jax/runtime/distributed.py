@@ -104,7 +104,8 @@ def _round(message: dict[str, Any]) -> list[Any]:
     message = json.loads(json.dumps(message))
     if not several():
         return [message["value"]]
-    state, number = jax_distributed.global_state, next(_rounds)
+    state: Any = jax_distributed.global_state  # with several processes it has a client
+    number = next(_rounds)
     patience = _PATIENCE_MS if "value" in message else _FAREWELL_MS
     state.client.key_value_set(_key(number, state.process_id), json.dumps(message))
     try:

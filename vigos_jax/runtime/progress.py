@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -44,7 +44,7 @@ class Progress:
         self._bar.close()
 
 
-def bar(items: Iterable[Any], *, title: str) -> Iterator[Any]:
+def bar(items: Iterable[Any], *, title: str) -> Iterable[Any]:
     """Iterates with a bar on a terminal, silently elsewhere."""
     return tqdm(items, desc=title, disable=_is_silent(), leave=False, dynamic_ncols=True)
 

@@ -80,7 +80,7 @@ class Batches:
 
     def total(self, counts: dict[str, int]) -> dict[str, int]:
         """Sums what the processes counted over their rows; rows that several hold count once."""
-        return total(counts if self._counts else {})
+        return {name: int(n) for name, n in total(counts if self._counts else {}).items()}
 
     def micro_batches(
         self, rows: Sequence[Row], rollouts: Sequence[Rollout | None], images: jax.Array | None

@@ -6,7 +6,6 @@ than it was given, and a run must not go on from those.
 """
 
 import dataclasses
-import itertools
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -73,7 +72,7 @@ class Checkpoints:
         if state.average:
             parts["average"] = state.average
         sums = {item: digests(tree) for item, tree in parts.items()}
-        items = {item: ocp.args.StandardSave(tree) for item, tree in parts.items()}
+        items: dict[str, Any] = {item: ocp.args.StandardSave(tree) for item, tree in parts.items()}
         items["data"] = ocp.args.JsonSave({**data, "digests": sums})
         try:
             self._manager.save(int(state.step), args=ocp.args.Composite(**items))
@@ -97,7 +96,7 @@ class Checkpoints:
           InputError: there are checkpoints, and all are broken.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
-        for step, older in itertools.pairwise([*steps, None]):
+        for step, older in zip(steps, [*steps, None][1:], strict=True):
             try:
                 return step, *self._restore(step, like)
             except _Broken as e:

@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from vigos_jax.config import guarded
 from vigos_jax.runtime.distributed import process
 from vigos_jax.runtime.files import finite_or_none
@@ -24,7 +26,7 @@ class Health:
       news: what the last step brought, as lines: new alerts, and that it was skipped.
     """
 
-    def __init__(self, guards: Mapping[str, Any], saved: Mapping[str, Any] | None = None):
+    def __init__(self, guards: ConfigDict, saved: Mapping[str, Any] | None = None):
         saved = saved or {"skipped": 0, "in_a_row": 0, "recent": []}
         self._guards = guards
         self.skipped: int = saved["skipped"]

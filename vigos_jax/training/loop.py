@@ -164,7 +164,7 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *error: object) -> bool | None:
+    def __exit__(self, *error: Any) -> bool | None:
         return self._closes.__exit__(*error)
 
     def resume(self, interrupt: Interrupt) -> None:
@@ -196,6 +196,8 @@ class Run:
     def step(self) -> None:
         """One optimizer step: rollout, parse, pack, update; its row of metrics.jsonl."""
         config, session, batch = self._config, self._session, self._upcoming
+        if batch is None:
+            raise ValueError(f"the run is over after {config.steps} steps")
         self._bad_rows.update(config.batch_size, batch.bad_rows)
         self._bad_rows.check(config.data.max_bad_fraction)
         self._log.begin("rollout", batch.prompts)
@@ -222,7 +224,8 @@ class Run:
         self, batch: Batch, rollouts: list[Rollout | None], counts: dict[str, int], values: dict[str, float]
     ) -> None:
         """Writes the row of the step just taken, and what went wrong in it."""
-        learning_rate = float(self._learning_rate(self.number - 1 - self._health.skipped))
+        rate: Any = self._learning_rate(self.number - 1 - self._health.skipped)
+        learning_rate = float(rate)
         row = {"step": self.number, "learning_rate": learning_rate} | values
         row |= rollout_metrics(counts) | {"bad_rows": self._bad_rows.bad}
         self._health.update(row)

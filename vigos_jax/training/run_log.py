@@ -67,10 +67,10 @@ class CompileCounter:
         self.programs, self.seconds = 0, 0.0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, event: str, seconds: float, **kwargs: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         if event == self._EVENT:
             self.programs += 1
-            self.seconds += seconds
+            self.seconds += duration_secs
 
     def close(self) -> None:
         """Stops counting."""
@@ -127,7 +127,7 @@ class RunLog:
         for tracker in (self._file, *self._trackers) if self._file else ():
             tracker.write(row)
         values = {k.removesuffix("/loss").removesuffix("_rate"): row.get(k, 0.0) for k in shown}
-        self._progress.update(row["step"], values)
+        self._progress.update(int(row["step"]), values)
 
     def sync(self) -> None:
         """Brings all rows to the disk: a checkpoint that follows must not be newer than they are."""

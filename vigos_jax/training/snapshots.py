@@ -103,9 +103,11 @@ class Snapshots:
         own = session.own_rows(size)
         batch = session.pack_scores([rows[i] for i in own], [rollouts[i] for i in own])
         teacher_params = teacher_params_of(self._config.teacher.weights, trained=state.trained, average=state.average)
-        scored = jax.device_get(self._run(session.base, state.trained, teacher_params, session.put_batch(batch)))
+        supervised, scores = jax.device_get(
+            self._run(session.base, state.trained, teacher_params, session.put_batch(batch))
+        )
         return [
-            token_lists(rollout, *jax.tree.map(lambda x, i=i: x[i], scored), session.roles) if rollout else {}
+            token_lists(rollout, _row(supervised, i), _row(scores, i), session.roles) if rollout else {}
             for i, rollout in enumerate(rollouts[: self._count])
         ]
 
@@ -115,7 +117,8 @@ class Snapshots:
                 if f"row/{i}" not in journal:
                     journal.append(f"row/{i}", {"row": i} | self._asked(i, example))
                 if f"{step}/{i}" not in journal:
-                    response = self._response(i, example, rollouts[i], scored[i]) if rollouts[i] else {}
+                    rollout = rollouts[i]
+                    response = self._response(i, example, rollout, scored[i]) if rollout else {}
                     journal.append(f"{step}/{i}", {"step": step, "row": i} | response)
             journal.sync()
 
@@ -143,6 +146,11 @@ class Snapshots:
             "is_correct": is_correct(answer, example.reference),
             "is_leaky": spans.is_valid and self._source.is_leaky(i, description, answer),
         }
+
+
+def _row(struct: Any, i: int) -> Any:
+    """Row i of arrays with a batch axis."""
+    return jax.tree.map(lambda x: x[i], struct)
 
 
 def _rounded(x: float | None) -> float | None:

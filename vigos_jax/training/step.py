@@ -29,8 +29,7 @@ from vigos_jax.runtime.sharding import replicated
 Array = jax.Array
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """What changes while training; the frozen base is passed beside it.
 
     Attributes:
@@ -46,8 +45,7 @@ class TrainState:
     average: Any
 
 
-@flax.struct.dataclass
-class StepSums:
+class StepSums(flax.struct.PyTreeNode):
     """Sums over the supervised tokens of a micro-batch; those of a step's micro-batches add up.
 
     Attributes:
@@ -95,7 +93,7 @@ class TrainStep:
         return self.update(state, sums, normalizers)
 
 
-def make_optimizer(options, *, steps: int) -> tuple[optax.GradientTransformation, Callable[[Array], Array]]:
+def make_optimizer(options, *, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW behind a clip of the global norm, and its learning-rate schedule.
 
     Args:
@@ -231,11 +229,13 @@ def train_step_of(
 ) -> TrainStep:
     """The step that a config asks for. state: of arrays, or of shapes with the shardings that they will have."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
+    if model.mesh is None:
+        raise ValueError("a run's model has a mesh")
     return make_train_step(
         model,
         tx,
         objective,
-        use_dropout="lora" in state.trained and model.lora.dropout > 0,
+        use_dropout="lora" in state.trained and model.lora is not None and model.lora.dropout > 0,
         teacher_weights=config.teacher.weights,
         ema_rate=config.teacher.ema_rate,
         shardings=(shardings, replicated(model.mesh)),

@@ -135,7 +135,8 @@ def write_file(path: pathlib.Path, tensors: Sequence[tuple[str, Any]]) -> None:
       tensors: (name, array), or in an array's place anything with its `shape` and `dtype` that `np.asarray` makes one
         of; it is asked when its turn comes, and let go before the next.
     """
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, x in tensors:
         begin, end = end, end + byte_count(x)
         header[name] = {"dtype": _NAMES[np.dtype(x.dtype)], "shape": list(x.shape), "data_offsets": [begin, end]}
@@ -147,7 +148,7 @@ def write_file(path: pathlib.Path, tensors: Sequence[tuple[str, Any]]) -> None:
             x = np.asarray(planned)
             if x.shape != tuple(planned.shape) or x.dtype != planned.dtype:
                 raise ValueError(f"{name} became {x.dtype}{x.shape}, planned as {planned.dtype}{planned.shape}")
-            file.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+            file.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
 
 
 def byte_count(x: Any) -> int:

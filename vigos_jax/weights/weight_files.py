@@ -100,6 +100,7 @@ def read_leaf(
         return jax.device_put(read_shard(files, row, whole, dtype=dtype)).block_until_ready()
     holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
+        index = index or (slice(None),) * len(shape)
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
         holders.setdefault(bounds, []).append(device)
     arrays = []

@@ -11,7 +11,7 @@ COLUMNS = (QUESTION, ANSWER, IMAGES)
 
 def ask_in_picture(row: Mapping[str, Any], index: int) -> list[Question]:
     """The question and its options are in the picture alone; the row's options serve to grade."""
-    (question,) = ask_one(row | {"problem": "?"}, index)
+    (question,) = ask_one(dict(row) | {"problem": "?"}, index)
     text = "The question and its options are shown in the image. Answer with the letter of the right option."
     return [dataclasses.replace(question, text=text, images=images_of(row), options=options_of(row))]
 
