@@ -61,8 +61,8 @@ def test_the_same_calls_with_their_axes_in_order():
     "right, wrong",
     [
         ('-> Float[Array, "B T N H"]:\n    """Rotates', '-> Float[Array, "B N T H"]:\n    """Rotates'),
-        ('x: Float[AnyArray, "B T N H"], angles', 'x: Float[AnyArray, "B T N H 1"], angles'),
-        ('x: Float[AnyArray, "B T N H"], angles', 'x: Int[AnyArray, "B T N H"], angles'),
+        ('x: Float[Array, "B T N H"], angles', 'x: Float[Array, "B T N H 1"], angles'),
+        ('x: Float[Array, "B T N H"], angles', 'x: Int[Array, "B T N H"], angles'),
     ],
 )
 def test_a_wrong_annotation_is_found(tmp_path, monkeypatch, right, wrong):

@@ -5,11 +5,17 @@ H head size, F features, V vocabulary, L layers, E supervised tokens, R roles. W
 Nothing checks them while the program runs; the tests do, at every call.
 """
 
+from typing import TYPE_CHECKING
+
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int, Key, Num
 
-Array = jax.Array
-AnyArray = jax.Array | np.ndarray  # what functions of arrays take
+AnyArray = jax.Array | np.ndarray
+# A function of arrays is written for jax's, and given numpy's it works as well: jax converts them.
+if TYPE_CHECKING:
+    Array = jax.Array
+else:
+    Array = AnyArray
 
 __all__ = ["AnyArray", "Array", "Bool", "Float", "Int", "Key", "Num"]
