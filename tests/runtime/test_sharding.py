@@ -324,7 +324,7 @@ def test_one_process_holds_and_counts_all_rows():
 
 @pytest.mark.parametrize("batch_size, gradient_accumulation_steps", [(8, 1), (16, 1), (8, 2), (16, 4)])
 def test_batches_that_fit(batch_size, gradient_accumulation_steps):
-    check_batch(mesh_of((2, 2, 2)), batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
+    check_batch(mesh_of((2, 2, 2)), batch_size=batch_size, micro_batches=gradient_accumulation_steps)
 
 
 @pytest.mark.parametrize(
@@ -333,4 +333,4 @@ def test_batches_that_fit(batch_size, gradient_accumulation_steps):
 )
 def test_batches_that_do_not(batch_size, gradient_accumulation_steps, ways, nearest):
     with pytest.raises(InputError, match=rf"config.batch_size={batch_size} .* = {ways}; the nearest is {nearest}$"):
-        check_batch(mesh_of((2, 2, 2)), batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
+        check_batch(mesh_of((2, 2, 2)), batch_size=batch_size, micro_batches=gradient_accumulation_steps)
