@@ -16,7 +16,7 @@ from benchmarks.report import write_readme
 ALL = {
     "teachers": teachers.teachers,
     "teachers_wall": teachers.teachers_wall,
-    "kl": heads.divergence,
+    "kl": heads.kl,
     "kl_memory": heads.kl_memory,
     "topk": heads.topk,
     "decode": decode.decode,
