@@ -197,7 +197,8 @@ def load(config, *, for_training: bool) -> Session:
     shardings = tree_shardings(abstract, mesh, config.mesh.rules)
     base = reading.load_params(folder, model_config, abstract["params"], dtype=dtype, shardings=shardings["params"])
 
-    if config.model.adapter and spec is not None:
+    if config.model.adapter:
+        assert spec is not None  # `lora_spec` reads the adapter's own
         adapter = pathlib.Path(config.model.adapter).expanduser()
         lora = adapters.load_adapter(adapter, model_config, spec, abstract["lora"], shardings=shardings["lora"])
         trained = {"lora": lora}

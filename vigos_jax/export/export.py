@@ -76,8 +76,7 @@ def export(
                 write_file(temporary / "adapter_model.safetensors", tensors)
             else:
                 writing.gather(tensors)
-            spec = session.model.lora
-            first_decides(lambda: spec and _write_adapter_config(spec, temporary, base=session.name))
+            first_decides(lambda: _write_adapter_config(_spec(session), temporary, base=session.name))
         else:
             writing.save_sharded(temporary, tensors, max_shard_bytes=int(e.max_shard_gb * 2**30))
             first_decides(lambda: _copy_companions(session.folder, temporary, dtype=e.dtype))
@@ -129,14 +128,21 @@ def _prepare(output: pathlib.Path, target: pathlib.Path, temporary: pathlib.Path
         )
 
 
+def _spec(session: Session) -> LoraSpec:
+    """What the model's adapters are; ValueError where it has none, rather than an export without them."""
+    if session.model.lora is None:
+        raise ValueError("the model has no adapters to export")
+    return session.model.lora
+
+
 def _tensors(
     session: Session, trained: Variables, *, kind: str, dtype: str
 ) -> Iterator[tuple[str, writing.FileTensor]]:
-    config, spec = session.config, session.model.lora
-    if kind == "adapter" and spec is not None:  # always float32: rounded, it would be another one
-        return writing.stream_tensors(trained["lora"], adapter_table(config, spec), config, dtype=np.float32)
+    config = session.config
+    if kind == "adapter":  # always float32: rounded, it would be another one
+        return writing.stream_tensors(trained["lora"], adapter_table(config, _spec(session)), config, dtype=np.float32)
     params = trained.get("params", session.base)
-    merged = {"lora": trained["lora"], "scale": spec.scale} if "lora" in trained and spec is not None else {}
+    merged = {"lora": trained["lora"], "scale": _spec(session).scale} if "lora" in trained else {}
     return writing.stream_tensors(params, tensor_table(config), config, dtype=jnp.dtype(dtype), **merged)
 
 
