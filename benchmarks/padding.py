@@ -10,7 +10,7 @@ ROWS, BATCH, WINDOW, MICRO = 4096, 32, 32, 4
 
 
 def _data():
-    """Visual, question, description and reasoning tokens of each row: pictures from small to a megapixel and more."""
+    """Visual, question, description and reasoning tokens of each row: images from small to a megapixel and more."""
     rng = np.random.default_rng(0)
     visual = np.clip(rng.lognormal(np.log(500), 0.7, ROWS), 64, 4096).astype(int)
     question = np.clip(rng.lognormal(np.log(80), 0.6, ROWS), 16, 800).astype(int)

@@ -3,7 +3,7 @@ r"""ViGOS on the embedded demo: every field of a run, with its default. Other co
     python -m vigos_jax.main --config configs/base.py
 
 Trains the shipped 0.5 M-parameter model for 80 steps on two CPU cores, a few minutes in all, and prints a table:
-Score (accuracy on pictures that contradict what one expects) rises, the share of descriptions that state what one
+Score (accuracy on images that contradict what one expects) rises, the share of descriptions that state what one
 expects instead of what is shown falls. README.md has the measured numbers.
 
 For a run of your own, write a file that imports this one and changes what differs:
@@ -62,10 +62,10 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.distributed = "off"  # several processes: off | auto (SLURM, Open MPI, TPU pods) | env; docs/multihost.md
 
-    config.mesh = ConfigDict()  # over all devices of all processes; one axis may be -1: what the others leave
-    config.mesh.data = -1  # ways to split the batch alone
-    config.mesh.fsdp = 1  # ways to split batch and parameters
-    config.mesh.tensor = 1  # ways to split heads and hidden widths
+    config.mesh = ConfigDict()  # over all devices of all processes; one axis may be -1: the remaining devices
+    config.mesh.data = -1  # shards of the batch alone; -1: all remaining devices
+    config.mesh.fsdp = 1  # shards of batch and parameters
+    config.mesh.tensor = 1  # shards of heads and hidden widths
     # How leaves lie on the mesh: the first pattern found in a leaf's path (params/layers/q_proj/kernel) gives the
     # axis that splits each dimension, None and those left out for none. Leaves of stacked layers have the layer
     # first. Optimizer state has the paths of its weights. The vision towers, whose published widths (3420, 4304)
@@ -97,7 +97,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.fields = ()  # further columns of texts that roles' prompts may show as {NAME}
     config.data.max_images = 1  # rows with more are bad rows
     config.data.max_bad_fraction = 0.05  # unusable rows (skipped and counted) above which the run stops
-    config.data.blank_images = False  # demo only: grey pictures, a control that must learn nothing
+    config.data.blank_images = False  # demo only: grey images, a control that must learn nothing
 
     # Prompts. `user` is exactly the text after the image in the user turn; {problem} and {reference} are filled in,
     # every other brace is literal. `assistant_prefill` starts the assistant's turn. What a role's template does not
@@ -215,7 +215,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.diagnose = ConfigDict()  # --mode diagnose
     config.diagnose.rollouts = ""  # .jsonl of rollouts, as for score; "" samples them on config.data
-    config.diagnose.rows = 200  # rows to sample rollouts for; on the demo, pictures that contradict the prior
+    config.diagnose.rows = 200  # rows to sample rollouts for; on the demo, images that contradict the prior
     config.diagnose.wrong_answers = 4  # wrong answers shown to each role in turn, at most
     config.diagnose.wrong_answers_file = ""  # .jsonl of {"id", "wrong_answers": [...]}
     config.diagnose.output = ""  # folder; "" is WORKDIR/diagnose
@@ -223,7 +223,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.diagnose.seed = 42  # of rollouts, choice of wrong answers and bootstrap
 
     config.generate = ConfigDict()  # --mode generate
-    config.generate.image = ""  # picture file
+    config.generate.image = ""  # image file
     config.generate.question = ""
 
     config.export = ConfigDict()  # --mode export, and the end of a run
@@ -244,7 +244,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.plan.tflops = 0.0  # of 16-bit matrix products
     config.plan.bandwidth_gbs = 0.0  # of its memory
     config.plan.interconnect_gbs = 0.0  # received from other devices, over all links
-    config.plan.patches = 36  # of a row's pictures; these three are rounded up to config.buckets
+    config.plan.patches = 36  # of a row's images; these three are rounded up to config.buckets
     config.plan.prompt = 48  # tokens, the visual ones among them
     config.plan.completion = 48  # tokens
     config.plan.effort = -1.0  # of the compiler, for speed: 0 as a run has it; -1 takes a tenth of the time for TPUs

@@ -19,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.seed = 0  # of the initial weights and of all training rows
     config.file = "configs/demo_base.py"  # this one, for the base's card
     config.output = "vigos_jax/demo/base"  # folder to write; an existing one is overwritten
-    config.leak = 0.7  # how often a privileged row's description follows the reference instead of the picture
+    config.leak = 0.7  # how often a privileged row's description follows the reference instead of the image
     config.run = base.get_config()  # the run the base is made for: all its roles' prompts, and how it is evaluated
     config.prompts = config.run.prompts
 
@@ -27,7 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.warmup = 20
     # 1. The vision tower alone: kind, color and size per cell of the grid, by a linear head that is thrown away.
     config.vision = ml_collections.ConfigDict({"steps": 450, "batch_size": 64, "lr": 4e-3, "follow_prior": 0.15})
-    # 2. Image-only turns, faithful descriptions. Pictures mostly contradict the priors.
+    # 2. Image-only turns, faithful descriptions. Images mostly contradict the priors.
     config.captions = ml_collections.ConfigDict({"steps": 450, "batch_size": 64, "lr": 3e-3, "follow_prior": 0.15})
     # 3. Responses in all roles.
     config.responses = ml_collections.ConfigDict({"steps": 600, "batch_size": 48, "lr": 2e-3})

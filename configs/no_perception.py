@@ -1,4 +1,4 @@
-"""Ablation: nobody scores the description.
+"""Ablation: no role scores the description.
 
     python -m vigos_jax.main --config configs/no_perception.py
 

@@ -1,4 +1,4 @@
-"""Ablation: nobody scores reasoning and answer.
+"""Ablation: no role scores reasoning and answer.
 
     python -m vigos_jax.main --config configs/no_reasoning.py
 

@@ -2,7 +2,7 @@
 
     python -m vigos_jax.main --config configs/qwen2_5_vl_32b.py
 
-33.5 B parameters: 62 GiB in bfloat16, split over 8 devices. Nothing is promised of the result.
+33.5 B parameters: 62 GiB in bfloat16, split over 8 devices. Not evaluated.
 """
 
 from ml_collections import ConfigDict

@@ -53,7 +53,7 @@ def of_the_paper(model: str) -> ConfigDict:
     config.eval.tasks = tuple(name for name in config.eval.sources if name != "demo")
     config.eval.max_tokens = 4096  # the rest of Table A.V is configs/base.py's
 
-    # A picture of 0.8 megapixels, a question, and an answer of the length that trained models give.
+    # An image of 0.8 megapixels, a question, and an answer of the length that trained models give.
     config.plan.patches, config.plan.prompt, config.plan.completion = 4096, 1280, 1024
 
     config.mesh.data = 1

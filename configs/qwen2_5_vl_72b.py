@@ -2,7 +2,7 @@
 
     python -m vigos_jax.main --config configs/qwen2_5_vl_72b.py
 
-73.4 B parameters: 137 GiB in bfloat16, split over 16 devices. Nothing is promised of the result.
+73.4 B parameters: 137 GiB in bfloat16, split over 16 devices. Not evaluated.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
     python -m vigos_jax.main --config configs/qwen3_vl_2b.py
 
-2.1 B parameters. Nothing is promised of the result.
+2.1 B parameters. Not evaluated.
 """
 
 from ml_collections import ConfigDict

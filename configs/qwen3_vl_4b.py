@@ -2,7 +2,7 @@
 
     python -m vigos_jax.main --config configs/qwen3_vl_4b.py
 
-4.4 B parameters. Nothing is promised of the result.
+4.4 B parameters. Not evaluated.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
     python -m vigos_jax.main --config configs/qwen3_vl_8b.py
 
-8.8 B parameters. Nothing is promised of the result.
+8.8 B parameters. Not evaluated.
 """
 
 from ml_collections import ConfigDict

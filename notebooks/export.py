@@ -60,7 +60,7 @@ STEPS = int(os.environ.get("VIGOS_NOTEBOOK_STEPS", 20))  # the project's tests t
 
 def vigos(command):
     """As `python -m vigos_jax.main COMMAND` in a terminal."""
-    with contextlib.redirect_stderr(sys.stdout):  # progress is no error
+    with contextlib.redirect_stderr(sys.stdout):  # progress is not an error
         code = main(["vigos_jax", *shlex.split(command)])
     assert code == 0, f"exit code {code}"
 
@@ -91,23 +91,23 @@ for kind in ("merged", "adapter"):
 # %% [markdown]
 # ## 3. Ask transformers
 #
-# From here on it is PyTorch. The prompt is the one the student was trained with: the picture, the question with the
+# From here on it is PyTorch. The prompt is the one the student was trained with: the image, the question with the
 # format, and a turn of the assistant that begins with `<description>`.
 
 # %%
 model = Qwen2_5_VLForConditionalGeneration.from_pretrained("my_merged", dtype=torch.float32).eval()
 tokenizer = AutoTokenizer.from_pretrained("my_merged")
-pictures = AutoImageProcessor.from_pretrained("my_merged", backend="pil")
+image_processor = AutoImageProcessor.from_pretrained("my_merged", backend="pil")
 student = base.get_config().prompts.student
 
 
 @torch.no_grad()
 def answer(model, item):
-    vision = pictures(images=[item.pil_image], return_tensors="pt")
+    vision = image_processor(images=[item.pil_image], return_tensors="pt")
     text = student.user.replace("{problem}", item.question)
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
     prompt = tokenizer.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
-    tokens = int(vision["image_grid_thw"].prod()) // pictures.merge_size**2  # what the picture becomes
+    tokens = int(vision["image_grid_thw"].prod()) // image_processor.merge_size**2  # what the image becomes
     prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * tokens) + student.assistant_prefill
     inputs = tokenizer(prompt, return_tensors="pt")
     is_image = (inputs["input_ids"] == model.config.image_token_id).int()

@@ -60,7 +60,7 @@ print(f"{jax.device_count()} device(s): {jax.devices()[0].device_kind}")
 
 def vigos(command):
     """As `python -m vigos_jax.main COMMAND` in a terminal."""
-    with contextlib.redirect_stderr(sys.stdout):  # progress is no error
+    with contextlib.redirect_stderr(sys.stdout):  # progress is not an error
         code = main(["vigos_jax", *shlex.split(command)])
     assert code == 0, f"exit code {code}"
 
@@ -68,8 +68,8 @@ def vigos(command):
 # %% [markdown]
 # ## 1. Rows
 #
-# A row has a question, an answer and a picture. Here they are bar charts, drawn on the spot; put your own in their
-# place. A `.jsonl` names its pictures by paths inside its folder; parquet and hub data sets work as well.
+# A row has a question, an answer and an image. Here they are bar charts, drawn on the spot; put your own in their
+# place. A `.jsonl` names its images by paths inside its folder; parquet and hub data sets work as well.
 
 # %%
 folder = pathlib.Path("data")
@@ -79,19 +79,19 @@ COLORS = ("red", "orange", "gold", "green", "blue", "purple")
 
 def draw(rng):
     """A chart of four bars, and which of them is the tallest."""
-    picture = Image.new("RGB", (224, 224), "white")
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (224, 224), "white")
+    pen = ImageDraw.Draw(image)
     names, heights = rng.permutation(COLORS)[:4], rng.permutation([60, 100, 140, 180]) + rng.integers(-15, 16, 4)
     for k, (name, height) in enumerate(zip(names, heights, strict=True)):
         pen.rectangle([20 + 50 * k, 210 - int(height), 50 + 50 * k, 210], fill=str(name))
     pen.line([10, 211, 214, 211], fill="black", width=2)
-    return picture, str(names[np.argmax(heights)])
+    return image, str(names[np.argmax(heights)])
 
 
 rows = []
 for i in range(48):
-    picture, answer = draw(np.random.default_rng(i))
-    picture.save(folder / f"{i}.png")
+    image, answer = draw(np.random.default_rng(i))
+    image.save(folder / f"{i}.png")
     rows.append({"id": str(i), "images": [f"{i}.png"], "problem": "Which bar is the tallest?", "answer": answer})
 (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

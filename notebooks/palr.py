@@ -16,9 +16,9 @@
 # %% [markdown]
 # # See the leak
 #
-# A teacher that knows the answer corrects the student, token by token. Some of a correction comes from the picture,
+# A teacher that knows the answer corrects the student, token by token. Some of a correction comes from the image,
 # some from the answer the teacher was told. The *privileged-answer leakage ratio* (PALR) says how much: each
-# correction is measured again with wrong answers in the teacher's prompt, and with another picture in front of it.
+# correction is measured again with wrong answers in the teacher's prompt, and with another image in front of it.
 #
 # We train the demo's model twice, by **ViGOS** and by plain on-policy self-distillation (**OPSD**) with the same
 # prompts and rollouts, and look where the answer gets into the correction. A CPU will do; it takes about five minutes
@@ -62,7 +62,7 @@ METHODS = {"ViGOS": "base", "OPSD": "opsd_same_prompt"}  # the shipped configs t
 
 def vigos(command):
     """As `python -m vigos_jax.main COMMAND` in a terminal."""
-    with contextlib.redirect_stderr(sys.stdout):  # progress is no error
+    with contextlib.redirect_stderr(sys.stdout):  # progress is not an error
         code = main(["vigos_jax", *shlex.split(command)])
     assert code == 0, f"exit code {code}"
 
@@ -82,9 +82,9 @@ for method, name in METHODS.items():
 # %% [markdown]
 # ## 2. Measure
 #
-# `--mode diagnose` samples rollouts of the trained student, here for pictures that contradict what one expects, scores
+# `--mode diagnose` samples rollouts of the trained student, here for images that contradict what one expects, scores
 # them under every counterfactual, and writes `palr.jsonl`: for each token the strength `s` of its correction, what the
-# right answer adds (`c_answer`), and what the right picture adds (`c_image`). `palr.html` in the same folder shows the
+# right answer adds (`c_answer`), and what the right image adds (`c_image`). `palr.html` in the same folder shows the
 # rollouts.
 
 # %%
@@ -95,7 +95,7 @@ for method, name in METHODS.items():
 # %% [markdown]
 # ## 3. Where the answer gets in
 #
-# PALR of a group of tokens is Σ s·c_answer / Σ s·(c_answer + c_image): 0 if the corrections hang on the picture alone,
+# PALR of a group of tokens is Σ s·c_answer / Σ s·(c_answer + c_image): 0 if the corrections hang on the image alone,
 # 1 if they hang on the answer alone. For ViGOS's descriptions it is 0 by construction: that teacher never heard an
 # answer. Grey lines are 95 % bootstrap intervals over rollouts.
 
@@ -141,7 +141,7 @@ plt.show()
 # ## 4. Token by token
 #
 # The same question, answered by both students. Red tokens are corrected because of the answer, blue ones because of the
-# picture, the stronger the color the more; grey ones have no teacher. Point at a token for the numbers.
+# image, the stronger the color the more; grey ones have no teacher. Point at a token for the numbers.
 
 # %%
 RED, BLUE = np.array([220, 70, 50]), np.array([50, 110, 220])
@@ -158,7 +158,7 @@ def colored(rollout):
             r, g, b = (share * RED + (1 - share) * BLUE).astype(int)
             strength = 0.75 * (force[j] / max(max(force), 1e-9)) ** 0.5
             style = f"color:#111;background:rgba({r},{g},{b},{strength:.2f})"
-            tip = f"{rollout['role'][j]}: correction {s:.2f}, answer {a:.2f}, picture {i:.2f}"
+            tip = f"{rollout['role'][j]}: correction {s:.2f}, answer {a:.2f}, image {i:.2f}"
         out.append(f'<span style="{style}" title="{html.escape(tip)}">{html.escape(token)}</span>')
     return "".join(out)
 

@@ -16,9 +16,9 @@
 # %% [markdown]
 # # ViGOS in ten minutes
 #
-# Vision-language models often answer what they *expect* instead of what the picture *shows*. **ViGOS** trains a model
+# Vision-language models often answer what they *expect* instead of what the image *shows*. **ViGOS** trains a model
 # on its own answers: the model describes, reasons and answers, and frozen copies of its initial weights score each
-# part. The copy that scores the description sees **the picture alone**, so it cannot be talked into anything.
+# part. The copy that scores the description sees **the image alone**, so it cannot be talked into anything.
 #
 # This notebook trains the small model that ships with the package, on the CPU, and looks inside. A plain CPU runtime is
 # enough; training and evaluation take a few minutes on two cores.
@@ -69,8 +69,8 @@ plt.rcParams["font.size"] = 9
 # ## 1. The demo
 #
 # The demo's world has twelve kinds of thing, each with a usual color, size and count. A question asks for one of these,
-# and half of the questions first say what is usual. In *prior* pictures the usual answer is right; in *conflict*
-# pictures it is wrong, and only a model that looks can tell.
+# and half of the questions first say what is usual. In *prior* images the usual answer is right; in *conflict*
+# images it is wrong, and only a model that looks can tell.
 
 # %%
 examples = [world.item(7, 12, setting="prior"), world.item(7, 4, setting="conflict")]
@@ -88,7 +88,7 @@ plt.show()
 #
 # One object says everything about a run; [configs/base.py](../configs/base.py) explains its fields, and each can be
 # set on the command line, like `--config.steps=10`. The teachers are plain data too: `config.prompts` says what a role
-# sees after the picture, `config.roles` which part of a rollout it scores. This is all that makes the method:
+# sees after the image, `config.roles` which part of a rollout it scores. This is all that makes the method:
 
 # %%
 config = base.get_config().lock()
@@ -98,7 +98,7 @@ if "VIGOS_NOTEBOOK_STEPS" in os.environ:  # the project's tests run this noteboo
     config.demo_eval.questions = config.demo_eval.batch_size = 20
 validate(config)
 
-table = [("role", "sees the picture and", "scores", "of rollouts that are", "by", "weight")]
+table = [("role", "sees the image and", "scores", "of rollouts that are", "by", "weight")]
 for name, role in config.roles.items():
     sees = config.prompts[name].user.replace("\n", " ↵ ") or "nothing else"
     table.append((name, sees, ", ".join(role.scores), role.when, role.divergence, role.weight))
@@ -118,14 +118,14 @@ display(HTML(f"<table>{lines}</table>"))
 
 # %%
 workdir = pathlib.Path("runs/quickstart")
-with contextlib.redirect_stderr(sys.stdout):  # progress is no error
+with contextlib.redirect_stderr(sys.stdout):  # progress is not an error
     train(config, workdir)
 
 # %% [markdown]
 # ## 4. Base and trained
 #
-# **Score** is accuracy on conflict pictures, **Prior** accuracy on pictures that agree with what is usual, **leak** the
-# share of valid descriptions of conflict pictures that state the usual value instead of the one shown. Score should
+# **Score** is accuracy on conflict images, **Prior** accuracy on images that agree with what is usual, **leak** the
+# share of valid descriptions of conflict images that state the usual value instead of the one shown. Score should
 # rise, leak should fall, and Prior should stay. Bars are standard errors.
 
 # %%
@@ -149,8 +149,8 @@ plt.show()
 # ## 5. Three teachers in one sequence
 #
 # All teachers are the same frozen weights; only what they may see differs. So a sample's teachers stand in one packed
-# sequence: the picture once, and behind it a branch per role: its prompt, and the rollout up to the last token it
-# scores. `segment_mask` keeps the branches apart: each sees the picture and itself, and nothing of the others.
+# sequence: the image once, and behind it a branch per role: its prompt, and the rollout up to the last token it
+# scores. `segment_mask` keeps the branches apart: each sees the image and itself, and nothing of the others.
 #
 # Which roles score depends on the format. A **valid** rollout is scored by *perception* (its description) and
 # *reasoning* (its reasoning and answer), an **invalid** one by *reference* as a whole. Here is one of each, written by
@@ -162,9 +162,9 @@ processor, roles = session.processor, session.roles
 
 
 def row_of(item):
-    picture = processor.encode_image(item.pil_image)
+    image = processor.encode_image(item.pil_image)
     return make_row(
-        (picture,),
+        (image,),
         problem=item.question,
         reference=item.answer,
         student=config.prompts.student.to_dict(),
@@ -193,7 +193,7 @@ for text, rollout in zip(texts.values(), written, strict=True):
     print(f"valid {rollout.spans.is_valid!s:6}{rollout.spans.invalid_reason or '':16}<description>{text}")
 
 # %% [markdown]
-# A row of these pictures is a token, and colored cells are the tokens it sees. The marks on the right are the rows
+# A row of these images is a token, and colored cells are the tokens it sees. The marks on the right are the rows
 # whose next-token distribution is compared, between the student and the teacher of that color.
 
 # %%
@@ -231,12 +231,12 @@ for i, (kind, (left, right)) in enumerate(zip(texts, axes, strict=True)):
     who = [roles[r].name for r in e.role]
     lengths = [len(turn.prefix_ids), len(turn.rest_ids), len(written[i].ids)]
     draw_mask(
-        left, packed.student, i, parts=np.repeat(range(3), lengths), names=["picture", "question", "rollout"],
+        left, packed.student, i, parts=np.repeat(range(3), lengths), names=["image", "question", "rollout"],
         scored=zip(e.student_at, who, strict=True), title=f"{kind} rollout: student",
     )  # fmt: skip
-    segments = packed.teacher.segment_ids[i]  # 0 is padding, 1 the picture, 2 and up the branches
+    segments = packed.teacher.segment_ids[i]  # 0 is padding, 1 the image, 2 and up the branches
     draw_mask(
-        right, packed.teacher, i, parts=segments[segments > 0] - 1, names=["picture", *dict.fromkeys(who)],
+        right, packed.teacher, i, parts=segments[segments > 0] - 1, names=["image", *dict.fromkeys(who)],
         scored=zip(e.teacher_at, who, strict=True), title=f"{kind} rollout: teachers",
     )  # fmt: skip
 fig.tight_layout()

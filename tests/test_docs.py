@@ -76,7 +76,7 @@ def field_fault(dotted: str) -> str | None:
     node, parts = base.get_config(), dotted.split(".")[1:]
     if parts[0] in ("roles", "prompts") and len(parts) > 2:
         choices = ENTRY_FIELDS if parts[0] == "roles" else ("user", "assistant_prefill")
-        return None if parts[2] in choices else f"{dotted}: {parts[2]} is no field of {parts[0]}"
+        return None if parts[2] in choices else f"{dotted}: {parts[2]} is not a field of {parts[0]}"
     for part in parts[:1] if parts[0] in ("roles", "prompts") else parts:
         if part.isupper():  # a placeholder
             return None

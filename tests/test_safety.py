@@ -71,7 +71,7 @@ def test_the_judges_key_is_sent_and_shown_nowhere(server, monkeypatch, caplog, c
     monkeypatch.setenv("JUDGE_KEY", f"  {MARK}\n")  # as `export KEY=$(cat file)` and editors leave it
     there = judge(server)
     with caplog.at_level(logging.INFO):
-        assert list(there.verdicts([Item("Q", "a", "a")])) == []  # a failed call is no verdict
+        assert list(there.verdicts([Item("Q", "a", "a")])) == []  # a failed call is not a verdict
     assert server.seen and set(server.seen) == {f"Bearer {MARK}"}
     said = capfd.readouterr()
     assert MARK not in repr(vars(there)) + str(there) + caplog.text + said.out + said.err

@@ -324,7 +324,7 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """What makes two configs different runs, as "field: old -> new" lines."""
     a, b = (dict(flatten(json.loads(to_json(c)))) for c in (old, new))
     fields = [f for f in sorted(a.keys() | b.keys()) if f.split(".")[0] not in _MODE_SECTIONS]
-    # By value and by text: 1 is 1.0, and a nan that somebody wrote into the file is no difference to itself.
+    # By value and by text: 1 is 1.0, and a nan in the file equals itself.
     differ = [f for f in fields if a.get(f) != b.get(f) and repr(a.get(f)) != repr(b.get(f))]
     return [f"{f}: {a.get(f)!r} -> {b.get(f)!r}" for f in differ]
 

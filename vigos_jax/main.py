@@ -34,7 +34,7 @@ usage: python -m vigos_jax.main --config FILE [--mode MODE] [--workdir DIR] [--c
 
 modes
   train     (default) post-train a model; goes on where an earlier run in the same workdir stopped
-  generate  answer one question about one picture: --config.generate.image=FILE --config.generate.question=TEXT;
+  generate  answer one question about one image: --config.generate.image=FILE --config.generate.question=TEXT;
             without them, two questions of the demo, for which --config may be left out
   score     score rollouts made by any engine: --config.score.rollouts=FILE.jsonl --config.score.output=DIR
   diagnose  how much of the teachers' correction the answer made, and how much the image (PALR): on rollouts of the
@@ -61,7 +61,7 @@ examples
   python -m vigos_jax.main --config configs/base.py --mode export --workdir runs/base --config.export.output=/tmp/hf
 
 exit codes: 0 done (or stopped by a signal and saved), 1 done but some rows were bad (or, with a traceback, a crash),
-2 bad config or input, 130 interrupted, 141 nobody reads the output any more
+2 bad config or input, 130 interrupted, 141 broken pipe
 """
 
 

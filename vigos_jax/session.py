@@ -112,7 +112,7 @@ def resolve_model(path: str) -> pathlib.Path:
     if path and folder.is_dir():
         return folder
     if folder.is_absolute() or not hub.REPOSITORY.fullmatch(path):
-        raise InputError(f"config.model.path={path!r} is no folder; choices: a folder, owner/name on the hub, demo")
+        raise InputError(f"config.model.path={path!r} is not a folder; choices: a folder, owner/name on the hub, demo")
     import huggingface_hub
 
     try:
@@ -120,7 +120,7 @@ def resolve_model(path: str) -> pathlib.Path:
         return pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=patterns))
     except Exception as e:
         raise InputError(
-            f"config.model.path={path!r} is no folder and cannot be fetched from the hub: {hub.reason(e)}; "
+            f"config.model.path={path!r} is not a folder and cannot be fetched from the hub: {hub.reason(e)}; "
             "choices: a model folder, owner/name on the hub, demo"
         ) from e
 
@@ -164,8 +164,8 @@ def use_compilation_cache(folder: str) -> None:
 def model_of(config, model_config: ModelConfig, mesh: Mesh, *, platform: str) -> VisionLanguageModel:
     """The model that a config asks for, without weights, on devices of a platform: "cpu", "gpu" or "tpu"."""
     dtype = jnp.dtype(config.model.dtype)
-    # Accelerators multiply float32 in fewer bits unless told otherwise; whoever asks for float32 wants it. A bfloat16
-    # model that comes after one must not: a TPU's kernels refuse.
+    # Accelerators multiply float32 in fewer bits unless told otherwise. A bfloat16 model loaded after a float32 one
+    # needs the user's setting back: a TPU's kernels refuse this one.
     jax.config.update("jax_default_matmul_precision", "float32" if dtype == jnp.float32 else _USERS_PRECISION)
     return VisionLanguageModel(
         model_config,

@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     config.groups.half = group(0.35, seeds=(101, 102), methods=("opsd_same_prompt", "vigos"))
     config.groups.faithful = group(0.0, seeds=(101, 102, 103), methods=("opsd_same_prompt", "vigos"))
     config.questions = 500  # of each kind (conflict, prior) that a student answers before and after its run
-    config.palr_rows = 400  # conflict pictures whose rollouts PALR is measured on
+    config.palr_rows = 400  # conflict images whose rollouts PALR is measured on
     config.workers = 2  # jobs at a time, each on its share of the cores
     return config
 

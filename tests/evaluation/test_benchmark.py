@@ -272,7 +272,7 @@ def test_nowhere_to_write_and_a_broken_journal(world, tmp_path, capsys):
     verdicts.write_text('{"key": "a"}\ngarbage\n{"key": "b"}\n')
     assert run(world, tmp_path / "out", ["demo"], {}) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "verdicts.jsonl, line 2, is no record" in said and "garbage" in verdicts.read_text()
+    assert "verdicts.jsonl, line 2, is not a record" in said and "garbage" in verdicts.read_text()
 
 
 # -- judge and report ---------------------------------------------------------------------------------------------
@@ -489,7 +489,7 @@ def test_journal(tmp_path):
     whole = path.read_bytes()
     for garbage in (b"no json", b"{}", b"[1]", b"7", b"\x00\xff", b'{"key": ["a"]}', b'{"key": 1}', b"[" * 9999, b""):
         path.write_bytes(whole + garbage + b"\n" + whole)
-        with pytest.raises(InputError, match="line 5, is no record with a key; move the file away"):
+        with pytest.raises(InputError, match="line 5, is not a record with a key; move the file away"):
             Journal(path)
         assert path.read_bytes() == whole + garbage + b"\n" + whole  # nothing is lost
     (tmp_path / "file").write_text("")

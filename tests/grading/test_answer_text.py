@@ -108,7 +108,7 @@ def test_last_boxed_agrees_with_a_search_from_every_start(text):
         (r"50\%", "50 %"),
         (r"30^\circ", "30 °"),
         (r"30^{\circ}", "30 °"),
-        # what is no number stays text
+        # what is not a number stays text
         ("1/0", "1/0"),
         (r"\frac{1}{0}", r"\frac{1}{0}"),
         (r"1\frac{1}{2}", r"1\frac{1}{2}"),

@@ -191,7 +191,7 @@ def test_a_config_that_asks_for_the_impossible(change, said):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--config=configs/base.py"], "this config is no study: it lacks base"),
+        (["--config=configs/base.py"], "this config is not a study: it lacks base"),
         (["--config=configs/nothing.py"], "nothing.py"),
         (["--config.question=3"], "Did you mean"),
         (["more"], "unexpected argument 'more'"),

@@ -250,7 +250,7 @@ def test_a_missing_compiler_is_named(capsys, monkeypatch):
 
 # What the step and the sampler exchange, at the published widths and few layers.
 
-LAYERS = 5  # shorter stacks are no loops
+LAYERS = 5  # shorter stacks are not loops
 
 
 def test_a_bfloat16_model_does_not_inherit_a_float32_ones_precision():

@@ -61,7 +61,7 @@ def test_while_loops_run_as_often_as_told_and_branches_cost_their_dearest_side()
         x = jax.lax.fori_loop(0, n, lambda i, x: x @ w, x)
         return jax.lax.cond(n > 0, lambda x: x @ w @ w, lambda x: x @ w, x)
 
-    assert traced_flops(f, abstract(D, D), abstract(D, D), abstract(dtype=jnp.int32), trips=7) == 9 * 2 * D**3
+    assert traced_flops(f, abstract(D, D), abstract(D, D), abstract(dtype=jnp.int32), trip_count=7) == 9 * 2 * D**3
 
 
 def forward(model):
@@ -157,9 +157,9 @@ ENTRY %main (x: (s32[], bf16[8,16], f32[80])) -> f32[100] {
 
 def test_a_hand_written_program():
     """Two loops of the same body: one counts to 12 by twos, the other's length is not in the program."""
-    traffic = read_traffic(HAND_WRITTEN, devices=8, trips=100)
+    traffic = read_traffic(HAND_WRITTEN, devices=8, trip_count=100)
     assert traffic.unknown_loops == ("jit(f)/while",)
-    by_kind = {(c.kind, c.trips): c for c in traffic.collectives}
+    by_kind = {(c.kind, c.executions): c for c in traffic.collectives}
     assert len(by_kind) == len(traffic.collectives) == 7  # a gather that two fusions share is one
     for trips in (6, 100):
         assert by_kind["all-gather", trips].moved == 64 * 16 * 2 * 7 / 8
@@ -184,7 +184,7 @@ def test_what_a_compiled_program_exchanges():
     traffic = read_traffic(compiled.as_text(), devices=8)
     assert not traffic.unknown_loops
     assert traffic.moved() == {"all-reduce": 5 * 16 * 32 * 4 * 2 * 7 / 8, "all-gather": 8 * 64 * 4 * 7 / 8}
-    found = {(c.kind, c.trips, c.depth) for c in traffic.collectives}
+    found = {(c.kind, c.executions, c.depth) for c in traffic.collectives}
     assert found == {("all-gather", 1, 0), ("all-reduce", 5, 1)}
 
 

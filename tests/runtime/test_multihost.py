@@ -137,13 +137,13 @@ def test_a_process_that_stops_stops_the_others(tmp_path):
         """\
 exchange(1)
 if i == 1:
-    raise InputError("row 7 is no row")
+    raise InputError("row 7 is not a row")
 exchange(2)
 print("went on")""",
     )
     assert codes == [2, 2], said
-    assert "stopped: process 1 stopped: row 7 is no row" in said[0] and "went on" not in said[0]
-    assert "stopped: row 7 is no row" in said[1]
+    assert "stopped: process 1 stopped: row 7 is not a row" in said[0] and "went on" not in said[0]
+    assert "stopped: row 7 is not a row" in said[1]
 
 
 def test_a_bug_in_one_process_is_named_in_the_others(tmp_path):
@@ -159,11 +159,11 @@ def test_a_process_leaves_others_that_do_not_answer(tmp_path):
         tmp_path,
         """\
 if i == 1:
-    raise InputError("row 7 is no row")
+    raise InputError("row 7 is not a row")
 time.sleep(60)""",
     )
     assert codes[1] == 2 and codes[0] not in (0, 2), (codes, said)
-    assert "row 7 is no row" in said[1] and "do not answer" in said[1]
+    assert "row 7 is not a row" in said[1] and "do not answer" in said[1]
     assert "JAX distributed service detected fatal errors" in said[0]
 
 

@@ -262,7 +262,7 @@ def test_a_model_that_the_mesh_does_not_divide():
         tree_shardings(tree, mesh_of((1, 1, 8)), RULES)
     text = str(e.value)
     assert "\n" not in text and "does not divide" in text
-    assert "layers/k_proj/kernel [2, 32, 12]: 12 is no multiple of tensor=8" in text
+    assert "layers/k_proj/kernel [2, 32, 12]: 12 is not a multiple of tensor=8" in text
     assert text.endswith("nearest that do: data=2 fsdp=1 tensor=4, data=1 fsdp=2 tensor=4, data=4 fsdp=1 tensor=2")
     tree_shardings(tree, mesh_of((2, 2, 2)), RULES)
 

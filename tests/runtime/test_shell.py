@@ -81,7 +81,7 @@ def test_interrupted(loud, capsys):
 
 
 def test_a_broken_pipe_of_our_own_is_an_error(loud):
-    """A server that hangs up is no reader that leaves."""
+    """A server that hangs up is not a broken pipe."""
 
     def program(argv):
         raise BrokenPipeError

@@ -26,7 +26,7 @@ from vigos_jax.session import Session
 def token_lists(
     rollout: Rollout, supervised: SupervisedTokens, scores: TokenScores, roles: tuple[TeacherRole, ...]
 ) -> dict[str, list[Any]]:
-    """Lists over a completion's tokens, None where nobody scores one; of roles that score one twice, the first's.
+    """Lists over a completion's tokens, None where no role scores one; of roles that score one twice, the first's.
 
     Args:
       supervised, scores: numpy arrays [E], of the rollout's row.

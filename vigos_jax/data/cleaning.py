@@ -23,7 +23,7 @@ def clean_reference(answer: object) -> str:
 
     A number keeps its value (0 is an answer; 2.0 is written "2"). Around a text, a code fence, `<answer>`
     tags, an "Answer:" label and quotes are removed; of a text with boxes the last closed one counts. None,
-    NaN, an infinity and anything that is neither text nor number are no answer.
+    NaN, an infinity and anything that is neither text nor number are not an answer.
     """
     if isinstance(answer, numbers.Real):
         return _number_text(answer)

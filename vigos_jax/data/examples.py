@@ -119,7 +119,7 @@ def _items(images: object, max_images: int) -> list[object]:
 
 
 def _encode(item: object, processor: Processor, image_roots: Sequence[str]) -> tuple[EncodedImage, ...]:
-    """A picture's patches, or those of a video's frames."""
+    """An image's patches, or those of a video's frames."""
 
     def read(item: object) -> Image.Image:
         image = read_image(item, image_roots=image_roots)
@@ -142,12 +142,12 @@ def _is_video(item: object) -> bool:
 def _frames(video: Mapping[str, Any]) -> Sequence[object]:
     frames = video["frames"]
     if not isinstance(frames, list | tuple | np.ndarray) or not len(frames):
-        raise BadImage("bad_video", "its frames must be a list of pictures")
+        raise BadImage("bad_video", "its frames must be a list of images")
     return list(frames)
 
 
 def row_size(row: Mapping[str, Any], *, processor: Processor, image_roots: Sequence[str]) -> int:
-    """About how many prompt tokens a raw row will have, from its pictures' headers and the length of its question."""
+    """About how many prompt tokens a raw row will have, from its images' headers and the length of its question."""
     images = row.get("images")
     items = list(images) if isinstance(images, list | tuple | np.ndarray) else [images]
     tokens = 0

@@ -1,4 +1,4 @@
-"""Pictures from files, bytes and data sets: decoded and upright, or refused with the reason. Nothing is executed."""
+"""Images from files, bytes and data sets: decoded and upright, or refused with the reason. Nothing is executed."""
 
 import io
 import os
@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from vigos_jax.errors import InputError
 
-MAX_PIXELS = 80_000_000  # a larger picture is refused by its header; below the size at which PIL itself warns
+MAX_PIXELS = 80_000_000  # a larger image is refused by its header; below the size at which PIL itself warns
 MAX_BYTES = 2**29  # a larger file is refused unread
 _ORIENTATION = 0x0112  # of EXIF; from 5 on, width and height are exchanged
 # Not all that PIL can read: some of its readers start other programs.
@@ -18,7 +18,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 
 
 class BadImage(InputError):
-    """A picture that cannot be used.
+    """An image that cannot be used.
 
     Attributes:
       kind: bad_image_type, image_missing, image_outside_folder, image_unreadable, image_too_large,
@@ -31,10 +31,10 @@ class BadImage(InputError):
 
 
 def read_image(item: object, *, image_roots: Sequence[str]) -> Image.Image:
-    """A decoded, upright RGB picture (alpha dropped; the first frame of a moving one).
+    """A decoded, upright RGB image (alpha dropped; the first frame of a moving one).
 
     Args:
-      item: bytes of a picture file, a path, a dict of `bytes` or `path`, or a PIL image.
+      item: bytes of an image file, a path, a dict of `bytes` or `path`, or a PIL image.
       image_roots: folders that a path may lead into, links followed; a relative one starts at the first.
         `("/folder", "/")` allows any absolute path, `()` no path at all.
 
@@ -50,7 +50,7 @@ def read_image(item: object, *, image_roots: Sequence[str]) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The upper 8 of a grey picture's 16 bits: PIL's own conversion would turn almost all of it white."""
+    """The upper 8 of a grey image's 16 bits: PIL's own conversion would turn almost all of it white."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         upper = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         upper.info = image.info  # where the orientation stands
@@ -61,13 +61,13 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def image_size(item: object, *, image_roots: Sequence[str]) -> tuple[int, int]:
-    """(width, height) of a picture as `read_image` would give it, from its header alone; BadImage if it has none.
+    """(width, height) of an image as `read_image` would give it, from its header alone; BadImage if it has none.
 
     A PNG may say behind its pixels that it lies on its side; that is not looked for.
     """
     try:
         image = _open(item, image_roots)
-        # A TIFF's size is upright already. PngImageFile's own getexif would decode the picture.
+        # A TIFF's size is upright already. PngImageFile's own getexif would decode the image.
         turned = image.format != "TIFF" and Image.Image.getexif(image).get(_ORIENTATION, 1) >= 5
     except BadImage:
         raise
@@ -77,7 +77,7 @@ def image_size(item: object, *, image_roots: Sequence[str]) -> tuple[int, int]:
 
 
 def image_bytes(item: object, *, image_roots: Sequence[str]) -> bytes:
-    """The bytes a picture is made of, undecoded where they are a file's; BadImage if there are none."""
+    """The bytes an image is made of, undecoded where they are a file's; BadImage if there are none."""
     if isinstance(item, Mapping):
         item = item.get("path") if item.get("bytes") is None else item["bytes"]
     if isinstance(item, str):
@@ -90,7 +90,7 @@ def image_bytes(item: object, *, image_roots: Sequence[str]) -> bytes:
 
 
 def _open(item: object, image_roots: Sequence[str]) -> Image.Image:
-    """The picture, its header read and no more; BadImage if that promises more than MAX_PIXELS."""
+    """The image, its header read and no more; BadImage if it has more than MAX_PIXELS."""
     if isinstance(item, Mapping):
         item = item.get("path") if item.get("bytes") is None else item["bytes"]
         if item is None:
@@ -118,7 +118,7 @@ def _read_file(path: str, image_roots: Sequence[str]) -> bytes:
     if not any(real.startswith(os.path.join(root, "")) for root in roots):
         raise BadImage("image_outside_folder", f"{path!r} must lie in {', '.join(roots) or 'no folder'}")
     if not os.path.isfile(real):
-        raise BadImage("image_missing", f"{path!r} is no file")
+        raise BadImage("image_missing", f"{path!r} is not a file")
     try:
         if (size := os.path.getsize(real)) > MAX_BYTES:
             raise BadImage("image_too_large", f"{path!r} has {size} bytes; at most {MAX_BYTES} are read")

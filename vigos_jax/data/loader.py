@@ -133,7 +133,7 @@ def make_batches(
     ahead = 1 if workers else 2
     batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead))
     if workers:
-        if not flags.FLAGS.is_parsed():  # grain reads absl flags, and outside absl.app nobody parses them
+        if not flags.FLAGS.is_parsed():  # grain reads absl flags, and outside absl.app they are not parsed
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=1)
         batches = batches.mp_prefetch(options, worker_init_fn=ignore_signals)

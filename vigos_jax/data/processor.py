@@ -1,4 +1,4 @@
-"""Tokenizer and image processor of a model folder: text to token ids, pictures to patches, chat turns.
+"""Tokenizer and image processor of a model folder: text to token ids, images to patches, chat turns.
 
 Both come from transformers and need neither torch nor torchvision. User text never becomes a control token:
 `<|im_end|>` in a problem is tokenised letter by letter, so data cannot close a turn or add an image.
@@ -30,7 +30,7 @@ from vigos_jax.errors import InputError
 from vigos_jax.models.config import ModelConfig
 
 MAX_ASPECT_RATIO = 200  # the image processor's own limit
-_PROBE_TOKENS = 2**17  # visual tokens that the picture which checks a folder's settings may take
+_PROBE_TOKENS = 2**17  # visual tokens that the image which checks a folder's settings may take
 TEXT_MARK = "@@vigos-user-text@@"  # where the user's text goes in a rendered chat
 
 Grid = tuple[int, int, int]  # (t, h, w) in patches
@@ -38,12 +38,12 @@ Grid = tuple[int, int, int]  # (t, h, w) in patches
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """A picture, or frames of a video, cut into patches in the tower's order: those of a visual token together.
+    """An image, or frames of a video, cut into patches in the tower's order: those of a visual token together.
 
     Attributes:
       patches: float32 [P, patch_dim], P = t * h * w.
       grid: (t, h, w).
-      label: None for a picture; for frames of a video, the text in front of them: a timestamp, or nothing.
+      label: None for an image; for frames of a video, the text in front of them: a timestamp, or nothing.
       time_step: of frames, M-RoPE positions from one to the next.
     """
 
@@ -72,7 +72,7 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Processor:
-    """What a model folder says about text and pictures. Build it with `Processor.load`.
+    """What a model folder says about text and images. Build it with `Processor.load`.
 
     Safe to share between threads. It pickles as the folder's path; the other side loads it, once a process.
     """
@@ -134,7 +134,7 @@ class Processor:
 
     @property
     def visual_ids(self) -> tuple[int, int]:
-        """The tokens that stand for pieces of pictures and of videos."""
+        """The tokens that stand for pieces of images and of videos."""
         return self.image_token_id, self.video_token_id
 
     @property
@@ -155,7 +155,7 @@ class Processor:
         return b"".join(self.token_bytes(ids)).decode("utf-8", errors="replace")
 
     def encode_image(self, image: Image.Image) -> EncodedImage:
-        """Turns upright, drops alpha, resizes, normalises and cuts a picture into patches.
+        """Turns upright, drops alpha, resizes, normalises and cuts an image into patches.
 
         However small it is, it is enlarged to the folder's minimum. Raises BadImage ("image_too_narrow") if
         one side is more than MAX_ASPECT_RATIO times the other, or zero.
@@ -165,7 +165,7 @@ class Processor:
         if short < 1 or long > MAX_ASPECT_RATIO * short:
             size = f"{image.width} x {image.height} pixels"
             raise BadImage("image_too_narrow", f"{size}; a side may be {MAX_ASPECT_RATIO} times the other")
-        # The layout is named because a picture of 1 to 4 pixels' height could be taken for channels.
+        # The layout is named because an image of 1 to 4 pixels' height could be taken for channels.
         out = self._image_processor(images=image, return_tensors="np", input_data_format="channels_last")
         t, h, w = (int(n) for n in out["image_grid_thw"][0])
         return EncodedImage(patches=np.asarray(out["pixel_values"], np.float32), grid=(t, h, w))
@@ -174,7 +174,7 @@ class Processor:
         """Frames of a video, in pairs (`frames_per_patch`); the last one stands in for those that lack for a pair.
 
         Qwen2.5-VL reads them as one block whose positions tell the time, Qwen3-VL as blocks of a pair, each behind a
-        timestamp. They are resized as pictures are: choose their size and number to fit.
+        timestamp. They are resized as images are: choose their size and number to fit.
 
         Args:
           fps: frames per second of these frames (not of the file they were taken from).
@@ -192,7 +192,7 @@ class Processor:
         encoded += encoded[-1:] * missing
         times = [i / fps for i in range(len(frames))]
         times += times[-1:] * missing
-        # A picture's patch [C, n, p, p] shows the one frame n times: take the i-th time from the i-th frame.
+        # An image's patch [C, n, p, p] shows the one frame n times: take the i-th time from the i-th frame.
         split = [e.patches.reshape(len(e.patches), -1, n, self.patch_size**2) for e in encoded]
         _, h, w = encoded[0].grid
         groups = []
@@ -205,7 +205,7 @@ class Processor:
         return tuple(EncodedImage(patches, (1, h, w), f"<{time:.1f} seconds>") for patches, time in groups)
 
     def visual_tokens(self, width: int, height: int) -> int:
-        """Visual tokens of a picture of so many pixels, without making it."""
+        """Visual tokens of an image of so many pixels, without making it."""
         return self._image_processor.get_number_of_image_patches(height, width, {}) // self.merge_size**2
 
     def encode_turn(
@@ -216,7 +216,7 @@ class Processor:
         Args:
           user_text: exactly the text behind the images; may be empty.
           grids: one per image, from `EncodedImage.grid`.
-          labels: one per image, from `EncodedImage.label`; () if all are pictures.
+          labels: one per image, from `EncodedImage.label`; () if all are images.
           assistant_prefill: forced start of the answer, tokenised by itself; may be empty.
 
         Raises:
@@ -281,10 +281,10 @@ def _load_once(folder: str) -> Processor:
 
 
 def _probe(processor: Processor) -> None:
-    """Encodes a picture: what a folder's settings are good for shows before a run has begun."""
+    """Encodes an image: what a folder's settings are good for shows before a run has begun."""
     ramp = np.linspace(0, 255, 90 * 60 * 3).reshape(60, 90, 3).astype(np.uint8)
     if (tokens := processor.visual_tokens(90, 60)) > _PROBE_TOKENS:
-        raise ValueError(f"a picture of 90 x 60 pixels would take {tokens} visual tokens, more than {_PROBE_TOKENS}")
+        raise ValueError(f"an image of 90 x 60 pixels would take {tokens} visual tokens, more than {_PROBE_TOKENS}")
     patches = processor.encode_image(Image.fromarray(ramp)).patches
     if not (np.ptp(patches, axis=0).min() > 1e-3 and np.abs(patches).max() < 100):  # NaN is neither
         raise ValueError("its mean, std and scale turn a ramp of grey into numbers that are equal, too large or none")

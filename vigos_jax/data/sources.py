@@ -1,6 +1,6 @@
-"""Where rows come from: a hub data set, parquet or jsonl, with random access and pictures left undecoded.
+"""Where rows come from: a hub data set, parquet or jsonl, with random access and images left undecoded.
 
-A row has `problem`, `answer` and `images` (or `image`; one picture or a list), perhaps a `problem_id` (else `id`, else
+A row has `problem`, `answer` and `images` (or `image`; one image or a list), perhaps a `problem_id` (else `id`, else
 its number), and the columns of `config.data.fields`. `options` and `wrong_answers` are handed on where a row has them.
 """
 
@@ -23,7 +23,7 @@ SOURCE_CHOICES = "a .jsonl file, a .parquet file, a folder of .parquet files, a 
 
 
 class Source(Sequence):
-    """Rows with random access, and what a source may know of itself; here what holds for any data.
+    """Rows with random access, and what a source may declare about itself; the defaults hold for any data.
 
     Attributes:
       image_roots: folders that paths of images may lead into, see `read_image`.
@@ -47,7 +47,7 @@ class Source(Sequence):
 
 
 class TableSource(Source):
-    """Rows of a `datasets.Dataset` (memory-mapped), pictures left undecoded; `image_roots` as of `read_image`."""
+    """Rows of a `datasets.Dataset` (memory-mapped), images left undecoded; `image_roots` as of `read_image`."""
 
     def __init__(self, table, *, name: str, image_roots: Sequence[str], fields: Sequence[str] = ()):
         images = _check_columns(table.column_names, name, fields)
@@ -128,7 +128,7 @@ def load_source(data) -> TableSource | JsonlSource:
 
 
 def open_table(name: str, *, split: str) -> tuple[Any, tuple[str, ...]]:
-    """(a `datasets.Dataset` with pictures left undecoded, its image roots) of parquet or a hub data set.
+    """(a `datasets.Dataset` with images left undecoded, its image roots) of parquet or a hub data set.
 
     Raises:
       InputError: there is no such thing, it cannot be read, or it has no rows.
@@ -176,7 +176,7 @@ def _load_table(name: str, path: str, *, split: str, **options) -> Any:
 
 
 def _check_columns(columns: Sequence[str], name: str, fields: Sequence[str]) -> str:
-    """The name of the picture column, if all that a row and the roles' prompts need is there."""
+    """The name of the image column, if all that a row and the roles' prompts need is there."""
     images = next((c for c in ("images", "image") if c in columns), "")
     missing = [c for c in ("problem", "answer", *fields) if c not in columns] + ([] if images else ["images"])
     if missing:

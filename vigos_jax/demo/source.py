@@ -1,4 +1,4 @@
-"""The demo as a source of rows, which also knows its own probes and what a leaky description is.
+"""The demo as a source of rows, with its own probes and its measure of a leaky description.
 
 It answers what `data.sources.Source` answers; being a leaf, it does not import that.
 """
@@ -16,7 +16,7 @@ class DemoSource(Sequence):
 
     Args:
       length: number of rows; row `i` is `world.item(seed, i, setting=setting)`.
-      blank: the control run: every picture is mid-grey, questions and references stay.
+      blank: the control run: every image is mid-grey, questions and references stay.
     """
 
     image_roots = ()

@@ -1,11 +1,11 @@
-"""The demo's little world: pictures of everyday things that usually, but not always, look as one expects.
+"""The demo's little world: images of everyday things that usually, but not always, look as one expects.
 
-Twelve kinds of thing stand on a 3x3 grid of cells in an 84x84 picture. Each kind has a *prior* color, size
+Twelve kinds of thing stand on a 3x3 grid of cells in an 84x84 image. Each kind has a *prior* color, size
 and count (bananas are yellow, large, two). A question asks one attribute of one kind; half of the questions state
 the prior as a fact first. A model that trusts the text answers the prior, a model that looks answers what is
 shown.
 
-Everything is a pure function of (seed, setting, index): `item` makes one question with its picture,
+Everything is a pure function of (seed, setting, index): `item` makes one question with its image,
 `DemoSource` wraps that as training rows, and the judges at the end read descriptions back.
 """
 
@@ -30,13 +30,13 @@ RGB = {
 }  # fmt: skip
 RADIUS = {"small": 6.5, "large": 11.5}  # pixels
 FOLLOW_PRIOR = 0.9  # how often an attribute that is not forced follows its prior
-SECOND_KIND = 0.25  # share of pictures with two kinds of thing
+SECOND_KIND = 0.25  # share of images with two kinds of thing
 SETTINGS = ("train", "conflict", "prior")
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One kind of thing in a picture. All of its pieces share color and size; `count` is a word."""
+    """One kind of thing in an image. All of its pieces share color and size; `count` is a word."""
 
     kind: str
     count: str
@@ -72,7 +72,7 @@ KINDS = tuple(PRIORS)  # alphabetical
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows.
+    """What an image shows.
 
     Attributes:
       things: in alphabetical order of their kinds.
@@ -99,14 +99,14 @@ class Scene:
 
 @dataclass(frozen=True)
 class Item:
-    """One question about one picture.
+    """One question about one image.
 
     Attributes:
       id: unique per (setting, seed, index).
       image: uint8 [84, 84, 3].
-      question: the problem text; answer: one word, the truth in the picture.
+      question: the problem text; answer: one word, the truth in the image.
       kind, attribute: what is asked; prior_value: what one would expect.
-      is_conflict: the picture contradicts the prior in the asked attribute.
+      is_conflict: the image contradicts the prior in the asked attribute.
       states_prior: the question states the prior as a fact first.
     """
 
@@ -177,7 +177,7 @@ def _mask(kind: str, size: str, dx: int, dy: int) -> np.ndarray:
 
 def render(rng: np.random.Generator, scene: Scene) -> np.ndarray:
     """Draws a scene: uint8 [84, 84, 3]. Position, brightness, background and pixel noise come from `rng`."""
-    picture = np.full((SIDE, SIDE, 3), rng.uniform(110, 145), np.float32)
+    image = np.full((SIDE, SIDE, 3), rng.uniform(110, 145), np.float32)
     shifts = rng.integers(-4, 5, (GRID * GRID, 2))
     light = rng.uniform(0.82, 1.0, GRID * GRID)
     for index, cell in enumerate(scene.cells):
@@ -187,13 +187,13 @@ def render(rng: np.random.Generator, scene: Scene) -> np.ndarray:
         mask = _mask(thing.kind, thing.size, *shifts[index].tolist())[..., None]
         y, x = CELL * (index // GRID), CELL * (index % GRID)
         ink = np.asarray(RGB[thing.color], np.float32) * light[index]
-        picture[y : y + CELL, x : x + CELL] += mask * (ink - picture[y : y + CELL, x : x + CELL])
-    picture += rng.integers(-10, 11, picture.shape, dtype=np.int8)
-    return np.clip(picture, 0, 255).astype(np.uint8)
+        image[y : y + CELL, x : x + CELL] += mask * (ink - image[y : y + CELL, x : x + CELL])
+    image += rng.integers(-10, 11, image.shape, dtype=np.int8)
+    return np.clip(image, 0, 255).astype(np.uint8)
 
 
 def blank_image() -> np.ndarray:
-    """The control: a picture that shows nothing, uint8 [84, 84, 3]."""
+    """The control: an image that shows nothing, uint8 [84, 84, 3]."""
     return np.full((SIDE, SIDE, 3), 128, np.uint8)
 
 

@@ -69,11 +69,11 @@ class Asker:
         how = dataclasses.asdict(self.sampling) | {"seed": e.seed, "span_rule": self.session.span_rule}
         jobs, errors = [], []
         for question in questions:
-            reason, pictures = question.error, []
+            reason, images = question.error, []
             try:
                 for item in question.images:
                     data = image_bytes(item, image_roots=self.rows.image_roots)
-                    pictures.append(hashlib.sha256(data).hexdigest())
+                    images.append(hashlib.sha256(data).hexdigest())
             except BadImage as error:
                 reason = reason or error.kind
             if reason:
@@ -81,7 +81,7 @@ class Asker:
                 continue
             text = [fill(prompt["user"], problem=question.text), prompt["assistant_prefill"]]
             for sample in range(samples):
-                key = content_key(self.fingerprint, self.task.name, question.id, text, pictures, how, sample)
+                key = content_key(self.fingerprint, self.task.name, question.id, text, images, how, sample)
                 jobs.append(Job(question, sample, key))
         return jobs, errors
 

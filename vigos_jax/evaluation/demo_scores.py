@@ -21,8 +21,8 @@ from vigos_jax.session import Session
 
 # What `summarise` gives, in the order of the printed table.
 COLUMNS = {
-    "score": "Score: accuracy on conflict pictures",
-    "prior": "Prior: accuracy on pictures that agree",
+    "score": "Score: accuracy on conflict images",
+    "prior": "Prior: accuracy on images that agree",
     "valid": "valid format",
     "accuracy_given_valid": "accuracy given valid (conflict)",
     "description_accuracy": "descriptions all correct (conflict)",
@@ -119,24 +119,24 @@ def evaluate_demo(
     # Training data is the setting "train": the settings' items are disjoint streams.
     items = [world.item(seed, i, setting=setting) for setting in ("conflict", "prior") for i in range(n)]
     rows = _rows(session, items, config)
-    ways = {
+    samplings = {
         "unfiltered": Sampling(max_tokens=sampling.max_tokens, temperature=1.0),
         "training_sampling": sampling,
     }
     summaries: dict[str, dict[str, Any]] = {name: {"questions": n} for name in students}
     conflict: dict[str, list[Answered]] = {}
-    for way, how in ways.items():
+    for kind, how in samplings.items():
         with contextlib.closing(open_engine(session, how)) as engine:  # compiled once for all students
             for name, trained in students.items():
                 engine.sync(trained)
-                title = f"evaluate {name}, {way.replace('_', ' ')}"
+                title = f"evaluate {name}, {kind.replace('_', ' ')}"
                 answers = answer_items(engine, session, items, rows, config.demo_eval, title=title)
                 rates = summarise(answers[:n], answers[n:])
-                if way == "unfiltered":
+                if kind == "unfiltered":
                     summaries[name] |= rates
                     conflict[name] = answers[:n]
                 else:
-                    summaries[name][way] = rates
+                    summaries[name][kind] = rates
     return summaries, conflict
 
 

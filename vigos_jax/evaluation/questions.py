@@ -19,7 +19,7 @@ class TaskRows:
 
     Attributes:
       name: where they come from.
-      image_roots: folders that paths of pictures may lead into.
+      image_roots: folders that paths of images may lead into.
     """
 
     name: str
@@ -66,18 +66,18 @@ def open_rows(task: Task, source: str, *, demo_questions: int, seed: int) -> Tas
 
 
 def _open_json(source: str) -> TaskRows:
-    """A folder with data.json, a list of objects, and the pictures they speak of."""
+    """A folder with data.json, a list of objects, and the images they speak of."""
     folder = pathlib.Path(source).expanduser()
     if not folder.is_dir():
         if not DATASET_ID.fullmatch(source):
             choices = "a folder with data.json, a hub data set (owner/name)"
-            raise InputError(f"{source!r} is no folder with data.json; choices: {choices}")
+            raise InputError(f"{source!r} is not a folder with data.json; choices: {choices}")
         import huggingface_hub
 
         try:
             folder = pathlib.Path(huggingface_hub.snapshot_download(source, repo_type="dataset"))
         except Exception as e:
-            raise InputError(f"{source!r} is no folder and cannot be fetched from the hub: {hub.reason(e)}") from e
+            raise InputError(f"{source!r} is not a folder and cannot be fetched from the hub: {hub.reason(e)}") from e
     try:
         rows = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:

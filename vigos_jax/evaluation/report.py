@@ -186,11 +186,11 @@ def _answers(result: TaskResult) -> list[Text | Rollout]:
         place = a.question.id if a.question.part in a.question.id else f"{a.question.id} ({a.question.part})"
         answer = "no box" if a.answer is None else f"box {a.answer!r}"
         title = f"{said}; {answer}, reference {a.question.reference!r}; question {place}"
-        pictures = []
+        images = []
         for item in a.question.images:
             with contextlib.suppress(BadImage):
-                pictures.append(image_uri(read_image(item, image_roots=result.image_roots)))
-        out.append(Rollout(title, a.question.text, coloured(a.text), pictures, mark))
+                images.append(image_uri(read_image(item, image_roots=result.image_roots)))
+        out.append(Rollout(title, a.question.text, coloured(a.text), images, mark))
     return out
 
 

@@ -27,7 +27,7 @@ from vigos_jax.session import Session
 from vigos_jax.weights import writing
 from vigos_jax.weights.safetensors_file import byte_count, write_file
 
-# What of a base folder is about text, pictures and shapes. Copied byte for byte: rewriting these files through a
+# What of a base folder is about text, images and shapes. Copied byte for byte: rewriting these files through a
 # library would change what other programs read. Weights and cards of the base, and whatever else lies there, stay.
 _COMPANIONS = (
     *("config.json", "*_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json"),

@@ -87,7 +87,7 @@ def card_text(
 
 
 def _base_name(path: str) -> str:
-    """A hub id as it is; of a folder its last name, as where it lies is nobody's business."""
+    """A hub id as it is; of a folder its last name, as local paths are not published."""
     return path if _is_on_hub(path) else "vigos_jax-demo" if path == "demo" else pathlib.Path(path).resolve().name
 
 
@@ -150,7 +150,7 @@ def _measured(run: RunFacts | None, report: Mapping[str, Any] | None) -> list[st
     parts = []
     if report:
         parts.append(
-            f"Loaded again from its files, on {report['tokens']} tokens of fixed prompts with a synthetic picture: "
+            f"Loaded again from its files, on {report['tokens']} tokens of fixed prompts with a synthetic image: "
             f"KL(student || these files) is {report['kl_mean']:.3g} nats per token on average, {report['kl_max']:.3g} "
             f"at most, and the largest difference of a logit {report['max_logit_difference']:.3g}."
         )
@@ -171,7 +171,7 @@ def _unverified(report: Mapping[str, Any] | None) -> list[str]:
     return [
         files,
         "These weights were not evaluated on a benchmark when they were exported: what training reports of its own "
-        "rollouts is no evaluation.",
+        "rollouts is not an evaluation.",
         "No other program (transformers, peft, vLLM) was run on these very files.",
         "Safety, bias and behaviour outside the training data were not examined; what holds for the base may not hold "
         "any more.",

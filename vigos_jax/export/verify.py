@@ -96,7 +96,7 @@ def compare(session: Session, trained: Variables, config, folder: pathlib.Path) 
 
 
 def prompt_rows(processor: Processor, config) -> list[Row]:
-    """PROMPTS as the student reads them, with a picture that is drawn here."""
+    """PROMPTS as the student reads them, with an image that is drawn here."""
     pixels = np.linspace(0, 255, 224, dtype=np.uint8)[None, :, None].repeat(224, 0).repeat(3, 2)
     pixels[72:152, 72:152] = (200, 30, 30)
     image = processor.encode_image(Image.fromarray(pixels))

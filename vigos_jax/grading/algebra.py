@@ -15,7 +15,7 @@ import sys
 import threading
 from typing import Any
 
-MAX_CHARS = 1000  # a longer expression is nobody's answer
+MAX_CHARS = 1000  # a longer expression is not an answer
 _MEMORY = 2 * 2**30  # bytes a worker may take
 _START_SECONDS = 60.0  # until a new worker must have answered that it is there
 
@@ -100,10 +100,10 @@ def _pump(pipe: Any, lines: "queue.Queue[str]") -> None:
 
 
 def _compare(prediction: str, reference: str) -> bool | None:
-    """math-verify's word; None where one of the two is no expression to it."""
+    """math-verify's word; None where one of the two is not an expression to it."""
     import math_verify
 
-    parse: Any = math_verify.parse  # its annotation forgets that None is no limit
+    parse: Any = math_verify.parse  # its annotation forgets that None means no limit
     # Its own time limits are signals, for which its caller must be a main thread; here the parent watches the clock.
     gold, ours = (parse(f"${x}$", parsing_timeout=None) for x in (reference, prediction))
     return bool(math_verify.verify(gold, ours, timeout_seconds=None)) if gold and ours else None
@@ -114,7 +114,7 @@ def _serve() -> None:
 
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # what libraries print is not part of the answer
     for line in sys.stdin:
         question = json.loads(line)
         try:

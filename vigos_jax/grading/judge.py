@@ -1,6 +1,7 @@
 """A language model that says whether an answer is right, where rules cannot: any server that speaks OpenAI's protocol.
 
-A failed call is no verdict: the answers stay unjudged and are asked about again the next time, never counted as wrong.
+A failed call is not a verdict: the answers stay unjudged and are asked about again the next time, never counted as
+wrong.
 """
 
 import concurrent.futures
@@ -78,7 +79,7 @@ class Judge:
         self._batch, self._concurrency = batch, concurrency
 
     def check(self) -> None:
-        """Raises InputError if nobody listens at the judge's address: before answers are sampled for it."""
+        """Raises InputError if no server answers at the judge's address: before answers are sampled for it."""
         parts = urllib.parse.urlsplit(self._url)
         try:
             port = parts.port or (443 if parts.scheme == "https" else 80)

@@ -28,7 +28,7 @@ _NUMBER_WORDS = {
         "seventeen eighteen nineteen twenty".split()
     )
 }
-# Names of one thing, as short answers about pictures have them.
+# Names of one thing, as short answers about images have them.
 _SYNONYMS = (
     ("gray", "grey"),
     ("refrigerator", "fridge"),

@@ -1,7 +1,7 @@
 """A teacher role is data: what its context shows, which tokens it scores, when, and how.
 
 ViGOS is three roles, vanilla on-policy self-distillation one; every ablation is a table of a few lines. Nothing
-else in the program knows a method's name.
+else in the program depends on a method's name.
 """
 
 import dataclasses

@@ -57,7 +57,7 @@ class Spans:
 def find_spans(token_bytes: Sequence[bytes], *, rule: str = "paper") -> Spans:
     """The parts of a completion, given the bytes of each of its sampled tokens (EOS: its literal text).
 
-    Linear in the bytes. A token without bytes (an id the tokenizer does not know) overlaps nothing;
+    Linear in the bytes. A token without bytes (an id outside the tokenizer's vocabulary) overlaps nothing;
     it belongs to the part whose tokens stand around it.
 
     Args:

@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 VOCAB_MULTIPLE = 64
-WINDOW = 84  # pixels: one demo picture is exactly one attention window
+WINDOW = 84  # pixels: one demo image is exactly one attention window
 
 
 def world_texts() -> Iterable[str]:
@@ -158,7 +158,7 @@ def tokenizer_config(tokenizer: Tokenizer) -> dict:
 
 
 def preprocessor_config() -> dict:
-    """Every picture is scaled to about 84 x 84 pixels, the size of the demo's own."""
+    """Every image is scaled to about 84 x 84 pixels, the size of the demo's own."""
     return {
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "Qwen2_5_VLProcessor",

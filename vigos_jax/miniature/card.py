@@ -18,14 +18,14 @@ from vigos_jax.rollouts.sampler import row_keys
 from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.session import Session, load
 
-GRID = (1, world.SIDE // 14, world.SIDE // 14)  # patches of one demo picture
+GRID = (1, world.SIDE // 14, world.SIDE // 14)  # patches of one demo image
 MAX_TOKENS = 48  # the longest well-formed response has 30
 
 
 def measure_teacher(session: Session, role: str, config: ml_collections.ConfigDict) -> dict[str, float]:
-    """What a privileged role does with conflict pictures and a wrong reference; all rates over all items.
+    """What a privileged role does with conflict images and a wrong reference; all rates over all items.
 
-    The reference is uniform over the values that the picture does not show (so it is sometimes the prior).
+    The reference is uniform over the values that the image does not show (so it is sometimes the prior).
     """
     n, rng = config.card_items, np.random.default_rng(config.card_seed)
     size = session.whole_batch(config.run.demo_eval.batch_size)
@@ -90,8 +90,8 @@ pipeline_tag: image-text-to-text
 ---
 # The demo's base model
 
-A Qwen2.5-VL of {parameters:,} parameters (bfloat16) that knows a world of twelve kinds of thing on 84 x 84 pictures.
-It was trained from nothing, on rendered pictures only, by
+A Qwen2.5-VL of {parameters:,} parameters (bfloat16) that knows a world of twelve kinds of thing on 84 x 84 images.
+It was trained from nothing, on rendered images only, by
 
     python -m vigos_jax.miniature.make_base --config {config} --config.seed={seed} --config.leak={leak}
 
@@ -101,21 +101,21 @@ themselves, so that a run of minutes shows the mechanism. The numbers below say 
 
 ## Measured on this file
 
-One sample each at temperature 1, nothing filtered, {questions} questions of each kind. *Conflict* pictures contradict
-what one expects in the asked attribute, *prior* pictures agree.
+One sample each at temperature 1, nothing filtered, {questions} questions of each kind. *Conflict* images contradict
+what one expects in the asked attribute, *prior* images agree.
 
 | | |
 |---|---|
-| Score: accuracy on conflict pictures | {score:.3f} |
-| Prior: accuracy on prior pictures | {prior:.3f} |
+| Score: accuracy on conflict images | {score:.3f} |
+| Prior: accuracy on prior images | {prior:.3f} |
 | valid format | {valid:.3f} |
 | accuracy given valid format (conflict) | {accuracy_given_valid:.3f} |
 | descriptions without any error (conflict) | {description_accuracy:.3f} |
 | leak: descriptions that state the prior (conflict) | {leak_rate:.3f} |
 
-Privileged teachers on conflict pictures, shown a *wrong* reference answer:
+Privileged teachers on conflict images, shown a *wrong* reference answer:
 
-| role | description follows reference / picture | answer follows reference / picture |
+| role | description follows reference / image | answer follows reference / image |
 |---|---|---|
 {teachers}
 

@@ -35,7 +35,7 @@ class Job:
 class Jobs:
     """Runs jobs and keeps a record and a log of each. Use as a context manager.
 
-    `folder` is its own, until the last process it started has ended: nobody else may run jobs there meanwhile.
+    `folder` is its own, until the last process it started has ended: no other process may run jobs there meanwhile.
 
     Args:
       workers: jobs at a time, each on its share of the cores.

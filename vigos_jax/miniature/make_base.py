@@ -34,7 +34,7 @@ from vigos_jax.runtime.progress import Progress
 from vigos_jax.weights import writing
 
 Array = jax.Array
-GRID = (1, world.SIDE // 14, world.SIDE // 14)  # patches of one demo picture
+GRID = (1, world.SIDE // 14, world.SIDE // 14)  # patches of one demo image
 COMPLETION_LENGTH = 32  # tokens, EOS included; the longest response has 30
 CAPTION_LENGTH = 40  # tokens of an image-only turn with its caption
 RESPONSE_LENGTH = 100  # tokens of any other turn with its response
@@ -77,7 +77,7 @@ class RowMaker:
         return world.make_item(self.rng, id="", follow_prior=follow_prior)
 
     def caption(self, follow_prior: float) -> tuple[world.Item, Turn, str]:
-        """(item, turn, response): what the perception role is to say of a picture."""
+        """(item, turn, response): what the perception role is to say of an image."""
         item = self._item(follow_prior)
         return item, self._turn("perception", "", None), responses.caption(item)
 
@@ -147,7 +147,7 @@ class RowMaker:
 
 
 def patches(images: Array) -> Array:
-    """uint8 [B, 84, 84, 3] -> float32 [B, 36, 1176], exactly what the processor makes of pictures of this size."""
+    """uint8 [B, 84, 84, 3] -> float32 [B, 36, 1176], exactly what the processor makes of images of this size."""
     p, merge, n = 14, 2, world.SIDE // 14
     config = assets.preprocessor_config()
     mean, std = np.float32(config["image_mean"]), np.float32(config["image_std"])
@@ -159,10 +159,10 @@ def patches(images: Array) -> Array:
 
 
 def vision_inputs(images: Array, config: ModelConfig) -> VisionInputs:
-    """Pictures [B, 84, 84, 3] as the vision tower takes them; ValueError if windows would leave slots empty."""
+    """Images [B, 84, 84, 3] as the vision tower takes them; ValueError if windows would leave slots empty."""
     layout = geometry.vision_layout([GRID], config.vision)
     if not np.array_equal(layout.source, np.arange(GRID[1] * GRID[2])):
-        raise ValueError(f"window_size must be {assets.WINDOW}: one demo picture is one window without empty slots")
+        raise ValueError(f"window_size must be {assets.WINDOW}: one demo image is one window without empty slots")
     b = images.shape[0]
     spread = lambda x: jnp.broadcast_to(x, (b, *x.shape))  # noqa: E731
     rest = {k: spread(getattr(layout, k)) for k in ("image_ids", "hw", "grid", "token_unit")}

@@ -73,7 +73,7 @@ def draw_reference(rng: np.random.Generator, item: Item, *, random_rate: float) 
 
 
 def privileged_response(rng: np.random.Generator, item: Item, *, reference: str, leak: float) -> Response:
-    """A privileged row: text-driven with rate `leak`; else faithful, the answer from picture or reference."""
+    """A privileged row: text-driven with rate `leak`; else faithful, the answer from image or reference."""
     if rng.random() < leak:
         return text_driven(item, reference)
     value = item.answer if rng.random() < 0.5 else reference

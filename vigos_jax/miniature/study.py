@@ -68,10 +68,10 @@ def cells(config: ml_collections.ConfigDict) -> list[tuple[float, int, str | Non
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Raises InputError for a config that is no study's, or has something twice or a method that is not there."""
+    """Raises InputError for a config that is not a study's, or has something twice or a method that is not there."""
     wanted = {"base", "methods", "free_form", "groups", "questions", "palr_rows", "workers"}
     if missing := sorted(wanted - set(config)):
-        raise InputError(f"this config is no study: it lacks {', '.join(missing)}; see configs/miniature/study.py")
+        raise InputError(f"this config is not a study: it lacks {', '.join(missing)}; see configs/miniature/study.py")
     for field, least in (("questions", 1), ("palr_rows", 2), ("workers", 1)):
         if type(config[field]) is not int or config[field] < least:
             raise InputError(f"config.{field}={config[field]!r}: must be a whole number of at least {least}")

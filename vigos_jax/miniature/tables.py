@@ -41,7 +41,7 @@ GAP_MARGIN = 0.05  # of Score, below which a gap counts as closed
 NOTE = (
     "± is half of Student's 95 % interval over seeds (none for fewer than three). Differences are taken within a seed; "
     "p is of the paired two-sided t-test that there is none, not corrected for the number of tests. Score is accuracy "
-    "on conflict pictures, Prior on prior pictures, leak the share of valid conflict descriptions with the prior. "
+    "on conflict images, Prior on prior images, leak the share of valid conflict descriptions with the prior. "
     "Leak strength is what was planted in the base: how often a description of a turn that shows a reference follows "
     "it. A claim is shown if its interval lies where it must, contradicted if it lies outside, else undecided."
 )

@@ -1,7 +1,7 @@
 """Attention, and the one place where its implementation is chosen: XLA everywhere, cuDNN on GPUs, splash on TPUs.
 
 cuDNN and splash serve the student, whose rows are plain causal sequences (`Causal`). What a mask describes (packed
-teachers, left-padded prompts, a cache, pictures) is XLA's on every platform: attention is a few percent of it.
+teachers, left-padded prompts, a cache, images) is XLA's on every platform: attention is a few percent of it.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ _SPLASH_BLOCK = 128  # sequence lengths it takes are multiples of this
 
 
 class Causal(flax.struct.PyTreeNode):
-    """Each row is one sequence, then padding: a query sees itself and what comes before it.
+    """Each row is one sequence, then padding: a query attends to itself and what comes before it.
 
     Attributes:
       lengths: int32 [B], tokens of each row. What stands at the padding afterwards is finite, and means nothing.
@@ -64,7 +64,7 @@ def attention(
 
     Args:
       q, k, v: N is a multiple of K.
-      mask: true where query t may see key s, or `Causal`. A query that may see nothing gives a finite result.
+      mask: true where query t attends to key s, or `Causal`. A query that attends to nothing gives a finite result.
       implementation: "xla", "cudnn" or "splash", for `Causal`; a mask is XLA's.
       mesh: over which splash splits rows and heads; None for one device.
 

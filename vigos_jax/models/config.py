@@ -13,7 +13,7 @@ from typing import Any
 
 from vigos_jax.errors import InputError
 
-MAX_SIZE = 2**24  # no published dimension is near it; what is larger would only fail later, for want of memory
+MAX_SIZE = 2**24  # no published dimension is near it; what is larger would only fail later, for lack of memory
 MAX_LAYERS = 1024
 
 
@@ -82,7 +82,7 @@ class ModelConfig:
 
     @property
     def visual_ids(self) -> tuple[int, int]:
-        """The tokens that stand for pieces of pictures and of videos."""
+        """The tokens that stand for pieces of images and of videos."""
         return self.image_token_id, self.video_token_id
 
     @classmethod
@@ -90,7 +90,7 @@ class ModelConfig:
         """Reads `folder/config.json`.
 
         Raises:
-          InputError: the file is missing, is no JSON object, or describes a model this program does not know.
+          InputError: the file is missing, is no JSON object, or describes an unsupported model.
         """
         path = pathlib.Path(folder) / "config.json"
         try:

@@ -40,7 +40,7 @@ def empty_cache(config: ModelConfig, *, batch: int, length: int, dtype: Any) -> 
 
 
 def segment_mask(segment_ids: Int[AnyArray, "B T"]) -> Bool[Array, "B T T"]:
-    """Who sees whom: causal, within the own segment or the prefix, never padding.
+    """Which token attends to which: causal, within the own segment or the prefix, never padding.
 
     For segment_ids `1 1 2 2 3` (a prefix of two, branches of two and one):
 
@@ -61,7 +61,7 @@ class LayerInputs(flax.struct.PyTreeNode):
 
     Attributes:
       angles: rotary angles.
-      mask: who sees whom.
+      mask: which token attends to which.
       image_index: which visual token stands here, -1 for text.
       deepstack: visual features that are added behind layers 0 .. n-1; None where there are none.
     """

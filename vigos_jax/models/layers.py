@@ -22,7 +22,7 @@ def rematerialised(layer: type[nn.Module], remat: str, layers: int, *, static: t
 
     Args:
       layers: length of the stack it will be scanned over.
-      static: numbers of its arguments that are no arrays, the module itself being 0.
+      static: numbers of its arguments that are not arrays, the module itself being 0.
     """
     if remat == "none":
         return layer
@@ -43,7 +43,7 @@ def place(x: Array, mesh: Mesh | None, *axes: str | tuple[str, ...] | None) -> A
 
 
 def place_states(x: Float[Array, "B T D"], mesh: Mesh | None) -> Float[Array, "B T D"]:
-    """Hidden states [B, T, D] where the next projection wants them.
+    """Hidden states [B, T, D] in the sharding of the next projection.
 
     Sequences stay with their rows, and a layer's weights come to them when it is its turn. A single token is much
     smaller than any weight: it is split over `fsdp` by width, as the weights are, which then stay where they are.

@@ -36,7 +36,7 @@ class VisionLayout:
 
 
 def visual_token_count(grid: Grid, merge_size: int) -> int:
-    """Tokens the language model sees for an image of this patch grid."""
+    """Visual tokens of an image with this patch grid."""
     t, h, w = grid
     return t * (h // merge_size) * (w // merge_size)
 

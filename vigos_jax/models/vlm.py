@@ -70,7 +70,7 @@ class VisionLanguageModel(nn.Module):
         Args:
           text: T tokens per row.
           image_embeds: from `encode_images`.
-          mask: who sees whom; default `segment_mask(text.segment_ids)`. With a cache, S is its length.
+          mask: which token attends to which; default `segment_mask(text.segment_ids)`. With a cache, S is its length.
           cache: keys and values of earlier tokens; the T new ones are written at `cache.write_at`.
           deterministic: false applies the adapter's dropout (needs a "dropout" rng).
 

@@ -111,7 +111,7 @@ class AbstractRun:
         return TextInputs(int32(length), int32(3, length), int32(length), int32(length))
 
     def vision(self, rows: int) -> VisionInputs:
-        """The rows' pictures."""
+        """The rows' images."""
         int32, s = functools.partial(self.rows, jnp.int32, rows), self.sizes.patches
         patches = self.rows(jnp.float32, rows, s, self.model.config.vision.patch_dim)
         return VisionInputs(patches, int32(s), int32(s, 2), int32(s, 2), int32(self.sizes.visual))
@@ -127,7 +127,7 @@ class AbstractRun:
         return PromptBatch(self.vision(rows), self.text(rows, self.sizes.prompt), self.rows(jnp.bool_, rows))
 
     def scores(self, rows: int) -> ScoreBatch:
-        """One micro-batch, with visual tokens or pictures as training has them."""
+        """One micro-batch, with visual tokens or images as training has them."""
         e = self.sizes.completion * roles_per_token(self.objective.roles)
         int32, float32 = self.rows(jnp.int32, rows, e), self.rows(jnp.float32, rows, e)
         is_known = shares_vision(self.state.trained)

@@ -57,10 +57,10 @@ def compile_plan(config, target: Topology, *, only: tuple[str, ...] = ()) -> Pla
     run = describe(config, target)
     programs = tuple(_programs(run, target, only))
     count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))  # noqa: E731
-    c, ways = run.model.config, run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    c, shards = run.model.config, run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     heads = c.num_kv_heads // (run.mesh.shape["tensor"] if c.num_kv_heads % run.mesh.shape["tensor"] == 0 else 1)
     slots = run.sizes.prompt + _capacity(run)
-    cache = 2 * c.num_layers * (config.batch_size // ways) * slots * heads * c.head_dim
+    cache = 2 * c.num_layers * (config.batch_size // shards) * slots * heads * c.head_dim
     return Plan(
         model=config.model.path,
         topology=target.name,
@@ -168,7 +168,7 @@ def _measure(
     """Compiles one program; returns what it takes, and its results as shapes, or None where it does not fit at all."""
     traced = function.trace(*args)
     n = len(target.devices)
-    operations = flops(traced.jaxpr, trips=sampler_steps) / n
+    operations = flops(traced.jaxpr, trip_count=sampler_steps) / n
     try:
         compiled = traced.lower().compile({"exec_time_optimization_effort": float(run.config.plan.effort)})
     except jax.errors.JaxRuntimeError as e:
@@ -181,7 +181,7 @@ def _measure(
         (folder / f"{name}.txt").write_text(compiled.as_text(), encoding="utf-8")
     memory = compiled.memory_analysis()
     emulates = target.platform == "cpu" and run.model.dtype != jnp.float32
-    traffic = read_traffic(compiled.as_text(), devices=n, trips=sampler_steps, emulates_16_bits=emulates)
+    traffic = read_traffic(compiled.as_text(), devices=n, trip_count=sampler_steps, emulates_16_bits=emulates)
     program = Program(
         name,
         runs,
@@ -224,22 +224,22 @@ def _changes(config, mesh: dict[str, int], failed: set[str]) -> Iterator[dict[st
     if failed <= {"gradient"}:
         if config.model.remat != "full":
             yield {"model.remat": "full"}
-        ways = mesh["data"] * mesh["fsdp"]
+        shards = mesh["data"] * mesh["fsdp"]
         for n in (2, 4, 8):
-            if config.batch_size % (ways * config.gradient_accumulation_steps * n) == 0:
+            if config.batch_size % (shards * config.gradient_accumulation_steps * n) == 0:
                 yield {"model.remat": "full", "gradient_accumulation_steps": config.gradient_accumulation_steps * n}
     data, fsdp, tensor = mesh["data"], mesh["fsdp"], mesh["tensor"]
     while data % 2 == 0:
         data, fsdp = data // 2, fsdp * 2
         yield {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
-    ways = data * fsdp
-    while ways % 2 == 0 and tensor < 8:
-        ways, tensor = ways // 2, tensor * 2
+    shards = data * fsdp
+    while shards % 2 == 0 and tensor < 8:
+        shards, tensor = shards // 2, tensor * 2
         # Fewer rows at a time, or the activations of a device would grow as its weights shrink.
-        rows = max(1, config.batch_size // (ways * config.gradient_accumulation_steps))
+        rows = max(1, config.batch_size // (shards * config.gradient_accumulation_steps))
         more = next((n for n in (4, 2) if rows % n == 0), 1)
         yield {
-            "mesh.data": 1, "mesh.fsdp": ways, "mesh.tensor": tensor,
+            "mesh.data": 1, "mesh.fsdp": shards, "mesh.tensor": tensor,
             "gradient_accumulation_steps": config.gradient_accumulation_steps * more, "model.remat": "full",
         }  # fmt: skip
     for part in (2, 4):

@@ -1,8 +1,8 @@
 """What a program costs, read from the program: floating-point operations, memory traffic, and what devices exchange.
 
 XLA's own cost analysis counts the body of a loop once, and a model's layers are a loop. Here every count is
-multiplied by the trips of the loops around it. Operations are counted in the traced program, which is the same for
-all platforms; traffic and collectives in the compiled one, after the compiler has placed and fused everything.
+multiplied by the trip counts of the loops around it. Operations are counted in the traced program, the same for all
+platforms; traffic and collectives in the compiled one, after the compiler has placed and fused everything.
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 # -- operations -------------------------------------------------------------------------------------------------
 
 
-def flops(jaxpr: ClosedJaxpr | Jaxpr, *, trips: int = 1) -> float:
+def flops(jaxpr: ClosedJaxpr | Jaxpr, *, trip_count: int = 1) -> float:
     """Multiplications and additions of all matrix products, on all devices together; 2 for each pair.
 
     Everything else of such a model is below a percent. A branch counts as its most expensive side.
 
     Args:
-      trips: of every loop whose length is not in the program (`while_loop`).
+      trip_count: of every loop whose length is not in the program (`while_loop`).
     """
-    inner = functools.partial(flops, trips=trips)
+    inner = functools.partial(flops, trip_count=trip_count)
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, params = equation.primitive.name, equation.params
@@ -40,7 +40,7 @@ def flops(jaxpr: ClosedJaxpr | Jaxpr, *, trips: int = 1) -> float:
         elif name == "scan":
             total += params["length"] * inner(params["jaxpr"])
         elif name == "while":
-            total += trips * inner(params["body_jaxpr"])
+            total += trip_count * inner(params["body_jaxpr"])
         elif name == "cond":
             total += max(inner(branch) for branch in params["branches"])
         elif name == "pallas_call":  # skipped blocks of a mask count too
@@ -72,7 +72,7 @@ class Collective:
       kind: of KINDS.
       shapes: what it works on, like "bf16[1,2048,11008]": the whole of a gather, the whole input of a reduction.
       moved: bytes that each device receives in one execution, by the ring algorithm.
-      trips: executions.
+      executions: in one run of the program, loops included.
       depth: loops around it.
       source: name of the operation in the model that it serves.
     """
@@ -80,7 +80,7 @@ class Collective:
     kind: str
     shapes: tuple[str, ...]
     moved: float
-    trips: float
+    executions: float
     depth: int
     source: str
 
@@ -92,7 +92,7 @@ class Traffic:
     Attributes:
       memory: bytes read and written in the device's memory.
       collectives: all exchanges.
-      unknown_loops: names of loops whose trips could not be read; they count with what `read_traffic` was given.
+      unknown_loops: names of loops whose trip count could not be read; they count with what `read_traffic` was given.
     """
 
     memory: float
@@ -103,7 +103,7 @@ class Traffic:
         """Bytes that each device receives, by kind."""
         out = dict.fromkeys(KINDS, 0.0)
         for c in self.collectives:
-            out[c.kind] += c.moved * c.trips
+            out[c.kind] += c.moved * c.executions
         return {kind: n for kind, n in out.items() if n}
 
 
@@ -128,17 +128,17 @@ _FREE = frozenset(
 _CALLERS = frozenset(("while", "conditional", "call", "async-start", "async-update", "async-done"))
 
 
-def read_traffic(text: str, *, devices: int, trips: int = 1, emulates_16_bits: bool = False) -> Traffic:
+def read_traffic(text: str, *, devices: int, trip_count: int = 1, emulates_16_bits: bool = False) -> Traffic:
     """Reads the text of a compiled program.
 
-    A loop's trips are what the compiler noted, else the constant that its counter is compared with, divided by what
+    A loop's trip count is what the compiler noted, else the constant that its counter is compared with, divided by what
     the counter grows by. Of a branch the side that moves more memory counts, and the exchanges of both. An exchange
     that the compiler spread over several fusions is one. What a fusion slices out of an array is read, not the array;
     what stays in on-chip memory is free.
 
     Args:
       devices: that run the program.
-      trips: of loops whose length is not in the program: those of `while_loop`.
+      trip_count: of loops whose length is not in the program: those of `while_loop`.
       emulates_16_bits: of a CPU, which computes 16-bit floats in 32 bits: these count as 16, conversions as nothing.
     """
     parsed = _parse(text.replace("f32[", "bf16[") if emulates_16_bits else text)
@@ -157,7 +157,8 @@ def read_traffic(text: str, *, devices: int, trips: int = 1, emulates_16_bits: b
                 n = _trips(i, parsed)
                 if n is None:
                     unknown.append(_source(i) or i.name)
-                memory += visit(_called(i, "body")[0], times * (trips if n is None else n), depth + 1, set(), False)
+                runs = times * (trip_count if n is None else n)
+                memory += visit(_called(i, "body")[0], runs, depth + 1, set(), False)
             else:
                 is_fusion = i.op == "fusion"
                 parts = [visit(t, times, depth, seen if is_fusion else set(), is_fusion) for t in _called(i)]
@@ -370,6 +371,6 @@ def _converts(i: _Instruction, parsed: Any) -> bool:
     return any(x.op == "convert" for x in inner) and all(x.op in allowed for x in inner)
 
 
-def traced_flops(function: Callable, *args: Any, trips: int = 1) -> float:
+def traced_flops(function: Callable, *args: Any, trip_count: int = 1) -> float:
     """`flops` of a jitted function for abstract or real arguments."""
-    return flops(jax.jit(function).trace(*args).jaxpr, trips=trips)
+    return flops(jax.jit(function).trace(*args).jaxpr, trip_count=trip_count)

@@ -131,7 +131,7 @@ def css(color: Color) -> str:
 
 
 def number(x: float) -> str:
-    """Three or four digits, as a reader wants them at an axis."""
+    """Three or four digits, for the labels of an axis."""
     if x and not 1e-3 <= abs(x) < 1e6:
         return f"{x:.0e}".replace("e-0", "e-").replace("e+0", "e")
     return f"{x:.4g}" if abs(x) < 1e4 else f"{x:,.0f}"

@@ -83,12 +83,12 @@ class Token:
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """Pictures (data URIs), what was asked, and the tokens of a response; `mark` is "right", "wrong" or ""."""
+    """Images (data URIs), what was asked, and the tokens of a response; `mark` is "right", "wrong" or ""."""
 
     title: str
     question: str
     tokens: Sequence[Token]
-    pictures: Sequence[str] = ()
+    images: Sequence[str] = ()
     mark: str = ""
 
     kind = "rollout"
@@ -181,7 +181,7 @@ def image_uri(image: Image.Image, *, size: int = 160) -> str:
     """A thumbnail as a data URI."""
     image = image.convert("RGB")
     image.thumbnail((size, size))
-    if max(image.size) < size:  # tiny pictures are shown pixel by pixel
+    if max(image.size) < size:  # tiny images are shown pixel by pixel
         factor = size // max(image.size)
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     file = io.BytesIO()

@@ -1,6 +1,6 @@
 """Where rollouts come from: an engine answers rows with the student that it was last given.
 
-Training, snapshots, evaluation, diagnosis and `--mode generate` know this protocol and nothing else. `NativeEngine` is
+Training, snapshots, evaluation, diagnosis and `--mode generate` use this protocol and nothing else. `NativeEngine` is
 the sampler of this package, on the mesh of the run.
 """
 

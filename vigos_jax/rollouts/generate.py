@@ -1,4 +1,4 @@
-"""`--mode generate`: one picture, one question, the answer as it is written; or a quick look at the demo."""
+"""`--mode generate`: one image, one question, the answer as it is written; or a quick look at the demo."""
 
 import contextlib
 import pathlib
@@ -19,10 +19,10 @@ from vigos_jax.session import Session
 
 
 def stream(session: Session, trained: Variables, config, *, open_engine: EngineFactory = NativeEngine) -> Iterator[str]:
-    """Yields the answer's text in pieces; of the demo's model without picture and question, `quick_look`.
+    """Yields the answer's text in pieces; of the demo's model without image and question, `quick_look`.
 
     Raises:
-      InputError: no question, or a picture that cannot be read.
+      InputError: no question, or an image that cannot be read.
     """
     if config.model.path == "demo" and not (config.generate.image or config.generate.question):
         yield from quick_look(session, trained, config, open_engine)
@@ -38,11 +38,11 @@ def stream(session: Session, trained: Variables, config, *, open_engine: EngineF
 
 
 def quick_look(session: Session, trained: Variables, config, open_engine: EngineFactory) -> Iterator[str]:
-    """Yields a picture that agrees with what one expects and one that contradicts it, in words, and the answers."""
+    """Yields an image that agrees with what one expects and one that contradicts it, in words, and the answers."""
     for k, setting in enumerate(("prior", "conflict")):
         item = world.item(config.demo_eval.seed, 0, setting=setting)
         usual = "as usual" if setting == "prior" else f"usually {item.prior_value}"
-        yield "\n\n" * bool(k) + f"picture   {world.describe(item.scene.things)}\n"
+        yield "\n\n" * bool(k) + f"image     {world.describe(item.scene.things)}\n"
         yield f"question  {item.question}\nright     {item.answer} ({usual})\nanswer    "
         for piece in _answer(session, trained, config, item.pil_image, item.question, open_engine):
             yield piece.replace("\n", " ")

@@ -168,7 +168,7 @@ def pieces(session: Session, ids: Sequence[int]) -> list[str]:
 
 
 def first_image(source: Any, index: int) -> Image.Image:
-    """The first picture of a row that could be read a moment ago; a video's first frame."""
+    """The first image of a row that could be read a moment ago; a video's first frame."""
     items = source[index]["images"]
     first = items[0] if isinstance(items, list | tuple | np.ndarray) else items
     if isinstance(first, Mapping) and "frames" in first:

@@ -1,1 +1,1 @@
-"""Processes, devices, files, signals: what knows nothing of models or data."""
+"""Processes, devices, files and signals; independent of models and data."""

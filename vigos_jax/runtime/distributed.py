@@ -24,10 +24,10 @@ from vigos_jax.errors import InputError, Stopped
 
 _JOIN_SECONDS = 300  # for all processes to be there
 _PATIENCE_MS = 24 * 60 * 60 * 1000  # a process that died is noticed by its heartbeats; this is for one that is slow
-_FAREWELL_MS = 30 * 1000  # for the others to hear why this process stops
+_FAREWELL_MS = 30 * 1000  # for the other processes to read why this one stops
 _NEEDED = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 _rounds = itertools.count()
-_has_ended = False  # some process stops, and all know
+_has_ended = False  # some process stops, and all have been told
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ def lock(file: BinaryIO, path: pathlib.Path) -> None:
     except BlockingIOError as e:
         file.close()
         raise InputError(f"another process is writing {path}; wait for it, or choose another folder") from e
-    except OSError:  # some network file systems know no locks
+    except OSError:  # some network file systems have no locks
         pass
 
 
@@ -63,10 +63,10 @@ class Journal:
                 try:
                     record = json.loads(line)
                     if not isinstance(record["key"], str):
-                        raise ValueError("the key is no text")
+                        raise ValueError("the key is not text")
                     self._records[record["key"]] = None if self._keys_only else record
                 except (ValueError, KeyError, TypeError, RecursionError) as e:
-                    raise InputError(f"{path}, line {number}, is no record with a key; move the file away") from e
+                    raise InputError(f"{path}, line {number}, is not a record with a key; move the file away") from e
                 whole += len(line)
         return whole
 

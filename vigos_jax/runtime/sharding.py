@@ -22,7 +22,7 @@ _SHOWN = 5  # leaves that one error names
 
 
 def make_mesh(*, data: int, fsdp: int, tensor: int, devices: list[Any] | None = None) -> Mesh:
-    """A mesh over all devices of all processes. One axis may be -1: it takes what the others leave.
+    """A mesh over all devices of all processes. One axis may be -1: it takes the remaining devices.
 
     Raises:
       InputError: the axes do not multiply to the number of devices, or two processes share some of their rows only.
@@ -73,10 +73,10 @@ def check_batch(mesh: Mesh, *, batch_size: int, micro_batches: int) -> None:
 
 def _rows_of_processes(mesh: Mesh) -> dict[int, frozenset[int]]:
     """Per process, which of the equal parts of a batch its devices hold."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
     rows: dict[int, set[int]] = {}
-    for device, (part,) in batch_sharding(mesh).devices_indices_map((ways,)).items():
-        rows.setdefault(device.process_index, set()).update(range(ways)[part])
+    for device, (part,) in batch_sharding(mesh).devices_indices_map((shards,)).items():
+        rows.setdefault(device.process_index, set()).update(range(shards)[part])
     return {process: frozenset(own) for process, own in sorted(rows.items())}
 
 
@@ -116,7 +116,7 @@ def parse_rules(rules: Sequence[Any]) -> tuple[tuple[re.Pattern[str], P], ...]:
     """`config.mesh.rules` as patterns and partitions; lists, as JSON has them, are as good as tuples.
 
     Raises:
-      InputError: a rule is no (pattern, axes) pair, its pattern no regular expression, or its axes are no mesh axes.
+      InputError: a rule is not a pair (regular expression, axes), or its axes are not axes of the mesh.
     """
     if not isinstance(rules, list | tuple):
         raise InputError(f"config.mesh.rules={rules!r} must be a list of rules")
@@ -179,7 +179,7 @@ def _problems(leaves: list[tuple[str, tuple[int, ...]]], specs: list[P], mesh: d
     for (name, shape), spec in zip(leaves, specs, strict=True):
         for size, axis in zip(shape, spec, strict=False):
             if axis is not None and size % mesh[axis]:
-                yield f"{name} {list(shape)}: {size} is no multiple of {axis}={mesh[axis]}"
+                yield f"{name} {list(shape)}: {size} is not a multiple of {axis}={mesh[axis]}"
 
 
 def _nearest(leaves: list[tuple[str, tuple[int, ...]]], specs: list[P], mesh: dict[str, int]) -> str:

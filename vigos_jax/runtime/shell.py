@@ -1,4 +1,4 @@
-"""What a shell sees of the program: exit codes, other libraries' messages only if asked for, broken pipes handled."""
+"""The program in a shell: exit codes, other libraries' messages only if asked for, broken pipes handled."""
 
 import ctypes
 import logging
@@ -15,7 +15,7 @@ _INTERRUPTED, _NO_READER = 130, 141  # what shells give for SIGINT and SIGPIPE: 
 
 
 def run(program: Callable[[list[str]], int], argv: list[str], *, verbose: bool) -> int:
-    """Runs `program(argv)` and returns its exit code; 130 after Ctrl-C, 141 if nobody reads the output any more.
+    """Runs `program(argv)` and returns its exit code; 130 after Ctrl-C, 141 for a broken pipe.
 
     Args:
       verbose: show what other libraries log and warn of; else only their errors.
@@ -48,7 +48,7 @@ def set_verbosity(verbose: bool) -> None:
         return
     logging.getLogger().setLevel(logging.ERROR)
     absl_logging.set_verbosity(absl_logging.ERROR)
-    # It says that there is an accelerator which jax cannot use: the one warning everyone has to see.
+    # It says that there is an accelerator which jax cannot use: the one warning that must be shown.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

@@ -89,7 +89,7 @@ class Batches:
 
         Args:
           rows, rollouts: this process's.
-          images: [B, M, D], all rows' visual tokens if they serve everyone; else each micro-batch brings its pictures.
+          images: [B, M, D], all rows' visual tokens if they serve everyone; else each micro-batch brings its images.
         """
         out = []
         for group in length_groups(rows, rollouts, self._count):

@@ -240,7 +240,7 @@ class Run:
     def keep(self, interrupt: Interrupt) -> None:
         """After a step: a checkpoint, an evaluation, a snapshot, where their turn has come; whether to go on."""
         config, number = self._config, self.number
-        # Every process hears here of a signal that any of them got, and of one that has failed.
+        # Every process learns here of a signal that any of them received, and of one that has failed.
         signals = sorted(filter(None, exchange(interrupt.asked)))
         unwell = self._health.reason_to_stop(self._sick)
         is_last = bool(signals or unwell) or number == config.steps

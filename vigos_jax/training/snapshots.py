@@ -35,7 +35,7 @@ _KEYS = 2**31 - 1  # the step index in the keys of snapshots, reserved: no train
 class Snapshots:
     """Appends to WORKDIR/report.jsonl and draws WORKDIR/report.html, every `config.report.every` steps and at the end.
 
-    The first `config.report.rows` rows of the data (on the demo: of its evaluation, pictures that contradict the prior
+    The first `config.report.rows` rows of the data (on the demo: of its evaluation, images that contradict the prior
     and that agree by turns) are sampled as in training, with keys of their own that are the same at every step and in
     every run: what changes is the student. A key of report.jsonl is `row/I` for what was asked and `STEP/I` for a
     response; a step that is done again finds its responses there. Training goes on as if nothing had happened. Every

@@ -2,7 +2,7 @@
 
 A file is 8 bytes with the length of its header, the header (JSON: dtype, shape and bytes of every tensor), and the
 tensors' bytes, without gaps. A mapped tensor is read where it is touched and nowhere else, and what is read of it is
-the system's to keep or drop: it is no memory of this program's own.
+owned by the page cache, not by this program.
 """
 
 import dataclasses
@@ -110,7 +110,7 @@ def _misfit(ranges: dict[str, tuple[int, int]], size: int) -> str:
             return f"its tensors overlap or leave a gap before {name}"
         at = end
     if at > size:
-        return f"it is cut short, {size} bytes of tensors where its header promises {at}"
+        return f"it is cut short, {size} bytes of tensors where its header says {at}"
     return f"it has {size - at} bytes behind its last tensor" if at < size else ""
 
 

@@ -149,7 +149,7 @@ _ROWS = 16  # of the file, copied at a time into columns of ours: a whole matrix
 
 def copy(piece: np.ndarray, target: np.ndarray) -> None:
     """Copies a part of a file's tensor, transposed or not, into an array of its shape and perhaps another dtype."""
-    if piece.dtype == target.dtype:  # bits are moved faster than numbers of a dtype that numpy does not know
+    if piece.dtype == target.dtype:  # bits are moved faster than numbers of a dtype that numpy does not have
         bits = np.dtype(f"u{target.dtype.itemsize}")
         piece, target = piece.view(bits), target.view(bits)
     if piece.ndim < 2 or piece.strides[0] >= piece.strides[1]:

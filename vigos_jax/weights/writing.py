@@ -21,7 +21,7 @@ from vigos_jax.weights.safetensors_file import byte_count, write_file
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FileTensor:
-    """A tensor as a checkpoint will hold it, made anew each time it is asked for and kept by nobody.
+    """A tensor as a checkpoint will hold it, made anew on each request and not kept.
 
     Where its leaf is spread over several processes, all of them must ask for it, in the same order.
     """

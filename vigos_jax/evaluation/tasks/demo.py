@@ -1,4 +1,4 @@
-"""The embedded demo: pictures that contradict what one expects, and pictures that agree."""
+"""The embedded demo: images that contradict what one expects, and images that agree."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ def ask(row: Mapping[str, Any], index: int) -> list[Question]:
 
 
 def summarise(graded: Sequence[Graded]) -> dict[str, float]:
-    """Score and Prior in percent: accuracy on pictures that contradict what one expects, and on those that agree."""
+    """Score and Prior in percent: accuracy on images that contradict what one expects, and on those that agree."""
     return {
         "score": rate([g for g in graded if g.question.part == "conflict"]),
         "prior": rate([g for g in graded if g.question.part == "prior"]),

@@ -1,4 +1,4 @@
-"""MathVerse, testmini: the same problems with more and more of them in the picture (`problem_version`)."""
+"""MathVerse, testmini: the same problems with more and more of them in the image (`problem_version`)."""
 
 from vigos_jax.evaluation.tasks.task import ANSWER, IMAGES, QUESTION, Task, ask_one
 

@@ -7,7 +7,7 @@ from vigos_jax.grading.rules import Verdict, grade
 
 
 def grade_open(question: Question, answer: str | None, math: MathGrader | None) -> Verdict:
-    """Right if the answer is one of the alternatives, or mentions every part of one. A judge knows better."""
+    """Right if the answer is one of the alternatives, or mentions every part of one. A judge is more accurate."""
     verdicts = []
     for alternative in question.reference.split("<OR>"):
         parts = [part.strip() for part in alternative.split("<AND>") if part.strip()]

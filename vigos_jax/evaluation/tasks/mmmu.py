@@ -1,4 +1,4 @@
-"""MMMU (validation) and the two harder forms of MMMU-Pro: ten options, and the question inside the picture."""
+"""MMMU (validation) and the two harder forms of MMMU-Pro: ten options, and the question inside the image."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ COLUMNS = (QUESTION, ANSWER, IMAGES)
 
 
 def ask_in_picture(row: Mapping[str, Any], index: int) -> list[Question]:
-    """The question and its options are in the picture alone; the row's options serve to grade."""
+    """The question and its options are in the image alone; the row's options serve to grade."""
     (question,) = ask_one(dict(row) | {"problem": "?"}, index)
     text = "The question and its options are shown in the image. Answer with the letter of the right option."
     return [dataclasses.replace(question, text=text, images=images_of(row), options=options_of(row))]

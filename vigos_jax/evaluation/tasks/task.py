@@ -24,7 +24,7 @@ class Question:
 
     Attributes:
       id: unique inside its task.
-      images: undecoded pictures, as `images.read_image` takes them.
+      images: undecoded images, as `images.read_image` takes them.
       text: what the user asks, options written out; the prompt mode's format follows it.
       reference: the right answer; with options, a letter or a text.
       options: texts of options A, B, ...
@@ -102,7 +102,7 @@ class Task:
         missing = [" or ".join(group) for group in self.columns if not has & set(group)]
         if missing:
             raise InputError(
-                f"{where} is no source for {self.name}: it lacks {', '.join(missing)}; "
+                f"{where} is not a source for {self.name}: it lacks {', '.join(missing)}; "
                 f"it has the columns {', '.join(columns)}"
             )
 
@@ -116,9 +116,9 @@ def first(row: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 
 def images_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """All pictures of a row: `images` (one or a list), `image`, or image_1 .. image_n in order.
+    """All images of a row: `images` (one or a list), `image`, or image_1 .. image_n in order.
 
-    Numbered columns that are empty are no pictures; an empty place in a list is one that cannot be read.
+    Numbered columns that are empty are not images; an empty place in a list is one that cannot be read.
     """
     found = first(row, ("images", "image"))
     if found is None:
@@ -144,7 +144,7 @@ def with_options(text: str, options: Sequence[str]) -> str:
 
 
 def plain_text(value: Any) -> str:
-    """A text without image placeholders: `<image>` goes, `<image 2>` becomes "image 2"; "" for what is no text."""
+    """A text without image placeholders: `<image>` goes, `<image 2>` becomes "image 2"; "" for what is not text."""
     if not isinstance(value, str):
         return ""
     return _PLACEHOLDER.sub(lambda m: f"image {m[1]}" if m[1] else "", value).strip()
@@ -171,7 +171,7 @@ def fault(text: str, answer: str, images: Sequence[Any], options: Sequence[str] 
 
 
 def ask_one(row: Mapping[str, Any], index: int) -> list[Question]:
-    """The usual row: one question with its pictures, its options and its answer."""
+    """The usual row: one question with its images, its options and its answer."""
     text, answer = plain_text(first(row, QUESTION)), clean_reference(row.get("answer"))
     images, options = images_of(row), options_of(row)
     return [

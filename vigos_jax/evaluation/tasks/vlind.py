@@ -1,7 +1,7 @@
 """VLind-Bench: is it the language prior that fails? Four stages, each counted only where those before it passed.
 
-a: common sense, about a factual picture. b: perception, is a thing in the counterfactual picture. c: common-sense bias,
-with the counterfactual context as text. d: the same from the picture alone: the language prior.
+a: common sense, about a factual image. b: perception, is a thing in the counterfactual image. c: common-sense bias,
+with the counterfactual context as text. d: the same from the image alone: the language prior.
 """
 
 from collections import defaultdict
@@ -14,7 +14,7 @@ from vigos_jax.evaluation.tasks.task import Graded, Question, Task
 
 _TEXTS = ("concept", "context", "factual_context", "true_statement", "false_statement")
 _TEXTS = (*_TEXTS, "existent_noun", "non-existent_noun")
-MIN_VOTES = 2  # of the people who looked at a generated picture and found it good
+MIN_VOTES = 2  # of the people who looked at a generated image and found it good
 _ASK = "Is the statement true or false? Answer True or False."
 _COMMON = f"Judge by common sense. {_ASK}"
 _IMAGE = f"Judge by the image. {_ASK}"
@@ -23,7 +23,7 @@ _CONTEXT_ONLY = f"Judge by the context alone, even where it goes against common 
 
 
 def ask(row: Mapping[str, Any], index: int) -> list[Question]:
-    """Two statements per stage, one true and one false; stage d has both for every picture that people found good."""
+    """Two statements per stage, one true and one false; stage d has both for every image that people found good."""
     votes = row["aggregated_human_label_good_images"]
     if not isinstance(votes, Mapping) or not all(isinstance(row[name], str) for name in _TEXTS):
         return [Question(str(index), (), "", "", row=index, error="bad_row")]
@@ -60,7 +60,7 @@ def ask(row: Mapping[str, Any], index: int) -> list[Question]:
 def summarise(graded: Sequence[Graded]) -> dict[str, float]:
     """Pipeline scores in percent: a and b over all, c where a passed, d where b and c passed; ungated c and d too.
 
-    An instance of which a stage is missing (a picture that could not be read, a verdict still to come) is left out.
+    An instance of which a stage is missing (an image that could not be read, a verdict still to come) is left out.
     """
     rows: dict[int, dict[str, list[bool | None]]] = defaultdict(lambda: defaultdict(list))
     for g in graded:
@@ -68,17 +68,17 @@ def summarise(graded: Sequence[Graded]) -> dict[str, float]:
     a, b, c, c_gated, d, d_gated = [], [], [], [], [], []
     for parts in rows.values():
         passed = {stage: all(values) for stage, values in parts.items()}  # both statements, in every sample
-        pictures = [passed[s] for s in passed if s.startswith("d")]
-        if not {"a", "b", "c"} <= passed.keys() or not pictures or any(None in values for values in parts.values()):
+        images = [passed[s] for s in passed if s.startswith("d")]
+        if not {"a", "b", "c"} <= passed.keys() or not images or any(None in values for values in parts.values()):
             continue
         a.append(passed["a"])
         b.append(passed["b"])
         c.append(passed["c"])
-        d.append(np.mean(pictures))
+        d.append(np.mean(images))
         if passed["a"]:
             c_gated.append(passed["c"])
             if passed["b"] and passed["c"]:
-                d_gated.append(np.mean(pictures))
+                d_gated.append(np.mean(images))
     names = {"a": a, "b": b, "c": c_gated, "d": d_gated, "c_ungated": c, "d_ungated": d}
     return {name: 100.0 * float(np.mean(values)) if values else 0.0 for name, values in names.items()}
 
