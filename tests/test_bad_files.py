@@ -79,7 +79,7 @@ def f32(begin, end, shape=(1,), dtype="F32"):
         (file_of("text"), "its header does not describe tensors"),
         (file_of({"a": 3}), "its header does not describe tensors"),
         (file_of({"a": {"dtype": "F32", "shape": [1]}}, b"0000"), "its header does not describe tensors"),
-        (file_of({"a": f32(0, 4)}, b"000"), "it is cut short, 3 bytes of tensors where its header promises 4"),
+        (file_of({"a": f32(0, 4)}, b"000"), "it is cut short, 3 bytes of tensors where its header says 4"),
         (file_of({"a": f32(0, 4)}, b"00000"), "it has 1 bytes behind its last tensor"),
         (file_of({"a": f32(0, 2**62, (2**60,))}, b"0000"), "it is cut short"),
         (file_of({"a": f32(0, 4), "b": f32(0, 4)}, b"0000"), "its tensors overlap or leave a gap before b"),

@@ -163,7 +163,7 @@ def test_filters_and_slider(tmp_path):
     for text, steps in zip((said[4], said[9], said[14]), ((0, 40), (0, 20), (0,)), strict=True):
         assert re.findall(r"said-(\d+)", text) == [str(s) for s in steps]
         assert ("step 0, base" in text) and (steps[-1] == 0 or f"step {steps[-1]}" in text)
-    assert said[15] == "perception: KL 0.25, probability 0.37 by student, 0.14 by teacher"
+    assert said[15] == "perception: divergence 0.25, probability 0.37 by student, 0.14 by teacher"
     assert said[16] == "rgb(47, 106, 200)"
 
 

@@ -9,6 +9,7 @@ import tokenizers
 
 from vigos_jax.errors import InputError
 from vigos_jax.models.config import ModelConfig
+from vigos_jax.runtime.files import read_object
 
 CONTROL_SHAPE = re.compile(r"<\|[^|<>]+\|>")  # added tokens of this shape steer the model, "special" or not
 
@@ -19,7 +20,7 @@ def open_tokenizer(root: pathlib.Path) -> Any:
 
     if not (root / "tokenizer.json").is_file():
         raise InputError(f"{root / 'tokenizer.json'} is missing; a model folder needs it")
-    read_json(root / "tokenizer_config.json")
+    read_settings(root / "tokenizer_config.json")
     load = lambda: AutoTokenizer.from_pretrained(root, local_files_only=True, trust_remote_code=False)  # noqa: E731
     return build(root / "tokenizer.json", load)
 
@@ -29,7 +30,7 @@ def open_image_processor(root: pathlib.Path, model: ModelConfig) -> Any:
     from transformers import AutoImageProcessor  # slow to import
 
     path = root / "preprocessor_config.json"
-    read_json(path)
+    read_settings(path)
     options = {"backend": "pil", "local_files_only": True, "trust_remote_code": False}
     image_processor = build(path, lambda: AutoImageProcessor.from_pretrained(root, **options))
     sizes = {
@@ -75,19 +76,9 @@ def build(path: pathlib.Path, make):
         raise InputError(f"cannot load {path}: {type(e).__name__}: {reason}") from e
 
 
-def read_json(path: pathlib.Path, *, optional: bool = False) -> dict:
-    """A JSON object from a file; {} for an optional one that is not there."""
-    if optional and not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise InputError(f"cannot read {path}: {e.strerror}; a model folder needs it") from e
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{path} is not valid JSON: {e}") from e
-    if not isinstance(value, dict):
-        raise InputError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
+def read_settings(path: pathlib.Path, *, optional: bool = False) -> dict[str, Any]:
+    """The JSON object in a file of a model folder; {} for an optional one that is not there."""
+    return {} if optional and not path.exists() else read_object(path, owner="a model folder")
 
 
 def text_tokenizer(tokenizer) -> tuple[tokenizers.Tokenizer, dict[str, tuple[int, bool]]]:
@@ -106,7 +97,7 @@ def text_tokenizer(tokenizer) -> tuple[tokenizers.Tokenizer, dict[str, tuple[int
 
 def end_and_pad(root: pathlib.Path, tokenizer) -> tuple[tuple[int, ...], int]:
     """(end of sequence ids, pad id): generation_config.json's word on the end, the tokenizer's on the pad."""
-    generation = read_json(root / "generation_config.json", optional=True)
+    generation = read_settings(root / "generation_config.json", optional=True)
     eos = generation.get("eos_token_id", tokenizer.eos_token_id)
     eos_ids = tuple(eos) if isinstance(eos, list) else (eos,)
     pad_id = tokenizer.pad_token_id
@@ -124,7 +115,7 @@ def chat_template(root: pathlib.Path, tokenizer) -> str:
     """The folder's template, where transformers' processors look for it: own file first, tokenizer's last."""
     template = None
     if not (root / "chat_template.jinja").exists():
-        template = read_json(root / "chat_template.json", optional=True).get("chat_template")
+        template = read_settings(root / "chat_template.json", optional=True).get("chat_template")
     template = template or tokenizer.chat_template
     if not isinstance(template, str):
         raise InputError(f"{root} has no chat template; choices: chat_template.jinja, chat_template.json")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vigos_jax.errors import InputError
+from vigos_jax.runtime.files import read_object
 
 MAX_SIZE = 2**24  # no published dimension is near it; what is larger would only fail later, for lack of memory
 MAX_LAYERS = 1024
@@ -90,17 +91,10 @@ class ModelConfig:
         """Reads `folder/config.json`.
 
         Raises:
-          InputError: the file is missing, is no JSON object, or describes an unsupported model.
+          InputError: the file is missing, is not a JSON object, or describes an unsupported model.
         """
         path = pathlib.Path(folder) / "config.json"
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as e:
-            raise InputError(f"cannot read {path}: {e.strerror}; a model folder needs config.json") from e
-        except (ValueError, RecursionError) as e:
-            raise InputError(f"{path} is not valid JSON: {e}") from e
-        if not isinstance(raw, dict):
-            raise InputError(f"{path} must hold a JSON object, not {type(raw).__name__}")
+        raw = read_object(path, owner="a model folder")
         return cls.from_hf(raw, where=str(path))
 
     @classmethod

@@ -16,7 +16,7 @@ from vigos_jax.runtime import workdir as files
 _SKIPPED, _ALERT = (190, 30, 30), (214, 150, 20)
 MAX_SHOTS = 25  # of a row, evenly spread over the run: what a page holds does not grow with the run
 _KEY = re.compile(rb'\{"key": "(\d+|row)/')  # what a line of report.jsonl begins with
-_FULL_KL = 1.0  # nats from which a token's colour is as strong as it gets
+_FULL_DIVERGENCE = 1.0  # nats from which a token's colour is as strong as it gets
 _RATES = {"valid_rate": "valid", "accuracy": "accuracy", "truncated_rate": "cut off"}
 _RATES |= {"leak_rate": "answer in description"}
 _LENGTHS = {"completion_tokens": "completion", **{f"length/{p}": p for p in ("description", "reasoning", "answer")}}
@@ -232,11 +232,13 @@ def _shot(record: Row | None, roles: Sequence[str]) -> Shot | None:
     )
 
 
-def _strength(kl: float | None) -> float:
+def _strength(divergence: float | None) -> float:
     """Square root: most divergences are small, and still to be seen."""
-    return 0.0 if kl is None else round(0.7 * math.sqrt(min(max(kl / _FULL_KL, 0.0), 1.0)), 3)
+    return 0.0 if divergence is None else round(0.7 * math.sqrt(min(max(divergence / _FULL_DIVERGENCE, 0.0), 1.0)), 3)
 
 
-def _hover(kl: float | None, student: float | None, teacher: float | None) -> str:
+def _hover(divergence: float | None, student: float | None, teacher: float | None) -> str:
+    if divergence is None:
+        return ""
     chances = ["-" if p is None else f"{math.exp(p):.2g}" for p in (student, teacher)]
-    return "KL {:.3g}, probability {} by student, {} by teacher".format(kl, *chances) if kl is not None else ""
+    return "divergence {:.3g}, probability {} by student, {} by teacher".format(divergence, *chances)

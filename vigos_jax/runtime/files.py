@@ -1,4 +1,4 @@
-"""JSON that is written whole or not at all, and the numbers that it cannot hold."""
+"""JSON files: objects read with errors that name the file, values written whole or not at all."""
 
 import collections
 import json
@@ -6,6 +6,25 @@ import math
 import os
 import pathlib
 from typing import Any
+
+from vigos_jax.errors import InputError
+
+
+def read_object(path: pathlib.Path, *, owner: str) -> dict[str, Any]:
+    """The JSON object in a file that `owner` ("a model folder") needs.
+
+    Raises:
+      InputError: the file cannot be read or is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise InputError(f"cannot read {path}: {e.strerror}; {owner} needs it") from e
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path} is not valid JSON: {e}") from e
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

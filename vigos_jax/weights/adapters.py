@@ -1,6 +1,5 @@
 """LoRA adapters of PEFT folders: what they adapt, and their weights."""
 
-import json
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -12,6 +11,7 @@ from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.families import adapter_table
 from vigos_jax.models.layers import LoraSpec
 from vigos_jax.models.tensor_names import LANGUAGE_PROJECTIONS, MLP_PROJECTIONS
+from vigos_jax.runtime.files import read_object
 from vigos_jax.weights.reading import check_tensors, leaves, read_tree
 from vigos_jax.weights.weight_files import WeightFiles
 
@@ -47,14 +47,12 @@ def adapter_spec(folder: pathlib.Path, *, dropout: float) -> LoraSpec:
 
 def _adapter_config(path: pathlib.Path) -> tuple[dict[str, Any], int, float]:
     """(the whole file, r, lora_alpha) of a plain LoRA."""
+    raw = read_object(path, owner="a PEFT adapter folder")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
         rank, alpha = raw["r"], raw["lora_alpha"]
         if type(rank) is not int or type(alpha) not in (int, float) or not 0 < alpha < 1e30:
             raise ValueError(f"r {rank!r} must be a whole number, lora_alpha {alpha!r} a positive one")
-    except OSError as e:
-        raise InputError(f"cannot read {path}: {e.strerror}; a PEFT adapter folder needs it") from e
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
+    except (ValueError, KeyError) as e:
         raise InputError(f"{path} is not a PEFT LoRA config: {e!r}") from e
     if raw.get("peft_type") != "LORA":
         raise InputError(f"{path}: peft_type {raw.get('peft_type')!r} is not supported; choices: LORA")
