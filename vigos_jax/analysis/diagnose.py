@@ -110,7 +110,7 @@ def _cases(
     """(source, its rows that are used, their rollouts, row number -> its name): of a file, or of the student."""
     d = config.diagnose
     if d.rollouts:
-        source = rollouts_source(d.rollouts, "diagnose.rollouts", config)
+        source = rollouts_source(d.rollouts, "diagnose.rollouts", fields=config.data.fields)
         return source, len(source), read_cases(source, session, config), lambda i: f"{source.path}:{source.line(i)}"
     source = open_source(config).for_diagnosis(count=d.rows, seed=config.demo_eval.seed)
     rows = min(d.rows, len(source))

@@ -3,6 +3,7 @@
 import json
 import pathlib
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -57,11 +58,11 @@ def token_lists(
     return out
 
 
-def rollouts_source(path: str, field: str, config) -> JsonlSource:
-    """Opens a rollouts file; InputError naming `field` if there is none."""
+def rollouts_source(path: str, field: str, *, fields: Iterable[str]) -> JsonlSource:
+    """Opens a rollouts file with its further columns `fields`; InputError naming `field` if there is none."""
     if not path or not pathlib.Path(path).expanduser().is_file():
         raise InputError(f"config.{field}={path!r} must be a .jsonl file of rollouts")
-    return JsonlSource(pathlib.Path(path).expanduser(), fields=tuple(config.data.fields))
+    return JsonlSource(pathlib.Path(path).expanduser(), fields=tuple(fields))
 
 
 def score_rollouts(
@@ -78,7 +79,7 @@ def score_rollouts(
     Raises:
       InputError: no such file, or no usable row.
     """
-    source = rollouts_source(config.score.rollouts, "score.rollouts", config)
+    source = rollouts_source(config.score.rollouts, "score.rollouts", fields=config.data.fields)
     if not config.score.output:
         raise InputError("config.score.output='' must be a folder for scores.jsonl and summary.json")
     output = pathlib.Path(config.score.output).expanduser()

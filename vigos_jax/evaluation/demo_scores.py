@@ -46,12 +46,12 @@ class Answered:
         return is_correct(last_boxed(self.text), self.item.answer)
 
 
-def _rows(session: Session, items: list[world.Item], config) -> list[Row]:
+def _rows(session: Session, items: list[world.Item], student: dict[str, str]) -> list[Row]:
     return [
         make_row(
             (session.processor.encode_image(item.pil_image),),
             problem=item.question,
-            student=config.prompts.student.to_dict(),
+            student=student,
             processor=session.processor,
         )
         for item in items
@@ -118,7 +118,7 @@ def evaluate_demo(
     n, seed = config.demo_eval.questions, config.demo_eval.seed
     # Training data is the setting "train": the settings' items are disjoint streams.
     items = [world.item(seed, i, setting=setting) for setting in ("conflict", "prior") for i in range(n)]
-    rows = _rows(session, items, config)
+    rows = _rows(session, items, config.prompts.student.to_dict())
     samplings = {
         "unfiltered": Sampling(max_tokens=sampling.max_tokens, temperature=1.0),
         "training_sampling": sampling,

@@ -37,12 +37,12 @@ _COMPANIONS = (
 _NO_COMPANIONS = ("adapter_config.json",)
 
 
-def check_options(config, *, has_adapter: bool) -> None:
-    """Raises InputError for what is bound to fail, before it has cost anything."""
-    if config.export.kind == "adapter" and not has_adapter:
+def check_options(options, *, has_adapter: bool) -> None:
+    """Raises InputError for what in `config.export` is bound to fail, before it has cost anything."""
+    if options.kind == "adapter" and not has_adapter:
         raise InputError("config.export.kind=adapter needs an adapter, and this student has none; choices: merged")
-    if config.export.push_to:
-        hub.token_for(config.export.push_to)
+    if options.push_to:
+        hub.token_for(options.push_to)
 
 
 def export(
@@ -56,7 +56,7 @@ def export(
       run: the training behind it, for the model card.
 
     Returns:
-      What `export_check.compare` found, where `config.export.check` asks for it or an adapter was merged into
+      What `verify.compare` found, where `config.export.check` asks for it or an adapter was merged into
       bfloat16; else None.
 
     Raises:
@@ -64,7 +64,7 @@ def export(
         written, the check fails, or the hub refuses.
     """
     e = config.export
-    check_options(config, has_adapter="lora" in trained)
+    check_options(e, has_adapter="lora" in trained)
     target = output.resolve()
     temporary = target.with_name(f".{target.name}.exporting")
     lora = session.model.lora if "lora" in trained else None

@@ -62,7 +62,7 @@ def card_text(
       base: the base model's folder, whose own card gives the license.
       lora: the student's adapter, if it has one.
       run: None if nothing was trained here.
-      report: of `export_check.compare`; None if nothing was compared.
+      report: of `verify.compare`; None if nothing was compared.
     """
     name, is_adapter = _base_name(config.model.path), config.export.kind == "adapter"
     parts = [f"---\n{_metadata(config, base, is_adapter=is_adapter)}---"]

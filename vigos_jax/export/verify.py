@@ -68,8 +68,8 @@ def compare(session: Session, trained: Variables, config, folder: pathlib.Path) 
         lora = adapters.load_adapter(folder, written, spec, abstract["lora"], shardings=shardings["lora"])
         reloaded = {"params": session.base, "lora": lora}
 
-    rows = prompt_rows(processor, config)
-    if [row.student for row in rows] != [row.student for row in prompt_rows(session.processor, config)]:
+    rows = prompt_rows(processor, config.prompts.student)
+    if [row.student for row in rows] != [row.student for row in prompt_rows(session.processor, config.prompts.student)]:
         raise InputError(f"the tokenizer of the export in {folder} writes other tokens than the base's")
     batch, mask = pack(rows, written)
     batch = jax.device_put(batch, replicated(session.mesh))
@@ -95,17 +95,16 @@ def compare(session: Session, trained: Variables, config, folder: pathlib.Path) 
     return report
 
 
-def prompt_rows(processor: Processor, config) -> list[Row]:
+def prompt_rows(processor: Processor, student) -> list[Row]:
     """PROMPTS as the student reads them, with an image that is drawn here."""
     pixels = np.linspace(0, 255, 224, dtype=np.uint8)[None, :, None].repeat(224, 0).repeat(3, 2)
     pixels[72:152, 72:152] = (200, 30, 30)
     image = processor.encode_image(Image.fromarray(pixels))
-    prompt = config.prompts.student
     return [
         make_row(
             (image,),
             problem=question,
-            student={"user": prompt.user, "assistant_prefill": prompt.assistant_prefill + answer},
+            student={"user": student.user, "assistant_prefill": student.assistant_prefill + answer},
             processor=processor,
         )
         for question, answer in PROMPTS

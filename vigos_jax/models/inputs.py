@@ -6,7 +6,7 @@ from vigos_jax.models.shapes import Array, Float, Int
 
 
 class VisionInputs(flax.struct.PyTreeNode):
-    """The images of each row, laid out in window slots (see `geometry.VisionLayout`).
+    """The images of each row, laid out in window slots (see `positions.VisionLayout`).
 
     Attributes:
       patches: float [B, S, patch_dim], zeros in empty slots.

@@ -62,7 +62,7 @@ def _open_workdir(config, workdir: pathlib.Path) -> None:
 
 def _check_export(config, workdir: pathlib.Path, output: pathlib.Path, *, has_adapter: bool) -> None:
     """Raises InputError if the export at the end of the run is bound to fail, before the run has cost anything."""
-    check_options(config, has_adapter=has_adapter)
+    check_options(config.export, has_adapter=has_adapter)
     if output.exists() and not (workdir / files.CONFIG).exists():
         raise InputError(f"config.export.output={str(output)!r} exists already; choose another folder")
 
