@@ -14,7 +14,7 @@ import tiny_runs as runs
 
 from vigos_jax.data.examples import Encoder
 from vigos_jax.data.loader import Order, make_batches
-from vigos_jax.errors import Stopped
+from vigos_jax.errors import InputError, Stopped
 from vigos_jax.runtime.signals import Interrupt
 from vigos_jax.training import loop
 from vigos_jax.training.run_log import MetricsFile
@@ -135,12 +135,13 @@ def children() -> list[int]:
     return [int(text.split()[0]) for text in stats if int(text.rpartition(")")[2].split()[1]) == os.getpid()]
 
 
-def ignored_signals(pid: int) -> int:
-    status = pathlib.Path(f"/proc/{pid}/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("SigIgn:")).split()[1], 16)
+def unheard_signals(pid: int) -> int:
+    """Bits of the signals that a process blocks or ignores."""
+    status = dict(line.split(":", 1) for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(status["SigBlk"], 16) | int(status["SigIgn"], 16)
 
 
-def test_workers_do_not_hear_signals(world):
+def test_workers_never_get_a_signal(world):
     """A terminal sends its signal to them too; without them the running step could not be finished."""
     from vigos_jax.data.sources import JsonlSource
 
@@ -151,7 +152,11 @@ def test_workers_do_not_hear_signals(world):
         next(batches)
         spawned = [p for p in children() if "spawn_main" in pathlib.Path(f"/proc/{p}/cmdline").read_text()]
         bits = (1 << (signal.SIGTERM - 1)) | (1 << (signal.SIGINT - 1))
-        assert len(spawned) == 2 and all(ignored_signals(p) & bits == bits for p in spawned)
+        assert len(spawned) == 2 and all(unheard_signals(p) & bits == bits for p in spawned)
+        os.kill(spawned[0], signal.SIGKILL)
+        with pytest.raises(InputError, match="a data worker ended unexpectedly.*config.data.workers"):
+            for _ in range(10):
+                next(batches)
     finally:
         batches.close()
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler

@@ -1,18 +1,21 @@
 """The order in which a run reads its source, and grain's iterator over its batches of Examples."""
 
+import collections
 import dataclasses
+import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
 
 from vigos_jax.data.examples import Encoder, Example, row_size
 from vigos_jax.data.processor import Processor
 from vigos_jax.data.sources import fingerprint
 from vigos_jax.errors import InputError
-from vigos_jax.runtime.signals import ignore_signals
+from vigos_jax.runtime.signals import ignore_signals, signals_blocked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +89,7 @@ class _SizeOf:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _EncodeBatch:
-    """Row numbers of a global batch -> Examples of this process's part. Runs in grain's workers."""
+    """Row numbers of a global batch -> Examples of this process's part. Runs in threads or workers."""
 
     source: Any
     encoder: Encoder
@@ -94,6 +97,53 @@ class _EncodeBatch:
 
     def __call__(self, indices: np.ndarray) -> list[Example]:
         return [self.encoder(self.source, int(i)) for i in indices[list(self.rows)]]
+
+
+_encode: Callable[[np.ndarray], list[Example]]  # of a worker process
+
+
+def _start_worker(encode: Callable[[np.ndarray], list[Example]]) -> None:
+    global _encode
+    ignore_signals()
+    _encode = encode
+
+
+def _encode_in_worker(indices: np.ndarray) -> list[Example]:
+    return _encode(indices)
+
+
+class _Workers:
+    """The batches of a data set of row numbers, encoded by processes; closed within the time of a batch.
+
+    Not grain's own worker processes: they end only when all that they have written was read, which nothing does after
+    `close()`, and are killed after 25 seconds each.
+    """
+
+    def __init__(self, batches: Any, encode: Callable[[np.ndarray], list[Example]], *, workers: int):
+        spawn = multiprocessing.get_context("spawn")  # a fork would copy jax's threads in whatever state they are
+        self._pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=(encode,))
+        self._batches = (batches[i] for i in range(len(batches)))
+        self._ahead: collections.deque[Future] = collections.deque()
+        self._size = workers + 1
+
+    def __iter__(self) -> Iterator[list[Example]]:
+        return self
+
+    def __next__(self) -> list[Example]:
+        try:
+            while len(self._ahead) < self._size:
+                indices = next(self._batches)
+                with signals_blocked():  # the first `submit` starts the processes
+                    self._ahead.append(self._pool.submit(_encode_in_worker, indices))
+            return self._ahead.popleft().result()
+        except BrokenProcessPool as e:
+            raise InputError(
+                "a data worker ended unexpectedly, perhaps for lack of memory: lower config.data.workers; 0 reads in "
+                "threads of the main process"
+            ) from e
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
 
 def make_batches(
@@ -128,16 +178,11 @@ def make_batches(
     size_of = _SizeOf(source, encoder.processor, tuple(getattr(source, "image_roots", ())))
     own = tuple(range(order.batch_size) if rows is None else rows)
     batches = grain.MapDataset.source(_Batches(numbers, order, size_of=size_of))[start_batch:]
-    batches = batches.map(_EncodeBatch(source, encoder, own))
-    # grain's own defaults hold 500 batches; encoded images are tens of megabytes each.
-    ahead = 1 if workers else 2
-    batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead))
+    encode = _EncodeBatch(source, encoder, own)
     if workers:
-        if not flags.FLAGS.is_parsed():  # grain reads absl flags, and outside absl.app they are not parsed
-            flags.FLAGS.mark_as_parsed()
-        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=1)
-        batches = batches.mp_prefetch(options, worker_init_fn=ignore_signals)
-    return iter(batches)
+        return _Workers(batches, encode, workers=workers)
+    # grain's own defaults hold 500 batches; encoded images are tens of megabytes each.
+    return iter(batches.map(encode).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)))
 
 
 def data_state(source: Any, order: Order, *, next_batch: int) -> dict[str, Any]:

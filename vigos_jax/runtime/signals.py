@@ -57,11 +57,21 @@ class Interrupt:
         return Stopped(f"{self.asked}: stopped; the same command goes on with what is saved")
 
 
-def ignore_signals(worker: int, workers: int) -> None:
-    """Begins a data worker, which ignores the signals.
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Processes started inside begin with the stopping signals blocked, until `ignore_signals` ignores them.
 
-    Terminals and schedulers send them to a whole group, and the running step still needs what a worker reads. The run
-    ends its workers itself.
+    Terminals and schedulers send them to a whole group, and the running step still needs what a data worker reads. The
+    run ends its workers itself.
     """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def ignore_signals() -> None:
+    """Makes this process ignore the signals that stop a run."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
