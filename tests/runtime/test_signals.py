@@ -154,7 +154,7 @@ def test_workers_never_get_a_signal(world):
         bits = (1 << (signal.SIGTERM - 1)) | (1 << (signal.SIGINT - 1))
         assert len(spawned) == 2 and all(unheard_signals(p) & bits == bits for p in spawned)
         os.kill(spawned[0], signal.SIGKILL)
-        with pytest.raises(InputError, match="a data worker ended unexpectedly.*config.data.workers"):
+        with pytest.raises(InputError, match="a data worker ended with exit code -9, .*config.data.workers"):
             for _ in range(10):
                 next(batches)
     finally:

@@ -1,11 +1,12 @@
 """The order in which a run reads its source, and grain's iterator over its batches of Examples."""
 
 import collections
+import contextlib
 import dataclasses
-import multiprocessing
+import multiprocessing.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import grain
@@ -99,51 +100,67 @@ class _EncodeBatch:
         return [self.encoder(self.source, int(i)) for i in indices[list(self.rows)]]
 
 
-_encode: Callable[[np.ndarray], list[Example]]  # of a worker process
-
-
-def _start_worker(encode: Callable[[np.ndarray], list[Example]]) -> None:
-    global _encode
-    ignore_signals()
-    _encode = encode
-
-
-def _encode_in_worker(indices: np.ndarray) -> list[Example]:
-    return _encode(indices)
-
-
 class _Workers:
-    """The batches of a data set of row numbers, encoded by processes; closed within the time of a batch.
+    """The batches of a data set of row numbers, encoded by processes: each has a pipe of its own and every n-th batch.
 
-    Not grain's own worker processes: they end only when all that they have written was read, which nothing does after
+    Not grain's worker processes: they end only when all that they have written was read, which nothing does after
     `close()`, and are killed after 25 seconds each.
     """
 
     def __init__(self, batches: Any, encode: Callable[[np.ndarray], list[Example]], *, workers: int):
-        spawn = multiprocessing.get_context("spawn")  # a fork would copy jax's threads in whatever state they are
-        self._pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=(encode,))
         self._batches = (batches[i] for i in range(len(batches)))
-        self._ahead: collections.deque[Future] = collections.deque()
-        self._size = workers + 1
+        self._workers: collections.deque[tuple[BaseProcess, Connection]] = collections.deque()
+        # At the interpreter's end too, where daemons get a SIGTERM, which these ignore.
+        self.close = multiprocessing.util.Finalize(self, _end, args=(self._workers,), exitpriority=10)
+        spawn = multiprocessing.get_context("spawn")  # a fork would copy jax's threads in whatever state they are
+        for _ in range(workers):
+            ours, theirs = spawn.Pipe()
+            process = spawn.Process(target=_encode_batches, args=(theirs, encode), daemon=True)
+            with signals_blocked():
+                process.start()
+            theirs.close()  # or the end of the process would not be the end of the pipe
+            self._workers.append((process, ours))
+            ours.send(next(self._batches))
 
     def __iter__(self) -> Iterator[list[Example]]:
         return self
 
     def __next__(self) -> list[Example]:
+        process, pipe = self._workers[0]
+        indices = next(self._batches)
         try:
-            while len(self._ahead) < self._size:
-                indices = next(self._batches)
-                with signals_blocked():  # the first `submit` starts the processes
-                    self._ahead.append(self._pool.submit(_encode_in_worker, indices))
-            return self._ahead.popleft().result()
-        except BrokenProcessPool as e:
+            examples = pipe.recv()
+            pipe.send(indices)
+        except (EOFError, OSError) as e:
+            process.join(timeout=1)
             raise InputError(
-                "a data worker ended unexpectedly, perhaps for lack of memory: lower config.data.workers; 0 reads in "
-                "threads of the main process"
+                f"a data worker ended with exit code {process.exitcode}, perhaps for lack of memory: lower "
+                "config.data.workers; 0 reads in threads of the main process"
             ) from e
+        if isinstance(examples, Exception):
+            raise examples
+        self._workers.rotate(-1)
+        return examples
 
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+
+def _end(workers: collections.deque[tuple[BaseProcess, Connection]]) -> None:
+    for process, pipe in workers:
+        process.kill()  # there is nothing that it could lose
+        process.join()
+        pipe.close()
+    workers.clear()
+
+
+def _encode_batches(pipe: Connection, encode: Callable[[np.ndarray], list[Example]]) -> None:
+    ignore_signals()
+    with contextlib.suppress(EOFError, OSError):  # the main process has ended
+        while True:
+            indices = pipe.recv()
+            try:
+                examples = encode(indices)
+            except Exception as e:
+                examples = e
+            pipe.send(examples)
 
 
 def make_batches(
