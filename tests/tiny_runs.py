@@ -115,12 +115,8 @@ def make_world(tmp_path_factory) -> World:
 
 @contextlib.contextmanager
 def compile_once(tmp_path_factory) -> Iterator[None]:
-    """Spares the compiler: little optimisation, and what several runs have in common is compiled by the first."""
-    options = {
-        "jax_compilation_cache_dir": str(_cache_folder(tmp_path_factory)),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    with mock.patch.object(jax, "jit", tiny.jit), configured(options):
+    """Spares the compiler: little optimisation."""
+    with mock.patch.object(jax, "jit", tiny.jit):
         yield
 
 
@@ -139,12 +135,6 @@ def configured(options: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         configure(before)
-
-
-@once
-def _cache_folder(tmp_path_factory) -> pathlib.Path:
-    # Handed on if it is set in the environment, for those who run one test again and again.
-    return jax.config.jax_compilation_cache_dir or tmp_path_factory.mktemp("compiled")
 
 
 @dataclasses.dataclass(frozen=True)
