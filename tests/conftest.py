@@ -5,6 +5,7 @@ subprocess hands these settings on, unless it drops XLA_FLAGS from the environme
 """
 
 import atexit
+import gc
 import os
 import pathlib
 import shutil
@@ -49,6 +50,10 @@ LONGEST = (
 
 def pytest_configure(config):
     config.option.loadscopereorder = False  # pytest-xdist would start with the files of most tests instead
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is imported by now stays: a run collects garbage often, and need not look there
 
 
 def pytest_collection_modifyitems(items):

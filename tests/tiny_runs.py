@@ -7,6 +7,7 @@ write into folders of their own, never into these.
 import contextlib
 import dataclasses
 import functools
+import inspect
 import json
 import pathlib
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.families import adapter_table, tensor_table
 from vigos_jax.models.layers import LoraSpec
 from vigos_jax.models.tensor_names import LANGUAGE_PROJECTIONS
-from vigos_jax.models.vlm import VisionLanguageModel
+from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.session import Session
 from vigos_jax.training import loop
 from vigos_jax.weights import writing
@@ -115,9 +116,35 @@ def make_world(tmp_path_factory) -> World:
 
 @contextlib.contextmanager
 def compile_once(tmp_path_factory) -> Iterator[None]:
-    """Spares the compiler: little optimisation."""
-    with mock.patch.object(jax, "jit", tiny.jit):
+    """Spares the compiler: little optimisation, and runs of equal programs share what is traced and compiled."""
+    shapes = mock.patch("vigos_jax.session.abstract_variables", _abstract_variables)
+    with mock.patch.object(jax, "jit", _shared_jit), shapes:
         yield
+
+
+def _shared_jit(function: Callable, **options: Any) -> Callable:
+    """`jax.jit`, or what it returned before for an equal function: a run makes its programs anew."""
+    key = (_parts(function), tuple(options.items()))
+    try:
+        hash(key)
+    except TypeError:  # shardings of whole trees
+        return tiny.jit(function, **options)
+    if key not in _JITTED:
+        _JITTED[key] = tiny.jit(function, **options)
+    return _JITTED[key]
+
+
+def _parts(function: Any) -> Any:
+    """What is equal for equal partial functions and methods; a function is equal to itself alone."""
+    if isinstance(function, functools.partial):
+        return functools.partial, _parts(function.func), function.args, tuple(function.keywords.items())
+    if inspect.ismethod(function):
+        return inspect.ismethod, function.__func__, function.__self__
+    return function
+
+
+_JITTED: dict[Any, Callable] = {}
+_abstract_variables = functools.cache(abstract_variables)
 
 
 @contextlib.contextmanager

@@ -205,7 +205,7 @@ def load(config, *, for_training: bool) -> Session:
     elif not for_training:
         trained = {}
     elif spec is not None:
-        init = jax.jit(lambda key: init_variables(model, key)["lora"], out_shardings=shardings["lora"])
+        init = jax.jit(functools.partial(_fresh_lora, model), out_shardings=shardings["lora"])
         trained = {"lora": init(jax.random.fold_in(jax.random.key(config.seed), 1))}
     else:
         copy = functools.partial(cast_floats, dtype=jnp.float32)
@@ -214,6 +214,10 @@ def load(config, *, for_training: bool) -> Session:
     return Session(
         name, folder, model_config, model, processor, objective, buckets, config.span_rule, mesh, base, trained
     )
+
+
+def _fresh_lora(model: VisionLanguageModel, key: jax.Array) -> Variables:
+    return init_variables(model, key)["lora"]
 
 
 def buckets_of(config) -> Buckets:

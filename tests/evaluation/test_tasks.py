@@ -192,7 +192,7 @@ def test_a_source_without_the_columns(tmp_path):
     "task, source, words",
     [
         ("mmmu", "nowhere/at/all", "does not exist"),
-        ("vlind", "nowhere/at/all", "no folder with data.json"),
+        ("vlind", "nowhere/at/all", "not a folder with data.json"),
     ],
 )
 def test_a_source_that_is_not_there(task, source, words):

@@ -136,24 +136,6 @@ def make_train_step(
       shardings: of (state, metrics), where they are on a mesh.
     """
 
-    def loss_fn(trained: Any, probe: Array, base: Any, average: Any, batch: ScoreBatch, normalizers: Array, key: Array):
-        teacher_params = teacher_params_of(teacher_weights, trained=trained, average=average)
-        dropout_key = key if use_dropout else None
-        states = supervised_states(model, base, trained, batch, teacher_params=teacher_params, dropout_key=dropout_key)
-        states = states.replace(student=states.student + probe)
-        weights = loss_weights(batch.supervised, normalizers, objective)
-        return weighted_loss(states, batch.supervised, weights, objective, trains_head="params" in trained)
-
-    def gradient(trained: Any, base: Any, average: Any, batch: ScoreBatch, normalizers: Array, key: Array) -> StepSums:
-        # Zeros added to the student's states: the loss's gradient there is its gradient at those states.
-        probe = jnp.zeros((*batch.supervised.role.shape, model.config.hidden_size), model.dtype)
-        grad_fn = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
-        (loss, scores), gradients = grad_fn(trained, probe, base, average, batch, normalizers, key)
-        return _sums(loss, scores, gradients, batch.supervised, objective)
-
-    def normalizers_of(batch: ScoreBatch) -> Array:
-        return jnp.sum(normalizer_terms(batch.supervised, objective), (0, 1))  # [R]
-
     def update(state: TrainState, sums: StepSums, normalizers: Array) -> tuple[TrainState, dict[str, Array]]:
         grad_norm = optax.tree.norm(sums.gradient)
         is_finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
@@ -164,11 +146,52 @@ def make_train_step(
 
     out = {} if shardings is None else {"out_shardings": shardings}
     return TrainStep(
-        normalizers_of=jax.jit(normalizers_of),
-        gradient=jax.jit(gradient),
+        normalizers_of=jax.jit(functools.partial(_normalizers, objective)),
+        gradient=jax.jit(LossGradient(model, objective, use_dropout, teacher_weights)),
         add=jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0),
         update=jax.jit(update, donate_argnums=0, **out),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class LossGradient:
+    """The loss and the gradient of one micro-batch: a pure function, equal to another one of equal attributes.
+
+    Attributes: see `make_train_step`.
+    """
+
+    model: VisionLanguageModel
+    objective: ObjectiveConfig
+    use_dropout: bool
+    teacher_weights: str
+
+    def __call__(
+        self, trained: Any, base: Any, average: Any, batch: ScoreBatch, normalizers: Array, key: Array
+    ) -> StepSums:
+        """Arguments: see `TrainStep.gradient`."""
+
+        def loss_fn(trained: Any, probe: Array) -> tuple[Array, TokenScores]:
+            states = supervised_states(
+                self.model,
+                base,
+                trained,
+                batch,
+                teacher_params=teacher_params_of(self.teacher_weights, trained=trained, average=average),
+                dropout_key=key if self.use_dropout else None,
+            )
+            states = states.replace(student=states.student + probe)
+            weights = loss_weights(batch.supervised, normalizers, self.objective)
+            return weighted_loss(states, batch.supervised, weights, self.objective, trains_head="params" in trained)
+
+        # Zeros added to the student's states: the loss's gradient there is its gradient at those states.
+        probe = jnp.zeros((*batch.supervised.role.shape, self.model.config.hidden_size), self.model.dtype)
+        grad_fn = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
+        (loss, scores), gradients = grad_fn(trained, probe)
+        return _sums(loss, scores, gradients, batch.supervised, self.objective)
+
+
+def _normalizers(objective: ObjectiveConfig, batch: ScoreBatch) -> Array:  # [R]
+    return jnp.sum(normalizer_terms(batch.supervised, objective), (0, 1))
 
 
 def _sums(
