@@ -31,13 +31,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.seen.append((items, self.headers["Authorization"]))
             step = self.server.script.pop(0) if self.server.script else None
-            self.server.busy += 1
+            self.is_busy, self.server.busy = True, self.server.busy + 1
             self.server.most_busy = max(self.server.busy, self.server.most_busy)
         try:
             (step or right)(self, items)
         finally:
-            with self.server.lock:
-                self.server.busy -= 1
+            self.end_request()
+
+    def end_request(self) -> None:
+        with self.server.lock:
+            self.server.busy -= self.is_busy
+            self.is_busy = False
 
     def reply(self, text: str) -> None:
         message = {"role": "assistant", "content": text}
@@ -50,6 +54,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for name, text in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
             self.send_header(name.replace("_", "-"), text)
         self.end_headers()
+        self.end_request()  # before the client has the whole reply and can send its next request
         self.wfile.write(data)
 
 
