@@ -146,9 +146,10 @@ def pack(names, roles, turns, spans):
     return pack_scores(rows, rollouts, roles=roles, config=CONFIG, buckets=BUCKETS)
 
 
+# Compiled as production is, not as the other tests are: the vocabulary is large, and running takes longer than compiling.
 @functools.cache
 def scorer(roles, temperature):
-    return tiny.jit(functools.partial(score_batch, MODEL, objective=losses.ObjectiveConfig(roles, 16, temperature)))
+    return jax.jit(functools.partial(score_batch, MODEL, objective=losses.ObjectiveConfig(roles, 16, temperature)))
 
 
 def unclipped(roles, **changes):
@@ -185,7 +186,7 @@ def test_vision_embeddings(who):
     base, trained = weights()
     batch = pack(NAMES, PAPER, paper_turns, paper_spans)
     variables = {"params": base} | (trained if who == "student" else {})
-    embeds = tiny.jit(functools.partial(MODEL.apply, method="encode_images"))(variables, batch.vision)
+    embeds = jax.jit(functools.partial(MODEL.apply, method="encode_images"))(variables, batch.vision)
     for i, case in enumerate(CASES.values()):
         want = EXPECTED[f"image_embeds/sample{case['sample']}/{who}"]
         np.testing.assert_allclose(embeds[i, : len(want)], want, atol=TOLERANCE)
@@ -201,7 +202,7 @@ def merged_case():
     batch = pack(("valid_merged",), roles, released_turns, released_spans)
     i = NAMES.index("valid_merged")
 
-    @tiny.jit
+    @jax.jit
     def logits(variables, images_of, text):
         images = MODEL.apply(images_of, batch.vision, method="encode_images")
         hidden, _ = MODEL.apply(variables, text, images)
@@ -421,7 +422,7 @@ def test_the_paper_config_has_the_paper_settings():
 def gradient_step(roles):
     step = make_train_step(MODEL, KEEP_GRADIENT, losses.ObjectiveConfig(roles, chunk=16), use_dropout=False)
 
-    @tiny.jit
+    @jax.jit
     def run(base, trained, batch):
         state = TrainState(jnp.zeros((), jnp.int32), trained, KEEP_GRADIENT.init(trained), {})
         state, metrics = step(state, base, [batch], jax.random.key(0))
