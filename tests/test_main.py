@@ -147,7 +147,7 @@ def test_help(capsys, argv):
         (["--config.export.after_training=1", "--config.export.kind=adapter", "--config.lora.rank=0"], ["adapter"]),
         (["--mode=generate", "--config.generate.question=Why?"], ["--config.generate.image"]),
         (["--mode=generate", "--config.generate.image=x.png", "--config.generate.question= "], ["generate.question"]),
-        (["--mode=generate", "--config.generate.image=x.png", "--config.generate.question=Why?"], ["x.png", "not a file"]),
+        (["--mode=generate", "--config.generate.image=x.png", "--config.generate.question=Why?"], ["not a file"]),
         (["--mode=score"], ["config.score.rollouts=''", ".jsonl"]),
         (["--mode=score", "--config.score.rollouts=/no/rollouts.jsonl"], ["'/no/rollouts.jsonl'", ".jsonl"]),
         (["--mode=diagnose"], ["--mode diagnose", "--workdir", "--config.diagnose.output"]),

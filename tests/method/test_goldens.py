@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from tiny import KEEP_GRADIENT
 
 from configs import paper as paper_config
@@ -146,7 +145,7 @@ def pack(names, roles, turns, spans):
     return pack_scores(rows, rollouts, roles=roles, config=CONFIG, buckets=BUCKETS)
 
 
-# Compiled as production is, not as the other tests are: the vocabulary is large, and running takes longer than compiling.
+# Compiled with optimisation, unlike in the other tests: the vocabulary is large, and running takes the longer part.
 @functools.cache
 def scorer(roles, temperature):
     return jax.jit(functools.partial(score_batch, MODEL, objective=losses.ObjectiveConfig(roles, 16, temperature)))
