@@ -32,6 +32,7 @@ from vigos_jax.models.tensor_names import LANGUAGE_PROJECTIONS
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.session import Session
 from vigos_jax.training import loop
+from vigos_jax.training.step import make_optimizer
 from vigos_jax.weights import writing
 
 # The mesh splits rows, parameters and heads: every mode runs on sharded arrays, on the 8 devices of the tests.
@@ -116,19 +117,18 @@ def make_world(tmp_path_factory) -> World:
 
 @contextlib.contextmanager
 def compile_once(tmp_path_factory) -> Iterator[None]:
-    """Spares the compiler: little optimisation, and runs of equal programs share what is traced and compiled."""
-    shapes = mock.patch("vigos_jax.session.abstract_variables", _abstract_variables)
-    with mock.patch.object(jax, "jit", _shared_jit), shapes:
+    """Spares the compiler: little optimisation, and runs share what is read, traced and compiled alike."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(jax, "jit", _shared_jit))
+        for name, function in _SHARED.items():
+            stack.enter_context(mock.patch(name, function))
         yield
 
 
 def _shared_jit(function: Callable, **options: Any) -> Callable:
     """`jax.jit`, or what it returned before for an equal function: a run makes its programs anew."""
-    key = (_parts(function), tuple(options.items()))
-    try:
-        hash(key)
-    except TypeError:  # shardings of whole trees
-        return tiny.jit(function, **options)
+    leaves, structure = jax.tree.flatten(options)
+    key = (_parts(function), structure, tuple(leaves))
     if key not in _JITTED:
         _JITTED[key] = tiny.jit(function, **options)
     return _JITTED[key]
@@ -143,8 +143,30 @@ def _parts(function: Any) -> Any:
     return function
 
 
+def _shared(function: Callable, key_of: Callable) -> Callable:
+    """`function`, called once for each `key_of` of its arguments."""
+    made = {}
+
+    def get(*args: Any, **kwargs: Any) -> Any:
+        key = key_of(*args, **kwargs)
+        if key not in made:
+            made[key] = function(*args, **kwargs)
+        return made[key]
+
+    return get
+
+
+def _folder_key(folder: pathlib.Path) -> Any:
+    """What tells a folder from what it was before a test changed a file in it."""
+    return folder, tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.iterdir()))
+
+
 _JITTED: dict[Any, Callable] = {}
-_abstract_variables = functools.cache(abstract_variables)
+_SHARED = {
+    "vigos_jax.session.abstract_variables": _shared(abstract_variables, lambda model: model),
+    "vigos_jax.session.Processor.load": _shared(Processor.load, _folder_key),
+    "vigos_jax.training.loop.make_optimizer": _shared(make_optimizer, lambda o, steps: (repr(o.to_dict()), steps)),
+}
 
 
 @contextlib.contextmanager

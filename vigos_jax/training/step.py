@@ -135,21 +135,12 @@ def make_train_step(
       ema_rate: how far the average moves towards the trained weights after each step, for "ema".
       shardings: of (state, metrics), where they are on a mesh.
     """
-
-    def update(state: TrainState, sums: StepSums, normalizers: Array) -> tuple[TrainState, dict[str, Array]]:
-        grad_norm = optax.tree.norm(sums.gradient)
-        is_finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
-        new = _updated(state, sums.gradient, tx, ema_rate=ema_rate)
-        state = jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), new, state).replace(step=new.step)
-        norms = {"grad_norm": grad_norm, "skipped": jnp.float32(~is_finite)}
-        return state, norms | _metrics(sums, normalizers, objective)
-
     out = {} if shardings is None else {"out_shardings": shardings}
     return TrainStep(
         normalizers_of=jax.jit(functools.partial(_normalizers, objective)),
         gradient=jax.jit(LossGradient(model, objective, use_dropout, teacher_weights)),
         add=jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0),
-        update=jax.jit(update, donate_argnums=0, **out),
+        update=jax.jit(Update(tx, objective, ema_rate), donate_argnums=0, **out),
     )
 
 
@@ -188,6 +179,27 @@ class LossGradient:
         grad_fn = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
         (loss, scores), gradients = grad_fn(trained, probe)
         return _sums(loss, scores, gradients, batch.supervised, self.objective)
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """New weights from a step's sums; a pure function, like `LossGradient`.
+
+    Attributes: see `make_train_step`.
+    """
+
+    tx: optax.GradientTransformation
+    objective: ObjectiveConfig
+    ema_rate: float
+
+    def __call__(self, state: TrainState, sums: StepSums, normalizers: Array) -> tuple[TrainState, dict[str, Array]]:
+        """Arguments: see `TrainStep.update`."""
+        grad_norm = optax.tree.norm(sums.gradient)
+        is_finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
+        new = _updated(state, sums.gradient, self.tx, ema_rate=self.ema_rate)
+        state = jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), new, state).replace(step=new.step)
+        norms = {"grad_norm": grad_norm, "skipped": jnp.float32(~is_finite)}
+        return state, norms | _metrics(sums, normalizers, self.objective)
 
 
 def _normalizers(objective: ObjectiveConfig, batch: ScoreBatch) -> Array:  # [R]
