@@ -202,6 +202,7 @@ def test_full_fine_tuning_trains_every_parameter_in_float32(tmp_path_factory, wo
     assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype(np.float32)}
 
 
+@pytest.mark.slow  # the step itself is tests/training/test_step.py's, on a mesh tests/runtime/test_sharding.py's
 def test_accumulation_changes_nothing_but_rounding(tmp_path_factory, undisturbed, world, tmp_path):
     one = ["--config.lora.dropout=0.0", "--config.steps=1"]
     mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=4"]
@@ -211,7 +212,15 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path_factory, undisturbed
     assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
+# These differ from a config that is not slow in a row of the role table.
+ALIKE = ("no_perception", "no_reasoning", "no_reference", "reference_forward_kl", "opsd_same_prompt")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=[pytest.mark.slow] if p.stem in ALIKE else []) for p in METHODS],
+    ids=[p.stem for p in METHODS],
+)
 def test_every_config_trains_on_the_demo(path, tmp_path):
     """What is shipped runs as it is, only shorter."""
     short = ["--config.steps=2", "--config.batch_size=8", "--config.demo_eval.questions=0"]
