@@ -81,6 +81,7 @@ setup(
     description="Visually grounded on-policy self-distillation (ViGOS) for vision-language models, in JAX",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
+    classifiers=[f"Programming Language :: Python :: {version}" for version in ("3.11", "3.12", "3.13")],
     packages=find_packages(include=["vigos_jax", "vigos_jax.*", "configs", "configs.*"]),
     package_data={"vigos_jax": ["py.typed"], "vigos_jax.report": ["*.j2", "*.js"], "vigos_jax.demo": ["base/*"]},
     install_requires=RUN,
