@@ -22,7 +22,7 @@ from vigos_jax.training.run_log import MetricsFile
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    with runs.compile_once(tmp_path_factory):
+    with runs.compile_once():
         yield runs.make_world(tmp_path_factory)
 
 
@@ -135,7 +135,7 @@ def children() -> list[int]:
     return [int(text.split()[0]) for text in stats if int(text.rpartition(")")[2].split()[1]) == os.getpid()]
 
 
-def unheard_signals(pid: int) -> int:
+def undelivered_signals(pid: int) -> int:
     """Bits of the signals that a process blocks or ignores."""
     status = dict(line.split(":", 1) for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines())
     return int(status["SigBlk"], 16) | int(status["SigIgn"], 16)
@@ -152,11 +152,12 @@ def test_workers_never_get_a_signal(world):
         next(batches)
         spawned = [p for p in children() if "spawn_main" in pathlib.Path(f"/proc/{p}/cmdline").read_text()]
         bits = (1 << (signal.SIGTERM - 1)) | (1 << (signal.SIGINT - 1))
-        assert len(spawned) == 2 and all(unheard_signals(p) & bits == bits for p in spawned)
+        assert len(spawned) == 2 and all(undelivered_signals(p) & bits == bits for p in spawned)
         os.kill(spawned[0], signal.SIGKILL)
         with pytest.raises(InputError, match="a data worker ended with exit code -9, .*config.data.workers"):
             for _ in range(10):
                 next(batches)
     finally:
         batches.close()
+    assert not set(spawned) & set(children())
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler

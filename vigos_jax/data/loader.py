@@ -1,4 +1,4 @@
-"""The order in which a run reads its source, and grain's iterator over its batches of Examples."""
+"""The order in which a run reads its source, and the iterators over its batches of Examples: threads or processes."""
 
 import collections
 import contextlib
@@ -137,9 +137,9 @@ class _Workers:
                 f"a data worker ended with exit code {process.exitcode}, perhaps for lack of memory: lower "
                 "config.data.workers; 0 reads in threads of the main process"
             ) from e
+        self._workers.rotate(-1)
         if isinstance(examples, Exception):
             raise examples
-        self._workers.rotate(-1)
         return examples
 
 
