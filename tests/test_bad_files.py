@@ -30,7 +30,7 @@ KEY = "MARKERkey0123456789"  # in the environment of every run here
 
 @pytest.fixture(scope="module", autouse=True)
 def world(tmp_path_factory):
-    with runs.compile_once(tmp_path_factory), pytest.MonkeyPatch.context() as patch:
+    with runs.compile_once(), pytest.MonkeyPatch.context() as patch:
         for name in ("HF_TOKEN", "OPENAI_API_KEY"):
             patch.setenv(name, KEY)
         yield runs.make_world(tmp_path_factory)

@@ -218,7 +218,7 @@ def test_configs_are_there():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    with runs.compile_once(tmp_path_factory):
+    with runs.compile_once():
         yield runs.make_world(tmp_path_factory)
 
 

@@ -19,7 +19,7 @@ MODES = ("train", "generate", "score", "diagnose", "eval", "export", "plan")
 
 @pytest.fixture(scope="module", autouse=True)
 def world(tmp_path_factory):
-    with runs.compile_once(tmp_path_factory):
+    with runs.compile_once():
         yield runs.make_world(tmp_path_factory)
 
 

@@ -116,7 +116,7 @@ def make_world(tmp_path_factory) -> World:
 
 
 @contextlib.contextmanager
-def compile_once(tmp_path_factory) -> Iterator[None]:
+def compile_once() -> Iterator[None]:
     """Spares the compiler: little optimisation, and runs share what is read, traced and compiled alike."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(jax, "jit", _shared_jit))

@@ -26,7 +26,7 @@ PER_TOKEN = ("kl", "kl_clipped", "student_logp", "teacher_logp")
 
 @pytest.fixture(scope="module", autouse=True)
 def world(tmp_path_factory):
-    with runs.compile_once(tmp_path_factory):
+    with runs.compile_once():
         yield runs.make_world(tmp_path_factory)
 
 

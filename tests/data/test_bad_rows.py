@@ -63,7 +63,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    with runs.compile_once(tmp_path_factory):
+    with runs.compile_once():
         yield runs.make_world(tmp_path_factory)
 
 

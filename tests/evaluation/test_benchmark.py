@@ -39,7 +39,7 @@ ROOT = pathlib.Path(lib.__file__).resolve().parents[2]
 def compiled_once(tmp_path_factory):
     before = datasets.config.HF_DATASETS_CACHE
     datasets.config.HF_DATASETS_CACHE = str(tmp_path_factory.mktemp("cache"))
-    with runs.compile_once(tmp_path_factory):
+    with runs.compile_once():
         yield
     datasets.config.HF_DATASETS_CACHE = before
 

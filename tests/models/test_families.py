@@ -73,7 +73,7 @@ def test_a_family_from_outside_trains_two_steps(tmp_path, tmp_path_factory):
     assert {row.name.split(".")[0] for row in tensor_table(config)} == {"eyes", "brain", "lm_head"}
     workdir = tmp_path / "run"
     flags = [f"--config.model.path={tmp_path / 'model'}", f"--workdir={workdir}", "--config.steps=2"]
-    with runs.compile_once(tmp_path_factory):
+    with runs.compile_once():
         assert world.run(*flags, "--config.lora.rank=0") == 0
     rows = runs.read_rows(workdir / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2] and all(np.isfinite(row["loss"]) for row in rows)

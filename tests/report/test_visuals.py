@@ -16,8 +16,8 @@ FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    with runs.compile_once(tmp_path_factory):
+def compiled_once():
+    with runs.compile_once():
         yield
 
 

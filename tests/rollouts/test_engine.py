@@ -79,7 +79,7 @@ def demo_config():
 def test_training_takes_rollouts_from_its_engine_alone(engines, tmp_path, tmp_path_factory):
     """Rollouts, snapshots, evaluation by steps and the demo's own, in two steps of a run."""
     made, open_engine = engines
-    with runs.compile_once(tmp_path_factory):
+    with runs.compile_once():
         loop.train(demo_config(), tmp_path / "run", open_engine=open_engine)
     rows = runs.read_rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2] and all(row["valid_rate"] == 1.0 for row in rows)
@@ -95,7 +95,7 @@ def test_training_takes_rollouts_from_its_engine_alone(engines, tmp_path, tmp_pa
     assert [e for e in of_run.log if isinstance(e, tuple)] == [("sync", s) for s in (0, 0, 1, 1, 2)]
 
 
-def test_an_engine_that_fails_is_closed(engines, tmp_path, tmp_path_factory, monkeypatch):
+def test_an_engine_that_fails_is_closed(engines, tmp_path, monkeypatch):
     made, open_engine = engines
     closed = []
     monkeypatch.setattr(loop.RunLog, "__exit__", lambda *_: closed.append("log"))
@@ -103,7 +103,7 @@ def test_an_engine_that_fails_is_closed(engines, tmp_path, tmp_path_factory, mon
     monkeypatch.setattr(FakeEngine, "sample", lambda *_: (_ for _ in ()).throw(OSError("the server is gone")))
     config = demo_config()
     config.report.rows = config.eval_every = 0
-    with runs.compile_once(tmp_path_factory), pytest.raises(OSError, match="the server is gone"):
+    with runs.compile_once(), pytest.raises(OSError, match="the server is gone"):
         loop.train(config, tmp_path / "run", open_engine=open_engine)
     assert sorted(closed) == ["batches", "log"] and made[0].log[-1] == "close"
 

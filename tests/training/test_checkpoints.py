@@ -14,7 +14,7 @@ from vigos_jax.training.step import TrainState
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    with runs.compile_once(tmp_path_factory):
+    with runs.compile_once():
         yield runs.make_world(tmp_path_factory)
 
 

@@ -56,7 +56,7 @@ def test_two_hundred_steps_of_mixed_sizes(tmp_path_factory, tmp_path):
     flags = [f"--config.{k}={v}" for k, v in (SETTINGS | {"steps": STEPS, "data.source": data}).items()]
     counter = CompileCounter()
     try:
-        with runs.compile_once(tmp_path_factory):
+        with runs.compile_once():
             assert world.run(f"--workdir={tmp_path / 'run'}", *flags) == 0
     finally:
         counter.close()

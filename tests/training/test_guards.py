@@ -74,7 +74,7 @@ def test_what_was_sick_is_json(tmp_path):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    with runs.compile_once(tmp_path_factory):
+    with runs.compile_once():
         yield runs.make_world(tmp_path_factory)
 
 

@@ -31,7 +31,7 @@ METHODS = sorted(p for p in CONFIGS.glob("*.py") if p.stem not in ("__init__", "
 
 @pytest.fixture(scope="module", autouse=True)
 def world(tmp_path_factory):
-    with runs.compile_once(tmp_path_factory):
+    with runs.compile_once():
         yield runs.make_world(tmp_path_factory)
 
 
@@ -203,7 +203,7 @@ def test_full_fine_tuning_trains_every_parameter_in_float32(tmp_path_factory, wo
 
 
 @pytest.mark.slow  # the step itself is tests/training/test_step.py's, on a mesh tests/runtime/test_sharding.py's
-def test_accumulation_changes_nothing_but_rounding(tmp_path_factory, undisturbed, world, tmp_path):
+def test_accumulation_changes_nothing_but_rounding(undisturbed, world, tmp_path):
     one = ["--config.lora.dropout=0.0", "--config.steps=1"]
     mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=4"]
     for name, n in (("one", 1), ("two", 2)):

@@ -19,7 +19,7 @@ KEYS = [*(f"row/{i}" for i in range(3)), *(f"{step}/{i}" for step in (0, 2, 4) f
 
 @pytest.fixture(scope="module", autouse=True)
 def world(tmp_path_factory):
-    with runs.compile_once(tmp_path_factory):
+    with runs.compile_once():
         yield runs.make_world(tmp_path_factory)
 
 

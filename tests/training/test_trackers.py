@@ -139,7 +139,7 @@ def test_a_run_that_was_killed_logs_every_step_once(tmp_path_factory, tmp_path, 
         if row["step"] == 4:
             raise Killed
 
-    with runs.compile_once(tmp_path_factory):
+    with runs.compile_once():
         world = runs.make_world(tmp_path_factory)
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(MetricsFile, "write", die_at_four)
