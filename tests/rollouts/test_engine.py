@@ -76,7 +76,7 @@ def demo_config():
     return config
 
 
-def test_training_takes_rollouts_from_its_engine_alone(engines, tmp_path, tmp_path_factory):
+def test_training_takes_rollouts_from_its_engine_alone(engines, tmp_path):
     """Rollouts, snapshots, evaluation by steps and the demo's own, in two steps of a run."""
     made, open_engine = engines
     with runs.compile_once():
