@@ -94,6 +94,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.shuffle = True  # anew in every epoch
     config.data.workers = 0  # processes that read and encode; 0 for threads of the main one. Same batches.
     config.data.window = 1  # batches whose rows are grouped by size among themselves, against padding; 1 for none
+    config.data.columns = ConfigDict(dict.fromkeys(("problem", "answer", "images", "id", "options"), ""))
+    # Where a row has them: a column or a path into one, like "messages.0.content"; "" finds the usual names, and
+    # conversations of one turn. What was found is said at the start; --mode data shows it.
+    config.data.image_folder = ""  # that paths of images start at and may lead into; "" is the source's own
+    config.data.max_pixels = 0  # larger images are made smaller; 0 is the model folder's limit. What does not fit the
+    config.data.min_pixels = 0  # buckets is made smaller still. Smaller images are enlarged; 0 as above
     config.data.fields = ()  # further columns of texts that roles' prompts may show as {NAME}
     config.data.max_images = 1  # rows with more are bad rows
     config.data.max_bad_fraction = 0.05  # unusable rows (skipped and counted) above which the run stops

@@ -22,7 +22,17 @@ def picture_bytes(shade=0, size=(30, 40)):
 
 def config(source, **fields):
     values = {"source": str(source), "split": "train", "shuffle": True, "workers": 0}
-    return ml_collections.ConfigDict(values | {"fields": (), "max_images": 1, "max_bad_fraction": 0.1} | fields)
+    columns = dict.fromkeys(("problem", "answer", "images", "id", "options"), "")
+    values |= {
+        "fields": (),
+        "max_images": 1,
+        "max_bad_fraction": 0.1,
+        "columns": columns,
+        "image_folder": "",
+        "max_pixels": 0,
+        "min_pixels": 0,
+    }
+    return ml_collections.ConfigDict(values | fields)
 
 
 def rows(n):

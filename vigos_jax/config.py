@@ -58,6 +58,8 @@ RANGES = {
     "data.workers": _COUNT,
     "data.window": _POSITIVE,
     "data.max_images": _POSITIVE,
+    "data.max_pixels": _COUNT,
+    "data.min_pixels": _COUNT,
     "data.max_bad_fraction": _FRACTION,
     "optimizer.learning_rate": Range(least=0),
     "optimizer.warmup_steps": _COUNT,
@@ -110,12 +112,12 @@ RANGES = {
     "plan.effort": Range(least=-1, most=1),
 }
 _PATHS = (  # texts in which ~ is a home; or names on the hub
-    *("compilation_cache", "model.path", "model.adapter", "data.source", "score.rollouts", "score.output"),
-    *("diagnose.rollouts", "diagnose.wrong_answers_file", "diagnose.output", "eval.output", "generate.image"),
-    *("export.output", "plan.output", "plan.programs"),
+    *("compilation_cache", "model.path", "model.adapter", "data.source", "data.image_folder", "score.rollouts"),
+    *("score.output", "diagnose.rollouts", "diagnose.wrong_answers_file", "diagnose.output", "eval.output"),
+    *("generate.image", "export.output", "plan.output", "plan.programs"),
 )
 # Sections that are handed on whole, so that a field too many would be an argument too many.
-_NO_OTHERS = ("sampling", "optimizer", "buckets", "mesh")
+_NO_OTHERS = ("sampling", "optimizer", "buckets", "mesh", "data.columns")
 _NAMED_BY_USERS = ("prompts.", "roles.", "eval.sources.")
 CHOICES = {
     "distributed": ("off", "auto", "env"),

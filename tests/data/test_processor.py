@@ -82,17 +82,36 @@ def test_patches(processor, size):
     np.testing.assert_allclose(encoded.patches, patches, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "L", "LA", "P", "CMYK", "1"])
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "1"])
 def test_modes_are_converted_as_pil_does(processor, mode):
-    image = noise(60, 90, "RGBA").convert(mode)
+    image = noise(60, 90).convert(mode)
     expected = processor.encode_image(image.convert("RGB")).patches
     np.testing.assert_array_equal(processor.encode_image(image).patches, expected)
 
 
-def test_alpha_is_dropped_not_blended(processor):
-    clear = noise(60, 90)
-    clear.putalpha(0)
-    np.testing.assert_array_equal(processor.encode_image(clear).patches, processor.encode_image(noise(60, 90)).patches)
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "1", "L", "RGB"])
+def test_what_is_transparent_lies_on_white(processor, mode):
+    """In every mode that can say so: by an alpha channel, a transparent colour of the palette, or a colour key."""
+    white = processor.encode_image(Image.new("RGB", (60, 90), "white")).patches
+    if mode in ("RGBA", "LA", "PA"):
+        clear = Image.new(mode, (60, 90), (0, 0, 0, 0) if mode == "RGBA" else (0, 0))
+    else:
+        clear = Image.new(mode, (60, 90), 0)
+        clear.info["transparency"] = (0, 0, 0) if mode == "RGB" else 0
+    for image in (
+        clear,
+        read_image(clear, image_roots=()),
+        read_image(picture_bytes(clear.convert("RGBA")), image_roots=()),
+    ):
+        np.testing.assert_array_equal(processor.encode_image(image).patches, white)
+
+
+def test_half_transparent_is_mixed_with_white(processor):
+    half = Image.new("RGBA", (60, 90), (0, 0, 0, 128))
+    expected = processor.encode_image(Image.new("RGB", (60, 90), (127, 127, 127))).patches
+    np.testing.assert_allclose(processor.encode_image(half).patches, expected, atol=0.02)
+    opaque = noise(60, 90).convert("RGBA")
+    np.testing.assert_array_equal(processor.encode_image(opaque).patches, processor.encode_image(noise(60, 90)).patches)
 
 
 def test_pictures_are_turned_upright(processor):

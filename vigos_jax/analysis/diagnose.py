@@ -143,7 +143,7 @@ def _checked(cases: Iterator[Case], name, bad_lines: list[str], counts: Counter)
         counts["rows"] += 1
         if case.bad_reason:
             counts["bad rows"] += 1
-            bad_lines.append(f"{name(case.index)}: id {case.example.id}: {case.bad_reason}")
+            bad_lines.append(f"{name(case.index)}: {case.complaint}")
         elif not case.scored.spans.is_valid:
             counts["invalid rollouts"] += 1
         else:

@@ -110,9 +110,7 @@ def score_rollouts(
             for i, case in enumerate(part):
                 if case.bad_reason:
                     bad[case.bad_reason] += 1
-                    bad_lines.append(
-                        f"{source.path}:{source.line(case.index)}: id {case.example.id}: {case.bad_reason}"
-                    )
+                    bad_lines.append(f"{source.path}:{source.line(case.index)}: {case.complaint}")
                 else:
                     valid += case.scored.spans.is_valid
                 supervised, own = jax.tree.map(lambda x, i=i: x[i], (batch.supervised, scores))

@@ -1,16 +1,18 @@
 """Rows of a source as Examples: their images and texts, read and checked. A row that cannot be used says why."""
 
 import dataclasses
+import decimal
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from PIL import Image
 
-from vigos_jax.data.cleaning import clean_problem, clean_reference
+from vigos_jax.data.cleaning import clean_problem, clean_reference, list_of
 from vigos_jax.data.images import BadImage, image_size, read_image
-from vigos_jax.data.processor import EncodedImage, Processor
+from vigos_jax.data.markers import MarkerMismatch
+from vigos_jax.data.processor import AS_THE_FOLDER, EncodedImage, PixelLimits, Processor
 from vigos_jax.data.sources import raw_row
 
 MIN_FPS, MAX_FPS = 1e-3, 1e3  # of a video's frames
@@ -18,21 +20,39 @@ MIN_FPS, MAX_FPS = 1e-3, 1e3  # of a video's frames
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-    """One row, ready for the model; a bad one has no images and empty texts."""
+    """One row, ready for the model; a bad one has no images and empty texts.
+
+    Attributes:
+      shrunk: whether its images were made smaller than its limits say, so that the row fits the buckets.
+      bad_detail: the value that made a bad row one, for people.
+      place: where a bad row stands in its source.
+    """
 
     id: str
     images: tuple[EncodedImage, ...] = ()
     problem: str = ""  # cleaned
     reference: str = ""  # cleaned reference answer
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)  # texts of further columns
+    shrunk: bool = False
     bad_reason: str | None = None  # None, or a short kind such as "image_unreadable"
+    bad_detail: str = ""
+    place: str = ""
+
+    @property
+    def complaint(self) -> str:
+        """Which row a bad one is, and what is wrong with it: "line 7, id '12': 'a.png' is not a file in /data"."""
+        return f"{self.place}, id {self.id!r}" + (f": {self.bad_detail}" if self.bad_detail else "")
 
 
-class _BadRow(Exception):
-    """The row cannot be used."""
+class BadRow(Exception):
+    """The row cannot be used.
 
-    def __init__(self, kind: str):
-        super().__init__(kind)
+    Attributes:
+      kind: a short name; the message tells the value.
+    """
+
+    def __init__(self, kind: str, detail: str = ""):
+        super().__init__(detail)
         self.kind = kind
 
 
@@ -44,13 +64,15 @@ class Encoder:
       max_images: more images and videos than this make a row bad.
       fields: further columns of texts that prompts show; a row without one of them is bad.
       image_roots: folders that images may lie in, beside the source's own; see `read_image`.
-      too_long: names the kind of an example that does not fit, None if it fits.
+      pixels: what each image is resized to; less where the row would not fit otherwise, the same for all its images.
+      too_long: names the kind of an example that does not fit, None if it fits; it looks at images' grids alone.
     """
 
     processor: Processor
     max_images: int
     fields: tuple[str, ...] = ()
     image_roots: tuple[str, ...] = ()
+    pixels: PixelLimits = AS_THE_FOLDER
     too_long: Callable[[Example], str | None] | None = None
 
     def __call__(self, source: Any, index: int) -> Example:
@@ -64,43 +86,130 @@ class Encoder:
         roots = (*getattr(source, "image_roots", ()), *self.image_roots)
         try:
             if row.get("bad_reason"):
-                raise _BadRow(row["bad_reason"])
-            problem, reference = _texts(own["problem"], own["answer"])
-            encoded = [_encode(item, self.processor, roots) for item in _items(own["images"], self.max_images)]
-            images = tuple(image for images in encoded for image in images)
-            fields = {name: _field(row, name) for name in self.fields}
-            example = Example(own["id"], images, problem, reference, fields)
-            if self.too_long is not None and (kind := self.too_long(example)):
-                raise _BadRow(kind)
-        except (_BadRow, BadImage) as e:
-            return Example(own["id"], bad_reason=e.kind)
-        return example
+                raise BadRow(row["bad_reason"], str(row.get("bad_detail") or ""))
+            if own.get("bad_reason"):
+                raise BadRow(own["bad_reason"], own["bad_detail"])
+            return self._example(row, own, roots)
+        except (BadRow, BadImage) as e:
+            place = source.place(index) if hasattr(source, "place") else f"row {index}"
+            detail = " ".join(str(e).removeprefix(f"{e.kind}: ").split())
+            return Example(own["id"], bad_reason=e.kind, bad_detail=detail, place=place)
+
+    def _example(self, row: Mapping[str, Any], own: Mapping[str, Any], roots: Sequence[str]) -> Example:
+        items = _items(own["images"])
+        if not items:
+            raise BadRow("no_image")
+        videos = sum(map(_is_video, items))
+        problem, reference = _texts(own["problem"], own["answer"], images=len(items) - videos, videos=videos)
+        if len(items) > self.max_images:
+            raise BadRow("too_many_images", f"{len(items)} images; config.data.max_images is {self.max_images}")
+        visuals = [_Visual.read(item, self.processor, roots) for item in items]
+        fields = {name: _field(row, name) for name in self.fields}
+        example = Example(own["id"], (), problem, reference, fields)
+        pixels = self.pixels if self.too_long is None else self._fitting(example, visuals, self.too_long)
+        images = tuple(image for v in visuals for image in v.encode(self.processor, pixels))
+        return dataclasses.replace(example, images=images, shrunk=pixels != self.pixels)
+
+    def _fitting(
+        self, example: Example, visuals: Sequence["_Visual"], too_long: Callable[[Example], str | None]
+    ) -> PixelLimits:
+        """The limits under which the row fits: the wanted ones, or the largest that do; BadRow if none do."""
+
+        def reason(limits: PixelLimits) -> str | None:
+            images = tuple(image for v in visuals for image in v.layout(self.processor, limits))
+            return too_long(dataclasses.replace(example, images=images))
+
+        kind = reason(self.pixels)
+        if kind is None:
+            return self.pixels
+        limits = self.processor.limits(self.pixels)
+        token = self.processor.merge_unit**2  # pixels
+        small, large = -(-limits.least // token), limits.most // token  # the one fits, the other does not
+        if reason(PixelLimits(limits.least, small * token)) is not None:
+            sizes = ", ".join(f"{w} x {h}" for v in visuals for w, h in v.sizes[:1])
+            raise BadRow(kind, f"images of {sizes} pixels, question of {len(example.problem)} characters")
+        while large - small > 1:
+            middle = (small + large) // 2
+            fits = reason(PixelLimits(limits.least, middle * token)) is None
+            small, large = (middle, large) if fits else (small, middle)
+        return PixelLimits(limits.least, small * token)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Visual:
+    """An image, or a video's frames: decoded, not resized. `fps` is None for an image."""
+
+    frames: tuple[Image.Image, ...]
+    fps: float | None = None
+
+    @classmethod
+    def read(cls, item: object, processor: Processor, image_roots: Sequence[str]) -> "_Visual":
+        """One item of a row; BadImage if it cannot be used."""
+
+        def read(item: object) -> Image.Image:
+            image = read_image(item, image_roots=image_roots)
+            if min(image.size) < processor.merge_unit:  # the image processor would blow it up; too little to train on
+                raise BadImage("image_too_small", f"{image.width} x {image.height} pixels")
+            return image
+
+        if not isinstance(item, Mapping) or not _is_video(item):
+            return cls((read(item),))
+        frames, fps = _frames(item), item.get("fps")
+        if isinstance(fps, bool) or not isinstance(fps, int | float) or not MIN_FPS <= fps <= MAX_FPS:
+            raise BadImage("bad_video", f"fps {fps!r} must be the frames per second, {MIN_FPS:g} to {MAX_FPS:g}")
+        return cls(tuple(read(frame) for frame in frames), fps)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(width, height) of the frames."""
+        return [frame.size for frame in self.frames]
+
+    def layout(self, processor: Processor, pixels: PixelLimits) -> tuple[EncodedImage, ...]:
+        """What `encode` gives, without patches."""
+        if self.fps is None:
+            return (processor.image_layout(*self.sizes[0], pixels),)
+        return processor.video_layout(self.sizes, fps=self.fps, wanted=pixels)
+
+    def encode(self, processor: Processor, pixels: PixelLimits) -> tuple[EncodedImage, ...]:
+        """An image's patches, or those of a video's frames."""
+        if self.fps is None:
+            return (processor.encode_image(self.frames[0], pixels),)
+        return processor.encode_video(self.frames, fps=self.fps, wanted=pixels)
 
 
 def _field(row: Mapping[str, Any], name: str) -> str:
     """The text of a further column, as it is."""
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
-        raise _BadRow(f"no_{name}")
+        raise BadRow(f"no_{name}", f"{name} is {_short(value)}")
     if not is_unicode(value):
-        raise _BadRow("text_not_unicode")
+        raise BadRow("text_not_unicode")
     return value
 
 
-def _texts(problem: object, answer: object) -> tuple[str, str]:
+def _texts(problem: object, answer: object, *, images: int, videos: int) -> tuple[str, str]:
     """Cleaned (problem, reference)."""
     if problem is not None and not isinstance(problem, str):
-        raise _BadRow("bad_problem_type")
-    if answer is not None and not isinstance(answer, str | int | float):
-        raise _BadRow("bad_answer_type")
-    problem, reference = clean_problem(problem), clean_reference(answer)
+        raise BadRow("bad_problem_type", f"problem is {_short(problem)}, not a text")
+    if answer is not None and not isinstance(answer, str | int | float | decimal.Decimal):
+        raise BadRow("bad_answer_type", f"answer is {_short(answer)}, neither text nor number")
+    try:
+        problem = clean_problem(problem, images=images, videos=videos)
+    except MarkerMismatch as e:
+        raise BadRow("image_markers", str(e)) from e
+    reference = clean_reference(answer)
     if not problem:
-        raise _BadRow("empty_problem")
+        raise BadRow("empty_problem")
     if not reference:
-        raise _BadRow("empty_answer")
+        raise BadRow("empty_answer", f"answer is {_short(answer)}")
     if not is_unicode(problem + reference):
-        raise _BadRow("text_not_unicode")
+        raise BadRow("text_not_unicode")
     return problem, reference
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def is_unicode(text: str) -> bool:
@@ -108,34 +217,15 @@ def is_unicode(text: str) -> bool:
     return re.search("[\ud800-\udfff]", text) is None
 
 
-def _items(images: object, max_images: int) -> list[object]:
+def _items(images: object) -> list[object]:
+    """A row's images; a text may be the literal of a list of paths."""
+    if isinstance(images, str) and images.lstrip().startswith("["):
+        images = list_of(images) or images
     items = list(images) if isinstance(images, list | tuple | np.ndarray) else [images]
-    items = [item for item in items if item is not None]
-    if not items:
-        raise _BadRow("no_image")
-    if len(items) > max_images:
-        raise _BadRow("too_many_images")
-    return items
+    return [item for item in items if item is not None and not (isinstance(item, str) and not item.strip())]
 
 
-def _encode(item: object, processor: Processor, image_roots: Sequence[str]) -> tuple[EncodedImage, ...]:
-    """An image's patches, or those of a video's frames."""
-
-    def read(item: object) -> Image.Image:
-        image = read_image(item, image_roots=image_roots)
-        if min(image.size) < processor.merge_unit:  # the image processor would blow it up; too little to train on
-            raise BadImage("image_too_small", f"{image.width} x {image.height} pixels")
-        return image
-
-    if not isinstance(item, Mapping) or not _is_video(item):
-        return (processor.encode_image(read(item)),)
-    frames, fps = _frames(item), item.get("fps")
-    if isinstance(fps, bool) or not isinstance(fps, int | float) or not MIN_FPS <= fps <= MAX_FPS:
-        raise BadImage("bad_video", f"fps {fps!r} must be the frames per second, {MIN_FPS:g} to {MAX_FPS:g}")
-    return processor.encode_video([read(frame) for frame in frames], fps=fps)
-
-
-def _is_video(item: object) -> bool:
+def _is_video(item: object) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(item, Mapping) and item.get("frames") is not None
 
 
@@ -146,16 +236,16 @@ def _frames(video: Mapping[str, Any]) -> Sequence[object]:
     return list(frames)
 
 
-def row_size(row: Mapping[str, Any], *, processor: Processor, image_roots: Sequence[str]) -> int:
+def row_size(
+    row: Mapping[str, Any], *, processor: Processor, image_roots: Sequence[str], pixels: PixelLimits = AS_THE_FOLDER
+) -> int:
     """About how many prompt tokens a raw row will have, from its images' headers and the length of its question."""
-    images = row.get("images")
-    items = list(images) if isinstance(images, list | tuple | np.ndarray) else [images]
     tokens = 0
-    for item in items:
+    for item in _items(row.get("images")):
         try:
             frames = _frames(item) if _is_video(item) else [item]
             blocks = -(-len(frames) // processor.frames_per_patch) if _is_video(item) else 1
-            tokens += blocks * processor.visual_tokens(*image_size(frames[0], image_roots=image_roots))
+            tokens += blocks * processor.visual_tokens(*image_size(frames[0], image_roots=image_roots), pixels)
         except BadImage:  # a bad row, wherever it stands
             continue
     problem = row.get("problem")

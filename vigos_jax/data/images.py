@@ -1,8 +1,15 @@
-"""Images from files, bytes and data sets: decoded and upright, or refused with the reason. Nothing is executed."""
+"""Images from files, bytes and data sets: decoded and upright, or refused with the reason.
 
+Nothing is executed, and nothing is fetched.
+"""
+
+import base64
+import binascii
 import io
 import os
 import pathlib
+import re
+import urllib.parse
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -13,6 +20,10 @@ from vigos_jax.errors import InputError
 MAX_PIXELS = 80_000_000  # a larger image is refused by its header; below the size at which PIL itself warns
 MAX_BYTES = 2**29  # a larger file is refused unread
 _ORIENTATION = 0x0112  # of EXIF; from 5 on, width and height are exchanged
+_DATA_URL = re.compile(r"data:[\w/+.-]*(?:;[\w=.-]+)*?(?P<base64>;base64)?,", re.IGNORECASE)
+_BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "UklGR", "R0lGOD", "Qk", "SUkqAA", "TU0AK", "UDY", "UDU", "AAAA")  # of FORMATS
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+_LEAST_BASE64 = 60  # characters; no image is smaller, and few paths without a dot are longer
 # Not all that PIL can read: some of its readers start other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
@@ -21,7 +32,7 @@ class BadImage(InputError):
     """An image that cannot be used.
 
     Attributes:
-      kind: bad_image_type, image_missing, image_outside_folder, image_unreadable, image_too_large,
+      kind: bad_image_type, image_missing, image_remote, image_outside_folder, image_unreadable, image_too_large,
         image_too_small or image_too_narrow.
     """
 
@@ -31,10 +42,11 @@ class BadImage(InputError):
 
 
 def read_image(item: object, *, image_roots: Sequence[str]) -> Image.Image:
-    """A decoded, upright RGB image (alpha dropped; the first frame of a moving one).
+    """A decoded, upright RGB image (what is transparent on white; the first frame of a moving one).
 
     Args:
-      item: bytes of an image file, a path, a dict of `bytes` or `path`, or a PIL image.
+      item: bytes of an image file, a path (`file://` too), a data URL, the base64 of a file, a dict of `bytes` or
+        `path`, or a PIL image.
       image_roots: folders that a path may lead into, links followed; a relative one starts at the first.
         `("/folder", "/")` allows any absolute path, `()` no path at all.
 
@@ -42,11 +54,21 @@ def read_image(item: object, *, image_roots: Sequence[str]) -> Image.Image:
       BadImage: what is wrong with it.
     """
     try:
-        return ImageOps.exif_transpose(_eight_bits(_open(item, image_roots))).convert("RGB")
+        return upright_rgb(_eight_bits(_open(item, image_roots)))
     except BadImage:
         raise
     except Exception as e:  # a broken file makes PIL raise almost anything
         raise BadImage("image_unreadable", f"{type(e).__name__}; choices: {', '.join(FORMATS)}") from e
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An image turned as its EXIF says, in RGB; what is transparent lies on white, as the models were trained."""
+    image = ImageOps.exif_transpose(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -78,47 +100,74 @@ def image_size(item: object, *, image_roots: Sequence[str]) -> tuple[int, int]:
 
 def image_bytes(item: object, *, image_roots: Sequence[str]) -> bytes:
     """The bytes an image is made of, undecoded where they are a file's; BadImage if there are none."""
+    item = _content(item, image_roots)
+    return item if isinstance(item, bytes) else f"{item.mode} {item.size} ".encode() + item.tobytes()
+
+
+def _content(item: object, image_roots: Sequence[str]) -> bytes | Image.Image:
+    """A file's bytes, or a PIL image as it is."""
     if isinstance(item, Mapping):
-        item = item.get("path") if item.get("bytes") is None else item["bytes"]
+        item = item.get("bytes") or item.get("path")  # some write "" for neither
+        if not item:
+            raise BadImage("image_missing", "neither bytes nor a path")
+    if isinstance(item, os.PathLike):
+        item = os.fspath(item)
     if isinstance(item, str):
-        return _read_file(item, image_roots)
+        data = _inline(item)
+        return _read_file(item, image_roots) if data is None else data
     if isinstance(item, bytes | bytearray):
         return bytes(item)
     if isinstance(item, Image.Image):
-        return f"{item.mode} {item.size} ".encode() + item.tobytes()
-    raise BadImage("bad_image_type", f"{type(item).__name__}; choices: bytes, path, dict of them, PIL image")
+        return item
+    choices = "bytes, path, data URL, base64, dict of bytes or path, PIL image"
+    raise BadImage("bad_image_type", f"{type(item).__name__}; choices: {choices}")
+
+
+def _inline(text: str) -> bytes | None:
+    """The bytes that a data URL or a file's base64 spells out; None for a path."""
+    match = _DATA_URL.match(text[:200])
+    if match:
+        if not match["base64"]:
+            raise BadImage("image_unreadable", f"data URL {text[:40]!r} is not base64")
+        text = urllib.parse.unquote(text[match.end() :])
+    elif not text.startswith(_BASE64_STARTS) or len(text) < _LEAST_BASE64 or not _BASE64.fullmatch(text):
+        return None
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as e:
+        raise BadImage("image_unreadable", f"its base64 is broken: {e}") from e
 
 
 def _open(item: object, image_roots: Sequence[str]) -> Image.Image:
     """The image, its header read and no more; BadImage if it has more than MAX_PIXELS."""
-    if isinstance(item, Mapping):
-        item = item.get("path") if item.get("bytes") is None else item["bytes"]
-        if item is None:
-            raise BadImage("image_missing", "neither bytes nor a path")
-    if isinstance(item, str):
-        item = _read_file(item, image_roots)
-    if isinstance(item, bytes | bytearray):
+    content = _content(item, image_roots)
+    if isinstance(content, bytes):
         try:
-            item = Image.open(io.BytesIO(item), formats=FORMATS)
+            content = Image.open(io.BytesIO(content), formats=FORMATS)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
             raise BadImage("image_too_large", f"far too many pixels; at most {MAX_PIXELS} are read") from e
-    if not isinstance(item, Image.Image):
-        raise BadImage("bad_image_type", f"{type(item).__name__}; choices: bytes, path, dict of them, PIL image")
-    if item.width * item.height > MAX_PIXELS:
-        raise BadImage("image_too_large", f"{item.width} x {item.height} pixels; at most {MAX_PIXELS} are read")
-    return item
+    if content.width * content.height > MAX_PIXELS:
+        raise BadImage("image_too_large", f"{content.width} x {content.height} pixels; at most {MAX_PIXELS} are read")
+    return content
 
 
 def _read_file(path: str, image_roots: Sequence[str]) -> bytes:
+    if path.lower().startswith("file:"):
+        path = urllib.parse.unquote(urllib.parse.urlsplit(path).path)
+    elif re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", path):
+        raise BadImage("image_remote", f"{path[:100]!r} is not on this machine, and nothing is fetched; use a file")
     roots = [os.path.realpath(root) for root in image_roots]
     try:
         real = os.path.realpath(os.path.join(*roots[:1], path))
+        if "\\" in path and not os.path.lexists(real):  # written on Windows
+            real = os.path.realpath(os.path.join(*roots[:1], path.replace("\\", "/")))
     except ValueError as e:  # a zero byte in the name
         raise BadImage("image_missing", repr(path)) from e
     if not any(real.startswith(os.path.join(root, "")) for root in roots):
-        raise BadImage("image_outside_folder", f"{path!r} must lie in {', '.join(roots) or 'no folder'}")
+        where = ", ".join(image_roots) or "no folder"
+        raise BadImage("image_outside_folder", f"{path!r} must lie in {where} (config.data.image_folder)")
     if not os.path.isfile(real):
-        raise BadImage("image_missing", f"{path!r} is not a file")
+        raise BadImage("image_missing", f"{path!r} is not a file in {image_roots[0]}")
     try:
         if (size := os.path.getsize(real)) > MAX_BYTES:
             raise BadImage("image_too_large", f"{path!r} has {size} bytes; at most {MAX_BYTES} are read")

@@ -13,7 +13,7 @@ import grain
 import numpy as np
 
 from vigos_jax.data.examples import Encoder, Example, row_size
-from vigos_jax.data.processor import Processor
+from vigos_jax.data.processor import PixelLimits, Processor
 from vigos_jax.data.sources import fingerprint
 from vigos_jax.errors import InputError
 from vigos_jax.runtime.signals import ignore_signals, signals_blocked
@@ -83,9 +83,11 @@ class _SizeOf:
     source: Any
     processor: Processor
     image_roots: tuple[str, ...]
+    pixels: PixelLimits
 
     def __call__(self, index: int) -> int:
-        return row_size(self.source[index], processor=self.processor, image_roots=self.image_roots)
+        row = self.source[index]
+        return row_size(row, processor=self.processor, image_roots=self.image_roots, pixels=self.pixels)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -192,7 +194,7 @@ def make_batches(
 
     numbers = grain.MapDataset.range(len(source)).seed(order.seed)
     numbers = (numbers.shuffle() if order.shuffle else numbers).repeat()
-    size_of = _SizeOf(source, encoder.processor, tuple(getattr(source, "image_roots", ())))
+    size_of = _SizeOf(source, encoder.processor, tuple(getattr(source, "image_roots", ())), encoder.pixels)
     own = tuple(range(order.batch_size) if rows is None else rows)
     batches = grain.MapDataset.source(_Batches(numbers, order, size_of=size_of))[start_batch:]
     encode = _EncodeBatch(source, encoder, own)

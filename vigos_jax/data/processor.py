@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from PIL import Image, ImageOps
+from PIL import Image
 
-from vigos_jax.data.images import BadImage
+from vigos_jax.data.images import BadImage, upright_rgb
 from vigos_jax.data.tokenizer_files import (
     build,
     chat_template,
@@ -51,6 +51,21 @@ class EncodedImage:
     grid: Grid
     label: str | None = None
     time_step: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelLimits:
+    """How many pixels an image may be resized to.
+
+    Attributes:
+      least, most: 0 for what the model folder says.
+    """
+
+    least: int = 0
+    most: int = 0
+
+
+AS_THE_FOLDER = PixelLimits()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,27 +169,70 @@ class Processor:
         """The text of `token_bytes`; bytes that are no UTF-8 become U+FFFD."""
         return b"".join(self.token_bytes(ids)).decode("utf-8", errors="replace")
 
-    def encode_image(self, image: Image.Image) -> EncodedImage:
-        """Turns upright, drops alpha, resizes, normalises and cuts an image into patches.
+    def limits(self, wanted: PixelLimits = AS_THE_FOLDER) -> PixelLimits:
+        """The wanted limits, the folder's own in place of zeros. An upper limit below the lower one lowers both."""
+        size = self._image_processor.size
+        most = wanted.most or size["longest_edge"]
+        return PixelLimits(min(wanted.least or size["shortest_edge"], most), most)
 
-        However small it is, it is enlarged to the folder's minimum. Raises BadImage ("image_too_narrow") if
+    def image_layout(self, width: int, height: int, wanted: PixelLimits = AS_THE_FOLDER) -> EncodedImage:
+        """What `encode_image` gives for an image of so many pixels, without its patches; BadImage as there."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        short, long = sorted((width, height))
+        if short < 1 or long > MAX_ASPECT_RATIO * short:
+            size = f"{width} x {height} pixels"
+            raise BadImage("image_too_narrow", f"{size}; a side may be {MAX_ASPECT_RATIO} times the other")
+        limits = self.limits(wanted)
+        sides = smart_resize(height, width, self.merge_unit, min_pixels=limits.least, max_pixels=limits.most)
+        h, w = (side // self.patch_size for side in sides)
+        return EncodedImage(np.zeros((0, 0), np.float32), (1, h, w))
+
+    def encode_image(self, image: Image.Image, wanted: PixelLimits = AS_THE_FOLDER) -> EncodedImage:
+        """Turns upright, lays on white, resizes, normalises and cuts an image into patches.
+
+        However small it is, it is enlarged to the least number of pixels. Raises BadImage ("image_too_narrow") if
         one side is more than MAX_ASPECT_RATIO times the other, or zero.
         """
-        image = ImageOps.exif_transpose(image).convert("RGB")
-        short, long = sorted(image.size)
-        if short < 1 or long > MAX_ASPECT_RATIO * short:
-            size = f"{image.width} x {image.height} pixels"
-            raise BadImage("image_too_narrow", f"{size}; a side may be {MAX_ASPECT_RATIO} times the other")
+        image = upright_rgb(image)
+        grid = self.image_layout(*image.size, wanted).grid
+        limits = self.limits(wanted)
         # The layout is named because an image of 1 to 4 pixels' height could be taken for channels.
-        out = self._image_processor(images=image, return_tensors="np", input_data_format="channels_last")
-        t, h, w = (int(n) for n in out["image_grid_thw"][0])
-        return EncodedImage(patches=np.asarray(out["pixel_values"], np.float32), grid=(t, h, w))
+        out = self._image_processor(
+            images=image,
+            return_tensors="np",
+            input_data_format="channels_last",
+            size={"shortest_edge": limits.least, "longest_edge": limits.most},
+        )
+        if tuple(out["image_grid_thw"][0].tolist()) != grid:
+            raise ValueError(f"the image processor cuts {image.size} into {out['image_grid_thw'][0]}, not {grid}")
+        return EncodedImage(patches=np.asarray(out["pixel_values"], np.float32), grid=grid)
 
-    def encode_video(self, frames: Sequence[Image.Image], *, fps: float) -> tuple[EncodedImage, ...]:
+    def video_layout(
+        self, sizes: Sequence[tuple[int, int]], *, fps: float, wanted: PixelLimits = AS_THE_FOLDER
+    ) -> tuple[EncodedImage, ...]:
+        """What `encode_video` gives for frames of these sizes (width, height), without patches; BadImage as there."""
+        if not sizes or len(set(sizes)) > 1 or not 0 < fps < float("inf"):
+            shown = ", ".join(f"{w} x {h}" for w, h in sorted(set(sizes))) or "no size"
+            what = f"{len(sizes)} frame(s) of {shown} at {fps} a second"
+            raise BadImage("bad_video", f"{what}; a video needs frames of one size, and fps above 0")
+        one = self.image_layout(*sizes[0], wanted)
+        _, h, w = one.grid
+        n = self.frames_per_patch
+        groups = -(-len(sizes) // n)
+        if self.tokens_per_second:
+            return (EncodedImage(one.patches, (groups, h, w), "", self.tokens_per_second * n / fps),)
+        last = (len(sizes) - 1) / fps  # also the time of frames that lack for a pair
+        times = [(min(i * n / fps, last) + min((i * n + n - 1) / fps, last)) / 2 for i in range(groups)]
+        return tuple(EncodedImage(one.patches, (1, h, w), f"<{time:.1f} seconds>") for time in times)
+
+    def encode_video(
+        self, frames: Sequence[Image.Image], *, fps: float, wanted: PixelLimits = AS_THE_FOLDER
+    ) -> tuple[EncodedImage, ...]:
         """Frames of a video, in pairs (`frames_per_patch`); the last one stands in for those that lack for a pair.
 
         Qwen2.5-VL reads them as one block whose positions tell the time, Qwen3-VL as blocks of a pair, each behind a
-        timestamp. They are resized as images are: choose their size and number to fit.
+        timestamp. They are resized as images are, each by the limits.
 
         Args:
           fps: frames per second of these frames (not of the file they were taken from).
@@ -182,31 +240,24 @@ class Processor:
         Raises:
           BadImage: "bad_video" if there are none, their sizes differ or fps is not positive; else as `encode_image`.
         """
-        if not frames or len({f.size for f in frames}) > 1 or not 0 < fps < float("inf"):
-            sizes = sorted({f"{f.width} x {f.height}" for f in frames})
-            what = f"{len(frames)} frame(s) of {', '.join(sizes) or 'no size'} at {fps} a second"
-            raise BadImage("bad_video", f"{what}; a video needs frames of one size, and fps above 0")
+        layout = self.video_layout([f.size for f in frames], fps=fps, wanted=wanted)
         n = self.frames_per_patch
-        encoded = [self.encode_image(frame) for frame in frames]
-        missing = -len(frames) % n
-        encoded += encoded[-1:] * missing
-        times = [i / fps for i in range(len(frames))]
-        times += times[-1:] * missing
+        encoded = [self.encode_image(frame, wanted) for frame in frames]
+        encoded += encoded[-1:] * (-len(frames) % n)
         # An image's patch [C, n, p, p] shows the one frame n times: take the i-th time from the i-th frame.
         split = [e.patches.reshape(len(e.patches), -1, n, self.patch_size**2) for e in encoded]
-        _, h, w = encoded[0].grid
-        groups = []
-        for first in range(0, len(encoded), n):
-            patches = np.stack([split[first + i][:, :, i] for i in range(n)], 2).reshape(encoded[0].patches.shape)
-            groups.append((patches, (times[first] + times[first + n - 1]) / 2))
+        pairs = [
+            np.stack([split[first + i][:, :, i] for i in range(n)], 2).reshape(encoded[0].patches.shape)
+            for first in range(0, len(encoded), n)
+        ]
         if self.tokens_per_second:
-            patches = np.concatenate([patches for patches, _ in groups])
-            return (EncodedImage(patches, (len(groups), h, w), "", self.tokens_per_second * n / fps),)
-        return tuple(EncodedImage(patches, (1, h, w), f"<{time:.1f} seconds>") for patches, time in groups)
+            pairs = [np.concatenate(pairs)]
+        return tuple(dataclasses.replace(part, patches=p) for part, p in zip(layout, pairs, strict=True))
 
-    def visual_tokens(self, width: int, height: int) -> int:
-        """Visual tokens of an image of so many pixels, without making it."""
-        return self._image_processor.get_number_of_image_patches(height, width, {}) // self.merge_size**2
+    def visual_tokens(self, width: int, height: int, wanted: PixelLimits = AS_THE_FOLDER) -> int:
+        """Visual tokens of an image of so many pixels, without making it; BadImage as `encode_image`."""
+        _, h, w = self.image_layout(width, height, wanted).grid
+        return h * w // self.merge_size**2
 
     def encode_turn(
         self, *, user_text: str, grids: Sequence[Grid], assistant_prefill: str, labels: Sequence[str | None] = ()

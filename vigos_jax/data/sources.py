@@ -1,25 +1,26 @@
-"""Where rows come from: a hub data set, parquet or jsonl, with random access and images left undecoded.
+"""Where rows come from: a hub data set, parquet, jsonl or json, with random access and images left undecoded.
 
-A row has `problem`, `answer` and `images` (or `image`; one image or a list), perhaps a `problem_id` (else `id`, else
-its number), and the columns of `config.data.fields`. `options` and `wrong_answers` are handed on where a row has them.
+A source's row has `id`, `problem`, `answer`, `images` and `options`, wherever `config.data.columns` or the names that
+people use found them (see `columns`), and what else the file holds: `wrong_answers`, the columns of
+`config.data.fields`.
 """
 
 import hashlib
 import json
+import os
 import pathlib
-import re
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from vigos_jax.data.columns import NAMES, Columns, find_columns
+from vigos_jax.data.tables import Table, open_table
 from vigos_jax.errors import InputError
 from vigos_jax.grading.answer_text import mentions
-from vigos_jax.runtime import hub
+from vigos_jax.runtime.progress import say
 
-DATASET_ID = re.compile(r"([\w.-]+/)?[\w.-]+")  # of a data set on the hub; some have no owner
-SOURCE_CHOICES = "a .jsonl file, a .parquet file, a folder of .parquet files, a hub data set (owner/name)"
+_SAMPLES = 1000  # rows of a file without a header that are looked at for its columns
 
 
 class Source(Sequence):
@@ -31,7 +32,12 @@ class Source(Sequence):
     """
 
     image_roots: tuple[str, ...] = ()
+    columns: Columns = Columns()
     has_own_evaluation = False
+
+    def place(self, index: int) -> str:
+        """Where a row stands, for people."""
+        return f"row {index}"
 
     def probes(self, *, count: int, seed: int) -> "Source":
         """The source whose first `count` rows a run answers again and again: its own."""
@@ -47,20 +53,26 @@ class Source(Sequence):
 
 
 class TableSource(Source):
-    """Rows of a `datasets.Dataset` (memory-mapped), images left undecoded; `image_roots` as of `read_image`."""
+    """Rows of a `Table`; only the columns that a row needs are read.
 
-    def __init__(self, table, *, name: str, image_roots: Sequence[str], fields: Sequence[str] = ()):
-        images = _check_columns(table.column_names, name, fields)
-        wanted = ("problem", "answer", images, "problem_id", "id", "options", "wrong_answers", *fields)
-        self._table = table.select_columns([c for c in wanted if c in table.column_names])
-        self.image_roots = tuple(image_roots)
+    Args:
+      mapping: `config.data.columns`.
+      fields: further columns that must be there.
+    """
+
+    def __init__(self, table: Table, *, mapping: Mapping[str, str] | None = None, fields: Sequence[str] = ()):
+        samples = [table.select([c for c in table.column_names if c not in NAMES["images"]])[0]]
+        names = table.column_names
+        self.columns = find_columns(names, where=table.name, mapping=mapping, fields=fields, samples=samples)
+        wanted = {path if path in names else path.split(".")[0] for path in self.columns.names()}
+        self._table = table.select([c for c in names if c in wanted or c in ("wrong_answers", *fields)])
+        self.image_roots = table.image_roots
 
     def __len__(self) -> int:
         return len(self._table)
 
     def __getitem__(self, index: Any) -> Any:
-        row = self._table[int(index)]
-        return row | raw_row(row, int(index))
+        return _read(self.columns, self._table[int(index)], int(index))
 
 
 class JsonlSource(Source):
@@ -69,9 +81,15 @@ class JsonlSource(Source):
     Memory holds only the lines' places. Every read opens the file, so threads and processes can share it.
     """
 
-    def __init__(self, path: str | pathlib.Path, *, fields: Sequence[str] = ()):
-        self.path = str(pathlib.Path(path).resolve())
-        self.image_roots = (str(pathlib.Path(self.path).parent),)
+    def __init__(
+        self,
+        path: str | pathlib.Path,
+        *,
+        mapping: Mapping[str, str] | None = None,
+        fields: Sequence[str] = (),
+    ):
+        self.path = os.path.abspath(path)
+        self.image_roots = _roots(self.path)
         starts, numbers, position = [], [], 0
         try:
             with open(self.path, "rb") as file:
@@ -84,36 +102,91 @@ class JsonlSource(Source):
             raise InputError(f"cannot read {self.path}: {e.strerror}") from e
         self._starts = np.asarray(starts, np.int64)  # byte offset of each line that is not blank
         self._numbers = np.asarray(numbers, np.int64)
-        first = next((row for row in map(self._parse, range(len(self))) if row is not None), None)
-        if first is None:
-            raise InputError(f"{self.path} has no usable row: no line is a JSON object")
-        _check_columns(list(first), self.path, fields)
+        lines = [self._parse(i) for i in range(min(len(self), _SAMPLES))]
+        samples = [line for line in lines if not isinstance(line, str)]
+        if not samples:
+            what = "its lines are not UTF-8" if "not_utf8" in lines else "no line is a JSON object"
+            raise InputError(f"{self.path} has no usable row: {what}")
+        names = list(dict.fromkeys(name for row in samples for name in row))
+        self.columns = find_columns(names, where=self.path, mapping=mapping, fields=fields, samples=samples)
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def __getitem__(self, index: Any) -> Any:
         raw = self._parse(int(index))
-        if raw is None:
-            return raw_row({}, int(index)) | {"bad_reason": "bad_json"}
-        return raw | raw_row(raw, int(index)) | {"bad_reason": None}
+        if isinstance(raw, str):
+            return _read(Columns(), {}, int(index)) | {"bad_reason": raw}
+        return {"bad_detail": ""} | _read(self.columns, raw | {"bad_reason": None}, int(index))
 
     def line(self, index: int) -> int:
         """The row's line in the file, counted from 1."""
         return int(self._numbers[index])
 
-    def _parse(self, index: int) -> dict[str, Any] | None:
+    def place(self, index: int) -> str:
+        """The row's line."""
+        return f"line {self.line(index)}"
+
+    def _parse(self, index: int) -> dict[str, Any] | str:
+        """A line's object, or why it is none."""
         with open(self.path, "rb") as file:
             file.seek(self._starts[index])
             line = file.readline()
         try:
-            value = json.loads(line)
+            value = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            return "not_utf8"
         except (ValueError, RecursionError):
-            return None
-        return value if isinstance(value, dict) else None
+            return "bad_json"
+        return value if isinstance(value, dict) else "bad_json"
 
 
-def load_source(data) -> TableSource | JsonlSource:
+class JsonSource(Source):
+    """Rows of a .json file that holds a list of objects, all of them in memory."""
+
+    def __init__(
+        self, path: str | pathlib.Path, *, mapping: Mapping[str, str] | None = None, fields: Sequence[str] = ()
+    ):
+        self.path = os.path.abspath(path)
+        self.image_roots = _roots(self.path)
+        try:
+            rows = json.loads(pathlib.Path(self.path).read_bytes().decode("utf-8-sig"))
+        except OSError as e:
+            raise InputError(f"cannot read {self.path}: {e.strerror}") from e
+        except UnicodeDecodeError as e:
+            raise InputError(f"{self.path} is not UTF-8: {e.reason} at byte {e.start}") from e
+        except (ValueError, RecursionError) as e:
+            hint = "; a file of one object a line is called .jsonl" if "Extra data" in str(e) else ""
+            raise InputError(f"{self.path} is not JSON: {e}{hint}") from e
+        if not isinstance(rows, list) or not any(isinstance(row, dict) for row in rows):
+            raise InputError(f"{self.path} has no usable row: it must hold a list of objects")
+        self._rows = rows
+        samples = [row for row in rows[:_SAMPLES] if isinstance(row, dict)]
+        names = list(dict.fromkeys(name for row in samples for name in row))
+        self.columns = find_columns(names, where=self.path, mapping=mapping, fields=fields, samples=samples)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        raw = self._rows[int(index)]
+        if not isinstance(raw, dict):
+            return _read(Columns(), {}, int(index)) | {"bad_reason": "bad_json"}
+        return {"bad_detail": ""} | _read(self.columns, raw | {"bad_reason": None}, int(index))
+
+
+def _roots(path: str) -> tuple[str, ...]:
+    """The folder of a file, and that of what it is a link to: in the hub's cache, images lie there."""
+    return tuple(dict.fromkeys((os.path.dirname(path), os.path.dirname(os.path.realpath(path)))))
+
+
+def _read(columns: Columns, row: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """A row with its parts under this program's names, and no other claim to them."""
+    others = {name: value for name, value in row.items() if name not in ("problem_id", "image", "choices")}
+    return others | columns.read(row, index)
+
+
+def load_source(data) -> TableSource | JsonlSource | JsonSource:
     """Opens `data.source` of `config.data`: one of SOURCE_CHOICES; InputError if it cannot be used.
 
     `data.split` is the split of a hub data set or folder; a single file is taken whole, whatever it says.
@@ -121,78 +194,24 @@ def load_source(data) -> TableSource | JsonlSource:
     """
     name = data.source
     path = pathlib.Path(name).expanduser()
-    if name and path.suffix == ".jsonl" and path.is_file():
-        return JsonlSource(path, fields=data.fields)
-    table, roots = open_table(name, split=data.split)
-    return TableSource(table, name=name, image_roots=roots, fields=data.fields)
-
-
-def open_table(name: str, *, split: str) -> tuple[Any, tuple[str, ...]]:
-    """(a `datasets.Dataset` with images left undecoded, its image roots) of parquet or a hub data set.
-
-    Raises:
-      InputError: there is no such thing, it cannot be read, or it has no rows.
-    """
-    path = pathlib.Path(name).expanduser()
-    if name and path.suffix == ".parquet" and path.is_file():
-        file = path.resolve()
-        options = {"split": "train", "data_files": {"train": [str(file)]}}
-        return _load_table(name, "parquet", **options), (str(file.parent),)
-    if name and path.is_dir() and next(path.rglob("*.parquet"), None):
-        folder = str(path.resolve())
-        return _load_table(name, "parquet", split=split, data_dir=folder), (folder,)
-    if path.exists() or path.suffix in (".jsonl", ".parquet") or not DATASET_ID.fullmatch(name):
-        found = "holds no such data" if name and path.exists() else "does not exist"
-        raise InputError(f"data.source {name!r} {found}; choices: {SOURCE_CHOICES}")
-    import datasets
-    import huggingface_hub.constants
-
-    caches = (str(datasets.config.HF_DATASETS_CACHE), huggingface_hub.constants.HF_HUB_CACHE)
-    return _load_table(name, name, split=split), caches
-
-
-def _load_table(name: str, path: str, *, split: str, **options) -> Any:
-    import datasets
-
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    try:
-        table = datasets.load_dataset(path, split=split, **options)
-    except Exception as e:
-        cause = e
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        what = f"data.source {name!r}, split {split!r}, cannot be loaded"
-        raise InputError(f"{what}: {hub.reason(cause)}; choices: {SOURCE_CHOICES}") from e
-    if len(table) == 0:
-        raise InputError(f"data.source {name!r}, split {split!r}, has no rows")
-    undecoded = datasets.Image(decode=False)
-    for column, feature in table.features.items():
-        if isinstance(feature, datasets.Image):
-            table = table.cast_column(column, undecoded)
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            table = table.cast_column(column, datasets.List(undecoded))
-    return table
-
-
-def _check_columns(columns: Sequence[str], name: str, fields: Sequence[str]) -> str:
-    """The name of the image column, if all that a row and the roles' prompts need is there."""
-    images = next((c for c in ("images", "image") if c in columns), "")
-    missing = [c for c in ("problem", "answer", *fields) if c not in columns] + ([] if images else ["images"])
-    if missing:
-        raise InputError(f"{name} lacks {', '.join(missing)}; it has the columns {', '.join(columns)}")
-    return images
+    options = {"mapping": data.columns, "fields": data.fields}
+    if name and path.suffix in (".jsonl", ".json") and path.is_file():
+        source = (JsonlSource if path.suffix == ".jsonl" else JsonSource)(path, **options)
+    else:
+        source = TableSource(open_table(name, split=data.split), **options)
+    if said := source.columns.describe():
+        say(f"data.source {name}: {said}")
+    if data.image_folder:
+        folder = pathlib.Path(data.image_folder).expanduser().absolute()
+        if not folder.is_dir():
+            raise InputError(f"config.data.image_folder={data.image_folder!r} is not a folder")
+        source.image_roots = (str(folder), *source.image_roots)
+    return source
 
 
 def raw_row(row: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """The four fields every row has, under one name each."""
-    ids = (row.get("problem_id"), row.get("id"), index)
-    return {
-        "id": str(next(i for i in ids if i is not None)),
-        "problem": row.get("problem"),
-        "answer": row.get("answer"),
-        "images": row["images"] if "images" in row else row.get("image"),
-    }
+    """The parts of a row that has them under this program's names, as those of every source do."""
+    return Columns().read(row, index)
 
 
 def fingerprint(source) -> str:

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from vigos_jax.data.sources import DATASET_ID, open_table
+from vigos_jax.data.tables import DATASET_ID, open_table
 from vigos_jax.demo import world
 from vigos_jax.errors import InputError
 from vigos_jax.evaluation.tasks.task import Question, Task
@@ -59,8 +59,8 @@ def open_rows(task: Task, source: str, *, demo_questions: int, seed: int) -> Tas
     elif task.split == "data.json":
         out = _open_json(source)
     else:
-        table, roots = open_table(source, split=task.split)
-        out = TaskRows(source, table, tuple(table.column_names), roots)
+        table = open_table(source, split=task.split)
+        out = TaskRows(source, table, tuple(table.column_names), table.image_roots)
     task.check_columns(out.columns, where=out.name)
     return out
 

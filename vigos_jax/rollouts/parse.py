@@ -11,7 +11,7 @@ from PIL import Image
 
 from vigos_jax.data.examples import Encoder, Example, is_unicode
 from vigos_jax.data.images import read_image
-from vigos_jax.data.processor import EncodedImage, Processor
+from vigos_jax.data.processor import EncodedImage, PixelLimits, Processor
 from vigos_jax.data.sources import JsonlSource
 from vigos_jax.grading.answer_text import is_correct, last_boxed, mentions
 from vigos_jax.method.packing import Buckets, Rollout, Row, make_row, too_long
@@ -36,6 +36,12 @@ class Case:
     bad_reason: str | None = None
 
     @property
+    def complaint(self) -> str:
+        """What is wrong with a row that is bad, and with which value."""
+        detail = self.example.bad_detail
+        return f"id {self.example.id}: {self.bad_reason}" + (f": {detail}" if detail else "")
+
+    @property
     def scored(self) -> Rollout:
         """The rollout of a row that is not bad."""
         if self.rollout is None:
@@ -54,13 +60,15 @@ class Reader:
     config: ModelConfig
     max_images: int
     fields: tuple[str, ...]
+    pixels: PixelLimits
 
     @classmethod
     def of(cls, session: Session, config) -> "Reader":
         """The reader of a run: its student's prompt, its roles, its declared sizes."""
         student = dict(config.prompts.student.items())
         images, fields = config.data.max_images, tuple(config.data.fields)
-        return cls(session.processor, student, session.roles, session.buckets, session.config, images, fields)
+        pixels = PixelLimits(config.data.min_pixels, config.data.max_pixels)
+        return cls(session.processor, student, session.roles, session.buckets, session.config, images, fields, pixels)
 
     def example(
         self, source: Any, index: int, *, image_roots: Sequence[str] = (), max_completion: int | None = None
@@ -69,14 +77,15 @@ class Reader:
 
         Args:
           image_roots: folders that its images may lie in, beside the source's own.
-          max_completion: makes a row bad that does not fit the buckets with a completion of this length.
+          max_completion: the row is to fit the buckets with a completion of this length: its images are made smaller
+            where it would not, and it is bad where that does not help. None takes them as they are.
         """
         return self.encoder(image_roots=image_roots, max_completion=max_completion)(source, index)
 
     def encoder(self, *, image_roots: Sequence[str] = (), max_completion: int | None = None) -> Encoder:
         """What reads the rows; arguments as of `example`."""
         check = None if max_completion is None else functools.partial(self.too_long, max_completion=max_completion)
-        return Encoder(self.processor, self.max_images, self.fields, tuple(image_roots), check)
+        return Encoder(self.processor, self.max_images, self.fields, tuple(image_roots), self.pixels, check)
 
     def row(
         self, example: Example, *, reference: str | None = None, images: tuple[EncodedImage, ...] | None = None
@@ -123,23 +132,23 @@ def read_cases(source: JsonlSource, session: Session, config) -> Iterator[Case]:
     """The rows of a rollouts file: `{"id", "images", "problem", "answer"}` and `"completion"` or `"completion_ids"`."""
     reader = Reader.of(session, config)
     for i in range(len(source)):
-        example = reader.example(source, i, image_roots=("/",))  # the rollouts' own engine chose the paths
-        completion = example.bad_reason or _completion(source[i], example, reader, session)
+        ids = _completion_ids(source[i], session)
+        length = None if isinstance(ids, str) or len(ids) > max(session.buckets.completion) else len(ids)
+        # The rollouts' own engine chose the paths.
+        example = reader.example(source, i, image_roots=("/",), max_completion=length)
+        completion = example.bad_reason or _completion(ids, session)
         if isinstance(completion, str):
             yield Case(i, example, bad_reason=completion)
         else:
             yield Case(i, example, reader.row(example), completion)
 
 
-def _completion(raw: dict[str, Any], example: Example, reader: Reader, session: Session) -> Rollout | str:
+def _completion(ids: list[int] | str, session: Session) -> Rollout | str:
     """The rollout of a usable row, or the reason why it has none."""
-    ids = _completion_ids(raw, session)
     if isinstance(ids, str):
         return ids
     if len(ids) > max(session.buckets.completion):
         return "completion_too_long"
-    if reason := reader.too_long(example, max_completion=len(ids)):
-        return reason
     return Rollout(tuple(ids), find_spans(session.processor.token_bytes(ids), rule=session.span_rule))
 
 

@@ -18,7 +18,7 @@ from vigos_jax.data.loader import Order, make_batches
 from vigos_jax.method.batch import ScoreBatch
 from vigos_jax.method.packing import Rollout, Row, length_groups
 from vigos_jax.rollouts.parse import Reader
-from vigos_jax.runtime.distributed import total
+from vigos_jax.runtime.distributed import exchange, total
 from vigos_jax.runtime.sharding import batch_sharding, counts_rows
 from vigos_jax.session import Session
 
@@ -31,6 +31,7 @@ class Batch:
       examples, rows: this process's, in the order of `Session.own_rows`.
       prompts: what the engine samples from, from `Engine.prepare`.
       bad_rows: of all processes, how many are unusable, by reason.
+      bad_examples: the first of each reason, for people.
       seconds: what reading and packing took here.
     """
 
@@ -38,6 +39,7 @@ class Batch:
     rows: list[Row]
     prompts: Any
     bad_rows: dict[str, int]
+    bad_examples: dict[str, str]
     seconds: float
 
 
@@ -75,8 +77,14 @@ class Batches:
         start = time.monotonic()
         examples = next(self._examples)
         bad_rows = self.total(Counter(e.bad_reason for e in examples if e.bad_reason is not None))
+        bad_examples = self._bad_examples(examples) if bad_rows else {}
         rows = [self._reader.row(e) for e in examples]
-        return Batch(examples, rows, self._prepare(rows), bad_rows, time.monotonic() - start)
+        return Batch(examples, rows, self._prepare(rows), bad_rows, bad_examples, time.monotonic() - start)
+
+    @staticmethod
+    def _bad_examples(examples: Sequence[Example]) -> dict[str, str]:
+        own = {e.bad_reason: e.complaint for e in reversed(examples) if e.bad_reason is not None}
+        return {kind: text for found in reversed(exchange(own)) for kind, text in found.items()}
 
     def total(self, counts: dict[str, int]) -> dict[str, int]:
         """Sums what the processes counted over their rows; rows that several hold count once."""

@@ -176,7 +176,7 @@ class Run:
         if found := self._checkpoints.restore_newest(self.state):
             self.number, self.state, saved = found
             resume_batch(saved, self._place_in_data())
-            self._bad_rows.update(saved["rows_seen"], saved["bad_rows"])
+            self._bad_rows.update(saved["rows_seen"], saved["bad_rows"], saved.get("bad_examples"))
             self._health = Health(config.guards, saved["health"])
             say(f"going on from step {self.number} of {config.steps} in {self._workdir}")
         self._engine = self._open_engine(session, Sampling(**config.sampling))
@@ -198,7 +198,7 @@ class Run:
         config, session, batch = self._config, self._session, self._upcoming
         if batch is None:
             raise ValueError(f"the run is over after {config.steps} steps")
-        self._bad_rows.update(config.batch_size, batch.bad_rows)
+        self._bad_rows.update(config.batch_size, batch.bad_rows, batch.bad_examples)
         self._bad_rows.check(config.data.max_bad_fraction)
         self._log.begin("rollout", batch.prompts)
 
@@ -246,8 +246,9 @@ class Run:
         is_last = bool(signals or unwell) or number == config.steps
         if is_last or number % config.checkpoint_every == 0 or self._evaluations.due(number):
             seen = {"rows_seen": self._bad_rows.rows, "bad_rows": dict(self._bad_rows.reasons)}
+            seen |= {"bad_examples": self._bad_rows.examples, "health": self._health.state()}
             self._log.sync()
-            self._checkpoints.save(self.state, self._place_in_data() | seen | {"health": self._health.state()})
+            self._checkpoints.save(self.state, self._place_in_data() | seen)
         if is_last and self._bad_rows.bad:
             say(self._bad_rows.summary())
         saved = f"saved at step {number} of {config.steps}"

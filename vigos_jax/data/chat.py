@@ -1,0 +1,152 @@
+"""Rows that hold a conversation instead of a question: one user turn with its images, perhaps the assistant's answer.
+
+Both spellings in use are read: `[{"role": "user", "content": ...}]`, whose content is a text or a list of parts, and
+`[{"from": "human", "value": ...}]`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vigos_jax.data.markers import count_markers
+
+_ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant"}
+_ROLES |= {"bot": "assistant", "system": "system", "developer": "system"}
+_TYPES = {"text": "text", "input_text": "text", "output_text": "text"}
+_TYPES |= dict.fromkeys(("image", "image_url", "input_image"), "image")
+_IMAGE_KEYS = ("image", "image_url", "url", "path", "bytes", "base64", "data")
+
+
+class BadChat(ValueError):
+    """A conversation that is not one question and one answer.
+
+    Attributes:
+      kind: chat_not_understood or several_turns.
+    """
+
+    def __init__(self, kind: str, detail: str):
+        super().__init__(detail)
+        self.kind = kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """What a conversation asks.
+
+    Attributes:
+      problem: the user's text, markers where its images stand.
+      answer: the assistant's text; None without such a turn.
+      images: what its image parts hold; () where they hold nothing, and stand for the row's other images.
+    """
+
+    problem: str
+    answer: str | None
+    images: tuple[Any, ...]
+
+
+def is_chat(value: object) -> bool:
+    """Whether a value is a list of turns or of a turn's parts, or the JSON of one."""
+    items = _items(value)
+    return bool(items) and all(isinstance(i, Mapping) and (i.keys() & {"role", "from", "type"}) for i in items)
+
+
+def read_chat(value: object) -> Chat:
+    """The question, its images and the answer of a conversation that `is_chat` knows.
+
+    System turns are left out: this program's prompts are its own. Parts alone are a user turn's.
+
+    Raises:
+      BadChat: unknown roles or parts, or turns that are not one question and at most one answer behind it.
+    """
+    items = [{k: v for k, v in item.items() if v is not None} for item in _items(value)]
+    if all("type" in item and not item.keys() & {"role", "from"} for item in items):
+        items = [{"role": "user", "content": items}]
+    turns = []
+    for item in items:
+        role = _ROLES.get(str(item.get("role", item.get("from"))).lower())
+        if role is None:
+            raise BadChat("chat_not_understood", f"role {item.get('role', item.get('from'))!r}; choices: {_names()}")
+        if role != "system":
+            turns.append((role, item.get("content", item.get("value"))))
+    roles = [role for role, _ in turns]
+    if roles not in (["user"], ["user", "assistant"], ["assistant"]):
+        kind = "several_turns" if roles.count("user") > 1 else "chat_not_understood"
+        raise BadChat(kind, f"its turns are {', '.join(roles) or 'none'}; one user turn is read, and one answer to it")
+    texts, images = {}, ()
+    for role, content in turns:
+        texts[role], found = _parts(content)
+        if role == "user":
+            images = found
+        elif found:
+            raise BadChat("chat_not_understood", "there is an image in the assistant's turn")
+    return Chat(texts.get("user", ""), texts.get("assistant"), images)
+
+
+def _names() -> str:
+    return ", ".join(_ROLES)
+
+
+def _items(value: object) -> list[Any]:
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return []
+    return list(value) if isinstance(value, list | tuple | np.ndarray) else []
+
+
+def _parts(content: object) -> tuple[str, tuple[Any, ...]]:
+    """(text with a marker for each image, what the image parts hold) of a turn's content."""
+    if isinstance(content, str):
+        return content, ()
+    if isinstance(content, Mapping):
+        content = [content]
+    if not isinstance(content, list | tuple | np.ndarray):
+        raise BadChat("chat_not_understood", f"a turn's content is a {type(content).__name__}, not a text or parts")
+    pieces: list[str] = []
+    images: list[Any] = []
+    count = 0
+    for part in content:
+        if isinstance(part, str):
+            pieces.append(part)
+            continue
+        kind = _TYPES.get(str(part.get("type", "text"))) if isinstance(part, Mapping) else None
+        if kind is None:
+            name = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise BadChat("chat_not_understood", f"a part of type {name!r}; choices: {', '.join(_TYPES)}")
+        if kind == "text":
+            pieces.append(str(part.get("text") or ""))
+            continue
+        count += 1
+        pieces.append("<image>")
+        images += [image] if (image := _image(part)) is not None else []
+    if images and len(images) != count:
+        raise BadChat("chat_not_understood", f"{len(images)} of {count} image parts hold an image")
+    text = "".join(pieces)
+    # Some name the images in the text too; those say where.
+    if 0 < count == count_markers(text) - count:
+        text = "".join(p for p in pieces if p != "<image>")
+    return text, tuple(images)
+
+
+def _image(part: Mapping[str, Any]) -> Any:
+    """What an image part holds, as `read_image` takes it; None if it only says that there is one."""
+    if isinstance(part.get("bytes"), bytes | bytearray) or (part.get("path") and part.get("type") == "image"):
+        return {"bytes": part.get("bytes"), "path": part.get("path")}
+    value = next((part[key] for key in _IMAGE_KEYS if part.get(key) is not None), None)
+    if isinstance(value, Mapping) and value.get("url"):
+        value = value["url"]
+    return value
+
+
+def answer_text(value: object) -> Any:
+    """An answer column's value; of a list of turns, what the assistant says in it."""
+    if isinstance(value, str) or not is_chat(value):
+        return value
+    try:
+        return read_chat(value).answer
+    except BadChat:
+        return value

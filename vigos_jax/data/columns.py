@@ -1,0 +1,160 @@
+"""Which columns of a source hold what a row needs: by the user's word, else by the names that people use."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vigos_jax.data.chat import BadChat, answer_text, is_chat, read_chat
+from vigos_jax.errors import InputError
+
+# The first of each is this program's own name. Of the others, one alone is taken.
+NAMES = {
+    "problem": ("problem", "question", "query", "instruction"),
+    "answer": ("answer", "solution", "ground_truth", "gt_answer"),
+    "images": ("images", "image", "image_path", "image_paths", "img"),
+    "id": ("problem_id", "id", "question_id", "pid", "idx"),
+    "options": ("options", "choices"),
+}
+CHATS = ("messages", "conversations", "conversation", "prompt")  # columns of turns, where there is no question
+_NUMBERED = re.compile(r"image_?([0-9]{1,3})")
+
+
+def lookup(row: Mapping[str, Any], path: str) -> Any:
+    """What lies at a dotted path, `messages.0.content`; None where there is nothing. A column's name may have dots."""
+    if path in row:
+        return row[path]
+    value: Any = row
+    for part in path.split("."):
+        if isinstance(value, Mapping):
+            value = value.get(part)
+        elif isinstance(value, list | tuple | np.ndarray) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Where a row's parts are, as dotted paths.
+
+    Attributes:
+      problem: a question, or a conversation of one.
+      answer: "" where the conversation has it.
+      images: the first that a row has counts; all of them if they are `numbered`. () where the conversation has them.
+      ids: the first that a row has counts; its number if it has none.
+      options: "" without any.
+    """
+
+    problem: str = "problem"
+    answer: str = "answer"
+    images: tuple[str, ...] = ("images", "image")
+    ids: tuple[str, ...] = ("problem_id", "id")
+    options: str = "options"
+    numbered: bool = False
+
+    def names(self) -> set[str]:
+        """All paths."""
+        return {p for p in (self.problem, self.answer, *self.images, *self.ids, self.options) if p}
+
+    def read(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        """The parts of a row under this program's names, and why it has none (`bad_reason`, `bad_detail`)."""
+        ids = (*(lookup(row, name) for name in self.ids), index)
+        out = {"id": str(next(i for i in ids if i is not None)), "options": lookup(row, self.options)}
+        problem, answer = lookup(row, self.problem), answer_text(lookup(row, self.answer)) if self.answer else None
+        images = self._images(row)
+        if not isinstance(problem, str) and is_chat(problem) or (isinstance(problem, str) and _is_chat_text(problem)):
+            try:
+                chat = read_chat(problem)
+            except BadChat as e:
+                texts = {"problem": None, "answer": None, "images": images}
+                return out | texts | {"bad_reason": e.kind, "bad_detail": str(e)}
+            problem, answer = chat.problem, chat.answer if answer is None else answer
+            images = list(chat.images) if chat.images else images
+        return out | {"problem": problem, "answer": answer, "images": images}
+
+    def _images(self, row: Mapping[str, Any]) -> Any:
+        found = [value for name in self.images if (value := lookup(row, name)) is not None]
+        return found if self.numbered else next(iter(found), None)
+
+    def describe(self) -> str:
+        """One line: where each part comes from; "" if that is as this program names them."""
+        plain = Columns()
+        if (self.problem, self.answer) == (plain.problem, plain.answer) and set(self.images) <= set(plain.images):
+            return ""
+        sources = {"problem": self.problem, "answer": self.answer or f"the assistant's turn in {self.problem}"}
+        sources["images"] = (" and " if self.numbered else " or ").join(self.images) or f"the parts of {self.problem}"
+        if self.options:
+            sources["options"] = self.options
+        return ", ".join(f"{part} from {source}" for part, source in sources.items())
+
+
+def _is_chat_text(text: str) -> bool:
+    return text.lstrip().startswith("[{") and is_chat(text)
+
+
+def find_columns(
+    names: Sequence[str],
+    *,
+    where: str,
+    mapping: Mapping[str, str] | None = None,
+    fields: Sequence[str] = (),
+    samples: Sequence[Mapping[str, Any]] = (),
+) -> Columns:
+    """The columns of a source that has these.
+
+    Args:
+      names: of all its columns.
+      where: the source, for messages.
+      mapping: `config.data.columns`: part -> dotted path, "" to find it.
+      fields: further columns that must be there.
+      samples: some rows: whether a column holds conversations.
+
+    Raises:
+      InputError: a part is not there, or could be either of two columns.
+    """
+    wanted = {part: (mapping or {}).get(part, "") for part in NAMES}
+    for part, path in wanted.items():
+        if path and path not in names and path.split(".")[0] not in names:
+            raise InputError(f"config.data.columns.{part}={path!r}: {where} has the columns {', '.join(names)}")
+    chats = [name for name in CHATS if name in names and any(is_chat(row.get(name)) for row in samples)]
+    problem = wanted["problem"] or _one("problem", names, where) or (chats[0] if chats else "")
+    has_chat = bool(problem) and any(is_chat(lookup(row, problem)) for row in samples)
+    answer = wanted["answer"] or _one("answer", names, where)
+    images = _image_columns(wanted["images"], names)
+    missing = [] if problem else ["problem"]
+    missing += [] if answer or has_chat else ["answer"]
+    missing += [field for field in fields if field not in names]
+    missing += [] if images or has_chat else ["images"]
+    if missing:
+        hint = "; name another one with config.data.columns" if set(missing) & {"problem", "answer", "images"} else ""
+        raise InputError(f"{where} lacks {', '.join(missing)}; it has the columns {', '.join(names)}{hint}")
+    return Columns(
+        problem=problem,
+        answer=answer,
+        images=images,
+        ids=(wanted["id"],) if wanted["id"] else tuple(name for name in NAMES["id"] if name in names),
+        options=wanted["options"] or next((name for name in NAMES["options"] if name in names), ""),
+        numbered=len(images) > 1 and all(_NUMBERED.fullmatch(name) for name in images),
+    )
+
+
+def _one(part: str, names: Sequence[str], where: str) -> str:
+    """The column of this part, "" for none; InputError where two could be it."""
+    own, *others = NAMES[part]
+    found = [own] if own in names else [name for name in others if name in names]
+    if len(found) > 1:
+        raise InputError(f"{where}: {' and '.join(found)} could be the {part}; choose with config.data.columns.{part}")
+    return found[0] if found else ""
+
+
+def _image_columns(path: str, names: Sequence[str]) -> tuple[str, ...]:
+    if path:
+        return (path,)
+    if found := tuple(name for name in NAMES["images"] if name in names):
+        return found
+    numbered = {int(m[1]): name for name in names if (m := _NUMBERED.fullmatch(name))}
+    return tuple(numbered[n] for n in sorted(numbered))
