@@ -228,6 +228,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.diagnose.batch_size = 16  # rows scored at a time
     config.diagnose.seed = 42  # of rollouts, choice of wrong answers and bootstrap
 
+    config.preview = ConfigDict()  # --mode data: how the rows of config.data are understood
+    config.preview.rows = 200  # that are read: the run's first batches
+    config.preview.shown = 3  # that are shown as the student and each teacher will read them
+    config.preview.output = ""  # folder for data.html; "" is WORKDIR, if that is given
+
     config.generate = ConfigDict()  # --mode generate
     config.generate.image = ""  # image file
     config.generate.question = ""

@@ -94,6 +94,8 @@ RANGES = {
     "eval.judge.timeout": Range(least=0.1),
     "eval.judge.retries": _COUNT,
     "score.batch_size": _POSITIVE,
+    "preview.rows": _POSITIVE,
+    "preview.shown": _COUNT,
     "diagnose.rows": Range(least=2),
     "diagnose.wrong_answers": _POSITIVE,
     "diagnose.batch_size": _POSITIVE,
@@ -114,7 +116,7 @@ RANGES = {
 _PATHS = (  # texts in which ~ is a home; or names on the hub
     *("compilation_cache", "model.path", "model.adapter", "data.source", "data.image_folder", "score.rollouts"),
     *("score.output", "diagnose.rollouts", "diagnose.wrong_answers_file", "diagnose.output", "eval.output"),
-    *("generate.image", "export.output", "plan.output", "plan.programs"),
+    *("preview.output", "generate.image", "export.output", "plan.output", "plan.programs"),
 )
 # Sections that are handed on whole, so that a field too many would be an argument too many.
 _NO_OTHERS = ("sampling", "optimizer", "buckets", "mesh", "data.columns")
@@ -140,7 +142,7 @@ _PROMPT_FIELDS = ("user", "assistant_prefill")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 # They say what to do with a run, or where, not what the run is.
 _MODE_SECTIONS = (
-    *("eval", "eval_every", "score", "diagnose", "generate", "export", "guards", "plan"),
+    *("eval", "eval_every", "score", "diagnose", "preview", "generate", "export", "guards", "plan"),
     *("compilation_cache", "mesh", "distributed", "report", "log"),
 )
 

@@ -34,6 +34,8 @@ usage: python -m vigos_jax.main --config FILE [--mode MODE] [--workdir DIR] [--c
 
 modes
   train     (default) post-train a model; goes on where an earlier run in the same workdir stopped
+  data      read some rows and show how they are understood: columns, bad rows, sizes, padding, and a few as the student
+            and each teacher will read them; --config.preview.rows=200, --config.preview.output=DIR for a page
   generate  answer one question about one image: --config.generate.image=FILE --config.generate.question=TEXT;
             without them, two questions of the demo, for which --config may be left out
   score     score rollouts made by any engine: --config.score.rollouts=FILE.jsonl --config.score.output=DIR
@@ -166,7 +168,7 @@ def _config_of_run(config, workdir: pathlib.Path | None):
     if workdir is None:
         return config
     saved = read_json(workdir / files.CONFIG)
-    modes = ("generate", "score", "diagnose", "eval", "eval_every", "export", "plan")
+    modes = ("preview", "generate", "score", "diagnose", "eval", "eval_every", "export", "plan")
     for section in (*modes, "mesh", "distributed", "report", "log"):
         saved[section] = config[section]
     return saved
@@ -178,6 +180,15 @@ def _train(config, workdir: pathlib.Path | None) -> int:
     assert workdir is not None  # `_parse` gives a run one
     train(config, workdir)
     return 0
+
+
+def _data(config, workdir: pathlib.Path | None) -> int:
+    from vigos_jax.analysis.preview import preview
+
+    folder = config.preview.output or workdir
+    text, bad_rows = preview(config, pathlib.Path(folder).expanduser() if folder else None)
+    print(text)
+    return 1 if bad_rows else 0
 
 
 def _generate(config, workdir: pathlib.Path | None) -> int:
@@ -262,6 +273,7 @@ def _plan(config, workdir: pathlib.Path | None) -> int:
 # imported when it runs: --help and a refused config take no seconds.
 MODES = {
     "train": _train,
+    "data": _data,
     "generate": _generate,
     "score": _score,
     "diagnose": _diagnose,

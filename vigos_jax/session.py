@@ -100,8 +100,11 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, batch)
 
 
-def resolve_model(path: str) -> pathlib.Path:
+def resolve_model(path: str, *, weights: bool = True) -> pathlib.Path:
     """A local folder for a folder, a hub id or "demo".
+
+    Args:
+      weights: fetch them too, where the hub has them.
 
     Raises:
       InputError: there is no such folder, and the hub has no such model or cannot be reached.
@@ -116,7 +119,8 @@ def resolve_model(path: str) -> pathlib.Path:
     import huggingface_hub
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "README.md", "LICENSE*", "NOTICE*"]
+        patterns = ["*.json", "*.txt", "*.jinja", "*.model", "README.md", "LICENSE*", "NOTICE*"]
+        patterns += ["*.safetensors"] if weights else []
         return pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=patterns))
     except Exception as e:
         raise InputError(

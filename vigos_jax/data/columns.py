@@ -80,10 +80,14 @@ class Columns:
         found = [value for name in self.images if (value := lookup(row, name)) is not None]
         return found if self.numbered else next(iter(found), None)
 
-    def describe(self) -> str:
-        """One line: where each part comes from; "" if that is as this program names them."""
+    def describe(self, *, always: bool = False) -> str:
+        """One line: where each part comes from; "" if that is as this program names them, unless asked for `always`."""
         plain = Columns()
-        if (self.problem, self.answer) == (plain.problem, plain.answer) and set(self.images) <= set(plain.images):
+        if (
+            not always
+            and (self.problem, self.answer) == (plain.problem, plain.answer)
+            and set(self.images) <= set(plain.images)
+        ):
             return ""
         sources = {"problem": self.problem, "answer": self.answer or f"the assistant's turn in {self.problem}"}
         sources["images"] = (" and " if self.numbered else " or ").join(self.images) or f"the parts of {self.problem}"

@@ -96,7 +96,7 @@ class Encoder:
             return Example(own["id"], bad_reason=e.kind, bad_detail=detail, place=place)
 
     def _example(self, row: Mapping[str, Any], own: Mapping[str, Any], roots: Sequence[str]) -> Example:
-        items = _items(own["images"])
+        items = images_of_row(own)
         if not items:
             raise BadRow("no_image")
         videos = sum(map(_is_video, items))
@@ -217,8 +217,9 @@ def is_unicode(text: str) -> bool:
     return re.search("[\ud800-\udfff]", text) is None
 
 
-def _items(images: object) -> list[object]:
-    """A row's images; a text may be the literal of a list of paths."""
+def images_of_row(row: Mapping[str, Any]) -> list[object]:
+    """A source's row's images, undecoded; a text may be the literal of a list of paths."""
+    images = row.get("images")
     if isinstance(images, str) and images.lstrip().startswith("["):
         images = list_of(images) or images
     items = list(images) if isinstance(images, list | tuple | np.ndarray) else [images]
@@ -241,7 +242,7 @@ def row_size(
 ) -> int:
     """About how many prompt tokens a raw row will have, from its images' headers and the length of its question."""
     tokens = 0
-    for item in _items(row.get("images")):
+    for item in images_of_row(row):
         try:
             frames = _frames(item) if _is_video(item) else [item]
             blocks = -(-len(frames) // processor.frames_per_patch) if _is_video(item) else 1

@@ -44,7 +44,12 @@ class Order:
             raise InputError(f"data.window {self.window} must be at least 1")
 
 
-class _Batches:
+def order_of(config) -> Order:
+    """The order of a run's rows."""
+    return Order(config.batch_size, config.seed, config.data.shuffle, config.data.window)
+
+
+class _Batches(Sequence):
     """Row numbers of every global batch: random access, and a function of its arguments alone.
 
     Within windows of `window` batches of the shuffled order, rows are sorted by size, so that those of a batch need
@@ -58,7 +63,7 @@ class _Batches:
     def __len__(self) -> int:
         return len(self._numbers) // self._order.batch_size
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: Any) -> Any:
         number, place = divmod(int(index), self._order.window)
         rows = self._kept.get(number)
         if rows is None:
@@ -165,6 +170,14 @@ def _encode_batches(pipe: Connection, encode: Callable[[np.ndarray], list[Exampl
             pipe.send(examples)
 
 
+def row_numbers(source: Any, encoder: Encoder, order: Order) -> Sequence[np.ndarray]:
+    """The row numbers [batch_size] of every global batch, with random access; there is no last one."""
+    numbers = grain.MapDataset.range(len(source)).seed(order.seed)
+    numbers = (numbers.shuffle() if order.shuffle else numbers).repeat()
+    size_of = _SizeOf(source, encoder.processor, tuple(getattr(source, "image_roots", ())), encoder.pixels)
+    return _Batches(numbers, order, size_of=size_of)
+
+
 def make_batches(
     source: Any,
     encoder: Encoder,
@@ -192,11 +205,8 @@ def make_batches(
     if len(source) == 0:
         raise InputError("the data source has no rows")
 
-    numbers = grain.MapDataset.range(len(source)).seed(order.seed)
-    numbers = (numbers.shuffle() if order.shuffle else numbers).repeat()
-    size_of = _SizeOf(source, encoder.processor, tuple(getattr(source, "image_roots", ())), encoder.pixels)
     own = tuple(range(order.batch_size) if rows is None else rows)
-    batches = grain.MapDataset.source(_Batches(numbers, order, size_of=size_of))[start_batch:]
+    batches = grain.MapDataset.source(row_numbers(source, encoder, order))[start_batch:]
     encode = _EncodeBatch(source, encoder, own)
     if workers:
         return _Workers(batches, encode, workers=workers)

@@ -20,7 +20,7 @@ from vigos_jax.method.spans import find_spans
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.rollouts.sampler import Completions
 from vigos_jax.runtime.files import finite_or_none
-from vigos_jax.session import Session
+from vigos_jax.session import Session, buckets_of, objective_of, resolve_model
 
 _PARTS = ("description", "reasoning", "answer")
 
@@ -50,6 +50,16 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What a Reader needs of a session."""
+
+    processor: Processor
+    roles: tuple[TeacherRole, ...]
+    buckets: Buckets
+    config: ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
 class Reader:
     """Writes an example out as the student and all roles read it; picklable, so that data workers can have one."""
 
@@ -63,12 +73,19 @@ class Reader:
     pixels: PixelLimits
 
     @classmethod
-    def of(cls, session: Session, config) -> "Reader":
+    def of(cls, session: "Session | _Parts", config) -> "Reader":
         """The reader of a run: its student's prompt, its roles, its declared sizes."""
         student = dict(config.prompts.student.items())
         images, fields = config.data.max_images, tuple(config.data.fields)
         pixels = PixelLimits(config.data.min_pixels, config.data.max_pixels)
         return cls(session.processor, student, session.roles, session.buckets, session.config, images, fields, pixels)
+
+    @classmethod
+    def of_folder(cls, config) -> "Reader":
+        """The same without the model's weights: of its folder alone."""
+        folder = resolve_model(config.model.path, weights=False)
+        parts = _Parts(Processor.load(folder), objective_of(config).roles, buckets_of(config), ModelConfig.load(folder))
+        return cls.of(parts, config)
 
     def example(
         self, source: Any, index: int, *, image_roots: Sequence[str] = (), max_completion: int | None = None

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from vigos_jax.data.examples import Example
-from vigos_jax.data.loader import Order, make_batches
+from vigos_jax.data.loader import make_batches, order_of
 from vigos_jax.method.batch import ScoreBatch
 from vigos_jax.method.packing import Rollout, Row, length_groups
 from vigos_jax.rollouts.parse import Reader
@@ -41,11 +41,6 @@ class Batch:
     bad_rows: dict[str, int]
     bad_examples: dict[str, str]
     seconds: float
-
-
-def order_of(config) -> Order:
-    """The order of a run's rows."""
-    return Order(config.batch_size, config.seed, config.data.shuffle, config.data.window)
 
 
 class Batches:

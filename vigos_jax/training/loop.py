@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from vigos_jax.config import differences, read_json, to_json
 from vigos_jax.data.bad_rows import BadRows
-from vigos_jax.data.loader import data_state, resume_batch
+from vigos_jax.data.loader import data_state, order_of, resume_batch
 from vigos_jax.errors import InputError, Stopped
 from vigos_jax.evaluation import demo_scores
 from vigos_jax.export.export import check_options, export
@@ -28,7 +28,7 @@ from vigos_jax.runtime.progress import say
 from vigos_jax.runtime.sharding import check_batch, replicated, tree_shardings
 from vigos_jax.runtime.signals import Interrupt
 from vigos_jax.session import Session, load, open_source
-from vigos_jax.training.batches import Batch, Batches, order_of
+from vigos_jax.training.batches import Batch, Batches
 from vigos_jax.training.checkpoints import Checkpoints
 from vigos_jax.training.guards import Health, write_nonfinite
 from vigos_jax.training.periodic_eval import StepEvaluations
