@@ -134,14 +134,16 @@ def _title(read: _Read) -> str:
     return f"row {read.index}, id {read.example.id}: image grid {grids} patches (time x height x width)"
 
 
-def _prompts(read: _Read, reader: Reader) -> str:
-    """What the student and every teacher read of a row, image tokens counted."""
+def _turns(read: _Read, reader: Reader) -> list[tuple[str, str]]:
+    """(who, what they read of a row) of the student and every teacher; image tokens are counted."""
     turns = [("student", read.row.prompt), *zip([r.name for r in reader.roles], read.row.teachers, strict=True)]
+    return [(name, "".join(_runs(turn.ids, reader))) for name, turn in turns]
+
+
+def _prompts(read: _Read, reader: Reader) -> str:
+    """The same for a terminal."""
     lines = [f"  reference: {read.example.reference}"]
-    for name, turn in turns:
-        text = "".join(_runs(turn.ids, reader))
-        lines.append(f"  {name}: " + text.replace("\n", "\n    "))
-    return "\n".join(lines)
+    return "\n".join(lines + [f"  {name}: " + text.replace("\n", "\n    ") for name, text in _turns(read, reader)])
 
 
 def _runs(ids: Sequence[int], reader: Reader) -> list[str]:
@@ -158,4 +160,8 @@ def _shown_row(source: Any, read: _Read, reader: Reader) -> page.Rollout:
     for item in images_of_row(source[read.index]):
         with contextlib.suppress(BadImage):
             images.append(page.image_uri(read_image(item, image_roots=roots)))
-    return page.Rollout(_title(read), _prompts(read, reader), (), images)
+    tokens = []
+    for (name, text), color in zip(_turns(read, reader), itertools.cycle(page.PALETTE)):
+        tokens += [page.Token(f"{name}\n", color, 0.4), page.Token(f"{text}\n\n", color, 0.1, name)]
+    question = f"{read.example.problem}\nreference: {read.example.reference}"
+    return page.Rollout(_title(read), question, tokens, images)

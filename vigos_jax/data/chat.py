@@ -77,10 +77,10 @@ def read_chat(value: object) -> Chat:
         raise BadChat(kind, f"its turns are {', '.join(roles) or 'none'}; one user turn is read, and one answer to it")
     texts, images = {}, ()
     for role, content in turns:
-        texts[role], found = _parts(content)
+        texts[role], found, count = _parts(content)
         if role == "user":
             images = found
-        elif found:
+        elif count:
             raise BadChat("chat_not_understood", "there is an image in the assistant's turn")
     return Chat(texts.get("user", ""), texts.get("assistant"), images)
 
@@ -98,10 +98,10 @@ def _items(value: object) -> list[Any]:
     return list(value) if isinstance(value, list | tuple | np.ndarray) else []
 
 
-def _parts(content: object) -> tuple[str, tuple[Any, ...]]:
-    """(text with a marker for each image, what the image parts hold) of a turn's content."""
+def _parts(content: object) -> tuple[str, tuple[Any, ...], int]:
+    """(text with a marker for each image part, what those hold, how many they are) of a turn's content."""
     if isinstance(content, str):
-        return content, ()
+        return content, (), 0
     if isinstance(content, Mapping):
         content = [content]
     if not isinstance(content, list | tuple | np.ndarray):
@@ -129,7 +129,7 @@ def _parts(content: object) -> tuple[str, tuple[Any, ...]]:
     # Some name the images in the text too; those say where.
     if 0 < count == count_markers(text) - count:
         text = "".join(p for p in pieces if p != "<image>")
-    return text, tuple(images)
+    return text, tuple(images), count
 
 
 def _image(part: Mapping[str, Any]) -> Any:
