@@ -1,11 +1,13 @@
 """Pictures as they come: broken, huge, turned, of other depths, somewhere else. Each is read, or named."""
 
+import base64
 import io
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import urllib.parse
 
 import numpy as np
 import pytest
@@ -206,6 +208,81 @@ def test_a_huge_file_is_refused_unread(tmp_path):
         file.truncate(images.MAX_BYTES + 1)  # takes no room on the disk
     with pytest.raises(BadImage, match="image_too_large: 'huge.png' has 536870913 bytes; at most 536870912 are read"):
         read_image("huge.png", image_roots=(str(tmp_path),))
+
+
+# Spelled otherwise.
+
+PNG = file_bytes(NOISE)
+BASE64 = base64.b64encode(PNG).decode()
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        f"data:image/png;base64,{BASE64}",
+        f"data:;base64,{BASE64}",
+        f"DATA:image/png;charset=x;base64,{BASE64[:100]}\n{BASE64[100:]}",
+        "data:image/png;base64," + urllib.parse.quote(BASE64),
+        BASE64,
+        "\n".join(BASE64[i : i + 76] for i in range(0, len(BASE64), 76)),
+        "sub/a.png",
+        "sub\\a.png",
+        "file://{folder}/sub/a.png",
+        "file:///{folder}/sub/a%2Epng",
+        {"bytes": "", "path": "sub/a.png"},
+        {"bytes": b"", "path": "sub/a.png"},
+        {"bytes": None, "path": "sub\\a.png"},
+        {"bytes": PNG, "path": None},
+        {"bytes": PNG, "path": "no/such/file.png"},
+        {"bytes": BASE64},
+        {"path": f"data:image/png;base64,{BASE64}"},
+        pathlib.Path("sub/a.png"),
+        bytearray(PNG),
+        NOISE,
+    ],
+    ids=lambda item: repr(item)[:40],
+)
+def test_images_as_people_write_them(tmp_path, item):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.png").write_bytes(PNG)
+    item = item.format(folder=tmp_path) if isinstance(item, str) else item
+    roots = (str(tmp_path),)
+    np.testing.assert_array_equal(np.asarray(read_image(item, image_roots=roots)), np.asarray(NOISE))
+    assert image_size(item, image_roots=roots) == NOISE.size
+    assert images.image_bytes(item, image_roots=roots)[:8] == (PNG[:8] if item is not NOISE else b"RGB (64,")
+
+
+@pytest.mark.parametrize("format", images.FORMATS)
+def test_base64_of_every_format(format):
+    data = file_bytes(NOISE, format)
+    assert read_image(base64.b64encode(data).decode(), image_roots=()).size == NOISE.size
+
+
+@pytest.mark.parametrize(
+    "item, kind",
+    [
+        ("https://example.org/a.png", "image_remote"),
+        ("s3://bucket/a.png", "image_remote"),
+        ({"bytes": None, "path": "http://example.org/a.png"}, "image_remote"),
+        ("file:///etc/passwd", "image_outside_folder"),
+        ("file://host/../../etc/passwd", "image_outside_folder"),
+        ("..\\..\\etc\\passwd", "image_outside_folder"),
+        ("C:\\pictures\\a.png", "image_missing"),
+        (f"data:image/png;base64,{BASE64[:99]}!", "image_unreadable"),
+        ("data:image/svg+xml,<svg/>", "image_unreadable"),
+        ("data:image/png;base64,", "image_unreadable"),
+        (BASE64[:61], "image_unreadable"),
+        ("/9j/a.jpg", "image_outside_folder"),
+        ({"bytes": "", "path": ""}, "image_missing"),
+        ({}, "image_missing"),
+        (7, "bad_image_type"),
+    ],
+    ids=lambda item: repr(item)[:40],
+)
+def test_images_that_are_none(tmp_path, item, kind):
+    with pytest.raises(BadImage) as e:
+        read_image(item, image_roots=(str(tmp_path),))
+    assert e.value.kind == kind and "\n" not in str(e.value) and len(str(e.value)) < 300
 
 
 # Somewhere else.

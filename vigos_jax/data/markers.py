@@ -77,16 +77,16 @@ def _numbers(places: Sequence[_Marker], counts: Mapping[str, int]) -> list[int]:
     """Which image or video each marker means, counted from 1; MarkerMismatch where there is none."""
     named = {kind: [m.number for m in places if m.kind == kind and m.number is not None] for kind in counts}
     bare = {kind: sum(1 for m in places if m.kind == kind and m.number is None) for kind in counts}
+    base = {kind: int(0 in named[kind]) for kind in counts}  # some count from 0
     for kind, count in counts.items():
         if bare[kind] not in (0, count):
             raise MarkerMismatch(f"the question has {bare[kind]} <{kind}>, the row {count} {kind}(s)")
-        if named[kind] and max(named[kind]) > count - (0 in named[kind]):
+        if named[kind] and max(named[kind]) > count - base[kind]:
             raise MarkerMismatch(f"the question has <{kind} {max(named[kind])}>, the row {count} {kind}(s)")
     numbers, seen = [], dict.fromkeys(counts, 0)
     for m in places:
         seen[m.kind] += m.number is None
-        # Some count from 0.
-        numbers.append(seen[m.kind] if m.number is None else m.number + (0 in named[m.kind]))
+        numbers.append(seen[m.kind] if m.number is None else m.number + base[m.kind])
     return numbers
 
 
