@@ -1,6 +1,7 @@
 """Rows as people have them: other names, nested paths, conversations, labels; and what cannot be told is refused."""
 
 import json
+import pathlib
 
 import datasets
 import pytest
@@ -245,3 +246,24 @@ def test_a_conversation_in_parquet(tmp_path, processor):
 def test_find_columns_prefers_our_own_names():
     columns = find_columns(["question", "problem", "solution", "answer", "image", "images"], where="x")
     assert (columns.problem, columns.answer, columns.images) == ("problem", "answer", ("images", "image"))
+
+
+def test_every_row_of_the_documentation_is_read(tmp_path, processor):
+    """docs/data.md: the formats that people have, each as it stands there."""
+    page = pathlib.Path(__file__).resolve().parents[2] / "docs" / "data.md"
+    block = page.read_text(encoding="utf-8").split("read as it stands:\n\n```json\n")[1].split("```")[0]
+    (tmp_path / "images").mkdir()
+    for name in ("7", "8"):
+        picture(int(name)).save(tmp_path / "images" / f"{name}.png")
+    lines = block.splitlines()
+    assert len(lines) >= 8
+    for line in lines:
+        source = load_source(config(write_jsonl(tmp_path / "rows.jsonl", [line + "\n"])))
+        example = encode_row(source, processor)
+        assert example.bad_reason is None, (line, example.complaint)
+        assert example.reference in ("black", "no", "a cat sleeps")
+        assert example.problem in (
+            "What color is the cat?",
+            "Is the cat in image 1 the cat in image 2?",
+            "What happens?",
+        )
