@@ -135,7 +135,7 @@ def test_flat_and_nested_config_say_the_same(folders, head):
         ({"rope_scaling": {"mrope_section": [2, 3, 4]}}, ["mrope_section", "(2, 3, 4)", "16"]),
         ({"use_sliding_window": True}, ["use_sliding_window", "false"]),
         ({"hidden_size": None}, ["config.json"]),
-        ({"vision_config": {}}, ["depth"]),
+        ({"vision_config": {}}, ["out_hidden_size 3584"]),
     ],
 )
 def test_a_config_that_cannot_be_used(folders, tmp_path, change, named):
