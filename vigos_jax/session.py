@@ -189,7 +189,7 @@ def load(config, *, for_training: bool) -> Session:
     use_compilation_cache(config.compilation_cache)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     folder = resolve_model(config.model.path)
-    model_config = ModelConfig.load(folder)
+    model_config = reading.load_config(folder)
     processor = Processor.load(folder)
     model = model_of(config, model_config, mesh, platform=jax.default_backend())
     dtype, spec = model.dtype, model.lora

@@ -55,7 +55,7 @@ def compare(session: Session, trained: Variables, config, folder: pathlib.Path) 
         written, dtype = session.config, "float32"
     else:
         spec, processor = None, Processor.load(folder)
-        written, dtype = ModelConfig.load(folder), e.dtype
+        written, dtype = reading.load_config(folder), e.dtype
     model = _float32_model(written, spec)
     abstract = abstract_variables(model)
     shardings = tree_shardings(abstract, session.mesh, config.mesh.rules)

@@ -103,7 +103,22 @@ class ModelConfig:
         family = raw.get("model_type")
         if not isinstance(family, str) or family not in PARSERS:
             raise InputError(f"{where}: model_type {family!r} is not supported; choices: {', '.join(PARSERS)}")
+        _check_precision(raw, where)
         return PARSERS[family](raw, where)
+
+
+def _check_precision(raw: Mapping[str, Any], where: str) -> None:
+    """Raises InputError for a quantised checkpoint, by its own word."""
+    for section in (raw, raw.get("text_config")):
+        for field in ("quantization_config", "compression_config"):
+            value = section.get(field) if isinstance(section, Mapping) else None
+            if value is None:
+                continue
+            method = value.get("quant_method", "unnamed") if isinstance(value, Mapping) else value
+            raise InputError(
+                f"{where}: {field} says that the weights are quantised ({method}), which is not supported; choices: the "
+                f"model it was quantised from, or, where the weights are full precision, config.json without {field}"
+            )
 
 
 def _mrope_section(rope: Section) -> tuple[int, int, int]:
