@@ -146,6 +146,29 @@ def test_a_config_that_cannot_be_used(folders, tmp_path, change, named):
     assert all(word in str(error.value) for word in named)
 
 
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+        ({"quantization_config": {}}, "unnamed"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "awq"),
+    ],
+)
+def test_a_quantised_checkpoint_is_refused_before_its_tensors_are_listed(folder, change, named):
+    """Merged from one, full precision at last, it would be exported with a config.json that nothing loads."""
+    rewrite(folder, lambda t: t.update({"model.norm.weight.absmax": torch.ones(1)}))
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"quantization_config": None}))
+    assert ModelConfig.load(folder)
+    change = {k: raw[k] | v if k == "text_config" else v for k, v in change.items()}
+    (folder / "config.json").write_text(json.dumps(raw | change))
+    with pytest.raises(InputError, match=rf"quantised \({named}\), .*; choices: .*config\.json without") as e:
+        load(folder)
+    assert "absmax" not in str(e.value) and "\n" not in str(e.value)
+
+
 @pytest.mark.parametrize("text", [None, "{", "[1]"])
 def test_a_config_that_is_none(tmp_path, text):
     if text is not None:
@@ -181,8 +204,15 @@ def sharded(folder):
     assert len(list(folder.glob("model-*.safetensors"))) > 3 and (folder / "model.safetensors.index.json").exists()
 
 
+def with_wrappers_names(folder):
+    """As a model is saved inside torch.compile and data-parallel wrappers."""
+    tensors = torch_tensors(folder)
+    wrapped = {f"module._orig_mod.{k.replace('mlp.', '_checkpoint_wrapped_module.mlp.')}": v for k, v in tensors.items()}
+    safetensors.torch.save_file(wrapped, folder / "model.safetensors")
+
+
 @pytest.mark.parametrize("head", ["tied", "untied"])
-@pytest.mark.parametrize("layout", [as_saved, as_published, with_module_names, sharded])
+@pytest.mark.parametrize("layout", [as_saved, as_published, with_module_names, with_wrappers_names, sharded])
 def test_every_layout_loads_to_the_same_tensors(folders, tmp_path, head, layout):
     folder = shutil.copytree(folders[head], tmp_path / "model")
     if head == "untied":
@@ -429,14 +459,36 @@ def test_a_bfloat16_adapter_becomes_float32(folders, adapter):
     np.testing.assert_array_equal(lora["layers"]["mlp"]["up_proj"]["a"][1], tensors[name].float().numpy().T)
 
 
-def test_names_of_older_tools_load_too(folders, adapter):
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        lambda k: k.replace("model.model.language_model.", "model.model."),
+        lambda k: k.replace(".weight", ".default.weight"),
+        lambda k: k.replace(".weight", ".my_adapter.weight"),
+        lambda k: "module." + k,
+        lambda k: "_orig_mod." + k,
+        lambda k: k.replace("layers.", "layers._orig_mod."),
+        lambda k: "module." + k.replace("self_attn", "_fsdp_wrapped_module.self_attn").replace(".wei", ".default.wei"),
+    ],
+    ids=["older", "default", "named", "module", "_orig_mod", "inside", "together"],
+)
+def test_other_names_of_an_adapter_load_too(folders, adapter, spelling):
     expected = load_adapter(folders, adapter)
     file = adapter / "adapter_model.safetensors"
     tensors = safetensors.torch.load_file(file)
-    older = {k.replace("model.model.language_model.", "model.model."): v for k, v in tensors.items()}
-    assert not older.keys() & tensors.keys()
-    safetensors.torch.save_file(older, file)
+    others = {spelling(k): v for k, v in tensors.items()}
+    assert others.keys() != tensors.keys()
+    safetensors.torch.save_file(others, file)
     jax.tree.map(np.testing.assert_array_equal, load_adapter(folders, adapter), expected)
+
+
+def test_two_adapters_in_a_file_are_refused(folders, adapter):
+    file = adapter / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    both = {k.replace(".weight", f".{name}.weight"): v.clone() for k, v in tensors.items() for name in ("a", "b")}
+    safetensors.torch.save_file(both, file)
+    with pytest.raises(InputError, match="is there twice"):
+        load_adapter(folders, adapter)
 
 
 @pytest.mark.parametrize(
