@@ -116,7 +116,14 @@ _PATHS = (  # texts in which ~ is a home; or names on the hub
 )
 # Sections that are handed on whole, so that a field too many would be an argument too many.
 _NO_OTHERS = ("sampling", "optimizer", "buckets", "mesh")
-_NAMED_BY_USERS = ("prompts.", "roles.", "eval.sources.")
+TEMPLATE_SWITCHES = "model.chat_template_kwargs"  # the one section to which a command line may add fields
+_NAMED_BY_USERS = ("prompts.", "roles.", "eval.sources.", f"{TEMPLATE_SWITCHES}.")
+# What this program itself tells a chat template.
+_TEMPLATE_ARGUMENTS = (
+    *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
+    *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"),
+)
 CHOICES = {
     "distributed": ("off", "auto", "env"),
     "model.dtype": ("float32", "bfloat16"),
@@ -182,6 +189,7 @@ def validate(config: ConfigDict) -> None:
             check(config)
         _check_eval(config)
         _check_data(config)
+        _check_template(config)
     except (KeyError, AttributeError) as e:
         raise InputError(f"the config lacks a field that configs/base.py has: {e}".replace("\n", " ")) from e
 
@@ -240,6 +248,18 @@ def _check_data(config: ConfigDict) -> None:
     for name in fields:
         if not isinstance(name, str) or not name.isidentifier() or name in ("problem", "reference"):
             raise InputError(f"config.data.fields={fields!r} must be names of further columns, like ('caption',)")
+
+
+def _check_template(config: ConfigDict) -> None:
+    section = TEMPLATE_SWITCHES
+    for name, value in _section(config, section).items():
+        if not isinstance(name, str) or not name.isidentifier() or name in _TEMPLATE_ARGUMENTS:
+            raise InputError(f"config.{section} has the field {name!r}; it must be a variable of the chat template")
+        is_number = isinstance(value, int | float) and abs(value) < 1e300  # not for NaN
+        # To a template every text but the empty one is true, "false" too.
+        is_text = isinstance(value, str) and value.lower() not in ("true", "false")
+        if not (is_number or is_text):
+            raise InputError(f"config.{section}.{name}={value!r} must be True, False, a number or a text")
 
 
 def _check_type(field: str, value: Any, default: Any) -> None:

@@ -27,6 +27,7 @@ from vigos_jax.models.tensor_names import LANGUAGE_PROJECTIONS
 from vigos_jax.models.variables import Variables, cast_floats, student_variables
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables, init_variables
 from vigos_jax.runtime import distributed, hub
+from vigos_jax.runtime.progress import say
 from vigos_jax.runtime.sharding import batch_sharding, make_mesh, own_rows, tree_shardings
 from vigos_jax.weights import adapters, reading
 
@@ -190,7 +191,8 @@ def load(config, *, for_training: bool) -> Session:
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     folder = resolve_model(config.model.path)
     model_config = reading.load_config(folder)
-    processor = Processor.load(folder)
+    processor = Processor.load(folder, chat_template_kwargs=config.model.chat_template_kwargs.to_dict())
+    _check_template(config, processor, for_training=for_training)
     model = model_of(config, model_config, mesh, platform=jax.default_backend())
     dtype, spec = model.dtype, model.lora
     abstract = abstract_variables(model)
@@ -214,6 +216,19 @@ def load(config, *, for_training: bool) -> Session:
     return Session(
         name, folder, model_config, model, processor, objective, buckets, config.span_rule, mesh, base, trained
     )
+
+
+def _check_template(config, processor: Processor, *, for_training: bool) -> None:
+    """Says what the chat template puts in front of answers; InputError where a run's prompts do not fit it."""
+    if for_training:
+        for prompt in config.prompts.values():
+            processor.encode_turn(user_text="", grids=(), assistant_prefill=prompt.assistant_prefill)
+    if processor.behind_header or processor.template_switches:
+        switches = ", ".join(f"{name}={value!r}" for name, value in processor.template_switches.items())
+        say(
+            f"the chat template puts {processor.behind_header!r} behind the assistant's header "
+            f"(config.model.chat_template_kwargs: {switches or 'none'})"
+        )
 
 
 def _fresh_lora(model: VisionLanguageModel, key: jax.Array) -> Variables:

@@ -54,7 +54,8 @@ def compare(session: Session, trained: Variables, config, folder: pathlib.Path) 
         spec, processor = adapters.adapter_spec(folder, dropout=0.0), session.processor
         written, dtype = session.config, "float32"
     else:
-        spec, processor = None, Processor.load(folder)
+        switches = session.processor.chat_template_kwargs
+        spec, processor = None, Processor.load(folder, chat_template_kwargs=switches)
         written, dtype = reading.load_config(folder), e.dtype
     model = _float32_model(written, spec)
     abstract = abstract_variables(model)
