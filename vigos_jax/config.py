@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from vigos_jax.errors import InputError
 from vigos_jax.runtime.files import unique_keys
 from vigos_jax.runtime.hub import REPOSITORY
+from vigos_jax.runtime.paths import absolute, absolute_if_local, same_place
 
 _DEFAULTS_FILE = pathlib.Path(__file__).resolve().parents[1] / "configs" / "base.py"
 
@@ -114,6 +115,7 @@ _PATHS = (  # texts in which ~ is a home; or names on the hub
     *("diagnose.rollouts", "diagnose.wrong_answers_file", "diagnose.output", "eval.output", "generate.image"),
     *("export.output", "plan.output", "plan.programs"),
 )
+_MAY_BE_NAMES = ("model.path", "data.source", "eval.sources.")  # of the hub, or of a demo
 # Sections that are handed on whole, so that a field too many would be an argument too many.
 _NO_OTHERS = ("sampling", "optimizer", "buckets", "mesh")
 TEMPLATE_SWITCHES = "model.chat_template_kwargs"  # the one section to which a command line may add fields
@@ -322,6 +324,18 @@ def _check_prompts(config: ConfigDict) -> None:
     _section(config, "roles")
 
 
+def with_absolute_paths(config: ConfigDict) -> ConfigDict:
+    """A copy whose relative paths lead from the root, so that a file that keeps it can be used from any folder."""
+    copy = ConfigDict(config.to_dict())
+    for field in (*_PATHS, *(f"eval.sources.{task}" for task in get(copy, "eval.sources"))):
+        section, _, name = field.rpartition(".")
+        holder = get(copy, section) if section else copy
+        value = holder[name]
+        if value not in ("", "demo") and not value.startswith("~"):
+            holder[name] = absolute_if_local(value) if field.startswith(_MAY_BE_NAMES) else absolute(value)
+    return copy
+
+
 def to_json(config: ConfigDict) -> str:
     """The config as JSON."""
     return json.dumps(config.to_dict(), indent=2, default=list)
@@ -346,6 +360,7 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     fields = [f for f in sorted(a.keys() | b.keys()) if f.split(".")[0] not in _MODE_SECTIONS]
     # By value and by text: 1 is 1.0, and a nan in the file equals itself.
     differ = [f for f in fields if a.get(f) != b.get(f) and repr(a.get(f)) != repr(b.get(f))]
+    differ = [f for f in differ if f not in _PATHS or not same_place(str(a.get(f)), str(b.get(f)))]
     return [f"{f}: {a.get(f)!r} -> {b.get(f)!r}" for f in differ]
 
 

@@ -27,6 +27,7 @@ from vigos_jax.models.tensor_names import LANGUAGE_PROJECTIONS
 from vigos_jax.models.variables import Variables, cast_floats, student_variables
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables, init_variables
 from vigos_jax.runtime import distributed, hub
+from vigos_jax.runtime.paths import absolute
 from vigos_jax.runtime.progress import say
 from vigos_jax.runtime.sharding import batch_sharding, make_mesh, own_rows, tree_shardings
 from vigos_jax.weights import adapters, reading
@@ -41,7 +42,7 @@ class Session:
     """A model ready to run, with what a run does with it.
 
     Attributes:
-      name: what to call the base model elsewhere: the config's hub id or folder.
+      name: what to call the base model elsewhere: the config's hub id, or the folder's absolute path.
       folder: the base model's local folder.
       base: the frozen parameters, in the config's dtype.
       trained: `{"lora": ...}` or `{"params": ...}` in float32, or `{}`: the base is its own student.
@@ -111,7 +112,7 @@ def resolve_model(path: str) -> pathlib.Path:
         return DEMO_FOLDER
     folder = pathlib.Path(path).expanduser()
     if path and folder.is_dir():
-        return folder
+        return pathlib.Path(absolute(folder))
     if folder.is_absolute() or not hub.REPOSITORY.fullmatch(path):
         raise InputError(f"config.model.path={path!r} is not a folder; choices: a folder, owner/name on the hub, demo")
     import huggingface_hub
@@ -212,7 +213,8 @@ def load(config, *, for_training: bool) -> Session:
     else:
         copy = functools.partial(cast_floats, dtype=jnp.float32)
         trained = {"params": jax.jit(copy, out_shardings=shardings["params"])(base)}
-    name = str(folder) if config.model.path == "demo" else config.model.path
+    is_local = config.model.path == "demo" or pathlib.Path(config.model.path).expanduser().is_dir()
+    name = str(folder) if is_local else config.model.path
     return Session(
         name, folder, model_config, model, processor, objective, buckets, config.span_rule, mesh, base, trained
     )

@@ -364,8 +364,6 @@ def test_end_and_pad(processor, tmp_path):
     drop(folder / "config.json", "text_config", "eos_token_id")
     (folder / "generation_config.json").unlink()
     assert Processor.load(folder).eos_ids == (text, turn)
-    drop(folder / "tokenizer_config.json", "eos_token")
-    assert Processor.load(folder).eos_ids == (turn,)  # the template's alone
 
 
 def test_the_end_of_a_turn_is_the_templates_own(processor, tmp_path):
@@ -387,7 +385,7 @@ def test_the_end_of_a_turn_is_the_templates_own(processor, tmp_path):
 def test_an_end_that_is_none_is_named(tmp_path, file):
     folder = make_processor_folder(tmp_path)
     edit(folder / file, eos_token_id="<|im_end|>")
-    with pytest.raises(InputError, match=rf"{file}: eos_token_id '<\|im_end\|>' must be a token id"):
+    with pytest.raises(InputError, match=r"eos_token_id.*'<\|im_end\|>'"):
         Processor.load(folder)
 
 

@@ -6,7 +6,6 @@ Both come from transformers and need neither torch nor torchvision. User text ne
 
 import dataclasses
 import functools
-import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from vigos_jax.data.tokenizer_files import (
 )
 from vigos_jax.errors import InputError
 from vigos_jax.models.config import ModelConfig
+from vigos_jax.runtime.paths import absolute
 
 MAX_ASPECT_RATIO = 200  # the image processor's own limit
 _PROBE_TOKENS = 2**17  # visual tokens that the image which checks a folder's settings may take
@@ -109,7 +109,7 @@ class Processor:
         Raises:
           InputError: a file is missing or broken (it is named), or the files contradict each other.
         """
-        root = pathlib.Path(os.path.abspath(folder))  # links stay: what they lead to may have another name tomorrow
+        root = pathlib.Path(absolute(folder))
         model = ModelConfig.load(root)
         tokenizer = open_tokenizer(root)
         image_processor = open_image_processor(root, model)
