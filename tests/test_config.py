@@ -12,7 +12,7 @@ import pytest
 
 from configs import base
 from vigos_jax import config as config_lib
-from vigos_jax.config import with_absolute_paths, differences, read_json, to_json, validate
+from vigos_jax.config import differences, read_json, to_json, validate, with_absolute_paths
 from vigos_jax.errors import InputError
 from vigos_jax.method.roles import ENTRY_FIELDS, role_table
 

@@ -196,7 +196,8 @@ def test_the_tower_without_its_list_of_full_blocks_is_transformers(tmp_path):
 def test_a_whole_config_is_read_without_transformers():
     """It takes seconds to import."""
     code = (
-        "import sys; from vigos_jax.models.config import ModelConfig; from vigos_jax.models import published_configs as p"
-        "; [ModelConfig.from_hf(p.published_config(n)) for n in p.PUBLISHED]; assert 'transformers' not in sys.modules"
+        "import sys; from vigos_jax.models.config import ModelConfig as c; "
+        "from vigos_jax.models.published_configs import PUBLISHED, published_config as get; "
+        "[c.from_hf(get(name)) for name in PUBLISHED]; assert 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

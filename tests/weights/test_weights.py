@@ -207,7 +207,9 @@ def sharded(folder):
 def with_wrappers_names(folder):
     """As a model is saved inside torch.compile and data-parallel wrappers."""
     tensors = torch_tensors(folder)
-    wrapped = {f"module._orig_mod.{k.replace('mlp.', '_checkpoint_wrapped_module.mlp.')}": v for k, v in tensors.items()}
+    wrapped = {
+        f"module._orig_mod.{k.replace('mlp.', '_checkpoint_wrapped_module.mlp.')}": v for k, v in tensors.items()
+    }
     safetensors.torch.save_file(wrapped, folder / "model.safetensors")
 
 

@@ -30,8 +30,8 @@ def open_tokenizer(root: pathlib.Path) -> Any:
 def image_settings(root: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
     """(the file, its settings) of a folder's image processor.
 
-    Newer versions of transformers write them into processor_config.json, older ones into a file of their own; where both
-    are there, the newer one counts, as in transformers.
+    Newer versions of transformers write them into processor_config.json, older ones into a file of their own. Where
+    both are there, the newer one counts, as in transformers.
     """
     newer = root / "processor_config.json"
     nested = read_settings(newer, optional=True).get("image_processor")
@@ -130,13 +130,13 @@ def end_and_pad(root: pathlib.Path, tokenizer, turn_end: int | None) -> tuple[tu
     for section in (config.get("text_config") or {}, config):
         eos += _ids(root / "config.json", section.get("eos_token_id"))
     eos += [i for i in (tokenizer.eos_token_id, turn_end) if i is not None]
-    pad = next((i for i in (tokenizer.pad_token_id, generation.get("pad_token_id")) if i is not None), None)
-    for name, ids in (("eos_token_id", eos), ("pad_token_id", [pad])):
+    pads = [i for i in (tokenizer.pad_token_id, generation.get("pad_token_id")) if i is not None]
+    for name, ids in (("eos_token_id", eos), ("pad_token_id", pads)):
         if not ids or not all(type(i) is int for i in ids):
             raise InputError(
                 f"{root}: {name} must be given by generation_config.json or tokenizer_config.json, got {ids}"
             )
-    return tuple(dict.fromkeys(eos)), pad
+    return tuple(dict.fromkeys(eos)), pads[0]
 
 
 def _ids(path: pathlib.Path, value: Any) -> list[int]:

@@ -116,8 +116,8 @@ def _check_precision(raw: Mapping[str, Any], where: str) -> None:
                 continue
             method = value.get("quant_method", "unnamed") if isinstance(value, Mapping) else value
             raise InputError(
-                f"{where}: {field} says that the weights are quantised ({method}), which is not supported; choices: the "
-                f"model it was quantised from, or, where the weights are full precision, config.json without {field}"
+                f"{where}: {field} says that the weights are quantised ({method}), which is not supported; choices: "
+                f"the model they were quantised from, or, if they are full precision, config.json without {field}"
             )
 
 
