@@ -225,10 +225,11 @@ def _check_template(config, processor: Processor, *, for_training: bool) -> None
     if for_training:
         for prompt in config.prompts.values():
             processor.encode_turn(user_text="", grids=(), assistant_prefill=prompt.assistant_prefill)
-    if processor.behind_header or processor.template_switches:
+    behind = processor.behind_header
+    if behind or processor.template_switches:
         switches = ", ".join(f"{name}={value!r}" for name, value in processor.template_switches.items())
         say(
-            f"the chat template puts {processor.behind_header!r} behind the assistant's header "
+            f"the chat template puts {repr(behind) if behind else 'nothing'} behind the assistant's header "
             f"(config.model.chat_template_kwargs: {switches or 'none'})"
         )
 
