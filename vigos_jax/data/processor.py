@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 from PIL import Image, ImageOps
 
-from vigos_jax.data.chat_template import ChatTemplate, open_chat_template
+from vigos_jax.data.chat_templates import ChatTemplate, open_chat_template
 from vigos_jax.data.images import BadImage
 from vigos_jax.data.tokenizer_files import (
     build,
