@@ -50,6 +50,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.model = ConfigDict()
     config.model.path = "demo"  # Hugging Face folder or hub id; "demo" is the model shipped with the package
     config.model.adapter = ""  # PEFT LoRA folder to start the student from; "" for none
+    # Switches of the folder's chat template, by its own names, like enable_thinking=False; that is the default where a
+    # template has it, as answers begin with config.prompts' assistant_prefill.
+    config.model.chat_template_kwargs = ConfigDict()
     config.model.dtype = "float32"  # of the frozen base and of computation: float32 | bfloat16
     config.model.remat = "none"  # recomputed in the backward pass: none | dots (all but matmuls) | full
     config.model.attention = "auto"  # for the student: auto (the device's best) | xla | cudnn (GPU) | splash (TPU)
@@ -266,6 +269,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.lock()  # setting a field that is not here is an error, also in a file that imports this one
     config.prompts.unlock()
     config.roles.unlock()  # but roles and their prompts are for you to name
+    config.model.chat_template_kwargs.unlock()  # and a template names its switches
     return config
 
 

@@ -42,8 +42,12 @@ def make_run(model: VisionLanguageModel):
 
 def make_pair(reference: torch.nn.Module, folder: pathlib.Path) -> Pair:
     """Ours is loaded from what the torch model saves into the folder."""
-    tm.save(reference, folder)
-    config = ModelConfig.load(folder)
+    return load_pair(reference, tm.save(reference, folder))
+
+
+def load_pair(reference: torch.nn.Module, folder: pathlib.Path) -> Pair:
+    """Ours is loaded from the folder."""
+    config = reading.load_config(folder)
     model = VisionLanguageModel(config)
     base = reading.load_params(folder, config, abstract_variables(model)["params"], dtype=np.float32)
     return Pair(reference, config, model, base, make_run(model))

@@ -70,11 +70,11 @@ def f32(begin, end, shape=(1,), dtype="F32"):
         (file_of(b"{}", length=2**63), "it does not begin with the length of a header"),
         (file_of(b"{}", length=2**64 - 1), "it does not begin with the length of a header"),
         (file_of(b"{}", length=10**8), "it ends inside its header"),
-        (file_of(b"{}", length=1), "its header is no JSON"),
-        (file_of(b"not json"), "its header is no JSON"),
-        (file_of(b"\xff\xfe{"), "its header is no JSON"),
-        (file_of(b"[" * 100_000), "its header is no JSON"),
-        (file_of(b'{"a":' * 20_000), "its header is no JSON"),
+        (file_of(b"{}", length=1), "its header is not JSON"),
+        (file_of(b"not json"), "its header is not JSON"),
+        (file_of(b"\xff\xfe{"), "its header is not JSON"),
+        (file_of(b"[" * 100_000), "its header is not JSON"),
+        (file_of(b'{"a":' * 20_000), "its header is not JSON"),
         (file_of([1]), "its header does not describe tensors"),
         (file_of("text"), "its header does not describe tensors"),
         (file_of({"a": 3}), "its header does not describe tensors"),
@@ -302,7 +302,7 @@ def test_a_tokenizer_of_another_vocabulary(tmp_path):
         Processor.load(folder)
 
 
-@pytest.mark.parametrize("ids", [10**9, -1, [1, 10**9], [True], "x", [[1]], []])
+@pytest.mark.parametrize("ids", [10**9, -1, [1, 10**9], [True], "x", [[1]]])
 def test_ends_that_the_model_does_not_have(tmp_path, ids):
     folder = make_processor_folder(tmp_path / "model")
     edit(folder / "generation_config.json", eos_token_id=ids)
@@ -329,7 +329,6 @@ def test_ends_that_the_model_does_not_have(tmp_path, ids):
         {"max_pixels": -1},
         {"resample": 99},
         {"size": {"height": 1}},
-        {"image_processor_type": "NoSuchProcessor"},
     ],
     ids=str,
 )

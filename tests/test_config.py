@@ -12,7 +12,7 @@ import pytest
 
 from configs import base
 from vigos_jax import config as config_lib
-from vigos_jax.config import differences, read_json, to_json, validate
+from vigos_jax.config import differences, read_json, to_json, validate, with_absolute_paths
 from vigos_jax.errors import InputError
 from vigos_jax.method.roles import ENTRY_FIELDS, role_table
 
@@ -228,6 +228,37 @@ def test_differences_name_every_field():
     assert differences(one, other) == ["buckets.prompt: [64, 128] -> [64]", "lora.rank: 0 -> 8", "seed: 0 -> 1"]
 
 
+def test_paths_in_a_file_lead_from_the_root(tmp_path, monkeypatch):
+    """A hub id is no path; a link keeps its name; what begins at a home does already."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "demo").mkdir()  # not what the word stands for
+    monkeypatch.chdir(tmp_path)
+    one = changed(model__path="link", data__source="owner/name", model__adapter="a/../b", compilation_cache="~/x")
+    one.eval.sources.mmmu, one.eval.sources.vilp_f = "./real", "owner/other"
+    kept = with_absolute_paths(one)
+    assert kept.model.path == str(tmp_path / "link") and kept.model.adapter == str(tmp_path / "b")
+    assert (kept.data.source, kept.compilation_cache) == ("owner/name", "~/x")
+    assert (kept.eval.sources.mmmu, kept.eval.sources.vilp_f) == (str(tmp_path / "real"), "owner/other")
+    assert kept.score.rollouts == "" and one.model.path == "link"
+    assert with_absolute_paths(base.get_config()).model.path == "demo"
+
+
+def test_a_run_is_recognised_by_its_paths_from_other_folders(tmp_path, monkeypatch):
+    for name in ("here/models/a", "here/models/b", "there/models/a", "there/models/c"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    kept = with_absolute_paths(changed(model__path="models/a", data__source="rows.jsonl"))
+    same = ("models/a", "./models/a", str(tmp_path / "here/models/a"), "../here/models/a")
+    for path in same:
+        assert differences(kept, changed(model__path=path, data__source="rows.jsonl")) == []
+    (line,) = differences(kept, changed(model__path="models/b", data__source="rows.jsonl"))
+    assert line == f"model.path: {str(tmp_path / 'here/models/a')!r} -> 'models/b'"
+    monkeypatch.chdir(tmp_path / "there")  # the project under another mount
+    for path, count in (("models/a", 0), ("../here/models/a", 0), ("models/c", 1), ("owner/models/a", 1), ("a", 1)):
+        assert len(differences(kept, changed(model__path=path, data__source="rows.jsonl"))) == count, path
+
+
 def test_differences_of_role_tables():
     other = base.get_config()
     del other.roles.perception
@@ -238,6 +269,25 @@ def test_differences_of_role_tables():
 def test_what_is_done_with_a_run_is_no_difference():
     other = changed(export__output="/x", export__kind="adapter", score__rollouts="/y", generate__question="?")
     assert differences(base.get_config(), other) == []
+
+
+def test_switches_of_a_chat_template():
+    def with_switch(name, value):
+        config = base.get_config()
+        config.model.chat_template_kwargs[name] = value
+        return config
+
+    for value in (True, False, 3, 0.5, "low", ""):
+        validate(with_switch("effort", value))
+    for value in (None, [1], float("nan"), "False", "true", {"a": 1}):
+        with pytest.raises(InputError, match=r"config.model.chat_template_kwargs.*effort.* must be "):
+            validate(with_switch("effort", value))
+    for name in ("messages", "tokenize", "add_generation_prompt", "not a name"):
+        with pytest.raises(InputError, match=f"chat_template_kwargs has the field '{name}'; it must be a variable"):
+            validate(with_switch(name, True))
+    assert differences(base.get_config(), with_switch("enable_thinking", False)) == [
+        "model.chat_template_kwargs.enable_thinking: None -> False"
+    ]
 
 
 def test_a_prompt_is_a_text():

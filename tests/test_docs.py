@@ -11,7 +11,7 @@ import tiny_runs as runs
 
 from configs import base
 from vigos_jax import main
-from vigos_jax.config import validate
+from vigos_jax.config import TEMPLATE_SWITCHES, validate
 from vigos_jax.method.roles import ENTRY_FIELDS, SPANS, role_table
 from vigos_jax.rollouts.sampling import Sampling
 
@@ -77,6 +77,8 @@ def field_fault(dotted: str) -> str | None:
     if parts[0] in ("roles", "prompts") and len(parts) > 2:
         choices = ENTRY_FIELDS if parts[0] == "roles" else ("user", "assistant_prefill")
         return None if parts[2] in choices else f"{dotted}: {parts[2]} is not a field of {parts[0]}"
+    if dotted.startswith(f"config.{TEMPLATE_SWITCHES}."):  # a template names them
+        return None
     for part in parts[:1] if parts[0] in ("roles", "prompts") else parts:
         if part.isupper():  # a placeholder
             return None

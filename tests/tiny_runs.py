@@ -156,9 +156,13 @@ def _shared(function: Callable, key_of: Callable) -> Callable:
     return get
 
 
-def _folder_key(folder: pathlib.Path) -> Any:
-    """What tells a folder from what it was before a test changed a file in it."""
-    return folder, tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.iterdir()))
+def _folder_key(folder: pathlib.Path, **options: Any) -> Any:
+    """What tells a folder from what it was before a test changed a file in it, and how it is read."""
+    return (
+        folder,
+        repr(options),
+        tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.iterdir())),
+    )
 
 
 _JITTED: dict[Any, Callable] = {}

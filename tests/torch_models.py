@@ -118,10 +118,13 @@ def tiny_qwen3_config(*, tied: bool) -> Qwen3VLConfig:
 
 def tiny_model(*, tied: bool, family: str = "qwen2_5_vl", seed: int = 0) -> torch.nn.Module:
     """A float32 model with random weights, in evaluation mode."""
-    if family == "qwen3_vl":
-        model = Qwen3VLForConditionalGeneration(tiny_qwen3_config(tied=tied))
-    else:
-        model = Qwen2_5_VLForConditionalGeneration(tiny_config(tied=tied))
+    return tiny_model_of((tiny_qwen3_config if family == "qwen3_vl" else tiny_config)(tied=tied), seed=seed)
+
+
+def tiny_model_of(config: Qwen2_5_VLConfig | Qwen3VLConfig, *, seed: int = 0) -> torch.nn.Module:
+    """`tiny_model` of another config."""
+    is_qwen3 = isinstance(config, Qwen3VLConfig)
+    model = (Qwen3VLForConditionalGeneration if is_qwen3 else Qwen2_5_VLForConditionalGeneration)(config)
     model = model.eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from vigos_jax.errors import InputError
 from vigos_jax.runtime.files import unique_keys
 from vigos_jax.runtime.hub import REPOSITORY
+from vigos_jax.runtime.paths import absolute, absolute_if_local, same_place
 
 _DEFAULTS_FILE = pathlib.Path(__file__).resolve().parents[1] / "configs" / "base.py"
 
@@ -118,9 +119,17 @@ _PATHS = (  # texts in which ~ is a home; or names on the hub
     *("score.output", "diagnose.rollouts", "diagnose.wrong_answers_file", "diagnose.output", "eval.output"),
     *("preview.output", "generate.image", "export.output", "plan.output", "plan.programs"),
 )
+_MAY_BE_NAMES = ("model.path", "data.source", "eval.sources.")  # of the hub, or of a demo
 # Sections that are handed on whole, so that a field too many would be an argument too many.
 _NO_OTHERS = ("sampling", "optimizer", "buckets", "mesh", "data.columns")
-_NAMED_BY_USERS = ("prompts.", "roles.", "eval.sources.")
+TEMPLATE_SWITCHES = "model.chat_template_kwargs"  # the one section to which a command line may add fields
+_NAMED_BY_USERS = ("prompts.", "roles.", "eval.sources.", f"{TEMPLATE_SWITCHES}.")
+# What this program itself tells a chat template.
+_TEMPLATE_ARGUMENTS = (
+    *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
+    *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"),
+)
 CHOICES = {
     "distributed": ("off", "auto", "env"),
     "model.dtype": ("float32", "bfloat16"),
@@ -186,6 +195,7 @@ def validate(config: ConfigDict) -> None:
             check(config)
         _check_eval(config)
         _check_data(config)
+        _check_template(config)
     except (KeyError, AttributeError) as e:
         raise InputError(f"the config lacks a field that configs/base.py has: {e}".replace("\n", " ")) from e
 
@@ -244,6 +254,18 @@ def _check_data(config: ConfigDict) -> None:
     for name in fields:
         if not isinstance(name, str) or not name.isidentifier() or name in ("problem", "reference"):
             raise InputError(f"config.data.fields={fields!r} must be names of further columns, like ('caption',)")
+
+
+def _check_template(config: ConfigDict) -> None:
+    section = TEMPLATE_SWITCHES
+    for name, value in _section(config, section).items():
+        if not isinstance(name, str) or not name.isidentifier() or name in _TEMPLATE_ARGUMENTS:
+            raise InputError(f"config.{section} has the field {name!r}; it must be a variable of the chat template")
+        is_number = isinstance(value, int | float) and abs(value) < 1e300  # not for NaN
+        # To a template every text but the empty one is true, "false" too.
+        is_text = isinstance(value, str) and value.lower() not in ("true", "false")
+        if not (is_number or is_text):
+            raise InputError(f"config.{section}.{name}={value!r} must be True, False, a number or a text")
 
 
 def _check_type(field: str, value: Any, default: Any) -> None:
@@ -306,6 +328,18 @@ def _check_prompts(config: ConfigDict) -> None:
     _section(config, "roles")
 
 
+def with_absolute_paths(config: ConfigDict) -> ConfigDict:
+    """A copy whose relative paths lead from the root, so that a file that keeps it can be used from any folder."""
+    copy = ConfigDict(config.to_dict())
+    for field in (*_PATHS, *(f"eval.sources.{task}" for task in get(copy, "eval.sources"))):
+        section, _, name = field.rpartition(".")
+        holder = get(copy, section) if section else copy
+        value = holder[name]
+        if value not in ("", "demo") and not value.startswith("~"):
+            holder[name] = absolute_if_local(value) if field.startswith(_MAY_BE_NAMES) else absolute(value)
+    return copy
+
+
 def to_json(config: ConfigDict) -> str:
     """The config as JSON."""
     return json.dumps(config.to_dict(), indent=2, default=list)
@@ -330,6 +364,7 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     fields = [f for f in sorted(a.keys() | b.keys()) if f.split(".")[0] not in _MODE_SECTIONS]
     # By value and by text: 1 is 1.0, and a nan in the file equals itself.
     differ = [f for f in fields if a.get(f) != b.get(f) and repr(a.get(f)) != repr(b.get(f))]
+    differ = [f for f in differ if f not in _PATHS or not same_place(str(a.get(f)), str(b.get(f)))]
     return [f"{f}: {a.get(f)!r} -> {b.get(f)!r}" for f in differ]
 
 

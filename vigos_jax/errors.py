@@ -1,5 +1,7 @@
 """The one error type a user can cause. Everything else is a bug and may show a traceback."""
 
+import textwrap
+
 
 class InputError(ValueError):
     """Bad config, data or files: one line with the value, the constraint and the choices.
@@ -15,3 +17,9 @@ class InputError(ValueError):
 
 class Stopped(BaseException):
     """The run stops because it was asked to, and can be gone on with: no error, and nothing to handle on the way."""
+
+
+def one_line(error: BaseException, *, most: int = 300) -> str:
+    """An error of a library in one line: its type and its words, the first `most` characters of them, whole."""
+    words = textwrap.shorten(str(error), most, placeholder=" ...")
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__

@@ -9,7 +9,7 @@ import re
 import sys
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 # A user's config file may import ours, also when this runs from a checkout that is not installed.
 PACKAGES = pathlib.Path(__file__).resolve().parents[1]
@@ -19,7 +19,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from vigos_jax import __version__  # noqa: E402
-from vigos_jax.config import read_json, renamed, validate  # noqa: E402
+from vigos_jax.config import TEMPLATE_SWITCHES, read_json, renamed, validate  # noqa: E402
 from vigos_jax.errors import InputError, Stopped  # noqa: E402
 from vigos_jax.runtime import distributed, shell  # noqa: E402
 from vigos_jax.runtime import workdir as files  # noqa: E402
@@ -128,9 +128,13 @@ def _read_flags(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     values = flags.FlagValues()
     flags.DEFINE_enum("mode", "train", tuple(MODES), "what to do", flag_values=values)
     flags.DEFINE_string("workdir", None, "folder of a run", flag_values=values)
-    options = {"lock_config": True, "flag_values": values, "sys_argv": argv}
+    # A config locks itself, but for what users name: `_check_fields` refuses what else it does not have.
+    options = {"lock_config": False, "accept_new_attributes": True, "flag_values": values, "sys_argv": argv}
     config_flags.DEFINE_config_file("config", None, "config file", **options)
-    return values, values(argv)[1:]
+    unexpected = values(argv)[1:]
+    if isinstance(values.config, ConfigDict):
+        values.config.lock()
+    return values, unexpected
 
 
 def _take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -155,6 +159,8 @@ def _check_fields(config, arguments: list[str]) -> None:
         node, parts = config, argument.split("=", 1)[0].split(".")[1:]
         if new := renamed(".".join(parts)):
             raise InputError(f"{argument}: config.{'.'.join(parts)} is now config.{new}")
+        if ".".join(parts[:-1]) == TEMPLATE_SWITCHES:
+            continue
         for i, part in enumerate(parts):
             fields = list(node.keys()) if hasattr(node, "keys") else []
             if part not in fields:

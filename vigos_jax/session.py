@@ -27,6 +27,8 @@ from vigos_jax.models.tensor_names import LANGUAGE_PROJECTIONS
 from vigos_jax.models.variables import Variables, cast_floats, student_variables
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables, init_variables
 from vigos_jax.runtime import distributed, hub
+from vigos_jax.runtime.paths import absolute
+from vigos_jax.runtime.progress import say
 from vigos_jax.runtime.sharding import batch_sharding, make_mesh, own_rows, tree_shardings
 from vigos_jax.weights import adapters, reading
 
@@ -40,7 +42,7 @@ class Session:
     """A model ready to run, with what a run does with it.
 
     Attributes:
-      name: what to call the base model elsewhere: the config's hub id or folder.
+      name: what to call the base model elsewhere: the config's hub id, or the folder's absolute path.
       folder: the base model's local folder.
       base: the frozen parameters, in the config's dtype.
       trained: `{"lora": ...}` or `{"params": ...}` in float32, or `{}`: the base is its own student.
@@ -113,7 +115,7 @@ def resolve_model(path: str, *, weights: bool = True) -> pathlib.Path:
         return DEMO_FOLDER
     folder = pathlib.Path(path).expanduser()
     if path and folder.is_dir():
-        return folder
+        return pathlib.Path(absolute(folder))
     if folder.is_absolute() or not hub.REPOSITORY.fullmatch(path):
         raise InputError(f"config.model.path={path!r} is not a folder; choices: a folder, owner/name on the hub, demo")
     import huggingface_hub
@@ -193,8 +195,9 @@ def load(config, *, for_training: bool) -> Session:
     use_compilation_cache(config.compilation_cache)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     folder = resolve_model(config.model.path)
-    model_config = ModelConfig.load(folder)
-    processor = Processor.load(folder)
+    model_config = reading.load_config(folder)
+    processor = Processor.load(folder, chat_template_kwargs=config.model.chat_template_kwargs.to_dict())
+    check_template(config, processor, for_training=for_training)
     model = model_of(config, model_config, mesh, platform=jax.default_backend())
     dtype, spec = model.dtype, model.lora
     abstract = abstract_variables(model)
@@ -214,10 +217,25 @@ def load(config, *, for_training: bool) -> Session:
     else:
         copy = functools.partial(cast_floats, dtype=jnp.float32)
         trained = {"params": jax.jit(copy, out_shardings=shardings["params"])(base)}
-    name = str(folder) if config.model.path == "demo" else config.model.path
+    is_local = config.model.path == "demo" or pathlib.Path(config.model.path).expanduser().is_dir()
+    name = str(folder) if is_local else config.model.path
     return Session(
         name, folder, model_config, model, processor, objective, buckets, config.span_rule, mesh, base, trained
     )
+
+
+def check_template(config, processor: Processor, *, for_training: bool) -> None:
+    """Says what the chat template puts in front of answers; InputError where a run's prompts do not fit it."""
+    if for_training:
+        for prompt in config.prompts.values():
+            processor.encode_turn(user_text="", grids=(), assistant_prefill=prompt.assistant_prefill)
+    behind = processor.behind_header
+    if behind or processor.template_switches:
+        switches = ", ".join(f"{name}={value!r}" for name, value in processor.template_switches.items())
+        say(
+            f"the chat template puts {repr(behind) if behind else 'nothing'} behind the assistant's header "
+            f"(config.model.chat_template_kwargs: {switches or 'none'})"
+        )
 
 
 def _fresh_lora(model: VisionLanguageModel, key: jax.Array) -> Variables:

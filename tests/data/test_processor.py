@@ -363,15 +363,49 @@ def test_a_template_without_videos(tmp_path):
 # --- folders ---
 
 
+def drop(path, *names):
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in values.items() if k not in names}))
+
+
 def test_end_and_pad(processor, tmp_path):
+    """An answer ends at whatever a file of the folder calls its end, and at the end of the template's turns."""
     vocab = processor.tokenizer.get_vocab()
-    assert processor.eos_ids == (vocab["<|im_end|>"], vocab["<|endoftext|>"])
-    assert processor.pad_id == vocab["<|endoftext|>"]
+    turn, text = vocab["<|im_end|>"], vocab["<|endoftext|>"]
+    assert processor.eos_ids == (turn, text) and processor.pad_id == text
     folder = make_processor_folder(tmp_path)
-    (folder / "generation_config.json").write_text('{"eos_token_id": 3}')
-    assert Processor.load(folder).eos_ids == (3,)
+    edit(folder / "generation_config.json", eos_token_id=3)
+    edit(folder / "config.json", eos_token_id=[4, 3])
+    edit(folder / "tokenizer_config.json", eos_token="<|endoftext|>")
+    assert Processor.load(folder).eos_ids == (3, 4, text, turn)
+    edit(folder / "config.json", text_config=json.loads((folder / "config.json").read_text()) | {"eos_token_id": 5})
+    assert Processor.load(folder).eos_ids == (3, 5, 4, text, turn)
+    drop(folder / "config.json", "text_config", "eos_token_id")
     (folder / "generation_config.json").unlink()
-    assert Processor.load(folder).eos_ids == (vocab["<|im_end|>"],)
+    assert Processor.load(folder).eos_ids == (text, turn)
+
+
+def test_the_end_of_a_turn_is_the_templates_own(processor, tmp_path):
+    vocab = processor.tokenizer.get_vocab()
+    ends = {}
+    for end in ("<|file_sep|>", "\\n<|im_end|>", "", "done"):
+        template = CHAT_TEMPLATE.replace("<|im_end|>\\n' }}\n{%- endfor", end + "' }}\n{%- endfor")
+        assert template != CHAT_TEMPLATE
+        folder = make_processor_folder(tmp_path / str(len(ends)), chat_template=template)
+        edit(folder / "generation_config.json", eos_token_id=[3])
+        edit(folder / "config.json", eos_token_id=3)
+        edit(folder / "tokenizer_config.json", eos_token="<|endoftext|>")
+        ends[end] = set(Processor.load(folder).eos_ids) - {3, vocab["<|endoftext|>"]}
+    turn, other = {vocab["<|im_end|>"]}, {vocab["<|file_sep|>"]}
+    assert ends == {"<|file_sep|>": other, "\\n<|im_end|>": turn, "": set(), "done": set()}
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_an_end_that_is_none_is_named(tmp_path, file):
+    folder = make_processor_folder(tmp_path)
+    edit(folder / file, eos_token_id="<|im_end|>")
+    with pytest.raises(InputError, match=r"eos_token_id.*'<\|im_end\|>'"):
+        Processor.load(folder)
 
 
 def test_copies_are_loaded_from_the_folder(processor):
@@ -438,6 +472,27 @@ def test_unfit_chat_template(tmp_path, old, new, message):
     processor = Processor.load(make_processor_folder(tmp_path, chat_template=template))
     with pytest.raises(InputError, match=message):
         processor.encode_turn(user_text="x", grids=[(1, 4, 4)], assistant_prefill="")
+
+
+def test_an_unknown_image_processor_is_answered_with_the_choices(tmp_path):
+    folder = make_processor_folder(tmp_path)
+    edit(folder / "preprocessor_config.json", image_processor_type="SiglipImageProcessor")
+    choices = "Qwen2VLImageProcessor, Qwen2VLImageProcessorFast, Qwen2VLImageProcessorPil"
+    with pytest.raises(InputError, match=f"image_processor_type 'SiglipImageProcessor' .* choices: {choices}$"):
+        Processor.load(folder)
+    edit(folder / "preprocessor_config.json", image_processor_type=None)
+    assert Processor.load(folder).merge_unit == 28
+
+
+def test_what_a_library_says_is_cut_between_words(tmp_path):
+    folder = make_processor_folder(tmp_path)
+    template = "{{ raise_exception('" + "word " * 200 + "') }}"
+    with pytest.raises(InputError, match=r"(word )+\.\.\.$"):
+        make_turn(Processor.load(make_processor_folder(folder, chat_template=template)))
+
+
+def make_turn(processor, prefill="<description>"):
+    return processor.encode_turn(user_text="x", grids=[(1, 4, 4)], assistant_prefill=prefill)
 
 
 def test_published_settings_of_newer_folders(tmp_path):

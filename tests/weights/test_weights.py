@@ -69,7 +69,7 @@ def assert_same_tensors(ours: dict, theirs: dict) -> None:
 
 
 def load(folder: pathlib.Path, *, dtype=np.float32, shardings=None) -> tuple[ModelConfig, dict]:
-    config = ModelConfig.load(folder)
+    config = reading.load_config(folder)
     abstract = abstract_variables(VisionLanguageModel(config))["params"]
     return config, reading.load_params(folder, config, abstract, dtype=dtype, shardings=shardings)
 
@@ -135,7 +135,7 @@ def test_flat_and_nested_config_say_the_same(folders, head):
         ({"rope_scaling": {"mrope_section": [2, 3, 4]}}, ["mrope_section", "(2, 3, 4)", "16"]),
         ({"use_sliding_window": True}, ["use_sliding_window", "false"]),
         ({"hidden_size": None}, ["config.json"]),
-        ({"vision_config": {}}, ["depth"]),
+        ({"vision_config": {}}, ["out_hidden_size 3584"]),
     ],
 )
 def test_a_config_that_cannot_be_used(folders, tmp_path, change, named):
@@ -144,6 +144,29 @@ def test_a_config_that_cannot_be_used(folders, tmp_path, change, named):
     with pytest.raises(InputError) as error:
         ModelConfig.load(tmp_path)
     assert all(word in str(error.value) for word in named)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+        ({"quantization_config": {}}, "unnamed"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "awq"),
+    ],
+)
+def test_a_quantised_checkpoint_is_refused_before_its_tensors_are_listed(folder, change, named):
+    """Merged from one, full precision at last, it would be exported with a config.json that nothing loads."""
+    rewrite(folder, lambda t: t.update({"model.norm.weight.absmax": torch.ones(1)}))
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"quantization_config": None}))
+    assert ModelConfig.load(folder)
+    change = {k: raw[k] | v if k == "text_config" else v for k, v in change.items()}
+    (folder / "config.json").write_text(json.dumps(raw | change))
+    with pytest.raises(InputError, match=rf"quantised \({named}\), .*; choices: .*config\.json without") as e:
+        load(folder)
+    assert "absmax" not in str(e.value) and "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("text", [None, "{", "[1]"])
@@ -181,8 +204,17 @@ def sharded(folder):
     assert len(list(folder.glob("model-*.safetensors"))) > 3 and (folder / "model.safetensors.index.json").exists()
 
 
+def with_wrappers_names(folder):
+    """As a model is saved inside torch.compile and data-parallel wrappers."""
+    tensors = torch_tensors(folder)
+    wrapped = {
+        f"module._orig_mod.{k.replace('mlp.', '_checkpoint_wrapped_module.mlp.')}": v for k, v in tensors.items()
+    }
+    safetensors.torch.save_file(wrapped, folder / "model.safetensors")
+
+
 @pytest.mark.parametrize("head", ["tied", "untied"])
-@pytest.mark.parametrize("layout", [as_saved, as_published, with_module_names, sharded])
+@pytest.mark.parametrize("layout", [as_saved, as_published, with_module_names, with_wrappers_names, sharded])
 def test_every_layout_loads_to_the_same_tensors(folders, tmp_path, head, layout):
     folder = shutil.copytree(folders[head], tmp_path / "model")
     if head == "untied":
@@ -228,20 +260,9 @@ def test_leaves_go_where_the_shardings_say(folders):
     assert_same_tensors(by_name(params, config, dtype=np.float32), torch_tensors(folders["tied"]))
 
 
-def test_a_tied_checkpoint_may_carry_its_head(folders, tmp_path):
-    """Some tools write the shared tensor twice; it is the embedding that counts, as in transformers."""
-    folder = shutil.copytree(folders["tied"], tmp_path / "model")
-    assert "lm_head.weight" not in torch_tensors(folder)
-    rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
-    _, params = load(folder)
-    assert "lm_head" not in params
-    embedding = torch_tensors(folders["tied"])["model.embed_tokens.weight"]
-    np.testing.assert_array_equal(params["embedding"], embedding.numpy())
-
-
 def test_an_untied_checkpoint_without_its_head_is_refused(folder):
     rewrite(folder, lambda t: t.pop("lm_head.weight"))
-    with pytest.raises(InputError, match=r"missing lm_head\.weight"):
+    with pytest.raises(InputError, match=r"missing lm_head\.weight \(.*tie_word_embeddings=true"):
         load(folder)
 
 
@@ -440,14 +461,36 @@ def test_a_bfloat16_adapter_becomes_float32(folders, adapter):
     np.testing.assert_array_equal(lora["layers"]["mlp"]["up_proj"]["a"][1], tensors[name].float().numpy().T)
 
 
-def test_names_of_older_tools_load_too(folders, adapter):
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        lambda k: k.replace("model.model.language_model.", "model.model."),
+        lambda k: k.replace(".weight", ".default.weight"),
+        lambda k: k.replace(".weight", ".my_adapter.weight"),
+        lambda k: "module." + k,
+        lambda k: "_orig_mod." + k,
+        lambda k: k.replace("layers.", "layers._orig_mod."),
+        lambda k: "module." + k.replace("self_attn", "_fsdp_wrapped_module.self_attn").replace(".wei", ".default.wei"),
+    ],
+    ids=["older", "default", "named", "module", "_orig_mod", "inside", "together"],
+)
+def test_other_names_of_an_adapter_load_too(folders, adapter, spelling):
     expected = load_adapter(folders, adapter)
     file = adapter / "adapter_model.safetensors"
     tensors = safetensors.torch.load_file(file)
-    older = {k.replace("model.model.language_model.", "model.model."): v for k, v in tensors.items()}
-    assert not older.keys() & tensors.keys()
-    safetensors.torch.save_file(older, file)
+    others = {spelling(k): v for k, v in tensors.items()}
+    assert others.keys() != tensors.keys()
+    safetensors.torch.save_file(others, file)
     jax.tree.map(np.testing.assert_array_equal, load_adapter(folders, adapter), expected)
+
+
+def test_two_adapters_in_a_file_are_refused(folders, adapter):
+    file = adapter / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    both = {k.replace(".weight", f".{name}.weight"): v.clone() for k, v in tensors.items() for name in ("a", "b")}
+    safetensors.torch.save_file(both, file)
+    with pytest.raises(InputError, match="is there twice"):
+        load_adapter(folders, adapter)
 
 
 @pytest.mark.parametrize(

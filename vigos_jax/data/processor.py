@@ -8,19 +8,21 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import tokenizers
 from PIL import Image
 
+from vigos_jax.data.chat_templates import ChatTemplate, open_chat_template
 from vigos_jax.data.images import BadImage, upright_rgb
 from vigos_jax.data.tokenizer_files import (
     build,
-    chat_template,
     check_ids,
     end_and_pad,
+    image_settings,
     open_image_processor,
     open_tokenizer,
     text_tokenizer,
@@ -28,6 +30,7 @@ from vigos_jax.data.tokenizer_files import (
 )
 from vigos_jax.errors import InputError
 from vigos_jax.models.config import ModelConfig
+from vigos_jax.runtime.paths import absolute
 
 MAX_ASPECT_RATIO = 200  # the image processor's own limit
 _PROBE_TOKENS = 2**17  # visual tokens that the image which checks a folder's settings may take
@@ -89,10 +92,11 @@ class Turn:
 class Processor:
     """What a model folder says about text and images. Build it with `Processor.load`.
 
-    Safe to share between threads. It pickles as the folder's path; the other side loads it, once a process.
+    Safe to share between threads. It pickles as the arguments of `load`; the other side loads it, once a process.
     """
 
     folder: str
+    chat_template_kwargs: Mapping[str, Any]  # the user's switches of the chat template
     tokenizer: Any  # transformers' tokenizer
     image_token_id: int
     video_token_id: int
@@ -105,27 +109,35 @@ class Processor:
     _image_processor: Any
     _text_tokenizer: tokenizers.Tokenizer  # a private copy in which control tokens are plain text
     _control_ids: dict[str, int]
-    _chat_template: str
+    _chat_template: ChatTemplate
     _bytes_of: dict[int, bytes]
 
     @classmethod
-    def load(cls, folder: str | pathlib.Path) -> "Processor":
+    def load(
+        cls, folder: str | pathlib.Path, *, chat_template_kwargs: Mapping[str, Any] = MappingProxyType({})
+    ) -> "Processor":
         """Reads tokenizer, chat template and image settings from a local Hugging Face folder.
+
+        Args:
+          chat_template_kwargs: switches of the folder's chat template, like enable_thinking.
 
         Raises:
           InputError: a file is missing or broken (it is named), or the files contradict each other.
         """
-        root = pathlib.Path(folder).resolve()
+        root = pathlib.Path(absolute(folder))
         model = ModelConfig.load(root)
         tokenizer = open_tokenizer(root)
         image_processor = open_image_processor(root, model)
         plain, added = build(root / "tokenizer.json", lambda: text_tokenizer(tokenizer))
         control_ids = {token: index for token, (index, is_control) in added.items() if is_control}
-        eos_ids, pad_id = end_and_pad(root, tokenizer)
+        template = open_chat_template(root, tokenizer, chat_template_kwargs)
+        turn_end = template.turn_end(control_ids)
+        eos_ids, pad_id = end_and_pad(root, tokenizer, control_ids.get(turn_end) if turn_end else None)
         vocabulary, control = tokenizer.get_vocab(), set(control_ids.values())
         check_ids(root, model, vocabulary=vocabulary, control=control, ends=[*eos_ids, pad_id])
         processor = cls(
             folder=str(root),
+            chat_template_kwargs=dict(chat_template_kwargs),
             tokenizer=tokenizer,
             image_token_id=model.image_token_id,
             video_token_id=model.video_token_id,
@@ -138,14 +150,14 @@ class Processor:
             _image_processor=image_processor,
             _text_tokenizer=plain,
             _control_ids=control_ids,
-            _chat_template=chat_template(root, tokenizer),
+            _chat_template=template,
             _bytes_of=token_table(root / "tokenizer.json", tokenizer, added),
         )
-        build(root / "preprocessor_config.json", lambda: _probe(processor))
+        build(image_settings(root)[0], lambda: _probe(processor))
         return processor
 
     def __reduce__(self):
-        return _load_once, (self.folder,)
+        return _load_once, (self.folder, tuple(self.chat_template_kwargs.items()))
 
     @property
     def visual_ids(self) -> tuple[int, int]:
@@ -259,6 +271,16 @@ class Processor:
         _, h, w = self.image_layout(width, height, wanted).grid
         return h * w // self.merge_size**2
 
+    @functools.cached_property
+    def behind_header(self) -> str:
+        """What the chat template puts behind the assistant's header, in front of every answer."""
+        return self._chat_template.behind_header()
+
+    @property
+    def template_switches(self) -> Mapping[str, Any]:
+        """The switches that the chat template is rendered with: the user's, and enable_thinking=False if it has it."""
+        return self._chat_template.switches
+
     def encode_turn(
         self, *, user_text: str, grids: Sequence[Grid], assistant_prefill: str, labels: Sequence[str | None] = ()
     ) -> Turn:
@@ -271,8 +293,10 @@ class Processor:
           assistant_prefill: forced start of the answer, tokenised by itself; may be empty.
 
         Raises:
-          InputError: the chat template does not put the images first and the text behind them, once.
+          InputError: the chat template does not put the images first and the text behind them, once; or it opens a
+            thought in front of the prefill.
         """
+        self._chat_template.check_prefill(self.behind_header, assistant_prefill)
         head, before, after, tail = self._chat_parts(tuple(labels) or (None,) * len(grids))
         counts = iter(t * h * w // self.merge_size**2 for t, h, w in grids)
         prefix: list[int] = []
@@ -289,16 +313,8 @@ class Processor:
         label with what stands before it.
         """
         content = [{"type": "image" if label is None else "video"} for label in labels]
-        try:
-            chat = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": [*content, {"type": "text", "text": TEXT_MARK}]}],
-                chat_template=self._chat_template,
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        except Exception as e:  # a template is a program: it can fail in any way
-            reason = " ".join(str(e).split())[:200]
-            raise InputError(f"the chat template of {self.folder} fails: {type(e).__name__}: {reason}") from e
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": TEXT_MARK}]}]
+        chat = self._chat_template.render(messages, add_generation_prompt=True)
         pattern = "(" + "|".join(re.escape(t) for t in sorted(self._control_ids, key=len, reverse=True)) + ")"
         pieces = re.split(pattern, chat)  # text, control token, text, control token, ...
         marked = [i for i, piece in enumerate(pieces) if TEXT_MARK in piece]
@@ -327,8 +343,8 @@ class Processor:
 
 
 @functools.lru_cache(maxsize=4)
-def _load_once(folder: str) -> Processor:
-    return Processor.load(folder)
+def _load_once(folder: str, chat_template_kwargs: tuple[tuple[str, Any], ...]) -> Processor:
+    return Processor.load(folder, chat_template_kwargs=dict(chat_template_kwargs))
 
 
 def _probe(processor: Processor) -> None:

@@ -1,4 +1,4 @@
-"""Tokenizer, chat template and image settings of a Hugging Face folder, read and checked."""
+"""Tokenizer and image settings of a Hugging Face folder, read and checked."""
 
 import json
 import pathlib
@@ -7,10 +7,12 @@ from typing import Any
 
 import tokenizers
 
-from vigos_jax.errors import InputError
+from vigos_jax.errors import InputError, one_line
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.runtime.files import read_object
 
+# Names of one and the same computation.
+_IMAGE_PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
 CONTROL_SHAPE = re.compile(r"<\|[^|<>]+\|>")  # added tokens of this shape steer the model, "special" or not
 
 
@@ -25,12 +27,31 @@ def open_tokenizer(root: pathlib.Path) -> Any:
     return build(root / "tokenizer.json", load)
 
 
+def image_settings(root: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
+    """(the file, its settings) of a folder's image processor.
+
+    Newer versions of transformers write them into processor_config.json, older ones into a file of their own. Where
+    both are there, the newer one counts, as in transformers.
+    """
+    newer = root / "processor_config.json"
+    nested = read_settings(newer, optional=True).get("image_processor")
+    if isinstance(nested, dict):
+        return newer, nested
+    older = root / "preprocessor_config.json"
+    if not older.exists():
+        raise InputError(f"{older} is missing; a model folder needs it, or image_processor in {newer.name}")
+    return older, read_settings(older)
+
+
 def open_image_processor(root: pathlib.Path, model: ModelConfig) -> Any:
     """transformers' image processor of a folder; InputError if it is missing, broken, or cuts other patches."""
     from transformers import AutoImageProcessor  # slow to import
 
-    path = root / "preprocessor_config.json"
-    read_settings(path)
+    path, settings = image_settings(root)
+    kind = settings.get("image_processor_type") or _IMAGE_PROCESSORS[0]
+    if kind not in _IMAGE_PROCESSORS:
+        choices = ", ".join(_IMAGE_PROCESSORS)
+        raise InputError(f"{path}: image_processor_type {kind!r} is not supported; choices: {choices}")
     options = {"backend": "pil", "local_files_only": True, "trust_remote_code": False}
     image_processor = build(path, lambda: AutoImageProcessor.from_pretrained(root, **options))
     sizes = {
@@ -72,8 +93,7 @@ def build(path: pathlib.Path, make):
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:
-        reason = " ".join(str(e).split())[:200]
-        raise InputError(f"cannot load {path}: {type(e).__name__}: {reason}") from e
+        raise InputError(f"cannot load {path}: {one_line(e)}") from e
 
 
 def read_settings(path: pathlib.Path, *, optional: bool = False) -> dict[str, Any]:
@@ -95,31 +115,36 @@ def text_tokenizer(tokenizer) -> tuple[tokenizers.Tokenizer, dict[str, tuple[int
     return copy, added
 
 
-def end_and_pad(root: pathlib.Path, tokenizer) -> tuple[tuple[int, ...], int]:
-    """(end of sequence ids, pad id): generation_config.json's word on the end, the tokenizer's on the pad."""
+def end_and_pad(root: pathlib.Path, tokenizer, turn_end: int | None) -> tuple[tuple[int, ...], int]:
+    """(ids that end a sequence, pad id).
+
+    A sequence ends at whatever any file of the folder calls its end: each of them is wrong alone in some published
+    folder, and without the end of a turn among them an answer runs on to the last token.
+
+    Args:
+      turn_end: of the chat template.
+    """
+    config = read_settings(root / "config.json")
     generation = read_settings(root / "generation_config.json", optional=True)
-    eos = generation.get("eos_token_id", tokenizer.eos_token_id)
-    eos_ids = tuple(eos) if isinstance(eos, list) else (eos,)
-    pad_id = tokenizer.pad_token_id
-    if pad_id is None:
-        pad_id = generation.get("pad_token_id")
-    for name, ids in (("eos_token_id", eos_ids), ("pad_token_id", (pad_id,))):
+    eos = _ids(root / "generation_config.json", generation.get("eos_token_id"))
+    for section in (config.get("text_config") or {}, config):
+        eos += _ids(root / "config.json", section.get("eos_token_id"))
+    eos += [i for i in (tokenizer.eos_token_id, turn_end) if i is not None]
+    pads = [i for i in (tokenizer.pad_token_id, generation.get("pad_token_id")) if i is not None]
+    for name, ids in (("eos_token_id", eos), ("pad_token_id", pads)):
         if not ids or not all(type(i) is int for i in ids):
             raise InputError(
                 f"{root}: {name} must be given by generation_config.json or tokenizer_config.json, got {ids}"
             )
-    return eos_ids, pad_id
+    return tuple(dict.fromkeys(eos)), pads[0]
 
 
-def chat_template(root: pathlib.Path, tokenizer) -> str:
-    """The folder's template, where transformers' processors look for it: own file first, tokenizer's last."""
-    template = None
-    if not (root / "chat_template.jinja").exists():
-        template = read_settings(root / "chat_template.json", optional=True).get("chat_template")
-    template = template or tokenizer.chat_template
-    if not isinstance(template, str):
-        raise InputError(f"{root} has no chat template; choices: chat_template.jinja, chat_template.json")
-    return template
+def _ids(path: pathlib.Path, value: Any) -> list[int]:
+    """The ids that a file's `eos_token_id` names: none, one or several."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(i) is int for i in ids):
+        raise InputError(f"{path}: eos_token_id {value!r} must be a token id, or a list of them")
+    return list(ids)
 
 
 def token_table(path: pathlib.Path, tokenizer, added: dict[str, tuple[int, bool]]) -> dict[int, bytes]:

@@ -79,7 +79,7 @@ def export(
             first_decides(lambda: _write_adapter_config(_spec(session), temporary, base=session.name))
         else:
             writing.save_sharded(temporary, tensors, max_shard_bytes=int(e.max_shard_gb * 2**30))
-            first_decides(lambda: _copy_companions(session.folder, temporary, dtype=e.dtype))
+            first_decides(lambda: _copy_companions(session, temporary, dtype=e.dtype))
         rounds = e.kind == "merged" and e.dtype == "bfloat16" and lora is not None
         report = compare(session, trained, config, temporary) if e.check or rounds else None
         card = card_text(config, base=session.folder, lora=lora, run=run, report=report)
@@ -168,26 +168,26 @@ def _write_adapter_config(spec: LoraSpec, folder: pathlib.Path, *, base: str) ->
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _copy_companions(base: pathlib.Path, folder: pathlib.Path, *, dtype: str) -> None:
+def _copy_companions(session: Session, folder: pathlib.Path, *, dtype: str) -> None:
+    base = session.folder
     for pattern in _COMPANIONS:
         for file in sorted(base.glob(pattern)):
             if file.is_file() and file.name not in _NO_COMPANIONS:
                 copy = folder / file.relative_to(base)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copy)
-    _set_dtype(folder / "config.json", dtype)
+    _correct(folder / "config.json", dtype=dtype, is_tied=session.config.tie_embeddings)
 
 
-def _set_dtype(path: pathlib.Path, dtype: str) -> None:
-    """Says the written dtype where the base's config names one; everything else stays as it was."""
+def _correct(path: pathlib.Path, *, dtype: str, is_tied: bool) -> None:
+    """Says of the written weights what the base's config says of its own; everything else stays as it was."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    sections = [config, config.get("text_config") or {}, config.get("vision_config") or {}]
+    now = {"torch_dtype": dtype, "dtype": dtype} | ({} if is_tied else {"tie_word_embeddings": False})
     changed = False
-    for section in sections:
-        for key in ("torch_dtype", "dtype"):
-            if key in section and section[key] != dtype:
-                section[key] = dtype
-                changed = True
+    for section in [config, config.get("text_config") or {}, config.get("vision_config") or {}]:
+        for key in now.keys() & section.keys():
+            changed |= section[key] != now[key]
+            section[key] = now[key]
     if changed:
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -11,6 +11,7 @@ from vigos_jax.method.prompts import fields
 from vigos_jax.models.layers import LoraSpec
 from vigos_jax.runtime import workdir as files
 from vigos_jax.runtime.hub import REPOSITORY
+from vigos_jax.runtime.paths import absolute
 
 _LICENSE = ("license", "license_name", "license_link")
 _PAPER = "[arXiv 2606.19120](https://arxiv.org/abs/2606.19120)"
@@ -88,7 +89,7 @@ def card_text(
 
 def _base_name(path: str) -> str:
     """A hub id as it is; of a folder its last name, as local paths are not published."""
-    return path if _is_on_hub(path) else "vigos_jax-demo" if path == "demo" else pathlib.Path(path).resolve().name
+    return path if _is_on_hub(path) else "vigos_jax-demo" if path == "demo" else pathlib.Path(absolute(path)).name
 
 
 def _is_on_hub(path: str) -> bool:

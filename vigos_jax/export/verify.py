@@ -54,8 +54,9 @@ def compare(session: Session, trained: Variables, config, folder: pathlib.Path) 
         spec, processor = adapters.adapter_spec(folder, dropout=0.0), session.processor
         written, dtype = session.config, "float32"
     else:
-        spec, processor = None, Processor.load(folder)
-        written, dtype = ModelConfig.load(folder), e.dtype
+        switches = session.processor.chat_template_kwargs
+        spec, processor = None, Processor.load(folder, chat_template_kwargs=switches)
+        written, dtype = reading.load_config(folder), e.dtype
     model = _float32_model(written, spec)
     abstract = abstract_variables(model)
     shardings = tree_shardings(abstract, session.mesh, config.mesh.rules)

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vigos_jax.errors import InputError
+from vigos_jax.models.config_fields import Section
 from vigos_jax.runtime.files import read_object
 
-MAX_SIZE = 2**24  # no published dimension is near it; what is larger would only fail later, for lack of memory
 MAX_LAYERS = 1024
 
 
@@ -103,55 +103,29 @@ class ModelConfig:
         family = raw.get("model_type")
         if not isinstance(family, str) or family not in PARSERS:
             raise InputError(f"{where}: model_type {family!r} is not supported; choices: {', '.join(PARSERS)}")
+        _check_precision(raw, where)
         return PARSERS[family](raw, where)
 
 
-def _section(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = values.get(key)
-    if value is not None and not isinstance(value, Mapping):
-        raise ValueError(f"{key} must be an object, not {value!r}")
-    return value or {}
+def _check_precision(raw: Mapping[str, Any], where: str) -> None:
+    """Raises InputError for a quantised checkpoint, by its own word."""
+    for section in (raw, raw.get("text_config")):
+        for field in ("quantization_config", "compression_config"):
+            value = section.get(field) if isinstance(section, Mapping) else None
+            if value is None:
+                continue
+            method = value.get("quant_method", "unnamed") if isinstance(value, Mapping) else value
+            raise InputError(
+                f"{where}: {field} says that the weights are quantised ({method}), which is not supported; choices: "
+                f"the model they were quantised from, or, if they are full precision, config.json without {field}"
+            )
 
 
-def _whole(
-    values: Mapping[str, Any], key: str, *, default: int | None = None, least: int = 1, most: int = MAX_SIZE
-) -> int:
-    value = values.get(key)
-    if value is None:
-        if default is None:
-            raise KeyError(key)
-        value = default
-    if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"{key} {value!r} must be a whole number from {least} to {most}")
-    return value
-
-
-def _wholes(values: Mapping[str, Any], key: str, *, default: tuple[int, ...] = (), least: int = 0) -> tuple[int, ...]:
-    value = values.get(key, default)
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"{key} {value!r} must be a list of whole numbers")
-    return tuple(_whole({key: n}, key, least=least) for n in value)
-
-
-def _sections(rope: Mapping[str, Any]) -> tuple[int, int, int]:
-    sections = _wholes(rope, "mrope_section", least=1)
+def _mrope_section(rope: Section) -> tuple[int, int, int]:
+    sections = rope.wholes("mrope_section", least=1)
     if len(sections) != 3:
         raise ValueError(f"mrope_section {sections} must be three numbers")
     return sections[0], sections[1], sections[2]
-
-
-def _positive(values: Mapping[str, Any], key: str, default: float) -> float:
-    value = default if values.get(key) is None else values[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1e30:
-        raise ValueError(f"{key} {value!r} must be a positive number")
-    return float(value)
-
-
-def _flag(values: Mapping[str, Any], key: str) -> bool:
-    value = values.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise ValueError(f"{key} {value!r} must be true or false")
-    return bool(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,11 +134,15 @@ class DecoderTraits:
 
     Attributes:
       parse_vision: reads the family's `vision_config`.
-      rope_theta: where the file has none.
+      vision_act: the activation of the tower's MLPs.
+      may_be_flat: the decoder's fields may lie at the top level; their `tie_word_embeddings` may lie among them.
+      has_head_dim: the head size is a field of its own, not the hidden size over the number of heads.
     """
 
-    parse_vision: Callable[[Mapping[str, Any]], VisionConfig]
-    rope_theta: float
+    parse_vision: Callable[[Section], VisionConfig]
+    vision_act: str
+    may_be_flat: bool
+    has_head_dim: bool
     qkv_bias: bool
     qk_norm: bool
     mrope_interleaved: bool
@@ -173,101 +151,132 @@ class DecoderTraits:
 def parse_decoder(raw: Mapping[str, Any], where: str, *, family: str, traits: DecoderTraits) -> ModelConfig:
     """The config of a family whose decoder is the shared one. raw, where: see `ModelConfig.from_hf`."""
     try:
-        text = {**raw, **_section(raw, "text_config")}
-        rope = _section(text, "rope_parameters") or _section(text, "rope_scaling")
-        heads = _whole(text, "num_attention_heads")
+        top = Section(raw, family)
+        text, rope = _text_and_rope(top, traits)
+        vision = top.section("vision_config")
+        heads = text.whole("num_attention_heads")
         config = ModelConfig(
             family=family,
-            hidden_size=_whole(text, "hidden_size"),
-            num_layers=_whole(text, "num_hidden_layers", most=MAX_LAYERS),
+            hidden_size=text.whole("hidden_size"),
+            num_layers=text.whole("num_hidden_layers", most=MAX_LAYERS),
             num_heads=heads,
-            num_kv_heads=_whole(text, "num_key_value_heads"),
-            head_dim=_whole(text, "head_dim", default=_whole(text, "hidden_size") // heads),
-            intermediate_size=_whole(text, "intermediate_size"),
-            vocab_size=_whole(text, "vocab_size"),
-            rope_theta=_positive(rope if rope.get("rope_theta") else text, "rope_theta", traits.rope_theta),
-            mrope_section=_sections(rope),
-            rms_eps=_positive(text, "rms_norm_eps", 1e-6),
-            # transformers reads the top level; a nested copy may be stale.
-            tie_embeddings=_flag(raw if "tie_word_embeddings" in raw else text, "tie_word_embeddings"),
-            image_token_id=_whole(raw, "image_token_id", least=0),
-            video_token_id=_whole(raw, "video_token_id", least=0),
-            vision=traits.parse_vision(_section(raw, "vision_config")),
+            num_kv_heads=heads if text.get("num_key_value_heads") is None else text.whole("num_key_value_heads"),
+            head_dim=text.whole("head_dim") if traits.has_head_dim else text.whole("hidden_size") // heads,
+            intermediate_size=text.whole("intermediate_size"),
+            vocab_size=text.whole("vocab_size"),
+            rope_theta=(rope if "rope_theta" in rope.values else text).positive("rope_theta"),
+            mrope_section=_mrope_section(rope),
+            rms_eps=text.positive("rms_norm_eps"),
+            # transformers looks at the top level; only in flat folders at a nested flag too.
+            tie_embeddings=top.flag("tie_word_embeddings")
+            or (traits.may_be_flat and "tie_word_embeddings" in text.values and text.flag("tie_word_embeddings")),
+            image_token_id=top.whole("image_token_id", least=0),
+            video_token_id=top.whole("video_token_id", least=0),
+            vision=traits.parse_vision(vision),
             qkv_bias=traits.qkv_bias,
             qk_norm=traits.qk_norm,
             mrope_interleaved=traits.mrope_interleaved,
         )
-    except (KeyError, ValueError) as e:
-        raise InputError(f"{where}: missing or malformed field: {e!r}") from e
-    _check_sizes(config, where)
-    for field, value, choices in (
-        ("hidden_act", text.get("hidden_act", "silu"), ("silu",)),
-        ("rope_type", rope.get("rope_type", rope.get("type", "default")), ("default", "mrope")),
-        ("use_sliding_window", text.get("use_sliding_window") or False, (False,)),
-        ("attention_bias", not traits.qkv_bias and bool(text.get("attention_bias")), (False,)),
-    ):
-        if value not in choices:
-            words = ", ".join(c if isinstance(c, str) else json.dumps(c) for c in choices)
-            raise InputError(f"{where}: {field}={json.dumps(value)} is not supported; choices: {words}")
+        _check_sizes(config)
+        _check_computation(config, text, rope, vision, traits)
+    except KeyError as e:
+        raise InputError(f"{where}: field {e} is missing, and has no default") from e
+    except ValueError as e:
+        raise InputError(f"{where}: {e}") from e
     return config
 
 
-def _check_sizes(config: ModelConfig, where: str) -> None:
-    """Raises InputError where dimensions contradict each other."""
+def _text_and_rope(top: Section, traits: DecoderTraits) -> tuple[Section, Section]:
+    """The decoder's fields and those of its rotary embedding. Of two layouts in one file transformers reads the nested.
+
+    The rotary fields have no defaults but for `rope_theta`, which older files keep beside them.
+    """
+    if top.values.get("text_config") is not None:
+        text = top.section("text_config")
+    elif traits.may_be_flat:
+        text = Section(top.values, top.model_type, "text_config")
+    else:
+        raise KeyError("text_config")
+    return text, Section(text.object_("rope_scaling") or text.object_("rope_parameters"), "", "")
+
+
+def _check_computation(
+    config: ModelConfig, text: Section, rope: Section, vision: Section, traits: DecoderTraits
+) -> None:
+    """Raises ValueError where a file asks for a computation that this program does not have."""
+    types = text.values.get("layer_types") or []
+    other_types = [t for t in (types if isinstance(types, list) else [types]) if t != "full_attention"]
+    for field, value, choices in (
+        ("hidden_act", text.get("hidden_act"), ("silu",)),
+        ("vision_config.hidden_act", vision.get("hidden_act"), (traits.vision_act,)),
+        ("rope_type", rope.values.get("rope_type", rope.values.get("type", "default")), ("default", "mrope")),
+        ("vision_config's rope_theta", vision.object_("rope_parameters").get("rope_theta", 1e4), (1e4,)),
+        ("use_sliding_window", text.values.get("use_sliding_window") or False, (False,)),
+        ("layer_types", [*other_types, "full_attention"][0], ("full_attention",)),
+        ("attention_bias", not traits.qkv_bias and bool(text.values.get("attention_bias")), (False,)),
+        ("head_dim", text.values.get("head_dim") or config.head_dim, (config.head_dim,)),
+    ):
+        if value not in choices:
+            words = ", ".join(c if isinstance(c, str) else json.dumps(c) for c in choices)
+            raise ValueError(f"{field}={json.dumps(value)} is not supported; choices: {words}")
+
+
+def _check_sizes(config: ModelConfig) -> None:
+    """Raises ValueError where dimensions contradict each other."""
+    vision = config.vision
     if max(config.visual_ids) >= config.vocab_size:
-        raise InputError(
-            f"{where}: image_token_id and video_token_id {config.visual_ids} must be below vocab_size "
-            f"{config.vocab_size}"
+        raise ValueError(
+            f"image_token_id and video_token_id {config.visual_ids} must be below vocab_size {config.vocab_size}"
         )
     for what, n, parts in (
         ("num_attention_heads and num_key_value_heads", config.num_heads, config.num_kv_heads),
-        ("vision_config's hidden_size and num_heads", config.vision.hidden_size, config.vision.num_heads),
+        ("vision_config's hidden_size and num_heads", vision.hidden_size, vision.num_heads),
     ):
         if n % parts:
-            raise InputError(f"{where}: {what} {n} and {parts}: the first must be a multiple of the second")
+            raise ValueError(f"{what} {n} and {parts}: the first must be a multiple of the second")
     if 2 * sum(config.mrope_section) != config.head_dim:
-        raise InputError(
-            f"{where}: mrope_section {config.mrope_section} must be three numbers that sum to half the head size "
+        raise ValueError(
+            f"mrope_section {config.mrope_section} must be three numbers that sum to half the head size "
             f"{config.head_dim}"
+        )
+    if vision.out_hidden_size != config.hidden_size:
+        raise ValueError(
+            f"vision_config's out_hidden_size {vision.out_hidden_size} must be the decoder's hidden_size "
+            f"{config.hidden_size}"
         )
 
 
-def _common_vision(vision: Mapping[str, Any]) -> dict[str, Any]:
+def _common_vision(vision: Section) -> dict[str, Any]:
     return {
-        "depth": _whole(vision, "depth", most=MAX_LAYERS),
-        "hidden_size": _whole(vision, "hidden_size"),
-        "num_heads": _whole(vision, "num_heads"),
-        "intermediate_size": _whole(vision, "intermediate_size"),
-        "out_hidden_size": _whole(vision, "out_hidden_size"),
-        "temporal_patch_size": _whole(vision, "temporal_patch_size", default=2),
-        "spatial_merge_size": _whole(vision, "spatial_merge_size", default=2),
-        "in_channels": _whole(vision, "in_channels", default=_whole(vision, "in_chans", default=3)),
+        "depth": vision.whole("depth", most=MAX_LAYERS),
+        "hidden_size": vision.whole("hidden_size"),
+        "num_heads": vision.whole("num_heads"),
+        "intermediate_size": vision.whole("intermediate_size"),
+        "out_hidden_size": vision.whole("out_hidden_size"),
+        "patch_size": vision.whole("patch_size"),
+        "temporal_patch_size": vision.whole("temporal_patch_size"),
+        "spatial_merge_size": vision.whole("spatial_merge_size"),
+        "in_channels": vision.whole("in_channels"),  # published files' `in_chans` is read by nobody
     }
 
 
-def _qwen2_5_vision(vision: Mapping[str, Any]) -> VisionConfig:
+def _qwen2_5_vision(vision: Section) -> VisionConfig:
     return VisionConfig(
         **_common_vision(vision),
-        patch_size=_whole(vision, "patch_size", default=14),
-        window_size=_whole(vision, "window_size", default=112),
-        full_attention_blocks=_wholes(vision, "fullatt_block_indexes"),
-        tokens_per_second=_positive(vision, "tokens_per_second", 4),
+        window_size=vision.whole("window_size"),
+        full_attention_blocks=vision.wholes("fullatt_block_indexes"),
+        tokens_per_second=vision.positive("tokens_per_second"),
     )
 
 
-def _qwen3_vision(vision: Mapping[str, Any]) -> VisionConfig:
-    num_positions = _whole(vision, "num_position_embeddings", default=2304)
-    blocks = _wholes(vision, "deepstack_visual_indexes", default=(8, 16, 24))
+def _qwen3_vision(vision: Section) -> VisionConfig:
+    num_positions = vision.whole("num_position_embeddings")
+    blocks = vision.wholes("deepstack_visual_indexes")
     if round(num_positions**0.5) ** 2 != num_positions:
         raise ValueError(f"num_position_embeddings {num_positions} must be a square number")
-    if len(set(blocks)) < len(blocks) or not all(i < _whole(vision, "depth") for i in blocks):
+    if len(set(blocks)) < len(blocks) or not all(i < vision.whole("depth") for i in blocks):
         raise ValueError(f"deepstack_visual_indexes {blocks} must be different blocks of the tower")
-    return VisionConfig(
-        **_common_vision(vision),
-        patch_size=_whole(vision, "patch_size", default=16),
-        num_positions=num_positions,
-        deepstack_blocks=blocks,
-    )
+    return VisionConfig(**_common_vision(vision), num_positions=num_positions, deepstack_blocks=blocks)
 
 
 # model_type -> (parsed config.json, its path) -> ModelConfig. Here and not beside the towers: data workers read
@@ -276,11 +285,27 @@ PARSERS: dict[str, Callable[[Mapping[str, Any], str], ModelConfig]] = {
     "qwen2_5_vl": functools.partial(
         parse_decoder,
         family="qwen2_5_vl",
-        traits=DecoderTraits(_qwen2_5_vision, rope_theta=1e6, qkv_bias=True, qk_norm=False, mrope_interleaved=False),
+        traits=DecoderTraits(
+            _qwen2_5_vision,
+            vision_act="silu",
+            may_be_flat=True,
+            has_head_dim=False,
+            qkv_bias=True,
+            qk_norm=False,
+            mrope_interleaved=False,
+        ),
     ),
     "qwen3_vl": functools.partial(
         parse_decoder,
         family="qwen3_vl",
-        traits=DecoderTraits(_qwen3_vision, rope_theta=5e6, qkv_bias=False, qk_norm=True, mrope_interleaved=True),
+        traits=DecoderTraits(
+            _qwen3_vision,
+            vision_act="gelu_pytorch_tanh",
+            may_be_flat=False,
+            has_head_dim=True,
+            qkv_bias=False,
+            qk_norm=True,
+            mrope_interleaved=True,
+        ),
     ),
 }

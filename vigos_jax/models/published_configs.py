@@ -46,7 +46,7 @@ def _qwen2_5_vl(
             "num_heads": 16,
             "out_hidden_size": hidden,
             "hidden_act": "silu",
-            "in_chans": 3,
+            "in_channels": 3,
             "patch_size": 14,
             "temporal_patch_size": 2,
             "spatial_merge_size": 2,

@@ -5,6 +5,7 @@ Leaves of scanned layers are stacked on a leading axis, so their name has a `{i}
 """
 
 import dataclasses
+import re
 
 import numpy as np
 
@@ -80,6 +81,10 @@ def decoder_tensors(config: ModelConfig, name: str) -> list[Tensor]:
     return [*rows, Tensor(("norm", "scale"), f"{name}.norm.weight")]
 
 
+# What wrappers put into the names of the modules inside them: torch.compile, FSDP, activation checkpointing.
+_WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+_ADAPTER = re.compile(r"\.(lora_[AB])\.[^.]+\.weight$")  # in memory, peft's tensors carry their adapter's name
+
 # Other spellings of the same modules that released tools have written.
 _ALIASES = (
     ("base_model.model.model.layers.", "base_model.model.model.language_model.layers."),
@@ -91,6 +96,10 @@ _ALIASES = (
 
 def canonical(name: str) -> str:
     """One spelling for all spellings of a tensor's name."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while parts[0] == "module" and len(parts) > 1:  # of data-parallel wrappers, which are outermost
+        parts = parts[1:]
+    name = _ADAPTER.sub(r".\1.weight", ".".join(parts))
     for old, new in _ALIASES:
         if name.startswith(old):
             return new + name.removeprefix(old)

@@ -23,12 +23,13 @@ from vigos_jax.plan.devices import Topology
 from vigos_jax.runtime.sharding import batch_sharding, check_batch, make_mesh, replicated, tree_shardings
 from vigos_jax.session import DEMO_FOLDER, buckets_of, model_of, objective_of
 from vigos_jax.training.step import TrainState, make_optimizer
+from vigos_jax.weights.reading import load_config
 
 
 def model_config_of(path: str) -> ModelConfig:
-    """The dimensions of `config.model.path`, without the network: a folder's own file, else the published one."""
+    """The dimensions of `config.model.path`, without the network: a folder's own word, else the published file's."""
     folder = DEMO_FOLDER if path == "demo" else pathlib.Path(path).expanduser()
-    return ModelConfig.load(folder) if folder.is_dir() else ModelConfig.from_hf(published_config(path))
+    return load_config(folder) if folder.is_dir() else ModelConfig.from_hf(published_config(path))
 
 
 @dataclasses.dataclass(frozen=True)

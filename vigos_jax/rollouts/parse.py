@@ -20,7 +20,7 @@ from vigos_jax.method.spans import find_spans
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.rollouts.sampler import Completions
 from vigos_jax.runtime.files import finite_or_none
-from vigos_jax.session import Session, buckets_of, objective_of, resolve_model
+from vigos_jax.session import Session, buckets_of, check_template, objective_of, resolve_model
 
 _PARTS = ("description", "reasoning", "answer")
 
@@ -84,7 +84,9 @@ class Reader:
     def of_folder(cls, config) -> "Reader":
         """The same without the model's weights: of its folder alone."""
         folder = resolve_model(config.model.path, weights=False)
-        parts = _Parts(Processor.load(folder), objective_of(config).roles, buckets_of(config), ModelConfig.load(folder))
+        processor = Processor.load(folder, chat_template_kwargs=config.model.chat_template_kwargs.to_dict())
+        check_template(config, processor, for_training=True)
+        parts = _Parts(processor, objective_of(config).roles, buckets_of(config), ModelConfig.load(folder))
         return cls.of(parts, config)
 
     def example(

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vigos_jax.config import differences, read_json, to_json
+from vigos_jax.config import differences, read_json, to_json, with_absolute_paths
 from vigos_jax.data.bad_rows import BadRows
 from vigos_jax.data.loader import data_state, order_of, resume_batch
 from vigos_jax.errors import InputError, Stopped
@@ -54,7 +54,7 @@ def _open_workdir(config, workdir: pathlib.Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(to_json(config) + "\n", encoding="utf-8")
+        temporary.write_text(to_json(with_absolute_paths(config)) + "\n", encoding="utf-8")
         temporary.rename(path)
     except OSError as e:
         raise InputError(f"cannot write to --workdir {workdir}: {e.strerror}; choose a writable folder") from e

@@ -1,5 +1,6 @@
 """Base parameters from a Hugging Face folder, by the family's table of tensors, shard by shard."""
 
+import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,8 +12,50 @@ from vigos_jax.errors import InputError
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.families import tensor_table
 from vigos_jax.models.tensor_names import Path, Tensor, canonical
+from vigos_jax.runtime.progress import say
 from vigos_jax.weights.safetensors_file import DTYPES
-from vigos_jax.weights.weight_files import WeightFiles, open_weights, read_leaf, some
+from vigos_jax.weights.weight_files import WeightFiles, holds_weights, open_weights, read_leaf, some
+
+_HEAD = "lm_head.weight"
+_ROWS = 4096  # of head and embedding, compared at a time
+
+
+def load_config(folder: pathlib.Path) -> ModelConfig:
+    """What a folder says of its model: its config.json, and its weights' word on the output head.
+
+    As in transformers, `tie_word_embeddings` is wrong where the weights hold a head that differs from the embedding:
+    the model is untied then, and a line says so. Of a folder without weights the config alone counts.
+
+    Raises:
+      InputError: the config or a header of the weights is missing or broken.
+    """
+    config = ModelConfig.load(folder)
+    if not config.tie_embeddings or not holds_weights(folder):
+        return config
+    files, embedding = open_weights(folder), _embedding(tensor_table(config)).name
+    if _HEAD not in files or embedding not in files or _are_equal(files, _HEAD, embedding):
+        return config
+    say(
+        f"{folder}: config.json has tie_word_embeddings=true, but the weights hold an {_HEAD} that is not the "
+        "embedding; it is used, as transformers does"
+    )
+    return dataclasses.replace(config, tie_embeddings=False)
+
+
+def _embedding(table: list[Tensor]) -> Tensor:
+    return next(row for row in table if row.path == ("embedding",))
+
+
+def _are_equal(files: WeightFiles, a: str, b: str) -> bool:
+    """Whether two tensors hold the same numbers."""
+    if files.stored(a).shape != files.stored(b).shape or {files.stored(n).dtype for n in (a, b)} - DTYPES.keys():
+        return False
+    x, y = files.tensor(a), files.tensor(b)
+    if x.dtype == y.dtype:  # bits are compared faster, and NaN is equal to itself
+        x, y = (t.view(f"u{t.dtype.itemsize}") for t in (x, y))
+    else:
+        x, y = (t.astype(np.float32) for t in (x, y))
+    return all(np.array_equal(x[i : i + _ROWS], y[i : i + _ROWS]) for i in range(0, len(x), _ROWS))
 
 
 def check_tensors(
@@ -23,7 +66,8 @@ def check_tensors(
     rows = {canonical(name): row for row in table for name in row.names()}
     named = {canonical(name): name for row in table for name in row.names()}
     present = files.names() - set(ignore)
-    problems += [f"missing {named[n]}" for n in sorted(rows.keys() - present)]
+    hint = " (where it is the embedding: tie_word_embeddings=true in config.json)"
+    problems += [f"missing {named[n]}{hint if n == _HEAD else ''}" for n in sorted(rows.keys() - present)]
     problems += [f"unexpected {n}" for n in sorted(present - rows.keys())]
     for name in sorted(rows.keys() & present):
         row, stored = rows[name], files.stored(name)
@@ -70,6 +114,7 @@ def load_params(folder: pathlib.Path, config: ModelConfig, abstract: Any, *, dty
 
     Args:
       folder: holds model.safetensors, or shards and their index; float32, bfloat16 or float16.
+      config: of `load_config`.
       abstract: the `params` tree of shapes from `abstract_variables`.
       dtype: of the returned leaves.
       shardings: a tree of Shardings like `abstract`, or None for the default device.
@@ -78,10 +123,15 @@ def load_params(folder: pathlib.Path, config: ModelConfig, abstract: Any, *, dty
       InputError: before any weight is read, if a file is missing or broken; one error lists every missing, extra and
         wrong-shaped tensor. After it, one lists every tensor that is not finite, in the file or when it is rounded.
     """
-    table = tensor_table(config)
+    files, table = open_weights(folder), tensor_table(config)
     shapes = {path: leaf.shape for path, leaf in leaves(abstract)}
-    # A tied checkpoint may still carry a copy of its embedding as lm_head.
-    ignore = ("lm_head.weight",) if config.tie_embeddings else ()
-    files = open_weights(folder)
+    ignore = ()
+    if config.tie_embeddings and _HEAD in files:
+        # Written twice, or under the other name alone, as tools do that keep one of two tensors that share memory.
+        embedding = _embedding(table)
+        if embedding.name in files:
+            ignore = (_HEAD,)
+        else:
+            table[table.index(embedding)] = dataclasses.replace(embedding, name=_HEAD)
     check_tensors(files, table, shapes, str(folder), ignore)
     return read_tree(files, table, abstract, str(folder), dtype=dtype, shardings=shardings)

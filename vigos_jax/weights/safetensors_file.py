@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from vigos_jax.errors import InputError
+from vigos_jax.errors import InputError, one_line
 from vigos_jax.runtime.files import unique_keys
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
@@ -58,7 +58,7 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         if isinstance(e, InputError):
             raise
-        raise _broken(path, f"its header does not describe tensors ({str(e)[:200]})") from e
+        raise _broken(path, f"its header does not describe tensors ({one_line(e)})") from e
     if problem := _misfit(ranges, size - start):
         raise _broken(path, problem)
     return out
@@ -88,7 +88,7 @@ def _header(path: pathlib.Path) -> tuple[dict[str, Any], int, int]:
         try:
             return json.loads(file.read(length), object_pairs_hook=unique_keys), 8 + length, size
         except (ValueError, RecursionError) as e:
-            raise _broken(path, f"its header is no JSON ({' '.join(str(e).split())[:100]})") from e
+            raise _broken(path, f"its header is not JSON ({one_line(e)})") from e
 
 
 def _stored(path: pathlib.Path, data_start: int, value: dict[str, Any]) -> Stored:

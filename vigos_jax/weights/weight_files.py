@@ -13,6 +13,8 @@ from vigos_jax.errors import InputError
 from vigos_jax.models.tensor_names import Tensor, canonical
 from vigos_jax.weights.safetensors_file import DTYPES, MappedTensors, Stored, read_header
 
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
 
 class WeightFiles:
     """The tensors of one or more safetensors files, by canonical name. Their headers are checked at once."""
@@ -35,24 +37,26 @@ class WeightFiles:
         """Where a tensor lies; KeyError if it is in no file."""
         return self._where[canonical(name)]
 
-    def holds(self, name: str, file: str) -> bool:
-        """Whether a tensor is there, in the file of this name."""
-        return canonical(name) in self._where and self.stored(name).path.name == file
+    def __contains__(self, name: str) -> bool:
+        return canonical(name) in self._where
 
     def tensor(self, name: str) -> np.ndarray:
         """Mapped: only what is looked at is read."""
         return self._mapped(self.stored(name))
 
 
+def holds_weights(folder: pathlib.Path) -> bool:
+    """Whether a folder has weights, whole or not."""
+    return (folder / _INDEX).exists() or (folder / _WHOLE).is_file()
+
+
 def open_weights(folder: pathlib.Path) -> WeightFiles:
     """All weights of a folder, their headers checked; InputError if a file is missing or its index is wrong."""
-    index = folder / "model.safetensors.index.json"
+    if not holds_weights(folder):
+        raise InputError(f"{folder} holds no weights; it needs {_WHOLE} or {_INDEX}{_interrupted(folder)}")
+    index = folder / _INDEX
     if not index.exists():
-        path = folder / "model.safetensors"
-        if not path.is_file():
-            needed = "it needs model.safetensors or model.safetensors.index.json"
-            raise InputError(f"{folder} holds no weights; {needed}{_interrupted(folder)}")
-        return WeightFiles([path])
+        return WeightFiles([folder / _WHOLE])
     try:
         weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         if not all(isinstance(n, str) and n == pathlib.Path(n).name for n in weight_map.values()):
@@ -65,7 +69,7 @@ def open_weights(folder: pathlib.Path) -> WeightFiles:
         named = f"{index} names shards that are not in the folder: {some(missing)}"
         raise InputError(f"{named}; fetch or copy them again{_interrupted(folder)}")
     files = WeightFiles(paths)
-    astray = [f"{n} ({file})" for n, file in weight_map.items() if not files.holds(n, file)]
+    astray = [f"{n} ({at})" for n, at in weight_map.items() if n not in files or files.stored(n).path.name != at]
     if astray:
         raise InputError(f"{index} names tensors that their shards lack: {some(astray)}; fetch index and shards again")
     return files
