@@ -24,6 +24,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+import error_form  # noqa: E402
 import hypothesis  # noqa: E402
 import jaxtyping  # noqa: E402
 from shape_checks import CHECKED  # noqa: E402
@@ -34,6 +35,8 @@ jaxtyping.install_import_hook(CHECKED, "shape_checks.checked")
 # A first call compiles, so its time says nothing. The same examples in every run: failures are repeatable.
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("house")
+
+error_form.check_all()
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 # The files that take longest, longest first. Several processes share the tests file by file: a long file that starts

@@ -170,7 +170,7 @@ def test_weights_that_are_no_numbers_are_named(world, model, tmp_path, capsys):
 
     write_weights(model, spoil)
     said = refusal(capsys, lambda: world.run(f"--workdir={tmp_path / 'run'}", f"--config.model.path={model}"))
-    assert f"2 tensor(s) hold NaN or infinity in float32: {Q}, {NORM}" in said and str(model) in said
+    assert f"2 tensor(s) hold NaN or infinity in float32, and must not: {Q}, {NORM}" in said and str(model) in said
     assert not (tmp_path / "run").exists()
 
 
@@ -183,7 +183,7 @@ def test_weights_that_overflow_when_rounded_are_named(model):
     config = ModelConfig.load(model)
     abstract = abstract_variables(VisionLanguageModel(config))["params"]
     reading.load_params(model, config, abstract, dtype=np.float32)
-    with pytest.raises(InputError, match=rf"1 tensor\(s\) hold NaN or infinity in bfloat16: {NORM}$"):
+    with pytest.raises(InputError, match=rf"1 tensor\(s\) hold NaN or infinity in bfloat16, and must not: {NORM}$"):
         reading.load_params(model, config, abstract, dtype=jnp.bfloat16)
 
 
@@ -194,7 +194,7 @@ def test_an_adapter_that_is_no_numbers(world, tmp_path, capsys):
     tensors[name] = np.full_like(tensors[name], np.nan)
     safetensors.numpy.save_file(tensors, adapter / "adapter_model.safetensors")
     run = lambda: world.run(f"--workdir={tmp_path / 'run'}", f"--config.model.adapter={adapter}")  # noqa: E731
-    assert f"1 tensor(s) hold NaN or infinity in float32: {name}" in refusal(capsys, run)
+    assert f"1 tensor(s) hold NaN or infinity in float32, and must not: {name}" in refusal(capsys, run)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])

@@ -197,7 +197,9 @@ def validate(config: ConfigDict) -> None:
         _check_data(config)
         _check_template(config)
     except (KeyError, AttributeError) as e:
-        raise InputError(f"the config lacks a field that configs/base.py has: {e}".replace("\n", " ")) from e
+        raise InputError(
+            f"the config lacks a field that configs/base.py has, and it needs: {e}".replace("\n", " ")
+        ) from e
 
 
 def renamed(field: str) -> str | None:
@@ -286,7 +288,9 @@ def _check_home(field: str, value: str) -> None:
     try:
         pathlib.Path(value).expanduser()
     except RuntimeError as e:
-        raise InputError(f"config.{field}={value!r} begins with the home of a user that does not exist") from e
+        raise InputError(
+            f"config.{field}={value!r} begins with the home of a user that does not exist; write the path instead of ~"
+        ) from e
 
 
 def _check_buckets(config: ConfigDict) -> None:
@@ -353,9 +357,11 @@ def read_json(path: pathlib.Path) -> ConfigDict:
             raise ValueError(f"it holds a {type(raw).__name__}")
         return ConfigDict(raw)
     except OSError as e:
-        raise InputError(f"cannot read {path}: {e.strerror}; a run's workdir holds its config.json") from e
+        raise InputError(
+            f"cannot read {path}: {e.strerror}; --workdir must be that of a run, which holds its config.json"
+        ) from e
     except (ValueError, TypeError, RecursionError) as e:
-        raise InputError(f"{path} is not a run's config: {e}") from e
+        raise InputError(f"{path} must hold a run's config: {e}") from e
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:

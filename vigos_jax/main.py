@@ -103,7 +103,9 @@ def _parse(argv: list[str]):
     try:
         return config, values.mode, pathlib.Path(workdir).expanduser() if workdir else None
     except RuntimeError as e:
-        raise InputError(f"--workdir {workdir} begins with the home of a user that does not exist") from e
+        raise InputError(
+            f"--workdir {workdir} begins with the home of a user that does not exist; write the path instead of ~"
+        ) from e
 
 
 def find_config(file: str) -> pathlib.Path:
@@ -305,7 +307,9 @@ def main(argv: list[str]) -> int:
         with distributed.joined(config.distributed):
             if distributed.several() and mode not in SEVERAL:
                 choices = ", ".join(SEVERAL)
-                raise InputError(f"--mode {mode} runs in one process (config.distributed=off); several: {choices}")
+                raise InputError(
+                    f"--mode {mode} must run in one process (config.distributed=off); choices for several: {choices}"
+                )
             return MODES[mode](config, workdir)
     except InputError as e:
         print(f"vigos_jax: {e}", file=sys.stderr)

@@ -156,7 +156,9 @@ def open_source(config) -> Any:
         return load_source(config.data)
     if config.data.fields:
         fields = ", ".join(config.data.fields)
-        raise InputError(f"config.data.fields names {fields}; the demo's rows have problem and answer only")
+        raise InputError(
+            f"config.data.fields names {fields}; it must be (), as the demo's rows have problem and answer only"
+        )
     return DemoSource(seed=config.seed, blank=config.data.blank_images)
 
 

@@ -248,7 +248,7 @@ def test_a_role_is_a_table(value):
 def test_the_student_sees_the_problem_alone():
     for text in ("{problem} {caption}", "{Problem}"):
         prompts = PROMPTS | {"student": {"user": text, "assistant_prefill": ""}}
-        with pytest.raises(InputError, match="config.prompts.student.user names .* the student sees {problem} alone"):
+        with pytest.raises(InputError, match="config.prompts.student.user names .* it must show {problem} alone"):
             role_table(ROLES, prompts, data_fields=("caption",))
 
 

@@ -40,7 +40,7 @@ def test_variables():
         ({"WORLD_SIZE": "four"}, "WORLD_SIZE='four' must be a whole number"),
         ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 must be from 1 to 65535"),
         ({"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK=2 contradicts"),
-        ({"RANK": "0", "LOCAL_RANK": "1"}, "LOCAL_RANK=1 contradicts RANK=0"),
+        ({"RANK": "0", "LOCAL_RANK": "1"}, "LOCAL_RANK=1 must go with RANK=0"),
     ],
 )
 def test_variables_that_are_missing_or_contradict(changes, message):

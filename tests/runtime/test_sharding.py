@@ -288,8 +288,8 @@ def test_the_nearest_meshes_do_divide():
 @pytest.mark.parametrize(
     "rules, message",
     [
-        ((("[", ()),), r"rules\[0\]=.* bad regular expression"),
-        (((3, ()),), "bad regular expression"),
+        ((("[", ()),), r"rules\[0\]=.* must be a regular expression"),
+        (((3, ()),), "must be a regular expression"),
         ((("", ()), ("x", ("model",))), r"rules\[1\]=.*'model'; choices: data, fsdp, tensor, None"),
         ((("x", ("fsdp", None, "fsdp")),), "uses fsdp twice"),
         ((("x", (None, None, None)),), r"3 axes for x \[8, 8\], which has 2"),

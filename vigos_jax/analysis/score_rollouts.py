@@ -117,7 +117,10 @@ def score_rollouts(
                 file.write(json.dumps(_record(case, supervised, own, objective.roles)) + "\n")
     if len(source) == bad.total():
         temporary.unlink()
-        raise InputError(f"{source.path} has no usable row: " + ", ".join(f"{k} {n}" for k, n in bad.items()))
+        reasons = ", ".join(f"{k} {n}" for k, n in bad.items())
+        raise InputError(
+            f"{source.path} has no usable row: {reasons} ({bad_lines[0]}); docs/data.md: see what a row needs"
+        )
     summary = _summary(totals, objective) | {"rows": len(source), "valid_rows": valid, "bad_rows": dict(bad)}
     temporary.rename(output / "scores.jsonl")
     write_json(output / "summary.json", summary)

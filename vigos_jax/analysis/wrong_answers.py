@@ -25,7 +25,9 @@ def read_file(path: str) -> dict[str, list[str]]:
     try:
         lines = pathlib.Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"cannot read config.diagnose.wrong_answers_file={path!r}: {e}") from e
+        raise InputError(
+            f"cannot read config.diagnose.wrong_answers_file={path!r}: {e}; it must be a .jsonl in UTF-8"
+        ) from e
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -50,6 +50,6 @@ class BadRows:
         whichever is more. But if none of the first MIN_ROWS_ALL_BAD rows or more is usable, that is enough.
         """
         if self.bad == self.rows >= MIN_ROWS_ALL_BAD:
-            raise InputError(f"no usable row: {self.summary()}")
+            raise InputError(f"no usable row: {self.summary()}; see --mode data and docs/data.md for what a row needs")
         if self.bad > max_fraction * max(self.rows, MIN_ROWS):
             raise InputError(f"{self.summary()}; data.max_bad_fraction allows {max_fraction:g}")

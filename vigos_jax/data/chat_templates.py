@@ -43,7 +43,9 @@ class ChatTemplate:
                 **self.switches,
             )
         except Exception as e:  # a template is a program: it can fail in any way
-            raise InputError(f"the chat template of {self.folder} fails: {one_line(e)}") from e
+            raise InputError(
+                f"the chat template of {self.folder} fails: {one_line(e)}; it must render one user turn"
+            ) from e
 
     def behind_header(self) -> str:
         """What follows the assistant's header line where an answer is to begin: "", or the start of a thought."""

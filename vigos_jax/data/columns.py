@@ -123,7 +123,8 @@ def find_columns(
     wanted = {part: (mapping or {}).get(part, "") for part in NAMES}
     for part, path in wanted.items():
         if path and path not in names and path.split(".")[0] not in names:
-            raise InputError(f"config.data.columns.{part}={path!r}: {where} has the columns {', '.join(names)}")
+            there = f"{where} has the columns {', '.join(names)}"
+            raise InputError(f"config.data.columns.{part}={path!r} must be a column, or a path into one: {there}")
     chats = [name for name in CHATS if name in names and any(is_chat(row.get(name)) for row in samples)]
     problem = wanted["problem"] or _one("problem", names, where) or (chats[0] if chats else "")
     has_chat = bool(problem) and any(is_chat(lookup(row, problem)) for row in samples)

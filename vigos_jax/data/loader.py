@@ -203,7 +203,7 @@ def make_batches(
         if value < least:
             raise InputError(f"{name} {value} must be at least {least}")
     if len(source) == 0:
-        raise InputError("the data source has no rows")
+        raise InputError("config.data.source has 0 rows; it needs at least 1")
 
     own = tuple(range(order.batch_size) if rows is None else rows)
     batches = grain.MapDataset.source(row_numbers(source, encoder, order))[start_batch:]

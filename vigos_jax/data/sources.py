@@ -99,14 +99,16 @@ class JsonlSource(Source):
                         numbers.append(number)
                     position += len(line)
         except OSError as e:
-            raise InputError(f"cannot read {self.path}: {e.strerror}") from e
+            raise InputError(
+                f"cannot read {self.path}: {e.strerror}; config.data.source must be a file that can be read"
+            ) from e
         self._starts = np.asarray(starts, np.int64)  # byte offset of each line that is not blank
         self._numbers = np.asarray(numbers, np.int64)
         lines = [self._parse(i) for i in range(min(len(self), _SAMPLES))]
         samples = [line for line in lines if not isinstance(line, str)]
         if not samples:
             what = "its lines are not UTF-8" if "not_utf8" in lines else "no line is a JSON object"
-            raise InputError(f"{self.path} has no usable row: {what}")
+            raise InputError(f"{self.path} has no usable row: {what}; it must hold one JSON object per line")
         names = list(dict.fromkeys(name for row in samples for name in row))
         self.columns = find_columns(names, where=self.path, mapping=mapping, fields=fields, samples=samples)
 
@@ -152,12 +154,14 @@ class JsonSource(Source):
         try:
             rows = json.loads(pathlib.Path(self.path).read_bytes().decode("utf-8-sig"))
         except OSError as e:
-            raise InputError(f"cannot read {self.path}: {e.strerror}") from e
+            raise InputError(
+                f"cannot read {self.path}: {e.strerror}; config.data.source must be a file that can be read"
+            ) from e
         except UnicodeDecodeError as e:
-            raise InputError(f"{self.path} is not UTF-8: {e.reason} at byte {e.start}") from e
+            raise InputError(f"{self.path} must be UTF-8: {e.reason} at byte {e.start}") from e
         except (ValueError, RecursionError) as e:
             hint = "; a file of one object a line is called .jsonl" if "Extra data" in str(e) else ""
-            raise InputError(f"{self.path} is not JSON: {e}{hint}") from e
+            raise InputError(f"{self.path} must be JSON: {e}{hint}") from e
         if not isinstance(rows, list) or not any(isinstance(row, dict) for row in rows):
             raise InputError(f"{self.path} has no usable row: it must hold a list of objects")
         self._rows = rows
@@ -204,7 +208,7 @@ def load_source(data) -> TableSource | JsonlSource | JsonSource:
     if data.image_folder:
         folder = pathlib.Path(data.image_folder).expanduser().absolute()
         if not folder.is_dir():
-            raise InputError(f"config.data.image_folder={data.image_folder!r} is not a folder")
+            raise InputError(f"config.data.image_folder={data.image_folder!r} must be a folder")
         source.image_roots = (str(folder), *source.image_roots)
     return source
 

@@ -93,7 +93,7 @@ def build(path: pathlib.Path, make):
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:
-        raise InputError(f"cannot load {path}: {one_line(e)}") from e
+        raise InputError(f"cannot load {path}: {one_line(e)}; fetch it again") from e
 
 
 def read_settings(path: pathlib.Path, *, optional: bool = False) -> dict[str, Any]:

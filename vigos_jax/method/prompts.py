@@ -30,7 +30,7 @@ def fill(template: str, /, *, problem: str, reference: str | None = None, **othe
     if reference is None and "reference" in fields(template):
         raise InputError(
             f"prompt template {_shorten(template)!r} asks for {{reference}}, but none is shown here; "
-            "the field it can use is {problem}"
+            "it must use {problem} alone"
         )
     values = {"problem": problem, "reference": reference or ""} | others
     return _WORD.sub(lambda match: values.get(match[1], match[0]), template)

@@ -85,7 +85,7 @@ def role_table(
         prompt or with one that names a field no row has, no role; a student's prompt that names more than problem.
     """
     if "student" in prompts and (strangers := unknown_fields(prompts["student"]["user"])):
-        raise InputError(f"config.prompts.student.user names {{{strangers[0]}}}; the student sees {{problem}} alone")
+        raise InputError(f"config.prompts.student.user names {{{strangers[0]}}}; it must show {{problem}} alone")
     table = [_role(name, entry, prompts, data_fields) for name, entry in roles.items()]
     table = [role for role in table if role.weight]
     if not table:

@@ -84,7 +84,9 @@ def check(config: ml_collections.ConfigDict) -> None:
             )
     for cell, times in Counter(cells(config)).items():
         if times > 1:
-            raise InputError(f"leak {cell[0]}, seed {cell[1]}, {cell[2] or 'its base'} is there {times} times; once")
+            raise InputError(
+                f"leak {cell[0]}, seed {cell[1]}, {cell[2] or 'its base'} is there {times} times; it must be there once"
+            )
 
 
 def base_folder(workdir: pathlib.Path, leak: float, seed: int) -> pathlib.Path:
@@ -155,7 +157,9 @@ def main(argv: list[str]) -> int:
             unexpected, config = values(argv)[1:], values.config
             set(config)  # fails if the file could not be read
         except Exception as e:  # a config file is code and may raise anything
-            raise InputError(f"bad command line or config: {type(e).__name__}: {' '.join(str(e).split())}") from e
+            raise InputError(
+                f"bad command line or config: {type(e).__name__}: {' '.join(str(e).split())}; see --help"
+            ) from e
         if unexpected:
             raise InputError(f"unexpected argument {unexpected[0]!r}; see --help")
         print(run(config, pathlib.Path(values.workdir).expanduser()))

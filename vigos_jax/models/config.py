@@ -180,7 +180,7 @@ def parse_decoder(raw: Mapping[str, Any], where: str, *, family: str, traits: De
         _check_sizes(config)
         _check_computation(config, text, rope, vision, traits)
     except KeyError as e:
-        raise InputError(f"{where}: field {e} is missing, and has no default") from e
+        raise InputError(f"{where}: field {e} is missing, and has no default; the model needs it") from e
     except ValueError as e:
         raise InputError(f"{where}: {e}") from e
     return config

@@ -40,7 +40,7 @@ def plan(config) -> str:
     target = topology(config.plan)
     output = pathlib.Path(config.plan.output).expanduser() if config.plan.output else None
     if output is not None and not output.parent.is_dir():
-        raise InputError(f"config.plan.output={str(output)!r}: its folder does not exist")
+        raise InputError(f"config.plan.output={str(output)!r}: its folder must exist")
     result = compile_plan(config, target)
     if not result.fits and config.plan.advise:
         result = dataclasses.replace(result, **_advice(config, target, result))

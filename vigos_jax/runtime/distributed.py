@@ -196,7 +196,7 @@ def _from_variables(environment: Mapping[str, str]) -> dict[str, Any]:
     local, local_size = (_number(environment, name, default=None) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     if local is not None and (local > rank or local >= (local_size or size)):
         raise InputError(
-            f"LOCAL_RANK={local} contradicts RANK={rank}, WORLD_SIZE={size} and LOCAL_WORLD_SIZE={local_size}"
+            f"LOCAL_RANK={local} must go with RANK={rank}, WORLD_SIZE={size} and LOCAL_WORLD_SIZE={local_size}"
         )
     # An empty list is all of the host's devices, and keeps jax from finding something else out.
     alone = local is None or local_size == 1

@@ -21,7 +21,7 @@ def read_object(path: pathlib.Path, *, owner: str) -> dict[str, Any]:
     except OSError as e:
         raise InputError(f"cannot read {path}: {e.strerror}; {owner} needs it") from e
     except (ValueError, RecursionError) as e:
-        raise InputError(f"{path} is not valid JSON: {e}") from e
+        raise InputError(f"{path} must be valid JSON: {e}") from e
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object, not {type(value).__name__}")
     return value

@@ -50,8 +50,8 @@ def push(folder: pathlib.Path, repository: str) -> str:
             api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export of vigos_jax")
     except Exception as e:
         raise InputError(
-            f"config.export.push_to={repository!r}: the hub refused: {type(e).__name__}: {reason(e)}; the export "
-            f"itself is complete in {folder}"
+            f"config.export.push_to={repository!r}: the hub refused: {type(e).__name__}: {reason(e)}; try another "
+            f"name or token, the export itself is complete in {folder}"
         ) from None  # the cause's own text may show the token
     if not is_private:
         raise InputError(

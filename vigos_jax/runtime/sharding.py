@@ -128,12 +128,12 @@ def parse_rules(rules: Sequence[Any]) -> tuple[tuple[re.Pattern[str], P], ...]:
         try:
             pattern = re.compile(rule[0])
         except (re.error, TypeError) as e:
-            raise InputError(f"{where} has a bad regular expression: {e}") from e
+            raise InputError(f"{where} must be a regular expression: {e}") from e
         if strangers := [axis for axis in rule[1] if axis is not None and axis not in AXES]:
             raise InputError(f"{where} names the axis {strangers[0]!r}; choices: {', '.join(AXES)}, None")
         named = [axis for axis in rule[1] if axis is not None]
         if twice := [axis for axis in named if named.count(axis) > 1]:
-            raise InputError(f"{where} uses {twice[0]} twice; an axis can split one dimension only")
+            raise InputError(f"{where} uses {twice[0]} twice; an axis must split one dimension only")
         out.append((pattern, P(*rule[1])))
     return tuple(out)
 
@@ -157,7 +157,7 @@ def tree_shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Sequence[Any]) -
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise InputError(
             f"config.mesh {asked} does not divide the model: {'; '.join(problems[:_SHOWN])}{more}; "
-            f"nearest that do: {_nearest(leaves, specs, shape)}"
+            f"the nearest that do: {_nearest(leaves, specs, shape)}"
         )
     return jax.tree.unflatten(jax.tree.structure(tree), [NamedSharding(mesh, spec) for spec in specs])
 

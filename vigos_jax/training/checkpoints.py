@@ -82,7 +82,9 @@ class Checkpoints:
     def _unwritten(self, error: Exception) -> InputError:
         reason = _short(str(error))
         steps = ", ".join(str(s) for s in sorted(self._manager.all_steps(read=True))) or "none"
-        return InputError(f"cannot write a checkpoint into {self._folder}: {reason}; whole ones are of steps: {steps}")
+        return InputError(
+            f"cannot write a checkpoint into {self._folder}: {reason}; make room; whole ones are of steps: {steps}"
+        )
 
     def restore_newest(self, like: TrainState) -> tuple[int, TrainState, dict[str, Any]] | None:
         """(step, state, data) of the newest checkpoint that is whole; None where there is none at all.

@@ -53,7 +53,7 @@ def _adapter_config(path: pathlib.Path) -> tuple[dict[str, Any], int, float]:
         if type(rank) is not int or type(alpha) not in (int, float) or not 0 < alpha < 1e30:
             raise ValueError(f"r {rank!r} must be a whole number, lora_alpha {alpha!r} a positive one")
     except (ValueError, KeyError) as e:
-        raise InputError(f"{path} is not a PEFT LoRA config: {e!r}") from e
+        raise InputError(f"{path} must be a PEFT LoRA config: {e!r}") from e
     if raw.get("peft_type") != "LORA":
         raise InputError(f"{path}: peft_type {raw.get('peft_type')!r} is not supported; choices: LORA")
     if not 1 <= rank <= _MAX_RANK:

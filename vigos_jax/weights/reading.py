@@ -81,7 +81,9 @@ def check_tensors(
             wanted = want if row.layout == "same" else want[::-1]
             problems.append(f"{name} has shape {list(flat)}, expected {list(wanted)}")
     if problems:
-        raise InputError(f"{where} does not fit the model: {len(problems)} problem(s): {some(problems, '; ')}")
+        raise InputError(
+            f"{where} must fit the model of its config.json, and has {len(problems)} problem(s): {some(problems, '; ')}"
+        )
 
 
 def read_tree(files: WeightFiles, table: list[Tensor], abstract: Any, where: str, *, dtype: Any, shardings: Any) -> Any:
@@ -97,7 +99,9 @@ def read_tree(files: WeightFiles, table: list[Tensor], abstract: Any, where: str
         node[row.path[-1]] = read_leaf(files, row, shapes[row.path], dtype=np.dtype(dtype), sharding=sharding)
     if files.not_finite:
         bad = some(sorted(files.not_finite))
-        raise InputError(f"{where}: {len(files.not_finite)} tensor(s) hold NaN or infinity in {np.dtype(dtype)}: {bad}")
+        raise InputError(
+            f"{where}: {len(files.not_finite)} tensor(s) hold NaN or infinity in {np.dtype(dtype)}, and must not: {bad}"
+        )
     return out
 
 

@@ -62,7 +62,7 @@ def open_weights(folder: pathlib.Path) -> WeightFiles:
         if not all(isinstance(n, str) and n == pathlib.Path(n).name for n in weight_map.values()):
             raise ValueError("its values must be names of files in the folder")
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
-        raise InputError(f"{index} is not a safetensors index: {e!r}") from e
+        raise InputError(f"{index} must be a safetensors index: {e!r}") from e
     paths = [folder / n for n in sorted(set(weight_map.values()))]
     missing = [p.name for p in paths if not p.is_file()]
     if missing:
