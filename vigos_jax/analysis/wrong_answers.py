@@ -13,7 +13,8 @@ from typing import Any
 
 from vigos_jax.data.cleaning import clean_reference, list_of
 from vigos_jax.errors import InputError
-from vigos_jax.grading.answer_text import answer_kind, is_correct, normalize_answer
+from vigos_jax.grading.answer_text import answer_kind, normalize_answer
+from vigos_jax.grading.rules import grade
 
 # "(A) red", "A. red", "A) red" at the start of a line, of the text, or behind white space.
 _LETTER_OPTION = re.compile(r"(?:^|\s)(?:\(([A-J])\)|([A-J])[.):])(?=\s)")
@@ -68,7 +69,7 @@ def choose(
     for source, pool in (("given", given), ("options", options), ("rows", kind_pool)):
         wrong: dict[str, str] = {}
         for answer in random.Random(seed).sample(list(pool), len(pool)):
-            if len(wrong) < count and normalize_answer(answer) and not is_correct(answer, reference):
+            if len(wrong) < count and normalize_answer(answer) and not grade(answer, reference).is_correct:
                 wrong.setdefault(normalize_answer(answer), answer)
         if wrong:
             return source, list(wrong.values())

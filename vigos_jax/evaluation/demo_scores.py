@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from vigos_jax.demo import world
-from vigos_jax.grading.answer_text import is_correct, last_boxed
+from vigos_jax.grading.answer_text import last_boxed
+from vigos_jax.grading.rules import grade
 from vigos_jax.method.packing import Row, make_row
 from vigos_jax.method.spans import Spans, find_spans
 from vigos_jax.models.variables import Variables
@@ -43,7 +44,7 @@ class Answered:
     @property
     def is_correct(self) -> bool:
         """Whether its last box holds the answer."""
-        return is_correct(last_boxed(self.text), self.item.answer)
+        return grade(last_boxed(self.text), self.item.answer).is_correct
 
 
 def _rows(session: Session, items: list[world.Item], student: dict[str, str]) -> list[Row]:

@@ -7,6 +7,16 @@ from vigos_jax.grading.letters import unmarked
 from vigos_jax.grading.reading import Reading, agree, read
 
 _JOINS = r"(?:\b(?:or|and|maybe|perhaps|possibly|also|either|nor)\b|[,;/&+])"
+_LETTERS = re.compile(r"[(\[]?([A-Z])[)\]]?[.,]?(?:(?: ?[,;&/+]| and|,? and)? ?[(\[]?([A-Z])[)\]]?[.,]?){1,25}")
+
+
+def letter_set(answer: Reading, options: Sequence[Reading]) -> frozenset[str] | None:
+    """The letters of an answer that names several options together: "AC", "A, C", "(A) and (C)"; None for any other."""
+    if not _LETTERS.fullmatch(answer.body):
+        return None
+    letters = re.findall("[A-Z]", answer.body)
+    last = chr(ord("A") + len(options) - 1)
+    return frozenset(letters) if len(set(letters)) == len(letters) and max(letters) <= last else None
 
 
 def option_index(answer: str, options: Sequence[str]) -> int | None:

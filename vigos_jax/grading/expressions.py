@@ -18,6 +18,7 @@ _NUMBER = r"[0-9]{1,30}(?:[.,][0-9]{1,30})?"
 _RANGE = re.compile(rf"[+-]? ?{_NUMBER} ?(?:-+ ?{_NUMBER} ?)+|{_NUMBER}(?: ?/ ?{_NUMBER}){{2,}}")  # a score, a date
 _ADJACENT = re.compile(r"[0-9] [0-9]")
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne)(?![A-Za-z])")
+_SYMBOL = re.compile(r"[A-Za-z]|\\[A-Za-z]{2,10}")
 _MEMBER = re.compile(r"[A-Za-z](?:_\w)? ?\\in (.+)")
 _SPLIT = re.compile(r" or | and |[,;]|\\(?:lor|vee)(?![A-Za-z])|[(\[{]|[)\]}]")
 _UNION = re.compile(r"\\cup(?![A-Za-z]) ?")
@@ -48,10 +49,8 @@ def same_expression(prediction: Reading, reference: Reading, math: MathGrader | 
         return None
     if ours.shape == theirs.shape == "value":
         return _same_value(prediction, reference, math)
-    if "relation" in (ours.shape, theirs.shape):
-        if {ours.shape, theirs.shape} <= {"relation", "[,)", "(,]", "(,)", "[,]", "union"}:
-            return None if math is None else math.is_equal(prediction.body, reference.body)
-        return False
+    if ours.shape == theirs.shape == "relation":
+        return None if math is None else math.is_equal(prediction.body, reference.body)
     if ours.shape != theirs.shape or len(ours.items) != len(theirs.items):
         return False
     if ours.shape in ("set", "union"):
@@ -134,11 +133,31 @@ def _form(reading: Reading) -> _Form | None:
         if inner and len(inner) > 1:
             return _Form(f"{text[0]},{text[-1]}", inner)
     if _RELATION.search(text):
-        return _Form("relation", (text,)) if _is_value(_RELATION.sub("=", text)) else None
+        return _relation(text)
     if match := _PLUS_MINUS.fullmatch(text):
         return _Form("set", (f"{match[1]}+{match[2]}".removeprefix("+"), f"{match[1]}-{match[2]}"))
     value, _ = _value_and_unit(reading) if text == reading.body else (text, "")
     return _Form("value", (value,)) if _is_value(value) else None
+
+
+def _relation(text: str) -> _Form | None:
+    """An inequality as the interval of its symbol, where it bounds one; None if it is not mathematics."""
+    parts, signs = [p.strip() for p in _RELATION.split(text)], [s.removeprefix("\\") for s in _RELATION.findall(text)]
+    if not all(parts) or not all(_is_value(part) for part in parts):
+        return None
+    down, up = {"<": "()", "le": "[]"}, {">": "()", "ge": "[]"}
+    if all(sign in up for sign in signs):  # read from its other end
+        parts, signs = parts[::-1], [{">": "<", "ge": "le"}[sign] for sign in signs[::-1]]
+    is_symbol = [_SYMBOL.fullmatch(part) is not None for part in parts]
+    if not all(sign in down for sign in signs) or is_symbol.count(True) != 1:
+        return _Form("relation", (text,))
+    if is_symbol == [True, False]:
+        return _Form(f"(,{down[signs[0]][1]}", ("-\\infty", parts[1]))
+    if is_symbol == [False, True]:
+        return _Form(f"{down[signs[0]][0]},)", (parts[0], "\\infty"))
+    if is_symbol == [False, True, False]:
+        return _Form(f"{down[signs[0]][0]},{down[signs[1]][1]}", (parts[0], parts[2]))
+    return _Form("relation", (text,))
 
 
 def _items(text: str) -> tuple[str, ...] | None:
@@ -161,7 +180,7 @@ def _items(text: str) -> tuple[str, ...] | None:
 
 def _is_value(text: str) -> bool:
     """Whether the text is one expression, and neither prose nor a range, a date, a time or two numbers side by side."""
-    if not _ALLOWED.fullmatch(text) or _RANGE.fullmatch(text) or _ADJACENT.search(text):
+    if not _ALLOWED.fullmatch(text) or text[-1:] in ("", "+", "-", "*", "/", "^", "=") or _RANGE.fullmatch(text) or _ADJACENT.search(text):
         return False
     for word in _WORD.findall(text):
         if word.startswith("\\"):

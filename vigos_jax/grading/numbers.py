@@ -20,7 +20,8 @@ _MIXED = re.compile(
     r"([+-]? ?)([0-9]{1,30})"
     r"(?: ?\\frac ?\{ ?([0-9]{1,30}) ?\} ?\{ ?([0-9]{1,30}) ?\}| ([0-9]{1,30}) ?/ ?([0-9]{1,30})(?! ?/))"
 )
-_ORDINAL = re.compile(r"([0-9]{1,9})(?:st|nd|rd|th)(?![a-z])")
+_MINUS_WORD = re.compile(r"(?:minus|negative) (?=[0-9.\\])", re.IGNORECASE)
+_ORDINAL = re.compile(r"(?:the )?([0-9]{1,9})(?:st|nd|rd|th)(?![a-z])")
 _AND_A_HALF = re.compile(r" and (?:a|one) half(?![a-z])")
 _SCALE_WORD = re.compile(r" (hundred|thousand|million|billion|trillion)(?![a-z])")
 _WORD = re.compile(r"[ -]?([a-z]+)(?![a-z'])")
@@ -62,6 +63,9 @@ def leading_number(text: str) -> Number | None:
     """The number that the text begins with, None if with none; a/0 is none."""
     if ordinal := _ORDINAL.match(text.casefold()):
         return Number(Fraction(int(ordinal[1])), ordinal.end(), is_ordinal=True)
+    if minus := _MINUS_WORD.match(text):
+        number = leading_number(text[minus.end() :])
+        return number and Number(-number.value, minus.end() + number.end, number.is_ordinal)
     number = _in_digits(text)
     if number is None:
         return _in_words(text.casefold())
@@ -110,15 +114,16 @@ def _in_words(text: str) -> Number | None:
     names = [word for word, _ in words]
     if names == ["none"]:
         return Number(Fraction(0), place)
-    start = 1 if names[:1] in (["minus"], ["negative"]) else 0
+    first = names[0] if names and names[0] in ("minus", "negative", "the") else ""
+    start = 1 if first else 0
     found = _fraction_words(names[start:]) or _cardinal_words(names[start:])
-    if found is None:
+    if found is None or (first == "the" and not found[2]):  # "the third", but not "the three"
         return None
     value, used, is_ordinal = found
     end = words[start + used - 1][1]
     if not is_ordinal and (half := _AND_A_HALF.match(text, end)):
         value, end = value + Fraction(1, 2), half.end()
-    return Number(-value if start else value, end, is_ordinal)
+    return Number(-value if first in ("minus", "negative") else value, end, is_ordinal)
 
 
 def _fraction_words(words: list[str]) -> tuple[Fraction, int, bool] | None:

@@ -7,6 +7,7 @@ import dataclasses
 import re
 from fractions import Fraction
 
+from vigos_jax.grading.dates import date_or_time
 from vigos_jax.grading.letters import lettered
 from vigos_jax.grading.numbers import NUMBER_WORDS, leading_number
 from vigos_jax.grading.spelling import MAX_ANSWER_CHARS, spell, strip_surroundings
@@ -37,7 +38,7 @@ _LEADS = tuple(
         r"选(?:择|项)?:? ?(?=[(\[]?[A-Z])",
         r"(?:about|approximately|approx\.?|around|roughly|nearly|circa|ca\.|exactly|precisely|only|just|\\approx) ?"
         r"(?=[-+]? ?[0-9.$€£¥\\√]|(?:a |an )?[a-z]+)",
-        r"(?:#|no\. ?|number )(?=[0-9])",
+        r"(?:#|no\. ?|number |(?:in )?(?:the )?year )(?=[0-9])",
     )
 )
 _APPROXIMATE = _LEADS[-2]
@@ -53,6 +54,7 @@ _SUBJECT = re.compile(
 _JOINED = re.compile(r"[,;]|\b(?:or|and)\b")
 _PARENTHESIS = re.compile(r"(.*\S) ?\(([^()]{1,60})\)")
 _FRACTION = re.compile(r"\\frac ?\{((?:[^{}+-]|\\sqrt\{[^{}]{1,40}\}){1,60})\} ?\{([0-9a-z.]{1,30}|\\sqrt\{[^{}]{1,40}\}|\\[a-z]{2,10})\}")
+_INDEX = re.compile(r"(?<=[^\W\d_])_(?:\{([0-9]{1,9})\}|([0-9]))")
 _SPACE = re.compile(r" ?([^\w ]) ?")
 
 _COUNTED = re.compile(r" (?:different |of the |total )?([^\W\d_]{3,}(?:[ '-][^\W\d_]{2,}){0,2})")
@@ -64,7 +66,6 @@ _NOT_COUNTED = NUMBER_WORDS | frozenset(
     "and or to than of out off less more fewer minus plus times over under not no but maybe either nor versus through from "
     "between up down at least most past with without per by if perhaps possibly".split()
 )
-_CLOCK = re.compile(r"0?([0-9]{1,2}):([0-9]{2}(?::[0-9]{2})?) ?(?:([ap])\.? ?m)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,14 +215,12 @@ def _read_core(core: str, *, letters: bool = True) -> Reading:
 
 def _normal(text: str) -> str:
     text = _FRACTION.sub(r"\1/\2", text).casefold()
-    if clock := _CLOCK.fullmatch(text):
-        return f"{clock[1]}:{clock[2]}" + (f" {clock[3]}m" if clock[3] else "")
-    return text
+    return date_or_time(text) or text
 
 
 def _compact(text: str) -> str:
-    """For expressions: without the spaces that mean nothing."""
-    return _SPACE.sub(r"\1", _normal(text))
+    """For expressions: without the spaces that mean nothing, and "CO_2" as "CO2"."""
+    return _SPACE.sub(r"\1", _INDEX.sub(r"\1\2", _normal(text)))
 
 
 def _name_and_body(core: str) -> tuple[str, str]:

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from vigos_jax.grading.algebra import MathGrader
-from vigos_jax.grading.choice import named_option
+from vigos_jax.grading.choice import letter_set, named_option
 from vigos_jax.grading.expressions import is_mathematics, same_expression
 from vigos_jax.grading.reading import Reading, agree, read, same_measure
 from vigos_jax.grading.spelling import MAX_ANSWER_CHARS
@@ -77,8 +77,9 @@ def _by_algebra(ours: Reading, theirs: Reading, math: MathGrader | None) -> bool
 def _is_option(ours: Reading, theirs: Reading, options: Sequence[str], math: MathGrader | None) -> bool:
     texts = [read(option) for option in options]
     right = named_option(theirs, texts)
-    if right is None:
-        return agree(ours, theirs)
+    if right is None:  # the reference names several options together, or is no option
+        letters = letter_set(theirs, texts)
+        return agree(ours, theirs) or (letters is not None and letter_set(ours, texts) == letters)
     named = named_option(ours, texts)
     if named is not None:
         return named == right

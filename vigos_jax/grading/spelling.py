@@ -37,7 +37,7 @@ _VULGAR_AFTER_DIGIT = re.compile("(?<=[0-9])(?=[¼-¾⅐-⅞])")
 _GREEK = re.compile(r"(?<![^\W\d_])[α-ωΓΔΘΛΞΠΣΦΨ](?![^\W\d_])")  # one that stands alone is a symbol
 _ROOT = re.compile(r"√ ?(?:\(([^()]*)\)|([0-9.]+|[A-Za-z]))")
 
-_WRAPPERS = "text[a-z]*|math(?:rm|bf|sf|it|tt|bb|cal|frak|scr|normal)|operatorname|[mhf]box|emph|underline|bm"
+_WRAPPERS = "text[a-z]*|math(?:rm|bf|sf|it|tt|bb|cal|frak|scr|normal)|operatorname|[mhf]box|boxed|emph|underline|bm"
 _WRAPPERS += "|boldsymbol|pmb|overline(?= ?{[A-Z]{2}})"
 _OPENING_OR_BRACE = re.compile(rf"\\(?:{_WRAPPERS}) ?\{{|\\?[{{}}]")
 _LATEX = tuple(
@@ -134,20 +134,21 @@ def _greek(match: re.Match) -> str:
 
 
 def _unwrap(text: str) -> str:
-    r"""Without `\text{...}` and its like around their content, however deep; a unit behind a number stands apart."""
-    out, is_wrapper, last = [], [], 0
+    r"""Without `\text{...}` and its like around their content, however deep; a unit behind a number stands apart.
+
+    One that is never closed stays as it is.
+    """
+    out: list[str] = []
+    open_ones: list[int | None] = []  # where in `out` a wrapper opens; None for a plain brace
+    last = 0
     for token in _OPENING_OR_BRACE.finditer(text):
-        out.append(text[last : token.start()])
+        out += [text[last : token.start()], token[0]]
         last = token.end()
-        if len(token[0]) > 2:
-            is_wrapper.append(True)
-            follows_digit = token.start() and text[token.start() - 1].isdigit()
-            out.append(" " if follows_digit and text[last : last + 1].isalpha() else "")
-        elif token[0] == "{":
-            is_wrapper.append(False)
-            out.append("{")
-        elif token[0] == "}" and is_wrapper:
-            out.append("" if is_wrapper.pop() else "}")
-        else:
-            out.append(token[0])
+        if token[0].endswith("{") and token[0] != "\\{":
+            open_ones.append(len(out) - 1 if len(token[0]) > 2 else None)
+        elif token[0] == "}" and open_ones and (opening := open_ones.pop()) is not None:
+            before, content = "".join(out[max(0, opening - 3) : opening]), "".join(out[opening + 1 : opening + 2])
+            content = content or text[last : last + 1]
+            out[opening] = " " if before[-1:].isdigit() and content[:1].isalpha() else ""
+            out[-1] = ""
     return "".join([*out, text[last:]])

@@ -131,11 +131,12 @@ _ATOM = re.compile(r"(?P<slash>/?) ?(?P<name>[^\W\d_]+|°[cf]?|[\"'%$¢€£¥�
 
 def unit_of(text: str) -> str | None:
     """The canonical spelling of a unit, "" for the bare word "units"; None if it is not one."""
+    text = text.strip()
     if not text or len(text) > _MAX_CHARS:
         return None
     if text in _CASED:
         return _CASED[text]
-    text = text.casefold().strip()
+    text = text.casefold()
     for pattern, new in _PHRASES:
         text = pattern.sub(new, text)
     text = " ".join(text.split())
