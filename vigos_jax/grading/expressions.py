@@ -171,7 +171,9 @@ def _items(text: str) -> tuple[str, ...] | None:
             if depth < 0:
                 return None
         elif depth == 0:
-            if not (mark[0] == "," and re.fullmatch(r"[0-9],[0-9]{3}", text[max(0, mark.start() - 1) : mark.end() + 3])):
+            if not (
+                mark[0] == "," and re.fullmatch(r"[0-9],[0-9]{3}", text[max(0, mark.start() - 1) : mark.end() + 3])
+            ):
                 items.append(text[start : mark.start()].strip())
                 start = mark.end()
     items = [item for item in (*items, text[start:].strip()) if item]
@@ -180,7 +182,12 @@ def _items(text: str) -> tuple[str, ...] | None:
 
 def _is_value(text: str) -> bool:
     """Whether the text is one expression, and neither prose nor a range, a date, a time or two numbers side by side."""
-    if not _ALLOWED.fullmatch(text) or text[-1:] in ("", "+", "-", "*", "/", "^", "=") or _RANGE.fullmatch(text) or _ADJACENT.search(text):
+    if (
+        not _ALLOWED.fullmatch(text)
+        or text[-1:] in ("", "+", "-", "*", "/", "^", "=")
+        or _RANGE.fullmatch(text)
+        or _ADJACENT.search(text)
+    ):
         return False
     for word in _WORD.findall(text):
         if word.startswith("\\"):

@@ -7,7 +7,9 @@ _BARE = re.compile(r"[(\[<]?(?P<letter>[A-Za-z])[)\]>]?[.:)]?")
 _HEADS = (  # the letter, and what stands beside it
     re.compile(r"[(\[](?P<letter>[A-Za-z])[)\]][.:,]? ?(?:- )?(?P<rest>.+)"),
     re.compile(r"(?P<letter>[A-Za-z])(?:\)[.:,]?|[.:] | ?: ?|\.(?=[A-Z0-9\\\"'(-])) ?(?P<rest>.+)"),
-    re.compile(r"(?P<letter>[A-Z])(?:[.:]| ?-+>? ?| ?= ?(?=[^\W\d_]{2})|, ?|,? (?=\(|because |since |as ))(?P<rest>.+)"),
+    re.compile(
+        r"(?P<letter>[A-Z])(?:[.:]| ?-+>? ?| ?= ?(?=[^\W\d_]{2})|, ?|,? (?=\(|because |since |as ))(?P<rest>.+)"
+    ),
     re.compile(r"(?P<rest>.*[^\s,;/]) [(\[](?P<letter>[A-Z])[)\]]"),
 )
 _UNMARKED = re.compile(r"(?P<letter>[A-Z]) (?P<rest>.+)")

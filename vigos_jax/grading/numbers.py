@@ -45,7 +45,17 @@ _ORDINALS = {
         start=1,
     )
 } | {f"{word[:-1]}ieth": n for word, n in _TENS.items() if n > 20}
-_PARTS = {"half": 2, "halves": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
+_PARTS = {
+    "half": 2,
+    "halves": 2,
+    "third": 3,
+    "quarter": 4,
+    "fourth": 4,
+    "fifth": 5,
+    "sixth": 6,
+    "eighth": 8,
+    "tenth": 10,
+}
 _PARTS |= {f"{word}s": n for word, n in _PARTS.items() if not word.endswith("s")}
 NUMBER_WORDS = frozenset({*_CARDINAL, *_SCALES, *_ORDINALS, *_PARTS, "dozen", "none"})
 

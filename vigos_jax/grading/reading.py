@@ -49,11 +49,14 @@ _SYMBOL = re.compile(
 )
 _CHAIN = re.compile(r"([^=,;]{0,200}[-+*/^\\][^=,;]{0,200}) ?= ?([^=,;]+)")  # "7 - 2 = 5"
 _SUBJECT = re.compile(
-    r"(?:the|its|his|her|their|this|that|these|those) ([^.,;:=<>\\]{1,60}?) (?:is|are|was|were|equals?) (.+)", re.IGNORECASE
+    r"(?:the|its|his|her|their|this|that|these|those) ([^.,;:=<>\\]{1,60}?) (?:is|are|was|were|equals?) (.+)",
+    re.IGNORECASE,
 )
 _JOINED = re.compile(r"[,;]|\b(?:or|and)\b")
 _PARENTHESIS = re.compile(r"(.*\S) ?\(([^()]{1,60})\)")
-_FRACTION = re.compile(r"\\frac ?\{((?:[^{}+-]|\\sqrt\{[^{}]{1,40}\}){1,60})\} ?\{([0-9a-z.]{1,30}|\\sqrt\{[^{}]{1,40}\}|\\[a-z]{2,10})\}")
+_FRACTION = re.compile(
+    r"\\frac ?\{((?:[^{}+-]|\\sqrt\{[^{}]{1,40}\}){1,60})\} ?\{([0-9a-z.]{1,30}|\\sqrt\{[^{}]{1,40}\}|\\[a-z]{2,10})\}"
+)
 _INDEX = re.compile(r"(?<=[^\W\d_])_(?:\{([0-9]{1,9})\}|([0-9]))")
 _SPACE = re.compile(r" ?([^\w ]) ?")
 

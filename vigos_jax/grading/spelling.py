@@ -118,7 +118,9 @@ def strip_surroundings(text: str) -> str:
         elif match := _WORD_IN_PARENTHESES.fullmatch(text):
             text = match[1]
         else:
-            mark = next((m for m in _MARKDOWN if len(text) > 2 * len(m) and text.startswith(m) and text.endswith(m)), "")
+            mark = next(
+                (m for m in _MARKDOWN if len(text) > 2 * len(m) and text.startswith(m) and text.endswith(m)), ""
+            )
             text = text[len(mark) : len(text) - len(mark)]
     return text
 
