@@ -36,7 +36,7 @@ def normalize_answer(text: str) -> str:
 
 
 def answer_kind(answer: str) -> str:
-    """What sort of thing an answer looks like: "letter", "yes_no", "integer", "number" or "text"; "" if it says nothing.
+    """How an answer looks: "letter", "yes_no", "integer", "number" or "text"; "" if it says nothing.
 
     A number in words, or one with what it counts, is a text.
     """

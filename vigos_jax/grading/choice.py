@@ -25,10 +25,10 @@ def option_index(answer: str, options: Sequence[str]) -> int | None:
 
 
 def named_option(answer: Reading, options: Sequence[Reading]) -> int | None:
-    """The option that an answer names: by its letter ("B", "(B) red", "B - red"), or by its text, if that is one's alone.
+    """The option that an answer names: by its letter ("B", "(B) red", "B - red"), or by its text if only one has it.
 
-    A letter with another option's text beside it names none. "C" may be the text of option A: a letter that stands alone
-    names its place first.
+    A letter with another option's text beside it names none. "C" may be the text of option A: a letter that stands
+    alone names its place first.
     """
     if answer.letter:
         index = ord(answer.letter) - ord("a")

@@ -6,7 +6,7 @@ Algebra is asked only about two texts of one shape, as it makes values of what i
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vigos_jax.grading.algebra import MathGrader
 from vigos_jax.grading.braces import is_balanced
@@ -14,9 +14,10 @@ from vigos_jax.grading.reading import Reading, agree, read
 from vigos_jax.grading.units import same_unit, unit_of
 
 _MAX_ITEMS = 6
+_MAX_DEPTH = 2  # a union of intervals of values
 _NUMBER = r"[0-9]{1,30}(?:[.,][0-9]{1,30})?"
 _RANGE = re.compile(rf"[+-]? ?{_NUMBER} ?(?:-+ ?{_NUMBER} ?)+|{_NUMBER}(?: ?/ ?{_NUMBER}){{2,}}")  # a score, a date
-_ADJACENT = re.compile(r"[0-9] [0-9]")
+_ADJACENT = re.compile(r"[0-9)] [0-9]")
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne)(?![A-Za-z])")
 _SYMBOL = re.compile(r"[A-Za-z]|\\[A-Za-z]{2,10}")
 _MEMBER = re.compile(r"[A-Za-z](?:_\w)? ?\\in (.+)")
@@ -42,10 +43,13 @@ class _Form:
     items: tuple[str, ...]
 
 
-def same_expression(prediction: Reading, reference: Reading, math: MathGrader | None) -> bool | None:
-    """Whether two readings are the same mathematics; None if that is not for mathematics to say."""
+def same_expression(prediction: Reading, reference: Reading, math: MathGrader | None, *, depth: int = 0) -> bool | None:
+    """Whether two readings are the same mathematics; None if that is not for mathematics to say.
+
+    Items of sets and tuples are compared alike, down to `depth` _MAX_DEPTH.
+    """
     ours, theirs = _form(prediction), _form(reference)
-    if ours is None or theirs is None:
+    if ours is None or theirs is None or depth > _MAX_DEPTH:
         return None
     if ours.shape == theirs.shape == "value":
         return _same_value(prediction, reference, math)
@@ -53,9 +57,14 @@ def same_expression(prediction: Reading, reference: Reading, math: MathGrader | 
         return None if math is None else math.is_equal(prediction.body, reference.body)
     if ours.shape != theirs.shape or len(ours.items) != len(theirs.items):
         return False
+
+    def same_item(a: str, b: str) -> bool | None:
+        one, other = read(a), read(b)
+        return True if agree(one, other) else same_expression(one, other, math, depth=depth + 1)
+
     if ours.shape in ("set", "union"):
-        return _same_sets(ours.items, theirs.items, math)
-    return _all(_same_item(a, b, math) for a, b in zip(ours.items, theirs.items, strict=True))
+        return _same_sets(ours.items, theirs.items, same_item)
+    return next((v for a, b in zip(ours.items, theirs.items, strict=True) if not (v := same_item(a, b))), True)
 
 
 def is_mathematics(reading: Reading) -> bool:
@@ -63,30 +72,19 @@ def is_mathematics(reading: Reading) -> bool:
     return _form(reading) is not None and re.search(r"[\\^=+*/()\[\]{}|<>0-9]|-", reading.body) is not None
 
 
-def _all(verdicts) -> bool | None:
-    for verdict in verdicts:
-        if not verdict:
-            return verdict
-    return True
-
-
-def _same_item(a: str, b: str, math: MathGrader | None) -> bool | None:
-    ours, theirs = read(a), read(b)
-    return True if agree(ours, theirs) else same_expression(ours, theirs, math)
-
-
-def _same_sets(ours: Sequence[str], theirs: Sequence[str], math: MathGrader | None) -> bool | None:
+def _same_sets(ours: Sequence[str], theirs: Sequence[str], same_item: Callable[[str, str], bool | None]) -> bool | None:
     """Whether each of ours is one of theirs that no other of ours is."""
     left = list(theirs)
     for item in ours:
-        verdicts = {}
-        for i, other in enumerate(left):
-            verdicts[i] = _same_item(item, other, math)
-            if verdicts[i]:
-                left.pop(i)
-                break
-        else:
-            return None if None in verdicts.values() else False
+        place = next((i for i, other in enumerate(left) if agree(read(item), read(other))), None)
+        verdict: bool | None = place is not None
+        if place is None:
+            for place, other in enumerate(left):  # noqa: B007
+                if (verdict := same_item(item, other)) is not False:
+                    break
+        if not verdict or place is None:
+            return verdict  # None too: what algebra cannot say once is not asked again
+        left.pop(place)
     return True
 
 
@@ -120,24 +118,30 @@ def _form(reading: Reading) -> _Form | None:
     union = _UNION.split(text)
     if len(union) > 1:
         return _Form("union", tuple(union)) if len(union) <= _MAX_ITEMS else None
-    if text.startswith("\\{") and text.endswith("\\}"):
-        items = _items(text[2:-2])
-        return _Form("set", items) if items else None
+    if listed := _bracketed(text):
+        return listed
     items = _items(text)
     if items is None:
         return None
     if len(items) > 1:
         return _Form("set", items) if all(_is_value(i) or _RELATION.search(i) for i in items) else None
-    if text[0] in "([" and text[-1] in ")]":
-        inner = _items(text[1:-1])
-        if inner and len(inner) > 1:
-            return _Form(f"{text[0]},{text[-1]}", inner)
     if _RELATION.search(text):
         return _relation(text)
     if match := _PLUS_MINUS.fullmatch(text):
         return _Form("set", (f"{match[1]}+{match[2]}".removeprefix("+"), f"{match[1]}-{match[2]}"))
-    value, _ = _value_and_unit(reading) if text == reading.body else (text, "")
+    value, _ = _value_and_unit(reading)
     return _Form("value", (value,)) if _is_value(value) else None
+
+
+def _bracketed(text: str) -> _Form | None:
+    """A set in braces, a tuple or an interval; None for anything else."""
+    if text.startswith("\\{") and text.endswith("\\}"):
+        items = _items(text[2:-2])
+        return _Form("set", items) if items else None
+    if text[:1] in ("(", "[") and text[-1] in ")]":
+        items = _items(text[1:-1])
+        return _Form(f"{text[0]},{text[-1]}", items) if items and len(items) > 1 else None
+    return None
 
 
 def _relation(text: str) -> _Form | None:

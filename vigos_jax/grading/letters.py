@@ -4,6 +4,9 @@ import dataclasses
 import re
 
 _BARE = re.compile(r"[(\[<]?(?P<letter>[A-Za-z])[)\]>]?[.:)]?")
+_CALLED_RIGHT = re.compile(
+    r"[(\[]?(?P<letter>[A-Z])[)\]]? is (?:the )?(?:correct|right|best)(?: (?:answer|option|choice|one))?"
+)
 _HEADS = (  # the letter, and what stands beside it
     re.compile(r"[(\[](?P<letter>[A-Za-z])[)\]][.:,]? ?(?:- )?(?P<rest>.+)"),
     re.compile(r"(?P<letter>[A-Za-z])(?:\)[.:,]?|[.:] | ?: ?|\.(?=[A-Z0-9\\\"'(-])) ?(?P<rest>.+)"),
@@ -32,7 +35,7 @@ class Lettered:
 
 def lettered(text: str) -> Lettered | None:
     """The one option letter that a spelled answer names; None if it names none, or several."""
-    if bare := _BARE.fullmatch(text):
+    if bare := _BARE.fullmatch(text) or _CALLED_RIGHT.fullmatch(text):
         return Lettered(bare["letter"].lower())
     match = next((m for head in _HEADS if (m := head.fullmatch(text))), None)
     return None if match is None else _alone(match)

@@ -137,17 +137,16 @@ def _in_words(text: str) -> Number | None:
 
 
 def _fraction_words(words: list[str]) -> tuple[Fraction, int, bool] | None:
-    """ "half", "a third", "two thirds", "three quarters": value and words used."""
+    """As of `_cardinal_words`, for "half", "a third", "two thirds", "three quarters"; "one second" is a time."""
     if words[:1] == ["half"]:
-        return Fraction(1, 2), 2 if words[1:2] in (["a"], ["of"]) and len(words) == 2 else 1, False
-    if len(words) > 1 and words[0] in ("a", "one", *_SMALL) and words[1] in _PARTS:
-        # "two thirds" is a fraction, "one second" is a time (second is in no part of a whole).
+        return Fraction(1, 2), 1, False
+    if len(words) > 1 and words[0] in ("a", *_SMALL) and words[1] in _PARTS:
         return Fraction(_SMALL.get(words[0], 1), _PARTS[words[1]]), 2, False
     return None
 
 
 def _cardinal_words(words: list[str]) -> tuple[Fraction, int, bool] | None:
-    """ "one hundred and five", "twenty-first", "a dozen": value, words used, whether it is an ordinal."""
+    """(value, words used, whether it is an ordinal) of "one hundred and five", "twenty-first", "a dozen"."""
     total, group, used, previous = 0, 0, 0, ""
     for i, word in enumerate(words):
         follows = words[i + 1] if i + 1 < len(words) else ""

@@ -19,11 +19,11 @@ _TEXT_KEYS, _LETTER_KEYS = ("text", "content", "value", "option", "answer"), ("l
 
 
 def parse_options(value: Any) -> tuple[str, ...] | None:
-    """Texts of options A, B, ... without their own letters; () where there are none, None where they are not understood.
+    """Texts of options A, B, ... without their own letters; () without any, None where they are not understood.
 
-    Understood are a list; a mapping of letters to texts; `{"label": [...], "text": [...]}`; a list of mappings with a text;
-    each of these as JSON or as a Python literal; and a text that marks its options "A. ... B. ..." or has one per line.
-    An empty option before the last keeps its letter, those at the end are padding.
+    Understood are a list; a mapping of letters to texts; `{"label": [...], "text": [...]}`; a list of mappings with a
+    text; each of these as JSON or as a Python literal; a text that marks its options "A. ... B. ..." or has a line for
+    each. An empty option before the last keeps its letter, those at the end are padding.
     """
     if isinstance(value, str):
         value = _literal(value) if value.strip()[:1] in ("[", "(", "{") and not _marked(value) else _lines(value)
@@ -69,7 +69,7 @@ def _of_list(value: Any) -> list[str] | None:
     if not isinstance(value, list | tuple | np.ndarray):
         return None
     if len(value) and all(isinstance(v, Mapping) for v in value):
-        return _of_pairs(value)
+        return _of_pairs([v for v in value if isinstance(v, Mapping)])
     texts = [_text(v) for v in value]
     return None if any(t is None for t in texts) else [t or "" for t in texts]
 
@@ -110,14 +110,14 @@ def _of_mapping(value: Mapping[Any, Any]) -> list[str] | None:
     first = min(places, default=0)
     is_whole = sorted(places) == list(range(first, first + len(places)))
     # Letters begin with A; numbers with 0 or 1.
-    from_one = first == 1 and not any(isinstance(k, str) and _KEY.fullmatch(k.strip()) for k in value)
+    from_one = first == 1 and not any(_KEY.fullmatch(str(key).strip()) for key in value)
     if not is_whole or not (first == 0 or from_one) or None in places.values():
         return None
     return [places[place] or "" for place in sorted(places)]
 
 
 def _marked(text: str) -> list[str] | None:
-    """The options of "A. red B. blue" or "(A) red\\n(B) blue"; None unless the text begins with A and goes on in order."""
+    """The options of "A. red B. blue" or "(A) red (B) blue"; None unless it begins with A and goes on in order."""
     texts, start, expected = [], 0, 0
     for mark in _ANY_MARK.finditer(text):
         letter = (mark[1] or mark[2] or mark[3]).upper()

@@ -10,64 +10,37 @@ from fractions import Fraction
 from vigos_jax.grading.dates import date_or_time
 from vigos_jax.grading.letters import lettered
 from vigos_jax.grading.numbers import NUMBER_WORDS, leading_number
-from vigos_jax.grading.spelling import MAX_ANSWER_CHARS, spell, strip_surroundings
+from vigos_jax.grading.phrases import name_and_body, without_leads
+from vigos_jax.grading.spelling import MAX_ANSWER_CHARS, spell
 from vigos_jax.grading.units import CURRENCY, same_unit, unit_of
 from vigos_jax.grading.words import word_form
 
 ORDINAL = "th"  # what stands in the unit's place behind an ordinal number
 _YES_NO = {"yes": True, "true": True, "correct": True, "no": False, "false": False, "incorrect": False}
 _YES_NO_FIRST = re.compile(
-    r"(yes|true|correct|no|false|incorrect)(?:[,.;:!] ?| - | (?=(?:it|there|he|she|they|this|that|these|the|i|we|you) ))(.*)"
+    rf"({'|'.join(_YES_NO)})"
+    r"(?:[,.;:!] ?| - | (?=(?:it|there|he|she|they|this|that|these|the|i|we|you) ))(.*)"
 )
 # "no" that is a verdict, not "no cat".
-_YES_NO_WORD = re.compile(r"(?<![\w'-])(yes|true|correct|no|false|incorrect)(?![\w'-])(?! [a-z])")
-
-_VERB = r"(?: (?:is|are|was|were|equals?|would be|should be|will be|must be)(?: (?:just|simply|therefore|thus))?(?: ?:)?| ?[:=]) ?"
-_LEADS = tuple(
-    re.compile(pattern, re.IGNORECASE)
-    for pattern in (
-        r"(?:so|thus|hence|therefore|then|finally|overall|ok|okay|well|clearly|in conclusion|in total)\b,? ",
-        r"(?:i|we) (?:think|believe|guess|choose|pick|select|get|have|find|see|obtain|would say|count)(?: that)?:? ",
-        r"(?:the |my |our |your )?(?:(?:correct|right|final|best|most likely|only|closest) ){0,3}"
-        rf"(?:answer|option|choice|result|solution|response)(?: (?:choice|option|letter|to the question))?{_VERB}",
-        r"(?:the )?(?:correct |right |final )?(?:answer|option|choice|letter|choose|pick|select) (?=[(\[]?[A-Z](?:[^\w']|$))",
-        rf"(?:it|this|that|there|they|he|she|these|those)(?:'s|'re|(?= (?:is|are|was|were) ){_VERB}) ?(?:a total of )?",
-        r"(?:it|that) (?:equals|shows|says|reads) ",
-        r"(?:the|this) statement is ",
-        r"答案(?:是|为|:)? ?",
-        r"选(?:择|项)?:? ?(?=[(\[]?[A-Z])",
-        r"(?:about|approximately|approx\.?|around|roughly|nearly|circa|ca\.|exactly|precisely|only|just|\\approx) ?"
-        r"(?=[-+]? ?[0-9.$€£¥\\√]|(?:a |an )?[a-z]+)",
-        r"(?:#|no\. ?|number |(?:in )?(?:the )?year )(?=[0-9])",
-    )
-)
-_APPROXIMATE = _LEADS[-2]
-_MAX_LEADS = 6
-# "x = 5", "\angle ABC = 30°", "f(x) = 2x": a name and its value; "the sky is blue": a subject and what is said of it.
-_SYMBOL = re.compile(
-    r"((?:\\[A-Za-z]{2,10} ?)?(?:[A-Za-z][A-Za-z ]{0,30})?(?:_(?:\{\w{1,8}\}|\w))?'?(?:\([a-z]\))?) ?(?:=|\\approx) ?([^=]+)"
-)
-_CHAIN = re.compile(r"([^=,;]{0,200}[-+*/^\\][^=,;]{0,200}) ?= ?([^=,;]+)")  # "7 - 2 = 5"
-_SUBJECT = re.compile(
-    r"(?:the|its|his|her|their|this|that|these|those) ([^.,;:=<>\\]{1,60}?) (?:is|are|was|were|equals?) (.+)",
-    re.IGNORECASE,
-)
-_JOINED = re.compile(r"[,;]|\b(?:or|and)\b")
+_YES_NO_WORD = re.compile(rf"(?<![\w'-])({'|'.join(_YES_NO)})(?![\w'-])(?! [a-z])")
 _PARENTHESIS = re.compile(r"(.*\S) ?\(([^()]{1,60})\)")
+_ROOT = r"\\sqrt\{[^{}]{1,40}\}"
 _FRACTION = re.compile(
-    r"\\frac ?\{((?:[^{}+-]|\\sqrt\{[^{}]{1,40}\}){1,60})\} ?\{([0-9a-z.]{1,30}|\\sqrt\{[^{}]{1,40}\}|\\[a-z]{2,10})\}"
+    rf"\\frac ?\{{((?:[^{{}}+-]|{_ROOT}){{1,60}})\}} ?\{{([0-9a-z.]{{1,30}}|{_ROOT}|\\[a-z]{{2,10}})\}}"
 )
 _INDEX = re.compile(r"(?<=[^\W\d_])_(?:\{([0-9]{1,9})\}|([0-9]))")
 _SPACE = re.compile(r" ?([^\w ]) ?")
 
 _COUNTED = re.compile(r" (?:different |of the |total )?([^\W\d_]{3,}(?:[ '-][^\W\d_]{2,}){0,2})")
 _TAIL = re.compile(
-    r" (?:of them|in total|total|altogether|in all|old|tall|long|wide|high|deep|thick|away|apart|each|"
-    r"(?:shown |visible |seen )?(?:in|on) (?:the|this) (?:image|picture|photo|photograph|figure|diagram|chart|graph|table))$"
+    r" (?:ones?|of them|in total|total|altogether|in all|old|tall|long|wide|high|deep|thick|away|apart|each|"
+    r"(?:shown |visible |seen )?(?:in|on) (?:the|this) "
+    r"(?:image|picture|photo|photograph|figure|diagram|chart|graph|table))$"
 )
+_UNIT_PART = re.compile(r"([^0-9]{1,30}?)(?:,? and|,)? ?(?=[0-9]|$)")
 _NOT_COUNTED = NUMBER_WORDS | frozenset(
-    "and or to than of out off less more fewer minus plus times over under not no but maybe either nor versus through from "
-    "between up down at least most past with without per by if perhaps possibly".split()
+    "and or to than of out off less more fewer minus plus times over under not no but maybe either nor versus through "
+    "from between up down at least most past with without per by if perhaps possibly".split()
 )
 
 
@@ -100,7 +73,7 @@ class Reading:
 
     @property
     def kind(self) -> str:
-        """ "letter", "yes_no", "number" or "text"; "" if it says nothing."""
+        """One of "letter", "yes_no", "number" and "text"; "" if it says nothing."""
         if not self.text:
             return ""
         if self.letter and not self.rest:
@@ -115,7 +88,7 @@ def read(text: str) -> Reading:
     if len(text) > MAX_ANSWER_CHARS:
         plain = " ".join(text.casefold().split())
         return Reading(plain, plain)
-    core = _without_leads(spell(text))
+    core = without_leads(spell(text))
     reading = _read_core(core)
     if reading.value is None and (match := _PARENTHESIS.fullmatch(core)):  # "5 (five)"
         outer = _read_core(match[1])
@@ -180,28 +153,11 @@ def _as_share(percent: Reading, plain: Reading) -> bool:
     return percent.value / 100 == plain.value
 
 
-def _without_leads(text: str) -> str:
-    """Without "the answer is", "it is", "about" and the like at its head."""
-    for _ in range(_MAX_LEADS):
-        match = next((m for lead in _LEADS if (m := lead.match(text)) and _may_go(lead, text, m.end())), None)
-        if match is None:
-            return text
-        text = strip_surroundings(text[match.end() :])
-    return text
-
-
-def _may_go(lead: re.Pattern, text: str, end: int) -> bool:
-    """Something must be left; what is approximate must be a number."""
-    if lead is _APPROXIMATE:
-        return leading_number(text[end:]) is not None or text[end : end + 1] in tuple("$€£¥\\")
-    return bool(text[end:].strip())
-
-
 def _read_core(core: str, *, letters: bool = True) -> Reading:
     choice = lettered(core) if letters else None
     if choice is not None and not choice.rest:
         return Reading(choice.letter, core, letter=choice.letter)
-    name, body = _name_and_body(core)
+    name, body = name_and_body(core)
     letter, rest = (choice.letter, choice.rest) if choice else ("", "")
     fields = {"body": body, "name": name, "letter": letter, "rest": rest, "yes": _yes_no(body.casefold())}
     normal = _normal(core)
@@ -218,24 +174,27 @@ def _read_core(core: str, *, letters: bool = True) -> Reading:
 
 def _normal(text: str) -> str:
     text = _FRACTION.sub(r"\1/\2", text).casefold()
-    return date_or_time(text) or text
+    return date_or_time(text) or _several_units(text) or text
+
+
+def _several_units(text: str) -> str | None:
+    """A quantity in several units, "2 hours and 30 minutes", as "2 h 30 min"; None for anything else."""
+    parts: list[str] = []
+    place = 0
+    while place < len(text):
+        number = leading_number(text[place:]) if text[place].isdigit() else None
+        unit = _UNIT_PART.match(text, place + number.end) if number else None
+        name = unit_of(unit[1]) if unit else None
+        if number is None or unit is None or not name or len(parts) > 3:
+            return None
+        parts.append(f"{number.value} {name}")
+        place = unit.end()
+    return " ".join(parts) if len(parts) > 1 else None
 
 
 def _compact(text: str) -> str:
     """For expressions: without the spaces that mean nothing, and "CO_2" as "CO2"."""
     return _SPACE.sub(r"\1", _INDEX.sub(r"\1\2", _normal(text)))
-
-
-def _name_and_body(core: str) -> tuple[str, str]:
-    if "=" in core or "\\approx" in core:
-        if match := _CHAIN.fullmatch(core):
-            return "", match[2]
-        match = _SYMBOL.fullmatch(core)
-        if match and match[1].strip() and not _JOINED.search(core):
-            return " ".join(match[1].split()), match[2]
-    if match := _SUBJECT.fullmatch(core):
-        return match[1].casefold(), strip_surroundings(match[2])
-    return "", core
 
 
 def _yes_no(text: str) -> bool | None:

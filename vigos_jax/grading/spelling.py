@@ -59,12 +59,11 @@ _LATEX = tuple(
         (r"\\(?:euro)(?![A-Za-z]) ?", "€"),
         (r"\\(?:yen)(?![A-Za-z]) ?", "¥"),
         (r"\\Omega(?![A-Za-z])", "Ω"),
-        (r"\\mu(?![A-Za-z]) ?(?=[A-Za-z])", "μ"),
         (r" ?\^? ?\{? ?(?:\\circ|\\degrees?|\\textdegree)(?![A-Za-z]) ?\}?", "°"),
         (r" ?\^ ?\{? ?° ?\}?", "°"),
         (r"(?<=[0-9])\\[,;: ](?=[0-9]{3}(?![0-9]))", ""),  # thin spaces between groups of digits
         (r"\\!", ""),
-        (r"\\(?:[,;: ]|q?quad(?![A-Za-z]))", " "),
+        (r"(?<!\\)\\(?:[,;: ]|q?quad(?![A-Za-z]))", " "),
         (r"(?<!\\)\\[()\[\]]", ""),
         (r"(?:^|(?<= ))~ ?(?=[0-9.$€£-])", r"\\approx "),
         (r"~", " "),
@@ -73,6 +72,7 @@ _LATEX = tuple(
         (r"\$\$", "$"),
     )
 )
+_MICRO = re.compile(r"(?<=[0-9 ])\\mu ?(?=(?:m|s|g|A|V|F|L|C|W|H)(?![A-Za-z]))")
 _FRAC_DIGITS = re.compile(r"\\frac ?([0-9]) ?([0-9])")
 _ROOT_DIGIT = re.compile(r"\\sqrt ?([0-9])")
 _QUOTES = {'"': '"', "'": "'", "`": "`", "「": "」", "『": "』", "【": "】", "《": "》", "〈": "〉", "«": "»", "‹": "›"}
@@ -94,7 +94,7 @@ def spell(text: str) -> str:
     text = _GREEK.sub(_greek, _ROOT.sub(lambda m: f"\\sqrt{{{m[1] or m[2]}}}", text))
     for pattern, new in _LATEX:
         text = pattern.sub(new, text)
-    text = _unwrap(text)
+    text = _MICRO.sub("μ", _unwrap(text))
     text = _ROOT_DIGIT.sub(r"\\sqrt{\1}", _FRAC_DIGITS.sub(r"\\frac{\1}{\2}", text))
     if text.count("$") % 2 == 0:
         text = text.replace("$", "")
@@ -151,6 +151,7 @@ def _unwrap(text: str) -> str:
         elif token[0] == "}" and open_ones and (opening := open_ones.pop()) is not None:
             before, content = "".join(out[max(0, opening - 3) : opening]), "".join(out[opening + 1 : opening + 2])
             content = content or text[last : last + 1]
-            out[opening] = " " if before[-1:].isdigit() and content[:1].isalpha() else ""
+            is_number = before[-1:].isdigit() and before[-2:-1] not in ("_", "^")
+            out[opening] = " " if is_number and content[:1].isalpha() else ""
             out[-1] = ""
     return "".join([*out, text[last:]])
