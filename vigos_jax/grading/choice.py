@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from vigos_jax.grading.letters import unmarked
+from vigos_jax.grading.letters import with_text
 from vigos_jax.grading.reading import Reading, agree, read
 
 _JOINS = r"(?:\b(?:or|and|maybe|perhaps|possibly|also|either|nor)\b|[,;/&+])"
@@ -36,11 +36,11 @@ def named_option(answer: Reading, options: Sequence[Reading]) -> int | None:
             return index if not answer.rest or _supports(answer.rest, index, options) else None
     if (by_text := _by_text(answer, options)) is not None:
         return by_text
-    marked = unmarked(answer.body)
+    marked = with_text(answer.body)
     if marked is None or ord(marked.letter) - ord("a") >= len(options):
         return None
     index = ord(marked.letter) - ord("a")
-    return index if _by_text(read(marked.rest), options) == index else None  # "B a dog"
+    return index if _by_text(read(marked.rest), options) == index else None
 
 
 def _by_text(answer: Reading, options: Sequence[Reading]) -> int | None:

@@ -37,14 +37,18 @@ def lettered(text: str) -> Lettered | None:
     """The one option letter that a spelled answer names; None if it names none, or several."""
     if bare := _BARE.fullmatch(text) or _CALLED_RIGHT.fullmatch(text):
         return Lettered(bare["letter"].lower())
-    match = next((m for head in _HEADS if (m := head.fullmatch(text))), None)
+    match = _head(text)
     return None if match is None else _alone(match)
 
 
-def unmarked(text: str) -> Lettered | None:
-    """A capital letter and a text behind it with nothing between ("B a dog"), which may be an option's."""
-    match = _UNMARKED.fullmatch(text)
-    return None if match is None else _alone(match)
+def with_text(text: str) -> Lettered | None:
+    """A letter and all that stands beside it, also with nothing between ("B a dog"): an option's text, perhaps."""
+    match = _head(text) or _UNMARKED.fullmatch(text)
+    return None if match is None else Lettered(match["letter"].lower(), match["rest"].strip())
+
+
+def _head(text: str) -> re.Match | None:
+    return next((match for head in _HEADS if (match := head.fullmatch(text))), None)
 
 
 def _alone(match: re.Match) -> Lettered | None:

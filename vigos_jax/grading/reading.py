@@ -116,7 +116,7 @@ def agree(a: Reading, b: Reading) -> bool:
         return a.value == b.value or _as_share(a, b) or _as_share(b, a)
     if a.is_quantity or b.is_quantity:
         return False
-    return a.words == b.words or _compact(a.body) == _compact(b.body)
+    return (a.words != "" and a.words == b.words) or _compact(a.body) == _compact(b.body)
 
 
 def same_measure(a: Reading, b: Reading) -> bool:
