@@ -80,8 +80,8 @@ def test_without_algebra_no_pair_is_right_that_should_not_be():
 def test_a_second_meaning_makes_an_answer_wrong(math, answer):
     """However the right one is spelled: beside another one it is not an answer."""
     assert grade(answer, answer, math=math).is_correct
-    for other in ("7", "C", "yes", "blue"):
-        for joined in (f"{answer} or {other}", f"{other}, {answer}", f"either {other} or {answer}", f"not {answer}"):
+    for other in ("7", "(C)", "yes", "blue"):
+        for joined in (f"{answer} or {other}", f"{answer}, {other}", f"either {other} or {answer}", f"not {answer}"):
             assert not grade(joined, answer, math=math).is_correct, joined
 
 

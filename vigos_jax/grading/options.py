@@ -76,7 +76,7 @@ def _of_list(value: Any) -> list[str] | None:
 
 def _of_pairs(entries: Sequence[Mapping[str, Any]]) -> list[str] | None:
     """`[{"label": "A", "text": "red"}, ...]`, or `[{"A": "red"}, {"B": "blue"}]`."""
-    if all(len(entry) == 1 for entry in entries):
+    if all(len(entry) == 1 and _KEY.fullmatch(str(next(iter(entry))).strip()) for entry in entries):
         merged = {k: v for entry in entries for k, v in entry.items()}
         return _of_mapping(merged) if len(merged) == len(entries) else None
     labelled = {}
