@@ -409,6 +409,24 @@ def test_a_browser_shows_the_report(hostile_report, finished, tmp_path):
         assert document.count("<img") >= pictures and (pictures or "<img" not in document)
 
 
+@pytest.mark.parametrize("samples, reason", [(0, "no question was asked"), (1, "no answer has a verdict yet")])
+def test_a_task_without_a_verdict_says_so(tmp_path, samples, reason):
+    """In the terminal, in results.json, in the report and on the page; never a zero that nobody measured."""
+    question = Question("0", (), "Q?", "red")
+    answers = [Answer(question, 0, "", "x", None, "judge", None, 5, True, False)] * samples
+    numbers = summarise(TASKS["vilp_f"], answers, seed=0) | {"errors": 1}
+    result = lib.TaskResult(TASKS["vilp_f"], "here", numbers, answers, [(question, "no_image")], [], ())
+    table = lib.table_text([result])
+    assert f"n/a: {reason}" in table and "score n/a" in table and "0.00" not in table.replace("100.00", "")
+    assert "1 question(s) could not be asked (no_image)" in table
+    assert '"avg": null' in json.dumps(numbers)
+    write_report([result], output=tmp_path, name="x", protocol="p")
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / name).read_text()
+        assert f"ViLP-F: n/a: {reason}" in text and "nan" not in text and "None" not in text
+    assert "| ViLP-F | 0 | n/a | n/a | n/a | n/a |" in (tmp_path / "report.md").read_text()
+
+
 def test_parts_are_coloured():
     tokens = coloured("a </description> <think> b </think> \\boxed{c}")
     assert "".join(t.text for t in tokens) == "a </description> <think> b </think> \\boxed{c}"
