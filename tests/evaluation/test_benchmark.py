@@ -187,9 +187,9 @@ def test_hostile_rows(world, tmp_path):
     folder = write_table(tmp_path / "hostile", "test", rows, image=datasets.Image())
     assert run(world, tmp_path / "out", ["mmmu"], {"mmmu": str(folder)}, "--config.eval.samples=1") == 1
     n = results(tmp_path / "out")["mmmu"]
-    assert (n["questions"], n["samples"], n["errors"]) == (5, 5, 2)
+    assert (n["questions"], n["samples"], n["errors"]) == (3, 3, 4)
     said = (tmp_path / "out" / "report.md").read_text()
-    assert "2 question(s) could not be asked (prompt_too_long, too_many_options)" in said
+    assert "4 question(s) could not be asked (bad_options, prompt_too_long, too_many_options)" in said
     one = ["--config.eval.samples=1", "--config.eval.limit=1"]
     assert run(world, tmp_path / "one", ["demo"], {}, *one) == 0
     assert results(tmp_path / "one")["demo"]["samples"] == 1

@@ -65,6 +65,7 @@ def test_one_list_in_many_forms(value):
     [
         (None, ()),
         ("", ()),
+        (" None ", ()),
         ("[]", ()),
         ("{}", ()),
         ([], ()),

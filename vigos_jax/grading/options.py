@@ -15,6 +15,7 @@ _ANY_MARK = re.compile(
     r"(?:^|(?<=[\s;,]))(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])[).:、．：])(?=\s|[^\s\w.]|[^\x00-\x7f])"
 )
 _KEY = re.compile(r"[(\[]?([A-Za-z])[)\].:]?")
+_NONE = ("", "none", "null", "nan", "n/a", "-")
 _TEXT_KEYS, _LETTER_KEYS = ("text", "content", "value", "option", "answer"), ("label", "key", "letter", "id", "index")
 
 
@@ -93,7 +94,8 @@ def _of_mapping(value: Mapping[Any, Any]) -> list[str] | None:
     """`{"A": "red", "B": "blue"}` (or 0, 1, ... or 1, 2, ... for letters), or `{"label": [...], "text": [...]}`."""
     columns = {k: list(v) for k, v in value.items() if isinstance(v, list | tuple | np.ndarray)}
     if columns:
-        texts, labels = (next((columns[k] for k in keys if k in columns), None) for keys in (_TEXT_KEYS, _LETTER_KEYS))
+        texts, labels = (next((columns[k] for k in keys if k in columns), None) for keys in (_NONE = ("", "none", "null", "nan", "n/a", "-")
+_TEXT_KEYS, _LETTER_KEYS))
         if texts is None or (labels is not None and (len(labels) != len(texts) or len(set(labels)) != len(labels))):
             return None
         value = dict(zip(labels if labels is not None else range(len(texts)), texts, strict=True))
@@ -132,8 +134,8 @@ def _marked(text: str) -> list[str] | None:
 
 
 def _lines(text: str) -> list[str] | None:
-    """The options of a plain text: marked with letters, or a line each; [] of an empty one, None of any other."""
-    if not text.strip():
+    """The options of a plain text: marked with letters, or a line each; [] of one that says none, None of any other."""
+    if text.strip().casefold() in _NONE:
         return []
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return _marked(text) or (lines if len(lines) > 1 else None)
