@@ -94,8 +94,7 @@ def _of_mapping(value: Mapping[Any, Any]) -> list[str] | None:
     """`{"A": "red", "B": "blue"}` (or 0, 1, ... or 1, 2, ... for letters), or `{"label": [...], "text": [...]}`."""
     columns = {k: list(v) for k, v in value.items() if isinstance(v, list | tuple | np.ndarray)}
     if columns:
-        texts, labels = (next((columns[k] for k in keys if k in columns), None) for keys in (_NONE = ("", "none", "null", "nan", "n/a", "-")
-_TEXT_KEYS, _LETTER_KEYS))
+        texts, labels = (next((columns[k] for k in keys if k in columns), None) for keys in (_TEXT_KEYS, _LETTER_KEYS))
         if texts is None or (labels is not None and (len(labels) != len(texts) or len(set(labels)) != len(labels))):
             return None
         value = dict(zip(labels if labels is not None else range(len(texts)), texts, strict=True))
