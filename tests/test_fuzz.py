@@ -18,13 +18,14 @@ from vigos_jax.data.sources import JsonlSource
 from vigos_jax.errors import InputError
 from vigos_jax.grading.answer_text import (
     answer_kind,
-    is_correct,
     last_boxed,
     mentions,
     normalize_answer,
-    number_and_unit,
 )
-from vigos_jax.grading.rules import GRADERS, grade, option_index
+from vigos_jax.grading.choice import option_index
+from vigos_jax.grading.options import parse_options
+from vigos_jax.grading.reading import agree, read
+from vigos_jax.grading.rules import GRADERS, grade
 from vigos_jax.method.packing import Buckets, pack_scores
 from vigos_jax.method.roles import TeacherRole, role_table
 from vigos_jax.models.config import ModelConfig
@@ -70,9 +71,9 @@ def test_graders(prediction, reference, options, precision):
         boxed = last_boxed(answer)
         assert boxed is None or boxed in answer
         assert (answer_kind(answer) == "") == (normalize_answer(answer) == "")
-        assert is_correct(answer, answer) == (normalize_answer(answer) != "")
-        number_and_unit(answer)
-    assert is_correct(prediction, reference) == is_correct(reference, prediction)
+        assert grade(answer, answer).is_correct == (normalize_answer(answer) != "")
+        assert parse_options(answer) is None or all(isinstance(o, str) for o in parse_options(answer))
+    assert agree(read(prediction), read(reference)) == agree(read(reference), read(prediction))
     assert mentions(prediction, reference) in (None, False, True)
     index = option_index(prediction, options)
     assert index is None or 0 <= index < len(options)

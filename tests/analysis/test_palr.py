@@ -11,7 +11,7 @@ from vigos_jax.analysis import palr
 from vigos_jax.analysis.palr import TokenCorrections
 from vigos_jax.analysis.wrong_answers import choices_of, choose, read_file
 from vigos_jax.errors import InputError
-from vigos_jax.grading.answer_text import is_correct
+from vigos_jax.grading.rules import grade
 
 
 def test_mixture_is_the_mean_probability():
@@ -91,8 +91,8 @@ ANSWERS = st.sampled_from(["a cat", "A cat", "dog", "3", "3.0", "four", "x", ""]
 @given(st.lists(ANSWERS, max_size=12), st.integers(1, 6))
 def test_choices_are_wrong_different_and_repeatable(pool, count):
     where, wrong = choose(reference="dog", count=count, seed="s", given=pool)
-    assert len(wrong) <= count and not any(is_correct(a, "dog") for a in wrong)
-    assert not any(is_correct(a, b) for i, a in enumerate(wrong) for b in wrong[:i])
+    assert len(wrong) <= count and not any(grade(a, "dog").is_correct for a in wrong)
+    assert not any(grade(a, b).is_correct for i, a in enumerate(wrong) for b in wrong[:i])
     assert choose(reference="dog", count=count, seed="s", given=pool) == (where, wrong)
 
 

@@ -187,9 +187,9 @@ def test_hostile_rows(world, tmp_path):
     folder = write_table(tmp_path / "hostile", "test", rows, image=datasets.Image())
     assert run(world, tmp_path / "out", ["mmmu"], {"mmmu": str(folder)}, "--config.eval.samples=1") == 1
     n = results(tmp_path / "out")["mmmu"]
-    assert (n["questions"], n["samples"], n["errors"]) == (5, 5, 2)
+    assert (n["questions"], n["samples"], n["errors"]) == (3, 3, 4)
     said = (tmp_path / "out" / "report.md").read_text()
-    assert "2 question(s) could not be asked (prompt_too_long, too_many_options)" in said
+    assert "4 question(s) could not be asked (bad_options, prompt_too_long, too_many_options)" in said
     one = ["--config.eval.samples=1", "--config.eval.limit=1"]
     assert run(world, tmp_path / "one", ["demo"], {}, *one) == 0
     assert results(tmp_path / "one")["demo"]["samples"] == 1
@@ -407,6 +407,24 @@ def test_a_browser_shows_the_report(hostile_report, finished, tmp_path):
         document, said = dump(folder / "report.html", tmp_path / "profile")
         assert "<title>Evaluation of" in document and "<script" not in document and said == ""
         assert document.count("<img") >= pictures and (pictures or "<img" not in document)
+
+
+@pytest.mark.parametrize("samples, reason", [(0, "no question was asked"), (1, "no answer has a verdict yet")])
+def test_a_task_without_a_verdict_says_so(tmp_path, samples, reason):
+    """In the terminal, in results.json, in the report and on the page; never a zero that nobody measured."""
+    question = Question("0", (), "Q?", "red")
+    answers = [Answer(question, 0, "", "x", None, "judge", None, 5, True, False)] * samples
+    numbers = summarise(TASKS["vilp_f"], answers, seed=0) | {"errors": 1}
+    result = lib.TaskResult(TASKS["vilp_f"], "here", numbers, answers, [(question, "no_image")], [], ())
+    table = lib.table_text([result])
+    assert f"n/a: {reason}" in table and "score n/a" in table and "0.00" not in table.replace("100.00", "")
+    assert "1 question(s) could not be asked (no_image)" in table
+    assert '"avg": null' in json.dumps(numbers)
+    write_report([result], output=tmp_path, name="x", protocol="p")
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / name).read_text()
+        assert f"ViLP-F: n/a: {reason}" in text and "nan" not in text and "None" not in text
+    assert "| ViLP-F | 0 | n/a | n/a | n/a | n/a |" in (tmp_path / "report.md").read_text()
 
 
 def test_parts_are_coloured():

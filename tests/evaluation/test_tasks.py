@@ -1,5 +1,6 @@
 """Every benchmark on small files of its published schema: what is asked, what is right, how it is summed up."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -13,7 +14,7 @@ from vigos_jax.data import images as images_lib
 from vigos_jax.errors import InputError
 from vigos_jax.evaluation import tasks as tasks_package
 from vigos_jax.evaluation.questions import open_rows, questions_of
-from vigos_jax.evaluation.statistics import Answer, interval, summarise
+from vigos_jax.evaluation.statistics import Answer, interval, summarise, why_nothing
 from vigos_jax.evaluation.tasks import TASKS, find_task
 from vigos_jax.evaluation.tasks.mm_vet import grade_open
 from vigos_jax.evaluation.tasks.task import Graded, Question, images_of, options_of, plain_text, with_options
@@ -150,15 +151,16 @@ def test_vlind_counts_a_stage_where_those_before_it_passed(sources):
     half = summary(verdicts(asked, lambda q: q.part != "d4"))
     assert (half["c"], half["d"], half["d_ungated"]) == (100.0, 50.0, 50.0)
     # A model that always says True passes nothing.
-    assert set(summary(verdicts(asked, lambda q: q.reference == "True")).values()) == {0.0}
+    always_true = summary(verdicts(asked, lambda q: q.reference == "True"))
+    assert always_true == {"a": 0, "b": 0, "c": None, "d": None, "c_ungated": 0, "d_ungated": 0}
     blind = summary(verdicts(asked, lambda q: q.part != "a"))
-    assert (blind["a"], blind["b"], blind["c"], blind["d"], blind["c_ungated"]) == (0.0, 100.0, 0.0, 0.0, 100.0)
+    assert (blind["a"], blind["b"], blind["c"], blind["d"], blind["c_ungated"]) == (0.0, 100.0, None, None, 100.0)
 
 
 def test_vlind_leaves_out_what_is_incomplete(sources):
     graded = verdicts(questions(sources, "vlind"), lambda q: True)
-    assert TASKS["vlind"].summarise(graded[2:])["d"] == 0.0
-    assert TASKS["vlind"].summarise([*graded[1:], Graded(graded[0].question, 0, None)])["a"] == 0.0
+    assert TASKS["vlind"].summarise(graded[2:])["d"] is None
+    assert TASKS["vlind"].summarise([*graded[1:], Graded(graded[0].question, 0, None)])["a"] is None
 
 
 @pytest.mark.parametrize(
@@ -173,6 +175,23 @@ def test_mm_vet_needs_every_part(sources):
     question = questions(sources, "mm_vet")[1]
     assert grade_open(question, "there is a dog and a cat", None).is_correct
     assert not grade_open(question, "there is a cat", None).is_correct
+
+
+@pytest.mark.parametrize(
+    "reference, answer, right",
+    [
+        ("5", "there are 5 of them", True),
+        ("5", "5 or 6", False),
+        ("5", "there are 5, no, 6 of them", False),
+        ("cat", "I see a black cat there", True),
+        ("cat", "a cat or a dog", False),
+        ("cat", "this is not a cat", False),
+        ("yes", "Yes, it is", True),
+        ("yes", "is it yes? no", False),
+    ],
+)
+def test_mm_vet_needs_one_meaning(reference, answer, right):
+    assert grade_open(Question("0", (), "Q?", reference), answer, None).is_correct is right
 
 
 # -- rows ---------------------------------------------------------------------------------------------------------
@@ -230,26 +249,78 @@ def test_images_of_a_row(row, images):
     assert images_of(row) == images
 
 
+def test_options_of_a_row():
+    """Their forms: tests/grading/test_options.py."""
+    assert options_of({"options": "['a', \"it's\"]"}) == ("a", "it's") and options_of({"choices": {"A": "a"}}) == ("a",)
+    assert options_of({"options": ["<image 2>", "x"]}) == ("image 2", "x")
+    assert options_of({}) == () and options_of({"options": "red or blue"}) is None
+
+
 @pytest.mark.parametrize(
-    "value, options",
+    "options",
+    ['{"A": "red", "B": "blue"}', '["red","blue",null]', "A. red\nB. blue", ["A. red", "B. blue"]],
+)
+def test_options_are_shown_behind_their_letters(options):
+    row = {"question": "Q?", "answer": "B", "image": image(1), "options": options}
+    (question,) = TASKS["mmmu"].ask(row, 0)
+    assert (question.text, question.options, question.error) == ("Q?\nA. red\nB. blue", ("red", "blue"), None)
+    assert TASKS["mmmu"].grade(question, "blue", None).is_correct
+    assert not TASKS["mmmu"].grade(question, "red", None).is_correct
+
+
+@pytest.mark.parametrize(
+    "answer, options, reference, is_index, error",
     [
-        (["a", "b"], ("a", "b")),
-        ("['a', \"it's\"]", ("a", "it's")),
-        ("[1, 2]", ("1", "2")),
-        ("[]", ()),
-        ("red or blue", ()),
-        ("[__import__('os')]", ()),
-        ("[" * 5000, ()),
-        (None, ()),
-        (["a", None, "c", None, ""], ("a", "", "c")),  # C is the third
-        (["<image 2>", "x"], ("image 2", "x")),
-        ([["a", "b"], {"c": 1}], ("['a', 'b']", "{'c': 1}")),
-        (["only one"], ("only one",)),
-        ("(" * 300 + ")" * 300, ()),
+        (1, ["red", "blue"], "B", True, None),  # counted from 0
+        ("1", ["red", "blue"], "B", True, None),
+        (0, ["red", "blue"], "A", True, None),
+        (2, ["red", "blue"], "2", True, "answer_not_an_option"),
+        (1, ["1", "2"], "1", False, None),  # a text comes first
+        (2, ["two", "three"], "2", False, None),
+        ("b", ["red", "blue"], "b", False, None),
+        ("B. blue", ["red", "blue"], "B. blue", False, None),
+        ("blue", ["red", "blue"], "blue", False, None),
+        ("AB", ["red", "blue", "green"], "AB", False, None),  # several together
+        ("both", ["both", "both"], "both", False, None),
+        ("pink", ["red", "blue"], "pink", False, "answer_not_an_option"),
+        ("C", ["red", "blue"], "C", False, "answer_not_an_option"),
+        (["B"], ["red", "blue"], "B", False, None),
+        (["B", "blue"], ["red", "blue"], "B", False, None),
+        (["A", "B"], ["red", "blue"], "A", False, "several_options_right"),
+        ("B", "red or blue", "B", False, "bad_options"),
+        (1, [], "1", False, None),
     ],
 )
-def test_options_of_a_row(value, options):
-    assert options_of({"options": value}) == options
+def test_the_answer_of_a_row_with_options(answer, options, reference, is_index, error):
+    row = {"question": "Q?", "answer": answer, "image": image(1), "options": options}
+    (question,) = TASKS["mmmu"].ask(row, 0)
+    assert (question.reference, question.is_index, question.error) == (reference, is_index, error)
+    if error is None and reference in ("A", "B", "b", "blue"):
+        assert TASKS["mmmu"].grade(question, reference[0].upper(), None).is_correct
+        assert not TASKS["mmmu"].grade(question, "B" if reference == "A" else "A", None).is_correct
+
+
+def test_a_source_that_counts_its_options_from_1_is_not_trusted(tmp_path):
+    def errors(answers):
+        folder = tmp_path / "-".join(map(str, answers))
+        rows = [{"question": "Q?", "answer": a, "options": ["x", "y"], "image": image(1)} for a in answers]
+        write_table(folder, "test", rows, image=datasets.Image(), options=datasets.List(datasets.Value("string")))
+        return [q.error for q in questions_of(TASKS["mmmu"], open_rows(TASKS["mmmu"], str(folder), **OPTIONS), limit=0)]
+
+    assert errors([0, 1]) == [None, None]
+    assert errors([1, 2]) == ["unclear_answer_index", "answer_not_an_option"]
+
+
+@pytest.mark.parametrize("answer", [["5", "five"], '["5", "five"]', "['5', 'five']"])
+def test_any_of_several_references_is_right(answer):
+    (question,) = TASKS["mmmu"].ask({"question": "Q?", "answer": answer, "image": image(1)}, 0)
+    assert (question.reference, question.alternatives, question.accepted) == ("5", ("five",), "5 or five")
+    assert (
+        TASKS["mmmu"].grade(question, "5.0", None).is_correct and TASKS["mmmu"].grade(question, "Five", None).is_correct
+    )
+    assert not TASKS["mmmu"].grade(question, "6", None).is_correct
+    (interval_question,) = TASKS["mmmu"].ask({"question": "Q?", "answer": "[2, 5]", "image": image(1)}, 0)
+    assert interval_question.alternatives == ()
 
 
 def test_texts():
@@ -361,11 +432,23 @@ def test_pass_and_avg():
 
 
 def test_interval():
-    assert interval([], seed=0) == (0.0, 0.0) and interval([1.0], seed=0) == (1.0, 1.0)
+    assert interval([], seed=0) == (None, None) and interval([1.0], seed=0) == (100.0, 100.0)
     values = np.random.default_rng(0).random(400) < 0.3
     low, high = interval(values, seed=1)
     wide = 1.96 * np.sqrt(values.mean() * (1 - values.mean()) / 400)
-    assert low == pytest.approx(values.mean() - wide, abs=0.01) and high == pytest.approx(
-        values.mean() + wide, abs=0.01
-    )
+    assert low == pytest.approx(100 * (values.mean() - wide), abs=1)
+    assert high == pytest.approx(100 * (values.mean() + wide), abs=1)
     assert interval(values, seed=1) == (low, high)
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_a_number_over_nothing_is_none(sources, name):
+    numbers = summarise(TASKS[name], [], seed=0)
+    assert numbers["questions"] == numbers["samples"] == numbers["unjudged"] == 0
+    assert set(numbers.values()) == {0, None}
+    assert why_nothing(numbers) == "n/a: no question was asked"
+    asked = questions(sources, name)
+    unjudged = summarise(TASKS[name], [dataclasses.replace(answer(q, 0, True), is_correct=None) for q in asked], seed=0)
+    assert unjudged["avg"] is unjudged["pass"] is unjudged["avg_low"] is None and unjudged["unjudged"] == len(asked)
+    assert why_nothing(unjudged) == "n/a: no answer has a verdict yet" and unjudged["format_valid"] == 100.0
+    assert why_nothing(summarise(TASKS[name], [answer(q, 0, False) for q in asked], seed=0)) is None

@@ -7,13 +7,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vigos_jax.grading.answer_text import (
-    MAX_ANSWER_CHARS,
     answer_kind,
-    is_correct,
     last_boxed,
     mentions,
     normalize_answer,
 )
+from vigos_jax.grading.rules import grade
+from vigos_jax.grading.spelling import MAX_ANSWER_CHARS
+
+
+def is_correct(prediction, reference):
+    return grade(prediction, reference).is_correct
 
 
 @pytest.mark.parametrize(
@@ -98,7 +102,7 @@ def test_last_boxed_agrees_with_a_search_from_every_start(text):
         (r"\frac{0.5}{-2}", "-1/4"),
         ("1,234,567", "1234567"),
         ("$1,200.0$", "1200"),
-        (r"\$5", "5"),
+        (r"\$5", "5 $"),
         ("1{,}234", "1234"),
         (r"1\,234", "1234"),
         ("1e3", "1000"),
@@ -108,10 +112,26 @@ def test_last_boxed_agrees_with_a_search_from_every_start(text):
         (r"50\%", "50 %"),
         (r"30^\circ", "30 °"),
         (r"30^{\circ}", "30 °"),
+        ("30º", "30 °"),
+        (r"1\frac{1}{2}", "3/2"),
+        ("1½", "3/2"),
+        ("２．５", "5/2"),
+        ("2.5×10⁻³", "1/400"),
+        ("twenty-one", "21"),
+        ("minus two", "-2"),
+        ("3rd", "3 th"),
+        ("third", "3 th"),
+        ("Three cats", "3 cat"),
+        ("60 km/h", "60 h^-1 km"),
+        ("5 meters per second squared", "5 m s^-2"),
+        ("€5.00", "5 €"),
+        ("√３", r"\sqrt{3}"),
+        ("red\u200b。", "red"),
+        (r"\mathsf{\mathbf{B}}", "b"),
+        ("March 1st, 2024", "2024-03-01"),
         # what is not a number stays text
         ("1/0", "1/0"),
-        (r"\frac{1}{0}", r"\frac{1}{0}"),
-        (r"1\frac{1}{2}", r"1\frac{1}{2}"),
+        (r"\frac{1}{0}", "1/0"),
         ("1,23", "1,23"),
         ("0,123", "0,123"),
         ("1,2345", "1,2345"),
@@ -123,8 +143,7 @@ def test_last_boxed_agrees_with_a_search_from_every_start(text):
         ("nan", "nan"),
         ("0x10", "0x10"),
         ("٣", "٣"),  # a digit for str.isdigit() and int(), but not for us
-        ("２", "２"),
-        ("x²", "x²"),
+        ("x²", "x^2"),
         ("1990s", "1990s"),
         ("5m", "5m"),
         ("1e999999999", "1e999999999"),
@@ -178,7 +197,6 @@ def test_correct(prediction, reference):
         ("AB", "A"),
         ("A, B", "A"),
         ("dark red", "red"),
-        ("reds", "red"),
         ("no", "on"),
         ("not yes", "yes"),
         ("12 cm", "12 mm"),

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from vigos_jax.grading import algebra
 from vigos_jax.grading.algebra import MathGrader
-from vigos_jax.grading.rules import GRADERS, grade, option_index
+from vigos_jax.grading.choice import option_index
+from vigos_jax.grading.rules import GRADERS, grade
 
 # Lines of: a reference, its options, the precision of numbers, right and wrong answers, and which grader decides
 # about the wrong ones, where that is certain.
@@ -22,6 +23,11 @@ PAIRS = [
     for answers, is_right in ((row["right"], True), (row["wrong"], False))
     for answer in answers
 ]
+
+
+# Lines of: kind, prediction, reference, options, precision, and what a person says.
+PEOPLE = [json.loads(line) for line in (pathlib.Path(__file__).parent / "pairs.jsonl").read_text("utf-8").splitlines()]
+NEEDS_ALGEBRA = 0.97  # the share of the pairs that is right without it is at least this
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +50,39 @@ def test_the_table(math):
         if (verdict.is_correct, verdict.grader) != (is_right, expected):
             faults.append((answer[:40], reference, options, verdict))
     assert not faults, "\n".join(map(str, faults))
+
+
+def wrong_pairs(math):
+    for row in PEOPLE:
+        asked = {key: row[key] for key in ("options", "precision")}
+        verdict = grade(row["prediction"], row["reference"], **asked, math=math)
+        assert verdict.grader in GRADERS
+        if verdict.is_correct != row["correct"]:
+            yield row["kind"], row["prediction"], row["reference"], verdict
+
+
+def test_every_pair_is_graded_as_a_person_would(math):
+    """The size and the share that docs/data.md tells."""
+    assert len(PEOPLE) == 523 and sum(not row["correct"] for row in PEOPLE) == 210
+    faults = list(wrong_pairs(math))
+    assert not faults, "\n".join(map(str, faults))
+
+
+def test_without_algebra_no_pair_is_right_that_should_not_be():
+    faults = list(wrong_pairs(None))
+    assert not any(verdict.is_correct for *_, verdict in faults)
+    assert len(faults) <= (1 - NEEDS_ALGEBRA) * len(PEOPLE)
+
+
+@pytest.mark.parametrize(
+    "answer", ["\\frac{\\sqrt{3}}{2}", "[2,5)", "x=2 or x=-2", "\\{1,2\\}", "(1,2)", "90°", "B. red"]
+)
+def test_a_second_meaning_makes_an_answer_wrong(math, answer):
+    """However the right one is spelled: beside another one it is not an answer."""
+    assert grade(answer, answer, math=math).is_correct
+    for other in ("7", "(C)", "yes", "blue"):
+        for joined in (f"{answer} or {other}", f"{answer}, {other}", f"either {other} or {answer}", f"not {answer}"):
+            assert not grade(joined, answer, math=math).is_correct, joined
 
 
 def test_without_algebra_expressions_are_text(math):

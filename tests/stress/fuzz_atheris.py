@@ -12,7 +12,7 @@ import sys
 import atheris
 
 with atheris.instrument_imports(include=["vigos_jax.method.spans", "vigos_jax.grading"]):
-    from vigos_jax.grading import answer_text, rules
+    from vigos_jax.grading import answer_text, choice, options, reading, rules
     from vigos_jax.method import spans
 
 from fuzz import ANSWER_PIECES, PIECES
@@ -50,13 +50,14 @@ def try_graders(data: bytes) -> None:
             out.append(ANSWER_PIECES[choice] if choice < len(ANSWER_PIECES) else source.ConsumeUnicode(3))
         return "".join(out)
 
-    a, b, options = text(), text(), [text() for _ in range(source.ConsumeIntInRange(0, 3))]
-    assert answer_text.is_correct(a, b) == answer_text.is_correct(b, a)
-    assert answer_text.is_correct(a, a) == (answer_text.normalize_answer(a) != "") == (answer_text.answer_kind(a) != "")
-    answer_text.last_boxed(a), answer_text.mentions(a, b), answer_text.number_and_unit(a)
-    rules.option_index(a, options)
+    a, b, texts = text(), text(), [text() for _ in range(source.ConsumeIntInRange(0, 3))]
+    assert reading.agree(reading.read(a), reading.read(b)) == reading.agree(reading.read(b), reading.read(a))
+    says = answer_text.normalize_answer(a) != ""
+    assert rules.grade(a, a).is_correct == says == (answer_text.answer_kind(a) != "")
+    answer_text.last_boxed(a), answer_text.mentions(a, b), options.parse_options(a)
+    choice.option_index(a, texts)
     precision = source.ConsumeIntInRange(-1, 4)
-    verdict = rules.grade(a, b, options=options, precision=None if precision < 0 else precision)
+    verdict = rules.grade(a, b, options=texts, precision=None if precision < 0 else precision)
     assert verdict.grader in rules.GRADERS
 
 

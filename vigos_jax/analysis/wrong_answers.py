@@ -11,9 +11,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vigos_jax.data.cleaning import clean_reference, list_of
+from vigos_jax.data.cleaning import clean_reference
 from vigos_jax.errors import InputError
-from vigos_jax.grading.answer_text import answer_kind, is_correct, normalize_answer
+from vigos_jax.grading.answer_text import answer_kind, normalize_answer
+from vigos_jax.grading.options import parse_options
+from vigos_jax.grading.rules import grade
 
 # "(A) red", "A. red", "A) red" at the start of a line, of the text, or behind white space.
 _LETTER_OPTION = re.compile(r"(?:^|\s)(?:\(([A-J])\)|([A-J])[.):])(?=\s)")
@@ -41,7 +43,7 @@ def read_file(path: str) -> dict[str, list[str]]:
 
 def choices_of(raw: Mapping[str, Any], problem: str) -> list[str]:
     """The options of a multiple-choice row: its `options`, else the letters that head options in the question."""
-    if options := list_of(raw.get("options")):
+    if options := parse_options(raw.get("options")):
         return _texts(options)
     letters = [a or b for a, b in _LETTER_OPTION.findall(problem)]
     return letters if len(letters) > 1 and letters == sorted(set(letters)) and letters[0] == "A" else []
@@ -70,7 +72,7 @@ def choose(
     for source, pool in (("given", given), ("options", options), ("rows", kind_pool)):
         wrong: dict[str, str] = {}
         for answer in random.Random(seed).sample(list(pool), len(pool)):
-            if len(wrong) < count and normalize_answer(answer) and not is_correct(answer, reference):
+            if len(wrong) < count and normalize_answer(answer) and not grade(answer, reference).is_correct:
                 wrong.setdefault(normalize_answer(answer), answer)
         if wrong:
             return source, list(wrong.values())

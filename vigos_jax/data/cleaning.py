@@ -1,13 +1,9 @@
 """The two texts of a data row as prompts show them."""
 
-import ast
 import decimal
 import math
 import numbers
 import re
-from typing import Any
-
-import numpy as np
 
 from vigos_jax.data.markers import without_markers
 from vigos_jax.grading.answer_text import last_boxed
@@ -51,16 +47,6 @@ def clean_reference(answer: object) -> str:
     if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" and text[0] not in text[1:-1]:
         text = text[1:-1].strip()
     return text
-
-
-def list_of(value: object) -> list[Any]:
-    """A list that a column holds, or holds as its literal (`"['a', 'b']"`); [] for anything else."""
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value.strip()) if value.strip().startswith(("[", "(")) else []
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            return []
-    return list(value) if isinstance(value, list | tuple | np.ndarray) else []
 
 
 def _number_text(value: numbers.Real) -> str:

@@ -9,11 +9,12 @@ from typing import Any, TypeGuard
 import numpy as np
 from PIL import Image
 
-from vigos_jax.data.cleaning import clean_problem, clean_reference, list_of
+from vigos_jax.data.cleaning import clean_problem, clean_reference
 from vigos_jax.data.images import BadImage, image_size, read_image
 from vigos_jax.data.markers import MarkerMismatch
 from vigos_jax.data.processor import AS_THE_FOLDER, EncodedImage, PixelLimits, Processor
 from vigos_jax.data.sources import raw_row
+from vigos_jax.grading.options import parse_literal
 
 MIN_FPS, MAX_FPS = 1e-3, 1e3  # of a video's frames
 
@@ -221,7 +222,7 @@ def images_of_row(row: Mapping[str, Any]) -> list[object]:
     """A source's row's images, undecoded; a text may be the literal of a list of paths."""
     images = row.get("images")
     if isinstance(images, str) and images.lstrip().startswith("["):
-        images = list_of(images) or images
+        images = parse_literal(images) or images
     items = list(images) if isinstance(images, list | tuple | np.ndarray) else [images]
     return [item for item in items if item is not None and not (isinstance(item, str) and not item.strip())]
 

@@ -12,7 +12,7 @@ from typing import Any
 from vigos_jax.errors import InputError
 from vigos_jax.evaluation.answers import Asker, Job
 from vigos_jax.evaluation.questions import TaskRows, open_rows, questions_of
-from vigos_jax.evaluation.statistics import COMMON, Answer, summarise
+from vigos_jax.evaluation.statistics import Answer, interval_text, number_text, own_numbers, summarise, why_nothing
 from vigos_jax.evaluation.tasks import find_task
 from vigos_jax.evaluation.tasks.task import Question, Task
 from vigos_jax.grading.algebra import MathGrader
@@ -29,7 +29,7 @@ from vigos_jax.runtime.progress import Progress, say
 from vigos_jax.session import Session
 
 _WIDTHS = (10, 8, 8, 17, 9, 8, 7, 8)  # of the table's columns
-GRADING = 2  # raised when the rules change: verdicts of other rules are not reused
+GRADING = 3  # raised when the rules change: verdicts of other rules are not reused
 _ANSWER_IS = re.compile(r"(?:answer|option)(?: is:?|:)[ *]*([^\n]{1,200})", re.IGNORECASE)
 
 
@@ -161,7 +161,8 @@ def _grade(task: Task, job: Job, response: Mapping[str, Any], verdicts: Journal,
     """The answer with its verdict, a stored one if the same answer was graded by the same rules."""
     question, text = job.question, response["text"]
     boxed, lenient = last_boxed(text), lenient_answer(text)
-    known = content_key(GRADING, task.name, question.reference, question.options, question.precision, boxed, lenient)
+    asked = (question.reference, question.alternatives, question.options, question.precision)
+    known = content_key(GRADING, task.name, *asked, boxed, lenient)
     if known not in verdicts:
         strict = task.grade(question, boxed, math)
         loose = strict if lenient == boxed else task.grade(question, lenient, math)
@@ -197,7 +198,7 @@ def _judged(answers: Sequence[Answer], judge: Judge, verdicts: Journal, *, mode:
     keys: list[str | None] = []
     for a in answers:
         is_asked = bool(a.text.strip()) and (mode == "always" or not a.is_correct)
-        item = Item(a.question.text, a.question.reference, a.answer or a.text)
+        item = Item(a.question.text, a.question.accepted, a.answer or a.text)
         key = content_key("judge", judge.model, PROMPT, item.shown())
         keys.append(key if is_asked else None)
         if is_asked and key not in verdicts:
@@ -237,12 +238,14 @@ def table_text(results: Sequence[TaskResult]) -> str:
     lines = [" " * 26 + "".join(f"{name:>{width}}" for name, width in zip(head, _WIDTHS, strict=True))]
     for r in results:
         n = r.numbers
-        spread = f"{n['avg_low']:.2f} - {n['avg_high']:.2f}"
-        cells = [f"{n['questions']}", f"{n['pass']:.2f}", f"{n['avg']:.2f}", spread, f"{n['avg_lenient']:.2f}"]
-        cells += [f"{n['format_valid']:.1f}", f"{n['truncated']:.1f}", f"{n['tokens']:.0f}"]
+        cells = [f"{n['questions']}", number_text(n["pass"]), number_text(n["avg"]), interval_text(n)]
+        cells += [number_text(n["avg_lenient"]), number_text(n["format_valid"], digits=1)]
+        cells += [number_text(n["truncated"], digits=1), number_text(n["tokens"], digits=0)]
         lines.append(f"{r.task.title:26}" + "".join(f"{c:>{w}}" for c, w in zip(cells, _WIDTHS, strict=True)))
-        own = "  ".join(f"{k} {v:.2f}" for k, v in n.items() if k not in COMMON and isinstance(v, float))
+        own = "  ".join(f"{k} {number_text(v)}" for k, v in own_numbers(n).items())
         lines += [f"    {own}"] if own else []
-        lines += [f"    {len(r.errors)} question(s) could not be asked"] if r.errors else []
+        lines += [f"    {reason}"] if (reason := why_nothing(n)) else []
+        kinds = ", ".join(sorted({kind for _, kind in r.errors}))
+        lines += [f"    {len(r.errors)} question(s) could not be asked ({kinds})"] if r.errors else []
         lines += [f"    {n['unjudged']} answer(s) still to be judged"] if n["unjudged"] else []
     return "\n".join(lines)

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from vigos_jax.demo import world
-from vigos_jax.grading.answer_text import is_correct, last_boxed
+from vigos_jax.evaluation.statistics import number_text
+from vigos_jax.grading.answer_text import last_boxed
+from vigos_jax.grading.rules import grade
 from vigos_jax.method.packing import Row, make_row
 from vigos_jax.method.spans import Spans, find_spans
 from vigos_jax.models.variables import Variables
@@ -43,7 +45,7 @@ class Answered:
     @property
     def is_correct(self) -> bool:
         """Whether its last box holds the answer."""
-        return is_correct(last_boxed(self.text), self.item.answer)
+        return grade(last_boxed(self.text), self.item.answer).is_correct
 
 
 def _rows(session: Session, items: list[world.Item], student: dict[str, str]) -> list[Row]:
@@ -79,13 +81,13 @@ def answer_items(
     return out
 
 
-def summarise(conflict: list[Answered], prior: list[Answered]) -> dict[str, float]:
-    """Rates in 0..1 as named in COLUMNS. An answer is the last closed box; none is wrong."""
+def summarise(conflict: list[Answered], prior: list[Answered]) -> dict[str, float | None]:
+    """Rates in 0..1 as named in COLUMNS, None of nothing. An answer is the last closed box; none is wrong."""
     valid = [a for a in conflict if a.spans.is_valid]
     invalid = [a for a in conflict + prior if not a.spans.is_valid]
 
-    def rate(of: list[bool]) -> float:
-        return float(np.mean(of)) if of else 0.0
+    def rate(of: list[bool]) -> float | None:
+        return float(np.mean(of)) if of else None
 
     return {
         "score": rate([a.is_correct for a in conflict]),
@@ -146,8 +148,9 @@ def table_text(results: dict[str, dict[str, Any]]) -> str:
     head = f"{'':50}{'T = 1.0, unfiltered':>24}{'training-time sampling':>26}"
     lines = [head, f"{'':50}{'base':>12}{'trained':>12}{'base':>14}{'trained':>12}"]
     for key, title in COLUMNS.items():
-        filtered = [r["training_sampling"][key] for r in (base, trained)]
-        lines.append(f"{title:50}{base[key]:12.3f}{trained[key]:12.3f}{filtered[0]:14.3f}{filtered[1]:12.3f}")
+        rates = (base[key], trained[key], base["training_sampling"][key], trained["training_sampling"][key])
+        texts = [number_text(rate, digits=3) for rate in rates]
+        lines.append(title.ljust(50) + "".join(f"{t:>{w}}" for t, w in zip(texts, (12, 12, 14, 12), strict=True)))
     lines.append(f"({base['questions']} questions of each kind, one sample each)")
     return "\n".join(lines)
 

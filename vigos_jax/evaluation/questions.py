@@ -91,7 +91,8 @@ def _open_json(source: str) -> TaskRows:
 def questions_of(task: Task, rows: TaskRows, *, limit: int) -> list[Question]:
     """The questions of `limit` rows that are evenly spread over the source (0: of all rows), in order.
 
-    An id that was there before gets its row's number behind it.
+    An id that was there before gets its row's number behind it. Answers that count a row's options count from 0; where
+    one of them leads behind the last option the source counts otherwise, and none of them can be trusted.
     """
     size = len(rows.rows)
     count = min(limit, size) if limit else size
@@ -103,4 +104,7 @@ def questions_of(task: Task, rows: TaskRows, *, limit: int) -> list[Question]:
                 question = dataclasses.replace(question, id=f"{question.id}#{number}")
             seen.add(question.id)
             questions.append(question)
+    if any(q.is_index and q.error == "answer_not_an_option" for q in questions):
+        unclear = "unclear_answer_index"
+        questions = [dataclasses.replace(q, error=q.error or unclear) if q.is_index else q for q in questions]
     return questions

@@ -7,7 +7,8 @@ from typing import Any
 
 from vigos_jax.data.images import BadImage, read_image
 from vigos_jax.evaluation.benchmark import Evaluation, TaskResult, output_of, table_text
-from vigos_jax.evaluation.statistics import COMMON, Answer
+from vigos_jax.evaluation.statistics import Answer, interval_text, number_text, own_numbers, why_nothing
+from vigos_jax.evaluation.tasks.task import mean
 from vigos_jax.grading.braces import closing_brace
 from vigos_jax.models.variables import Variables
 from vigos_jax.report.page import Rollout, Table, Text, Token, image_uri, write_page
@@ -90,19 +91,16 @@ def published_table(results: Sequence[TaskResult], *, name: str) -> Table | None
     """The paper's rows, and ours; None if none of its tasks was run."""
     numbers = {r.task.name: r.numbers for r in results}
 
-    def mean(key: str) -> float | None:
-        values = [numbers[t][key] for t in EIGHT if t in numbers]
-        return sum(values) / len(values) if len(values) == len(EIGHT) else None
-
-    ours = [mean("pass"), mean("avg")]
+    is_whole = all(t in numbers for t in EIGHT)
+    ours = [mean([numbers[t][key] for t in EIGHT]) if is_whole else None for key in ("pass", "avg")]
     for task in ("vilp_f", "vilp_p"):
         ours += [numbers.get(task, {}).get(key) for key in ("score", "prior")]
     if all(value is None for value in ours):
         return None
-    rows = [[f"published, {label}", *map(_percent, row)] for label, row in PUBLISHED.items()]
+    rows = [[f"published, {label}", *map(number_text, row)] for label, row in PUBLISHED.items()]
     head = ["", "8 tasks, pass@k", "8 tasks, avg@k", "ViLP-F Score", "ViLP-F Prior", "ViLP-P Score", "ViLP-P Prior"]
     note = "Published: the paper's own numbers, with k = 5. The mean over eight tasks is given when all eight were run."
-    return Table("Beside the paper", head, [*rows, [name, *map(_percent, ours)]], note)
+    return Table("Beside the paper", head, [*rows, [name, *map(number_text, ours)]], note)
 
 
 def task_table(results: Sequence[TaskResult]) -> Table:
@@ -111,10 +109,9 @@ def task_table(results: Sequence[TaskResult]) -> Table:
     rows = []
     for r in results:
         n = r.numbers
-        spread = f"{n['avg_low']:.2f} - {n['avg_high']:.2f}"
-        cells = [_percent(n[k]) for k in ("avg_lenient", "format_valid", "truncated")]
-        first = [r.task.title, str(n["questions"]), _percent(n["pass"]), _percent(n["avg"]), spread]
-        rows.append([*first, *cells, f"{n['tokens']:.0f}"])
+        cells = [number_text(n[k]) for k in ("avg_lenient", "format_valid", "truncated")]
+        first = [r.task.title, str(n["questions"]), number_text(n["pass"]), number_text(n["avg"]), interval_text(n)]
+        rows.append([*first, *cells, number_text(n["tokens"], digits=0)])
     note = "Percent. An answer is the last closed box, leniently also one outside a box. Bootstrap over questions."
     return Table("Tasks", head, rows, note)
 
@@ -123,24 +120,21 @@ def detail_tables(results: Sequence[TaskResult]) -> list[Table]:
     """What a task has beyond the common numbers, and its categories."""
     tables = []
     for r in results:
-        own = {k: v for k, v in r.numbers.items() if k not in COMMON and isinstance(v, float)}
+        own = own_numbers(r.numbers)
         if own:
-            tables.append(Table(r.task.title, list(own), [[_percent(v) for v in own.values()]]))
+            tables.append(Table(r.task.title, list(own), [[number_text(v) for v in own.values()]]))
         groups = r.numbers.get("groups", {})
         if groups:
-            rows = [[name or "none", str(g["questions"]), _percent(g["avg"])] for name, g in groups.items()]
+            rows = [[name or "none", str(g["questions"]), number_text(g["avg"])] for name, g in groups.items()]
             tables.append(Table(f"{r.task.title} by category", ["category", "questions", "avg@k"], rows))
     return tables
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def _remarks(results: Sequence[TaskResult]) -> list[str]:
     lines = []
     for r in results:
         lines += [f"{r.task.title}: {note}" for note in r.notes]
+        lines += [f"{r.task.title}: {reason}"] if (reason := why_nothing(r.numbers)) else []
         if r.errors:
             kinds = sorted({reason for _, reason in r.errors})
             lines.append(f"{r.task.title}: {len(r.errors)} question(s) could not be asked ({', '.join(kinds)})")
@@ -185,7 +179,7 @@ def _answers(result: TaskResult) -> list[Text | Rollout]:
         said = f"by {a.grader}" if a.is_correct is not None else "still to be judged"
         place = a.question.id if a.question.part in a.question.id else f"{a.question.id} ({a.question.part})"
         answer = "no box" if a.answer is None else f"box {a.answer!r}"
-        title = f"{said}; {answer}, reference {a.question.reference!r}; question {place}"
+        title = f"{said}; {answer}, reference {a.question.accepted!r}; question {place}"
         images = []
         for item in a.question.images:
             with contextlib.suppress(BadImage):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,15 +44,15 @@ class Answer:
     is_truncated: bool
 
 
-def interval(means: Sequence[float], *, seed: int) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over questions."""
+def interval(means: Sequence[float], *, seed: int) -> tuple[float, float] | tuple[None, None]:
+    """95 % bootstrap interval, in percent, of the mean over questions; (None, None) without any."""
     values = np.asarray(means, np.float64)
     if len(values) < 2:
-        return (float(values.mean()), float(values.mean())) if len(values) else (0.0, 0.0)
+        return (100 * float(values.mean()), 100 * float(values.mean())) if len(values) else (None, None)
     rng = np.random.default_rng(seed)
     means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(BOOTSTRAPS)]
     low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
+    return 100 * float(low), 100 * float(high)
 
 
 def per_question(answers: Sequence[Answer], *, leniently: bool = False) -> dict[str, list[bool]]:
@@ -70,8 +70,8 @@ def summarise(task: Task, answers: Sequence[Answer], *, seed: int) -> dict[str, 
 
     pass: questions of which any sample is right; avg: mean over questions of the share of samples that are, with
     `avg_low` and `avg_high`; `avg_lenient`: with answers outside a box; format_valid, truncated: shares of samples;
-    tokens: mean length. `unjudged` counts samples without a verdict, which are in no number. What the task adds stands
-    beside, and `groups` breaks avg down.
+    tokens: mean length. `unjudged` counts samples without a verdict, which are in no number; a number over nothing is
+    None. What the task adds stands beside, and `groups` breaks avg down.
     """
     verdicts = per_question(answers)
     means = [float(np.mean(v)) for v in verdicts.values()]
@@ -87,12 +87,12 @@ def summarise(task: Task, answers: Sequence[Answer], *, seed: int) -> dict[str, 
         "unjudged": sum(a.is_correct is None for a in answers),
         "pass": _percent([any(v) for v in verdicts.values()]),
         "avg": _percent(means),
-        "avg_low": 100 * low,
-        "avg_high": 100 * high,
+        "avg_low": low,
+        "avg_high": high,
         "avg_lenient": _percent(lenient),
         "format_valid": _percent([a.is_valid for a in answers]),
         "truncated": _percent([a.is_truncated for a in answers]),
-        "tokens": float(np.mean([a.tokens for a in answers])) if answers else 0.0,
+        "tokens": float(np.mean([a.tokens for a in answers])) if answers else None,
     }
     out |= task.summarise([Graded(a.question, a.sample, a.is_correct) for a in answers])
     if len(groups) > 1:
@@ -100,5 +100,28 @@ def summarise(task: Task, answers: Sequence[Answer], *, seed: int) -> dict[str, 
     return out
 
 
-def _percent(values: Sequence[float]) -> float:
-    return 100.0 * float(np.mean(values)) if values else 0.0
+def _percent(values: Sequence[float]) -> float | None:
+    return 100.0 * float(np.mean(values)) if values else None
+
+
+def number_text(value: float | None, *, digits: int = 2) -> str:
+    """A number of a table; "n/a" where it is over nothing."""
+    return "n/a" if value is None else f"{value:.{digits}f}"
+
+
+def interval_text(numbers: Mapping[str, Any]) -> str:
+    """The interval of avg as a table shows it."""
+    low, high = numbers["avg_low"], numbers["avg_high"]
+    return "n/a" if low is None else f"{low:.2f} - {high:.2f}"
+
+
+def own_numbers(numbers: Mapping[str, Any]) -> dict[str, float | None]:
+    """What the task adds to the numbers that all have."""
+    return {k: v for k, v in numbers.items() if k not in COMMON and (v is None or isinstance(v, float))}
+
+
+def why_nothing(numbers: Mapping[str, Any]) -> str | None:
+    """Why a task has no average; None if it has one."""
+    if numbers["avg"] is not None:
+        return None
+    return "n/a: no answer has a verdict yet" if numbers["samples"] else "n/a: no question was asked"

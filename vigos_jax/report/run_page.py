@@ -103,7 +103,8 @@ def _summary(config: Row, rows: Sequence[Row]) -> Text:
 
 def _results_table(results: Row) -> Table:
     names = [name for name in ("base", "trained") if name in results]
-    body = [[title, *(f"{results[n][key]:.3f}" for n in names)] for key, title in _RESULTS.items()]
+    text = lambda rate: "n/a" if rate is None else f"{rate:.3f}"  # noqa: E731
+    body = [[title, *(text(results[n][key]) for n in names)] for key, title in _RESULTS.items()]
     questions = results[names[0]]["questions"]
     note = f"{questions} questions of each kind, one sample each at temperature 1, unfiltered."
     return Table("Before and after", ["on the demo", *names], body, note=note)

@@ -13,7 +13,8 @@ from vigos_jax.data.examples import Encoder, Example, is_unicode
 from vigos_jax.data.images import read_image
 from vigos_jax.data.processor import EncodedImage, PixelLimits, Processor
 from vigos_jax.data.sources import JsonlSource
-from vigos_jax.grading.answer_text import is_correct, last_boxed, mentions
+from vigos_jax.grading.answer_text import last_boxed, mentions
+from vigos_jax.grading.rules import grade
 from vigos_jax.method.packing import Buckets, Rollout, Row, make_row, too_long
 from vigos_jax.method.roles import TeacherRole
 from vigos_jax.method.spans import find_spans
@@ -227,7 +228,7 @@ def rollout_counts(session: Session, examples: Sequence[Example], rollouts: Sequ
             continue
         answer, spans = last_boxed(decode(rollout.ids)), rollout.spans
         out["rollouts"] += 1
-        out["correct"] += is_correct(answer, example.reference)
+        out["correct"] += grade(answer, example.reference).is_correct
         out["tokens"] += len(rollout.ids)
         out["truncated"] += not rollout.ids or rollout.ids[-1] not in eos
         if not spans.is_valid:

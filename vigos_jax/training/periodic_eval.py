@@ -5,6 +5,7 @@ import pathlib
 import time
 
 from vigos_jax.evaluation.benchmark import Evaluation, output_of
+from vigos_jax.evaluation.statistics import number_text
 from vigos_jax.models.variables import Variables
 from vigos_jax.rollouts.engine import EngineFactory
 from vigos_jax.runtime import workdir as files
@@ -17,8 +18,9 @@ from vigos_jax.training.run_log import MetricsFile
 class StepEvaluations:
     """Writes a row of WORKDIR/eval.jsonl for every step evaluated; does nothing where `config.eval_every` is 0.
 
-    A row has `step`, `model` (the student's fingerprint), `seconds`, and the numbers of each task as TASK/NUMBER.
-    No key of the run's own is used: training goes on as if nothing had happened. Every method is all processes'.
+    A row has `step`, `model` (the student's fingerprint), `seconds`, and the numbers of each task as TASK/NUMBER, null
+    where there is nothing to count. No key of the run's own is used: training goes on as if nothing had happened. Every
+    method is all processes'.
 
     Raises:
       InputError: as `Evaluation`, before the first step.
@@ -50,11 +52,11 @@ class StepEvaluations:
             return
         row = {"step": step, "model": model, "seconds": time.monotonic() - start}
         for r in results:
-            row |= {f"{r.task.name}/{k}": v for k, v in r.numbers.items() if isinstance(v, int | float)}
+            row |= {f"{r.task.name}/{k}": v for k, v in r.numbers.items() if v is None or isinstance(v, int | float)}
         file = MetricsFile(self._file, next_step=step)
         file.write(row)
         file.close()
-        say(f"step {step}: " + ", ".join(f"{r.task.title} {r.numbers['avg']:.2f}" for r in results))
+        say(f"step {step}: " + ", ".join(f"{r.task.title} {number_text(r.numbers['avg'])}" for r in results))
 
     def close(self) -> None:
         """Closes the evaluation's engine."""

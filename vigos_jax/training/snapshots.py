@@ -10,7 +10,8 @@ import jax
 from vigos_jax.analysis.score_rollouts import token_lists
 from vigos_jax.data.examples import Example
 from vigos_jax.data.images import BadImage
-from vigos_jax.grading.answer_text import is_correct, last_boxed
+from vigos_jax.grading.answer_text import last_boxed
+from vigos_jax.grading.rules import grade
 from vigos_jax.method.batch import ScoreBatch
 from vigos_jax.method.packing import Rollout, Row
 from vigos_jax.method.scoring import score_batch
@@ -143,7 +144,7 @@ class Snapshots:
             "answer": answer,
             "is_valid": spans.is_valid,
             "invalid_reason": spans.invalid_reason,
-            "is_correct": is_correct(answer, example.reference),
+            "is_correct": grade(answer, example.reference).is_correct,
             "is_leaky": spans.is_valid and self._source.is_leaky(i, description, answer),
         }
 

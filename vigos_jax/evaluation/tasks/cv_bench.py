@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vigos_jax.evaluation.tasks.task import ANSWER, IMAGES, Graded, Question, Task, ask_one, rate
+from vigos_jax.evaluation.tasks.task import ANSWER, IMAGES, Graded, Question, Task, ask_one, mean, rate
 
 SOURCES = ("ADE20K", "COCO", "Omni3D")
 
@@ -15,7 +15,7 @@ def ask(row: Mapping[str, Any], index: int) -> list[Question]:
     return [dataclasses.replace(question, group=str(row.get("task") or ""), part=str(row.get("source")))]
 
 
-def summarise(graded: Sequence[Graded]) -> dict[str, float]:
+def summarise(graded: Sequence[Graded]) -> dict[str, float | None]:
     """micro: over questions. 2d: mean of ADE20K and COCO; 3d: Omni3D; official: mean of the two.
 
     Of a subset in which a source is missing only micro is said.
@@ -24,9 +24,9 @@ def summarise(graded: Sequence[Graded]) -> dict[str, float]:
     if not all(parts.values()):
         return {"micro": rate(graded)}
     by_source = {s: rate(part) for s, part in parts.items()}
-    two_d = (by_source["ADE20K"] + by_source["COCO"]) / 2
+    two_d = mean([by_source["ADE20K"], by_source["COCO"]])
     three_d = by_source["Omni3D"]
-    return {"micro": rate(graded), "2d": two_d, "3d": three_d, "official": (two_d + three_d) / 2}
+    return {"micro": rate(graded), "2d": two_d, "3d": three_d, "official": mean([two_d, three_d])}
 
 
 TASK = Task(

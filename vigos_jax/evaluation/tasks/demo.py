@@ -15,7 +15,7 @@ def ask(row: Mapping[str, Any], index: int) -> list[Question]:
     ]
 
 
-def summarise(graded: Sequence[Graded]) -> dict[str, float]:
+def summarise(graded: Sequence[Graded]) -> dict[str, float | None]:
     """Score and Prior in percent: accuracy on images that contradict what one expects, and on those that agree."""
     return {
         "score": rate([g for g in graded if g.question.part == "conflict"]),

@@ -1,9 +1,30 @@
 """MM-Vet: open answers, in which `<OR>` separates alternatives and `<AND>` what all must be said."""
 
+import re
+from collections.abc import Sequence
+
 from vigos_jax.evaluation.tasks.task import ANSWER, IMAGES, QUESTION, Question, Task, ask_one
 from vigos_jax.grading.algebra import MathGrader
 from vigos_jax.grading.answer_text import mentions
+from vigos_jax.grading.reading import read
 from vigos_jax.grading.rules import Verdict, grade
+
+_DIGITS = re.compile(r"[0-9]+(?:[.,][0-9]+)*")
+
+
+def says_all(answer: str, parts: Sequence[str]) -> bool:
+    """Whether the answer mentions every part and means it: no alternative, not negated, no other number beside it.
+
+    A yes or no among other words is left to the rules.
+    """
+    said = " ".join(answer.casefold().split())
+    for part in parts:
+        words = re.escape(" ".join(part.casefold().split()))
+        is_doubted = re.search(rf"\b(?:or|not|either) (?:the |a |an )?{words}|{words}\W{{0,2}} or\b", said)
+        if not mentions(answer, part) or is_doubted or read(part).kind == "yes_no":
+            return False
+    is_number = any(read(part).kind == "number" for part in parts)
+    return not is_number or set(_DIGITS.findall(said)) <= set(_DIGITS.findall(" ".join(parts)))
 
 
 def grade_open(question: Question, answer: str | None, math: MathGrader | None) -> Verdict:
@@ -13,7 +34,7 @@ def grade_open(question: Question, answer: str | None, math: MathGrader | None) 
         parts = [part.strip() for part in alternative.split("<AND>") if part.strip()]
         if len(parts) == 1:
             verdicts.append(grade(answer, parts[0], math=math))
-        if parts and answer is not None and all(mentions(answer, part) for part in parts):
+        if parts and answer is not None and says_all(answer, parts):
             verdicts.append(Verdict(True, "text"))
     right = [v for v in verdicts if v.is_correct]
     return right[0] if right else verdicts[0] if verdicts else Verdict(False, "text" if answer else "no_answer")

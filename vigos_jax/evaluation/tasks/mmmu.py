@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from vigos_jax.evaluation.tasks.task import ANSWER, IMAGES, QUESTION, Question, Task, ask_one, images_of, options_of
+from vigos_jax.evaluation.tasks.task import ANSWER, IMAGES, QUESTION, Question, Task, ask_one, images_of
 
 COLUMNS = (QUESTION, ANSWER, IMAGES)
 
@@ -13,7 +13,7 @@ def ask_in_picture(row: Mapping[str, Any], index: int) -> list[Question]:
     """The question and its options are in the image alone; the row's options serve to grade."""
     (question,) = ask_one(dict(row) | {"problem": "?"}, index)
     text = "The question and its options are shown in the image. Answer with the letter of the right option."
-    return [dataclasses.replace(question, text=text, images=images_of(row), options=options_of(row))]
+    return [dataclasses.replace(question, text=text, images=images_of(row))]
 
 
 MMMU = Task("mmmu", "MMMU", "zli12321/MMMU", "test", 900, COLUMNS, ask_one)

@@ -7,15 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from vigos_jax.data.cleaning import clean_reference, list_of
+from vigos_jax.data.cleaning import clean_reference
 from vigos_jax.errors import InputError
 from vigos_jax.grading.algebra import MathGrader
+from vigos_jax.grading.choice import letter_set, option_index
+from vigos_jax.grading.options import LETTERS, parse_options, parse_references
+from vigos_jax.grading.reading import agree, read
 from vigos_jax.grading.rules import Verdict, grade
 
 _NUMBERED_IMAGE = re.compile(r"image_?([0-9]+)")
 _PLACEHOLDER = re.compile(r"<image[ _]?([0-9]*)>")
 MAX_PRECISION = 12  # decimals; no answer has more
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Question:
       images: undecoded images, as `images.read_image` takes them.
       text: what the user asks, options written out; the prompt mode's format follows it.
       reference: the right answer; with options, a letter or a text.
+      alternatives: further references, each as right as the first.
+      is_index: whether the row gives its answer as a number that counts its options.
       options: texts of options A, B, ...
       precision: decimals of a number; None for exact.
       group: category, for the breakdown.
@@ -45,6 +49,22 @@ class Question:
     part: str = ""
     row: int = 0
     error: str | None = None
+    alternatives: tuple[str, ...] = ()
+    is_index: bool = False
+
+    @property
+    def accepted(self) -> str:
+        """All references, to be shown."""
+        return " or ".join((self.reference, *self.alternatives))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What a row's answer column says: references that are equally right, and why they cannot be used, if so."""
+
+    texts: tuple[str, ...]
+    is_index: bool = False
+    error: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +77,16 @@ class Graded:
 
 
 def grade_by_rules(question: Question, answer: str | None, math: MathGrader | None) -> Verdict:
-    """The router's verdict."""
-    return grade(answer, question.reference, options=question.options, precision=question.precision, math=math)
+    """The router's verdict: right by any of the references, else the first one's."""
+    verdicts = []
+    for reference in (question.reference, *question.alternatives):
+        verdicts.append(grade(answer, reference, options=question.options, precision=question.precision, math=math))
+        if verdicts[-1].is_correct:
+            return verdicts[-1]
+    return verdicts[0]
 
 
-def accuracy(graded: Sequence[Graded]) -> dict[str, float]:
+def accuracy(graded: Sequence[Graded]) -> dict[str, float | None]:
     """Nothing beyond pass@k and avg@k, which every task has."""
     return {}
 
@@ -91,7 +116,7 @@ class Task:
     rows: int | None
     columns: tuple[tuple[str, ...], ...]
     ask: Callable[[Mapping[str, Any], int], list[Question]]
-    summarise: Callable[[Sequence[Graded]], dict[str, float]] = accuracy
+    summarise: Callable[[Sequence[Graded]], dict[str, float | None]] = accuracy
     grade: Callable[[Question, str | None, MathGrader | None], Verdict] = grade_by_rules
     samples: int | None = None
     judged: bool = False
@@ -127,12 +152,43 @@ def images_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(found) if isinstance(found, list | tuple | np.ndarray) else (found,)
 
 
-def options_of(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """A row's options: a list, or one written as a literal (`"['a', 'b']"`); () without any."""
-    texts = ["" if o is None else plain_text(str(o)) for o in list_of(first(row, ("options", "choices")))]
-    while texts and not texts[-1]:  # padding; an empty one before the last keeps its letter
-        texts.pop()
-    return tuple(texts)
+def options_of(row: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """A row's options, as `parse_options` reads them: () without any, None if they are not understood."""
+    texts = parse_options(first(row, ("options", "choices")))
+    return None if texts is None else tuple(plain_text(text) for text in texts)
+
+
+def reference_of(row: Mapping[str, Any], options: Sequence[str]) -> Reference:
+    """The references of a row.
+
+    With options an answer is read as the text of one, then as a letter, then as a number that counts them from 0. What
+    names none of them, or several of a list, is an error. Without options every item of a list is right.
+    """
+    texts = tuple(clean_reference(v) for v in parse_references(row.get("answer")) if v is not None)
+    if not texts or not all(texts):
+        return Reference(("",), error="empty_answer")
+    if not options:
+        return Reference(texts)
+    found = [_option_reference(text, options) for text in texts]
+    if error := next((f.error for f in found if f.error), None):
+        return Reference(texts, any(f.is_index for f in found), error)
+    named = {option_index(f.texts[0], options) for f in found}
+    if len(named) > 1:
+        return Reference(texts, error="several_options_right")
+    return found[0]
+
+
+def _option_reference(text: str, options: Sequence[str]) -> Reference:
+    readings, reading = [read(option) for option in options], read(text)
+    if option_index(text, options) is not None or letter_set(reading, readings) is not None:
+        return Reference((text,))
+    if any(agree(reading, option) for option in readings):  # a text that stands there twice
+        return Reference((text,))
+    if re.fullmatch("[0-9]{1,2}", text):
+        if int(text) < min(len(options), len(LETTERS)):
+            return Reference((LETTERS[int(text)],), is_index=True)
+        return Reference((text,), is_index=True, error="answer_not_an_option")
+    return Reference((text,), error="answer_not_an_option")
 
 
 def with_options(text: str, options: Sequence[str]) -> str:
@@ -172,24 +228,33 @@ def fault(text: str, answer: str, images: Sequence[Any], options: Sequence[str] 
 
 def ask_one(row: Mapping[str, Any], index: int) -> list[Question]:
     """The usual row: one question with its images, its options and its answer."""
-    text, answer = plain_text(first(row, QUESTION)), clean_reference(row.get("answer"))
-    images, options = images_of(row), options_of(row)
+    text, images, options = plain_text(first(row, QUESTION)), images_of(row), options_of(row)
+    answer = reference_of(row, options or ())
+    error = fault(text, answer.texts[0], images, options or ())
     return [
         Question(
             id=str(next(v for v in (row.get("id"), row.get("idx"), row.get("pid"), index) if v is not None)),
             images=images,
-            text=with_options(text, options),
-            reference=answer,
-            options=options,
+            text=with_options(text, options or ()),
+            reference=answer.texts[0],
+            alternatives=answer.texts[1:],
+            is_index=answer.is_index,
+            options=options or (),
             precision=precision_of(row),
             group=str(first(row, ("category", "type", "subject", "problem_version", "task", "question_type")) or ""),
             row=index,
-            error=fault(text, answer, images, options),
+            error=error or ("bad_options" if options is None else answer.error),
         )
     ]
 
 
-def rate(answers: Sequence[Graded]) -> float:
-    """Percent right of those with a verdict; 0 of none."""
+def rate(answers: Sequence[Graded]) -> float | None:
+    """Percent right of those with a verdict; None of none."""
     known = [g.is_correct for g in answers if g.is_correct is not None]
-    return 100.0 * float(np.mean(known)) if known else 0.0
+    return 100.0 * float(np.mean(known)) if known else None
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Mean of numbers; None if there are none, or one of them is None."""
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None

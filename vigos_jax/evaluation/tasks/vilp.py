@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vigos_jax.data.cleaning import clean_reference
-from vigos_jax.evaluation.tasks.task import Graded, Question, Task, fault, plain_text, rate
+from vigos_jax.evaluation.tasks.task import Graded, Question, Task, fault, mean, plain_text, rate
 
 _FIRST_SENTENCE = re.compile(r"^[^.!?]*[.!?]+\s+(?=\S)")
 
@@ -28,10 +28,10 @@ def _asker(*, keeps_fact: bool):
     return ask
 
 
-def summarise(graded: Sequence[Graded]) -> dict[str, float]:
+def summarise(graded: Sequence[Graded]) -> dict[str, float | None]:
     """score: mean accuracy on images 2 and 3; prior: on image 1; and each position."""
     at = {n: rate([g for g in graded if g.question.part == f"image{n}"]) for n in (1, 2, 3)}
-    return {"score": (at[2] + at[3]) / 2, "prior": at[1], **{f"image{n}": v for n, v in at.items()}}
+    return {"score": mean([at[2], at[3]]), "prior": at[1], **{f"image{n}": v for n, v in at.items()}}
 
 
 COLUMNS = tuple((name,) for name in ("question", *(f"{k}{n}" for k in ("image", "answer") for n in (1, 2, 3))))

@@ -57,10 +57,11 @@ def ask(row: Mapping[str, Any], index: int) -> list[Question]:
     ]
 
 
-def summarise(graded: Sequence[Graded]) -> dict[str, float]:
+def summarise(graded: Sequence[Graded]) -> dict[str, float | None]:
     """Pipeline scores in percent: a and b over all, c where a passed, d where b and c passed; ungated c and d too.
 
-    An instance of which a stage is missing (an image that could not be read, a verdict still to come) is left out.
+    An instance of which a stage is missing (an image that could not be read, a verdict still to come) is left out; a
+    score over no instance is None.
     """
     rows: dict[int, dict[str, list[bool | None]]] = defaultdict(lambda: defaultdict(list))
     for g in graded:
@@ -80,7 +81,7 @@ def summarise(graded: Sequence[Graded]) -> dict[str, float]:
             if passed["b"] and passed["c"]:
                 d_gated.append(np.mean(images))
     names = {"a": a, "b": b, "c": c_gated, "d": d_gated, "c_ungated": c, "d_ungated": d}
-    return {name: 100.0 * float(np.mean(values)) if values else 0.0 for name, values in names.items()}
+    return {name: 100.0 * float(np.mean(values)) if values else None for name, values in names.items()}
 
 
 COLUMNS = (*_TEXTS, "context_id", "best_img_id", "aggregated_human_label_good_images")

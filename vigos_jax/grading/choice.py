@@ -1,0 +1,71 @@
+"""Which option of a multiple-choice question an answer names: by its letter, by its text, or by both."""
+
+import re
+from collections.abc import Sequence
+
+from vigos_jax.grading.letters import with_text
+from vigos_jax.grading.reading import Reading, agree, read
+
+_JOINS = r"(?:\b(?:or|and|maybe|perhaps|possibly|also|either|nor)\b|[,;/&+])"
+_LETTERS = re.compile(r"[(\[]?([A-Z])[)\]]?[.,]?(?:(?: ?[,;&/+]| and|,? and)? ?[(\[]?([A-Z])[)\]]?[.,]?){1,25}")
+
+
+def letter_set(answer: Reading, options: Sequence[Reading]) -> frozenset[str] | None:
+    """The letters of an answer that names several options together: "AC", "A, C", "(A) and (C)"; None for any other."""
+    if not _LETTERS.fullmatch(answer.body):
+        return None
+    letters = re.findall("[A-Z]", answer.body)
+    last = chr(ord("A") + len(options) - 1)
+    return frozenset(letters) if len(set(letters)) == len(letters) and max(letters) <= last else None
+
+
+def option_index(answer: str, options: Sequence[str]) -> int | None:
+    """The option that an answer names, None for none or several."""
+    return named_option(read(answer), [read(option) for option in options])
+
+
+def named_option(answer: Reading, options: Sequence[Reading]) -> int | None:
+    """The option that an answer names: by its letter ("B", "(B) red", "B - red"), or by its text if only one has it.
+
+    A letter with another option's text beside it names none. "C" may be the text of option A: a letter that stands
+    alone names its place first.
+    """
+    if answer.letter:
+        index = ord(answer.letter) - ord("a")
+        if index < len(options):
+            return index if not answer.rest or _supports(answer.rest, index, options) else None
+    if (by_text := _by_text(answer, options)) is not None:
+        return by_text
+    marked = with_text(answer.body)
+    if marked is None or ord(marked.letter) - ord("a") >= len(options):
+        return None
+    index = ord(marked.letter) - ord("a")
+    return index if _by_text(read(marked.rest), options) == index else None
+
+
+def _by_text(answer: Reading, options: Sequence[Reading]) -> int | None:
+    same = [i for i, option in enumerate(options) if option.text and option.text == answer.text]
+    same = same or [i for i, option in enumerate(options) if agree(answer, option)]
+    return same[0] if len(same) == 1 else None
+
+
+def _supports(rest: str, index: int, options: Sequence[Reading]) -> bool:
+    """Whether the text beside a letter does not speak for another option."""
+    reading = read(rest)
+    if agree(reading, options[index]):
+        return True
+    if any(agree(reading, option) for option in options):
+        return False
+    text = reading.text
+    own = re.search(_whole(options[index].text), text) if options[index].text else None
+    for i, option in enumerate(options):
+        if i == index or len(option.text) < 2 and not option.is_quantity or option.text in options[index].text:
+            continue
+        joined = rf"{_JOINS} ?(?:the |a |an )?{_whole(option.text)}"
+        if re.search(joined, text) or (own is None and re.search(rf"(?<!not ){_whole(option.text)}", text)):
+            return False
+    return True
+
+
+def _whole(text: str) -> str:
+    return rf"(?<![\w.]){re.escape(text)}(?![\w]|\.[0-9])"

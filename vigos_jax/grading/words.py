@@ -1,0 +1,68 @@
+"""Short answers in words: articles, plurals and synonyms that do not change what is meant."""
+
+import re
+
+_ARTICLE = re.compile(r"(?:a|an|the|some|my|its|their) ")
+# Names of one thing, as short answers about images have them.
+_SYNONYMS = (
+    ("gray", "grey"),
+    ("refrigerator", "fridge"),
+    ("airplane", "aeroplane", "plane"),
+    ("bike", "bicycle"),
+    ("motorbike", "motorcycle"),
+    ("tv", "television"),
+    ("phone", "telephone", "cellphone", "smartphone", "mobile phone", "cell phone"),
+    ("couch", "sofa"),
+    ("car", "automobile"),
+    ("photo", "photograph", "picture"),
+    ("mom", "mum", "mother"),
+    ("dad", "father"),
+    ("kid", "child"),
+    ("bunny", "rabbit"),
+    ("hippo", "hippopotamus"),
+    ("rhino", "rhinoceros"),
+    ("donut", "doughnut"),
+    ("ketchup", "catsup"),
+    ("trash", "garbage", "rubbish"),
+    ("pants", "trousers"),
+    ("sneakers", "trainers"),
+    ("soccer", "football"),
+    ("u.s", "us", "usa", "u.s.a", "united states", "united states of america"),
+    ("uk", "u.k", "united kingdom", "britain", "great britain"),
+    ("velocity", "speed"),
+    ("purple", "violet"),
+)
+_IRREGULAR = {
+    "men": "man", "women": "woman", "children": "child", "people": "person", "feet": "foot", "teeth": "tooth",
+    "geese": "goose", "mice": "mouse", "leaves": "leaf", "knives": "knife", "wolves": "wolf", "shelves": "shelf",
+    "loaves": "loaf", "potatoes": "potato", "tomatoes": "tomato", "oxen": "ox", "dice": "die",
+}  # fmt: skip
+_NO_PLURAL = ("ss", "us", "is")  # glass, cactus, tennis
+_SINGULAR = frozenset("gas canvas atlas christmas chaos cosmos lens news series species physics mathematics".split())
+
+
+def word_form(text: str) -> str:
+    """A short answer, in lower case, without article, plural and choice of synonym; above three words as it is."""
+    text = text.replace("-", " ")
+    text = _ARTICLE.sub("", text, count=1) if _ARTICLE.match(text) else text
+    words = text.split()
+    if not 1 <= len(words) <= 3:
+        return text
+    words[-1] = _singular(words[-1])
+    text = " ".join(words)
+    return _SYNONYM.get(text, text)
+
+
+def _singular(word: str) -> str:
+    if word in _IRREGULAR or word in _SINGULAR:
+        return _IRREGULAR.get(word, word)
+    if len(word) > 4 and word.endswith("ies"):
+        return word[:-3] + "y"
+    if len(word) > 4 and word.endswith(("ches", "shes", "xes", "sses", "zes")):
+        return word[:-2]
+    if len(word) > 3 and word.endswith("s") and not word.endswith(_NO_PLURAL):
+        return word[:-1]
+    return word
+
+
+_SYNONYM = {" ".join([*w.split()[:-1], _singular(w.split()[-1])]): group[0] for group in _SYNONYMS for w in group}
