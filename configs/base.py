@@ -100,6 +100,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.columns = ConfigDict(dict.fromkeys(("problem", "answer", "images", "id", "options"), ""))
     # Where a row has them: a column or a path into one, like "messages.0.content"; "" finds the usual names, and
     # conversations of one turn. What was found is said at the start; --mode data shows it.
+    config.data.options_template = ""  # appends a row's options to the question, "{letter}. {option}" for each; "" none
     config.data.image_folder = ""  # that paths of images start at and may lead into; "" is the source's own
     config.data.max_pixels = 0  # larger images are made smaller; 0 is the model folder's limit. What does not fit the
     config.data.min_pixels = 0  # buckets is made smaller still. Smaller images are enlarged; 0 as above

@@ -29,6 +29,7 @@ def config(source, **fields):
         "max_bad_fraction": 0.1,
         "columns": columns,
         "image_folder": "",
+        "options_template": "",
         "max_pixels": 0,
         "min_pixels": 0,
     }

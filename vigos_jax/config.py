@@ -252,7 +252,11 @@ def _check_eval(config: ConfigDict) -> None:
 
 
 def _check_data(config: ConfigDict) -> None:
-    fields = get(config, "data.fields")
+    fields, template = get(config, "data.fields"), get(config, "data.options_template")
+    if template and "{option}" not in template:
+        raise InputError(
+            f"config.data.options_template={template!r} must have {{option}}, like '{{letter}}. {{option}}'"
+        )
     for name in fields:
         if not isinstance(name, str) or not name.isidentifier() or name in ("problem", "reference"):
             raise InputError(f"config.data.fields={fields!r} must be names of further columns, like ('caption',)")

@@ -126,7 +126,7 @@ def test_the_users_columns(tmp_path, processor, kind):
     [
         ({"question": "q", "query": "q", "answer": "a", "image": ""}, {}, "question and query could be the problem"),
         ({"problem": "q", "solution": "a", "gt_answer": "a", "image": ""}, {}, "with config.data.columns.answer"),
-        ({"problem": "q", "answer": "a", "image": ""}, {"id": "key"}, "columns.id='key': .* has the columns problem"),
+        ({"problem": "q", "answer": "a", "image": ""}, {"id": "key"}, "columns.id='key' must be a column, .* has the columns problem"),
         ({"caption": "q", "answer": "a", "image": ""}, {}, "lacks problem; it has the columns caption.*data.columns"),
         ({"messages": "no turns", "image": ""}, {}, "lacks problem, answer; it has the columns messages, image"),
     ],
@@ -267,3 +267,52 @@ def test_every_row_of_the_documentation_is_read(tmp_path, processor):
             "Is the cat in image 1 the cat in image 2?",
             "What happens?",
         )
+
+
+OPTIONS = ["red", "blue"]
+
+
+@pytest.mark.parametrize(
+    "options, answer, template, problem, reference",
+    [
+        (OPTIONS, "B", "{letter}. {option}", "Q?\nA. red\nB. blue", "B"),
+        (OPTIONS, "blue", "({letter}) {option}", "Q?\n(A) red\n(B) blue", "blue"),
+        (OPTIONS, 1, "{letter}. {option}", "Q?\nA. red\nB. blue", "B"),
+        (OPTIONS, 1, "", "Q?", "blue"),  # where no letters are shown, a teacher sees the text
+        ({"A": "red", "B": "blue"}, "B", "{letter}) {option}", "Q?\nA) red\nB) blue", "B"),
+        (["A. red", "B. blue"], "B", "{letter}. {option}", "Q?\nA. red\nB. blue", "B"),
+        ("['red', 'blue', None]", "B", "- {option}", "Q?\n- red\n- blue", "B"),
+        (None, "B", "{letter}. {option}", "Q?", "B"),
+        (OPTIONS, "green", "", "Q?", "green"),  # nobody is asked to choose
+        (OPTIONS, ["blue", "azure"], "", "Q?", "blue"),
+        (None, ["5", "five"], "", "Q?", "5"),
+        (None, "['5', 'five']", "", "Q?", "5"),
+    ],
+)
+def test_options_and_references(processor, options, answer, template, problem, reference):
+    row = {"problem": "Q?", "answer": answer, "images": [picture(3)], "options": options}
+    example = encode(row, processor, options_template=template)
+    assert (example.bad_reason, example.problem, example.reference) == (None, problem, reference)
+    if answer in (["5", "five"], "['5', 'five']"):
+        assert example.alternatives == ("five",)
+
+
+@pytest.mark.parametrize(
+    "options, answer, reason",
+    [
+        (OPTIONS, "green", "answer_not_an_option"),
+        (OPTIONS, 2, "answer_not_an_option"),
+        (OPTIONS, ["A", "B"], "several_options_right"),
+        ("red or blue", "red", "bad_options"),
+        (None, [], "empty_answer"),
+        (None, [{"a": 1}], "bad_answer_type"),
+    ],
+)
+def test_options_that_cannot_be_asked(processor, options, answer, reason):
+    row = {"problem": "Q?", "answer": answer, "images": [picture(3)], "options": options}
+    assert encode(row, processor, options_template="{letter}. {option}").bad_reason == reason
+
+
+def test_a_question_that_shows_its_options_is_left_alone(processor):
+    row = {"problem": "Q?\n(A) red (B) blue", "answer": "A", "images": [picture(3)], "options": OPTIONS}
+    assert encode(row, processor, options_template="{letter}. {option}").problem == row["problem"]

@@ -11,13 +11,14 @@ from task_files import image, make_all, write_table
 
 from configs import base
 from vigos_jax.data import images as images_lib
+from vigos_jax.data.references import with_options
 from vigos_jax.errors import InputError
 from vigos_jax.evaluation import tasks as tasks_package
 from vigos_jax.evaluation.questions import open_rows, questions_of
 from vigos_jax.evaluation.statistics import Answer, interval, summarise, why_nothing
 from vigos_jax.evaluation.tasks import TASKS, find_task
 from vigos_jax.evaluation.tasks.mm_vet import grade_open
-from vigos_jax.evaluation.tasks.task import Graded, Question, images_of, options_of, plain_text, with_options
+from vigos_jax.evaluation.tasks.task import Graded, Question, images_of, options_of, plain_text
 
 OPTIONS = {"demo_questions": 3, "seed": 0}
 
@@ -223,7 +224,7 @@ def test_an_unknown_split(tmp_path):
     folder = write_table(
         tmp_path, "validation", [{"question": "x", "answer": "y", "image": image(1)}], image=datasets.Image()
     )
-    with pytest.raises(InputError, match="split 'test', cannot be loaded"):
+    with pytest.raises(InputError, match="has no split 'test'; its files are validation"):
         open_rows(TASKS["mmmu"], str(folder), **OPTIONS)
 
 

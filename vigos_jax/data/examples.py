@@ -9,12 +9,13 @@ from typing import Any, TypeGuard
 import numpy as np
 from PIL import Image
 
-from vigos_jax.data.cleaning import clean_problem, clean_reference
+from vigos_jax.data.cleaning import clean_problem
 from vigos_jax.data.images import BadImage, image_size, read_image
 from vigos_jax.data.markers import MarkerMismatch
 from vigos_jax.data.processor import AS_THE_FOLDER, EncodedImage, PixelLimits, Processor
+from vigos_jax.data.references import reference_of, with_options
 from vigos_jax.data.sources import raw_row
-from vigos_jax.grading.options import parse_literal
+from vigos_jax.grading.options import LETTERS, parse_literal, parse_options, parse_references
 
 MIN_FPS, MAX_FPS = 1e-3, 1e3  # of a video's frames
 
@@ -24,6 +25,8 @@ class Example:
     """One row, ready for the model; a bad one has no images and empty texts.
 
     Attributes:
+      options: texts of options A, B, ... of a multiple-choice row; () without any.
+      alternatives: further references, each as right as `reference`, which alone is shown to teachers.
       shrunk: whether its images were made smaller than its limits say, so that the row fits the buckets.
       bad_detail: the value that made a bad row one, for people.
       place: where a bad row stands in its source.
@@ -34,6 +37,8 @@ class Example:
     problem: str = ""  # cleaned
     reference: str = ""  # cleaned reference answer
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)  # texts of further columns
+    options: tuple[str, ...] = ()
+    alternatives: tuple[str, ...] = ()
     shrunk: bool = False
     bad_reason: str | None = None  # None, or a short kind such as "image_unreadable"
     bad_detail: str = ""
@@ -65,6 +70,8 @@ class Encoder:
       max_images: more images and videos than this make a row bad.
       fields: further columns of texts that prompts show; a row without one of them is bad.
       image_roots: folders that images may lie in, beside the source's own; see `read_image`.
+      options_template: what a row's options are appended to the question with, "{letter}. {option}" for each; "" leaves
+        the question as it is.
       pixels: what each image is resized to; less where the row would not fit otherwise, the same for all its images.
       too_long: names the kind of an example that does not fit, None if it fits; it looks at images' grids alone.
     """
@@ -73,6 +80,7 @@ class Encoder:
     max_images: int
     fields: tuple[str, ...] = ()
     image_roots: tuple[str, ...] = ()
+    options_template: str = ""
     pixels: PixelLimits = AS_THE_FOLDER
     too_long: Callable[[Example], str | None] | None = None
 
@@ -101,15 +109,44 @@ class Encoder:
         if not items:
             raise BadRow("no_image")
         videos = sum(map(_is_video, items))
-        problem, reference = _texts(own["problem"], own["answer"], images=len(items) - videos, videos=videos)
+        problem = _problem(own["problem"], images=len(items) - videos, videos=videos)
+        options, answer = self._options(own["options"], own["answer"])
+        if options and self.options_template:
+            problem = with_options(problem, options, template=self.options_template)
+        if not is_unicode(problem + "".join(answer)):
+            raise BadRow("text_not_unicode")
         if len(items) > self.max_images:
             raise BadRow("too_many_images", f"{len(items)} images; config.data.max_images is {self.max_images}")
         visuals = [_Visual.read(item, self.processor, roots) for item in items]
         fields = {name: _field(row, name) for name in self.fields}
-        example = Example(own["id"], (), problem, reference, fields)
+        example = Example(own["id"], (), problem, answer[0], fields, options, answer[1:])
         pixels = self.pixels if self.too_long is None else self._fitting(example, visuals, self.too_long)
         images = tuple(image for v in visuals for image in v.encode(self.processor, pixels))
         return dataclasses.replace(example, images=images, shrunk=pixels != self.pixels)
+
+    def _options(self, options: object, answer: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """(the row's options, its references); BadRow if they cannot be used.
+
+        An answer that counts the options becomes a letter where those are shown, else the option's text.
+        """
+        values = parse_references(answer)
+        if any(not isinstance(v, str | int | float | decimal.Decimal | None) for v in values):
+            raise BadRow("bad_answer_type", f"answer is {_short(answer)}, neither text nor number")
+        texts = parse_options(options)
+        if texts is None and self.options_template:
+            raise BadRow("bad_options", f"options are {_short(options)}")
+        reference = reference_of(answer, texts or ())
+        if reference.error == "empty_answer":
+            raise BadRow("empty_answer", f"answer is {_short(answer)}")
+        if not texts:
+            return (), reference.texts
+        if reference.error and self.options_template:
+            raise BadRow(reference.error, f"answer is {_short(answer)}, options are {_short(list(texts))}")
+        if reference.error:  # the model is not asked to choose
+            return (), reference_of(answer, ()).texts
+        if reference.is_index and not self.options_template:
+            return texts, (texts[LETTERS.index(reference.texts[0])],)
+        return texts, reference.texts
 
     def _fitting(
         self, example: Example, visuals: Sequence["_Visual"], too_long: Callable[[Example], str | None]
@@ -188,24 +225,17 @@ def _field(row: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def _texts(problem: object, answer: object, *, images: int, videos: int) -> tuple[str, str]:
-    """Cleaned (problem, reference)."""
+def _problem(problem: object, *, images: int, videos: int) -> str:
+    """The cleaned question of a row with so many images and videos."""
     if problem is not None and not isinstance(problem, str):
         raise BadRow("bad_problem_type", f"problem is {_short(problem)}, not a text")
-    if answer is not None and not isinstance(answer, str | int | float | decimal.Decimal):
-        raise BadRow("bad_answer_type", f"answer is {_short(answer)}, neither text nor number")
     try:
-        problem = clean_problem(problem, images=images, videos=videos)
+        text = clean_problem(problem, images=images, videos=videos)
     except MarkerMismatch as e:
         raise BadRow("image_markers", str(e)) from e
-    reference = clean_reference(answer)
-    if not problem:
+    if not text:
         raise BadRow("empty_problem")
-    if not reference:
-        raise BadRow("empty_answer", f"answer is {_short(answer)}")
-    if not is_unicode(problem + reference):
-        raise BadRow("text_not_unicode")
-    return problem, reference
+    return text
 
 
 def _short(value: object) -> str:

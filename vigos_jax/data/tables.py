@@ -179,7 +179,9 @@ def _check_labels(name: str, files: Sequence[pathlib.Path]) -> None:
         try:
             features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(file))
         except Exception as e:
-            raise InputError(f"data.source {name!r}, {file.name}, cannot be loaded: {hub.reason(e)}") from e
+            raise InputError(
+                f"data.source {name!r}, {file.name}, cannot be loaded: {hub.reason(e)}; it must be parquet"
+            ) from e
         for column, feature in features.items():
             if (labels := _labels(feature)) and first.setdefault(column, labels) != labels:
                 names = f"{first[column]} in {files[0].name}, {labels} in {file.name}"

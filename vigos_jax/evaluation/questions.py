@@ -69,19 +69,21 @@ def _open_json(source: str) -> TaskRows:
     """A folder with data.json, a list of objects, and the images they speak of."""
     folder = pathlib.Path(source).expanduser()
     if not folder.is_dir():
+        choices = "a folder with data.json, a hub data set (owner/name)"
         if not DATASET_ID.fullmatch(source):
-            choices = "a folder with data.json, a hub data set (owner/name)"
             raise InputError(f"{source!r} is not a folder with data.json; choices: {choices}")
         import huggingface_hub
 
         try:
             folder = pathlib.Path(huggingface_hub.snapshot_download(source, repo_type="dataset"))
         except Exception as e:
-            raise InputError(f"{source!r} is not a folder and cannot be fetched from the hub: {hub.reason(e)}") from e
+            raise InputError(
+                f"{source!r} is not a folder and cannot be fetched from the hub: {hub.reason(e)}; choices: {choices}"
+            ) from e
     try:
         rows = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise InputError(f"cannot read {folder / 'data.json'}: {e}") from e
+        raise InputError(f"cannot read {folder / 'data.json'}: {e}; it must hold a list of objects") from e
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{folder / 'data.json'} must hold a list of objects")
     columns = set.intersection(*(set(row) for row in rows))

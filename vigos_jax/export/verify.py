@@ -71,7 +71,7 @@ def compare(session: Session, trained: Variables, config, folder: pathlib.Path) 
 
     rows = prompt_rows(processor, config.prompts.student)
     if [row.student for row in rows] != [row.student for row in prompt_rows(session.processor, config.prompts.student)]:
-        raise InputError(f"the tokenizer of the export in {folder} writes other tokens than the base's")
+        raise InputError(f"the tokenizer of the export in {folder} must write the base's tokens, and writes others")
     batch, mask = pack(rows, written)
     batch = jax.device_put(batch, replicated(session.mesh))
     student = _float32_model(session.config, session.model.lora)
@@ -88,7 +88,7 @@ def compare(session: Session, trained: Variables, config, folder: pathlib.Path) 
     }
     if not report["kl_mean"] <= LIMITS[dtype] or not np.isfinite(difference).all():
         raise InputError(
-            f"the export does not say what the student says: KL(student || reloaded) is {report['kl_mean']:.3g} nats "
+            f"the export must say what the student says: KL(student || reloaded) is {report['kl_mean']:.3g} nats "
             f"per token, more than {LIMITS[dtype]} for {dtype}; nothing was written to config.export.output"
         )
     if e.kind == "merged" and dtype == "bfloat16" and "lora" in trained:

@@ -4,6 +4,7 @@ The one step between the text a model wrote and every rule that compares it.
 """
 
 import dataclasses
+import functools
 import re
 from fractions import Fraction
 
@@ -83,6 +84,7 @@ class Reading:
         return "number" if self.is_quantity else "text"
 
 
+@functools.lru_cache(maxsize=4096)  # references and options come again and again
 def read(text: str) -> Reading:
     """What the text says; one of more than MAX_ANSWER_CHARS is taken as it stands."""
     if len(text) > MAX_ANSWER_CHARS:

@@ -71,15 +71,17 @@ class Reader:
     config: ModelConfig
     max_images: int
     fields: tuple[str, ...]
+    options_template: str
     pixels: PixelLimits
 
     @classmethod
     def of(cls, session: "Session | _Parts", config) -> "Reader":
         """The reader of a run: its student's prompt, its roles, its declared sizes."""
         student = dict(config.prompts.student.items())
-        images, fields = config.data.max_images, tuple(config.data.fields)
-        pixels = PixelLimits(config.data.min_pixels, config.data.max_pixels)
-        return cls(session.processor, student, session.roles, session.buckets, session.config, images, fields, pixels)
+        d = config.data
+        rows = {"max_images": d.max_images, "fields": tuple(d.fields), "options_template": d.options_template}
+        parts = session.processor, student, session.roles, session.buckets, session.config
+        return cls(*parts, **rows, pixels=PixelLimits(d.min_pixels, d.max_pixels))
 
     @classmethod
     def of_folder(cls, config) -> "Reader":
@@ -105,7 +107,8 @@ class Reader:
     def encoder(self, *, image_roots: Sequence[str] = (), max_completion: int | None = None) -> Encoder:
         """What reads the rows; arguments as of `example`."""
         check = None if max_completion is None else functools.partial(self.too_long, max_completion=max_completion)
-        return Encoder(self.processor, self.max_images, self.fields, tuple(image_roots), self.pixels, check)
+        options = {"options_template": self.options_template, "pixels": self.pixels, "too_long": check}
+        return Encoder(self.processor, self.max_images, self.fields, tuple(image_roots), **options)
 
     def row(
         self, example: Example, *, reference: str | None = None, images: tuple[EncodedImage, ...] | None = None
@@ -228,7 +231,8 @@ def rollout_counts(session: Session, examples: Sequence[Example], rollouts: Sequ
             continue
         answer, spans = last_boxed(decode(rollout.ids)), rollout.spans
         out["rollouts"] += 1
-        out["correct"] += grade(answer, example.reference).is_correct
+        references = (example.reference, *example.alternatives)
+        out["correct"] += any(grade(answer, r, options=example.options).is_correct for r in references)
         out["tokens"] += len(rollout.ids)
         out["truncated"] += not rollout.ids or rollout.ids[-1] not in eos
         if not spans.is_valid:

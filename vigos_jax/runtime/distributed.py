@@ -180,7 +180,7 @@ def _initialize(mode: str, environment: Mapping[str, str]) -> None:
     except (ValueError, RuntimeError) as e:
         choices = "off, or env with " + ", ".join(_NEEDED) if mode == "auto" else "another MASTER_PORT, off"
         reason = f"{' '.join(str(e).split())}; choices: {choices}"
-        raise InputError(f"config.distributed={mode}: jax cannot join the processes: {reason}") from e
+        raise InputError(f"config.distributed={mode}: jax cannot join the processes, which it needs: {reason}") from e
 
 
 def _from_variables(environment: Mapping[str, str]) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from vigos_jax.data.cleaning import clean_reference
+from vigos_jax.data.cleaning import clean_problem
+from vigos_jax.data.markers import MarkerMismatch
+from vigos_jax.data.references import reference_of, with_options
 from vigos_jax.errors import InputError
 from vigos_jax.grading.algebra import MathGrader
-from vigos_jax.grading.choice import letter_set, option_index
-from vigos_jax.grading.options import LETTERS, parse_options, parse_references
-from vigos_jax.grading.reading import agree, read
+from vigos_jax.grading.options import LETTERS, parse_options
 from vigos_jax.grading.rules import Verdict, grade
 
 _NUMBERED_IMAGE = re.compile(r"image_?([0-9]+)")
@@ -56,15 +56,6 @@ class Question:
     def accepted(self) -> str:
         """All references, to be shown."""
         return " or ".join((self.reference, *self.alternatives))
-
-
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """What a row's answer column says: references that are equally right, and why they cannot be used, if so."""
-
-    texts: tuple[str, ...]
-    is_index: bool = False
-    error: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,47 +149,6 @@ def options_of(row: Mapping[str, Any]) -> tuple[str, ...] | None:
     return None if texts is None else tuple(plain_text(text) for text in texts)
 
 
-def reference_of(row: Mapping[str, Any], options: Sequence[str]) -> Reference:
-    """The references of a row.
-
-    With options an answer is read as the text of one, then as a letter, then as a number that counts them from 0. What
-    names none of them, or several of a list, is an error. Without options every item of a list is right.
-    """
-    texts = tuple(clean_reference(v) for v in parse_references(row.get("answer")) if v is not None)
-    if not texts or not all(texts):
-        return Reference(("",), error="empty_answer")
-    if not options:
-        return Reference(texts)
-    found = [_option_reference(text, options) for text in texts]
-    if error := next((f.error for f in found if f.error), None):
-        return Reference(texts, any(f.is_index for f in found), error)
-    named = {option_index(f.texts[0], options) for f in found}
-    if len(named) > 1:
-        return Reference(texts, error="several_options_right")
-    return found[0]
-
-
-def _option_reference(text: str, options: Sequence[str]) -> Reference:
-    readings, reading = [read(option) for option in options], read(text)
-    if option_index(text, options) is not None or letter_set(reading, readings) is not None:
-        return Reference((text,))
-    if any(agree(reading, option) for option in readings):  # a text that stands there twice
-        return Reference((text,))
-    if re.fullmatch("[0-9]{1,2}", text):
-        if int(text) < min(len(options), len(LETTERS)):
-            return Reference((LETTERS[int(text)],), is_index=True)
-        return Reference((text,), is_index=True, error="answer_not_an_option")
-    return Reference((text,), error="answer_not_an_option")
-
-
-def with_options(text: str, options: Sequence[str]) -> str:
-    """The question with its options under it, unless it shows them already, each behind its letter."""
-    labelled = list(zip(LETTERS, options, strict=False))
-    if all(re.search(rf"(?<!\w)\(?{letter}[).:] *{re.escape(o)}", text) for letter, o in labelled):
-        return text
-    return "\n".join([text, *(f"{letter}. {o}" for letter, o in labelled)])
-
-
 def plain_text(value: Any) -> str:
     """A text without image placeholders: `<image>` goes, `<image 2>` becomes "image 2"; "" for what is not text."""
     if not isinstance(value, str):
@@ -228,9 +178,13 @@ def fault(text: str, answer: str, images: Sequence[Any], options: Sequence[str] 
 
 def ask_one(row: Mapping[str, Any], index: int) -> list[Question]:
     """The usual row: one question with its images, its options and its answer."""
-    text, images, options = plain_text(first(row, QUESTION)), images_of(row), options_of(row)
-    answer = reference_of(row, options or ())
-    error = fault(text, answer.texts[0], images, options or ())
+    images, options = images_of(row), options_of(row)
+    answer, mismatch = reference_of(row.get("answer"), options or ()), None
+    try:
+        text = clean_problem(first(row, QUESTION), images=len(images))
+    except MarkerMismatch:
+        text, mismatch = plain_text(first(row, QUESTION)), "image_markers"
+    error = fault(text, answer.texts[0], images, options or ()) or mismatch
     return [
         Question(
             id=str(next(v for v in (row.get("id"), row.get("idx"), row.get("pid"), index) if v is not None)),

@@ -1,0 +1,62 @@
+"""The options and the reference of a row, whatever its columns hold: what is asked, shown to teachers and graded."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from vigos_jax.data.cleaning import clean_reference
+from vigos_jax.grading.choice import letter_set, option_index
+from vigos_jax.grading.options import LETTERS, parse_references
+from vigos_jax.grading.reading import agree, read
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What a row's answer column says: references that are equally right, and why they cannot be used, if so."""
+
+    texts: tuple[str, ...]
+    is_index: bool = False
+    error: str | None = None
+
+
+def reference_of(answer: Any, options: Sequence[str]) -> Reference:
+    """The references of a row whose answer column holds this.
+
+    With options an answer is read as the text of one, then as a letter, then as a number that counts them from 0. What
+    names none of them, or several of a list, is an error. Without options every item of a list is right.
+    """
+    texts = tuple(clean_reference(v) for v in parse_references(answer) if v is not None)
+    if not texts or not all(texts):
+        return Reference(("",), error="empty_answer")
+    if not options:
+        return Reference(texts)
+    found = [_option_reference(text, options) for text in texts]
+    if error := next((f.error for f in found if f.error), None):
+        return Reference(texts, any(f.is_index for f in found), error)
+    named = {option_index(f.texts[0], options) for f in found}
+    if len(named) > 1:
+        return Reference(texts, error="several_options_right")
+    return found[0]
+
+
+def _option_reference(text: str, options: Sequence[str]) -> Reference:
+    readings, reading = [read(option) for option in options], read(text)
+    if option_index(text, options) is not None or letter_set(reading, readings) is not None:
+        return Reference((text,))
+    if any(agree(reading, option) for option in readings):  # a text that stands there twice
+        return Reference((text,))
+    if re.fullmatch("[0-9]{1,2}", text):
+        if int(text) < min(len(options), len(LETTERS)):
+            return Reference((LETTERS[int(text)],), is_index=True)
+        return Reference((text,), is_index=True, error="answer_not_an_option")
+    return Reference((text,), error="answer_not_an_option")
+
+
+def with_options(text: str, options: Sequence[str], *, template: str = "{letter}. {option}") -> str:
+    """The question with its options under it, a line for each, unless it shows them already behind their letters."""
+    labelled = list(zip(LETTERS, options, strict=False))
+    if all(re.search(rf"(?<!\w)\(?{letter}[).:] *{re.escape(o)}", text) for letter, o in labelled):
+        return text
+    lines = (template.replace("{letter}", letter).replace("{option}", o) for letter, o in labelled)
+    return "\n".join([text, *lines])
