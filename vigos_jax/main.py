@@ -1,5 +1,6 @@
 """The command line: reads flags, checks the config, and runs a mode. Nothing else happens here."""
 
+import contextlib
 import errno
 import itertools
 import json
@@ -21,7 +22,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from vigos_jax import __version__  # noqa: E402
 from vigos_jax.config import read_json, renamed, validate  # noqa: E402
 from vigos_jax.errors import InputError, Stopped  # noqa: E402
-from vigos_jax.runtime import distributed, shell  # noqa: E402
+from vigos_jax.runtime import distributed, lock, shell  # noqa: E402
 from vigos_jax.runtime import workdir as files  # noqa: E402
 
 # Flags put the traceback of a config file's error into their own message.
@@ -192,11 +193,13 @@ def _generate(config, workdir: pathlib.Path | None) -> int:
 
 
 def _score(config, workdir: pathlib.Path | None) -> int:
-    from vigos_jax.analysis.score_rollouts import score_rollouts
+    from vigos_jax.analysis.score_rollouts import output_of, score_rollouts
     from vigos_jax.training.checkpoints import load_student
 
-    student = load_student(config, workdir)
-    summary, bad_lines = score_rollouts(student.session, student.trained, config, teacher_params=student.teacher_params)
+    with _writing("score.output", output_of(config), workdir):
+        student = load_student(config, workdir)
+        options = {"teacher_params": student.teacher_params}
+        summary, bad_lines = score_rollouts(student.session, student.trained, config, **options)
     return _told(json.dumps(summary, indent=2), bad_lines)
 
 
@@ -204,16 +207,22 @@ def _diagnose(config, workdir: pathlib.Path | None) -> int:
     from vigos_jax.analysis.diagnose import diagnose
     from vigos_jax.training.checkpoints import load_student
 
-    student = load_student(config, workdir)
     if config.diagnose.output:
         output = pathlib.Path(config.diagnose.output).expanduser()
     elif workdir is not None:
         output = workdir / files.DIAGNOSIS
     else:
         raise InputError("--mode diagnose needs --workdir of a run, or --config.diagnose.output=DIR")
-    return _told(
-        *diagnose(student.session, student.trained, config, teacher_params=student.teacher_params, output=output)
-    )
+    with _writing("diagnose.output", output, workdir):
+        student = load_student(config, workdir)
+        options = {"teacher_params": student.teacher_params, "output": output}
+        text, bad_lines = diagnose(student.session, student.trained, config, **options)
+    return _told(text, bad_lines)
+
+
+def _writing(field: str, output: pathlib.Path, workdir: pathlib.Path | None) -> contextlib.AbstractContextManager[None]:
+    """Inside, no other run writes to the folder of config.`field`, or to the workdir that it lies in."""
+    return lock.held_for(output, workdir=workdir, called=f"to config.{field}={str(output)!r}")
 
 
 def _told(text: str, bad_lines: list[str]) -> int:
@@ -225,11 +234,13 @@ def _told(text: str, bad_lines: list[str]) -> int:
 
 
 def _eval(config, workdir: pathlib.Path | None) -> int:
+    from vigos_jax.evaluation.benchmark import output_of
     from vigos_jax.evaluation.report import evaluate
     from vigos_jax.training.checkpoints import load_student
 
-    student = load_student(config, workdir)
-    table, is_complete = evaluate(student.session, student.trained, config, workdir=workdir, step=student.step)
+    with _writing("eval.output", output_of(config, workdir), workdir):
+        student = load_student(config, workdir)
+        table, is_complete = evaluate(student.session, student.trained, config, workdir=workdir, step=student.step)
     print(table)
     return 0 if is_complete else 1
 

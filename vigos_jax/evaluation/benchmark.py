@@ -25,6 +25,7 @@ from vigos_jax.runtime import workdir as files
 from vigos_jax.runtime.digest import digests
 from vigos_jax.runtime.distributed import is_first
 from vigos_jax.runtime.journal import Journal, content_key
+from vigos_jax.runtime.lock import held
 from vigos_jax.runtime.progress import Progress, say
 from vigos_jax.session import Session
 
@@ -84,12 +85,12 @@ class Evaluation:
           A result per task; none in all processes but the first.
 
         Raises:
-          InputError: nowhere to write, or another process is writing there. Nothing written is lost.
+          InputError: nowhere to write, or another run is writing there. Nothing written is lost.
         """
         fingerprint = self.fingerprint(trained)
         self._engine.sync(trained)
         results = []
-        with _journals(output) as (responses, verdicts):
+        with held(output), _journals(output) as (responses, verdicts):
             for task, rows in self._opened:
                 asker = Asker(self._session, self._config, self._engine, self._sampling, fingerprint, task, rows)
                 jobs, errors = asker.jobs(questions_of(task, rows, limit=self._config.eval.limit))

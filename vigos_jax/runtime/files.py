@@ -28,9 +28,17 @@ def read_object(path: pathlib.Path, *, owner: str) -> dict[str, Any]:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON under a temporary name and renames it: the final name never holds half a file."""
+    """Writes JSON; see `write_whole`."""
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_whole(path: pathlib.Path, data: bytes) -> None:
+    """Writes under a temporary name and renames: the final name never holds half a file, after a power cut neither."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

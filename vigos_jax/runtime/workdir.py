@@ -1,5 +1,6 @@
 """Which file of a run's folder is what. Every name is here, and nowhere else."""
 
+LOCK = ".lock"  # there while a run writes to the folder
 CONFIG = "config.json"  # the run's config; the folder is this config's own
 METRICS = "metrics.jsonl"  # a row per optimizer step
 SNAPSHOTS = "report.jsonl"  # rows answered again and again

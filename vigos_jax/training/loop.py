@@ -23,7 +23,8 @@ from vigos_jax.rollouts.sampler import row_keys
 from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.runtime import workdir as files
 from vigos_jax.runtime.distributed import exchange, first_decides, is_first
-from vigos_jax.runtime.files import write_json
+from vigos_jax.runtime.files import write_json, write_whole
+from vigos_jax.runtime.lock import held
 from vigos_jax.runtime.progress import say
 from vigos_jax.runtime.sharding import check_batch, replicated, tree_shardings
 from vigos_jax.runtime.signals import Interrupt
@@ -53,9 +54,7 @@ def _open_workdir(config, workdir: pathlib.Path) -> None:
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(to_json(config) + "\n", encoding="utf-8")
-        temporary.rename(path)
+        write_whole(path, (to_json(config) + "\n").encode())
     except OSError as e:
         raise InputError(f"cannot write to --workdir {workdir}: {e.strerror}; choose a writable folder") from e
 
@@ -97,6 +96,7 @@ def train(config, workdir: pathlib.Path, *, open_engine: EngineFactory = NativeE
     with contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
         with interrupt.at_once():
+            stack.enter_context(held(workdir, called=f"to --workdir {workdir}"))
             first_decides(lambda: _check_workdir(config, workdir))
             first_decides(lambda: check_installed(config.log))
             source = open_source(config)
@@ -125,9 +125,9 @@ def train(config, workdir: pathlib.Path, *, open_engine: EngineFactory = NativeE
                 _evaluate(config, workdir, session, trained, open_engine)
             if config.export.after_training and first_decides(lambda: not output.exists()):
                 export(session, trained, config, output, run=RunFacts.of(workdir, config.steps))
-    if is_first():
-        write_run_page(workdir)
-        _show(workdir, output)
+        if is_first():
+            write_run_page(workdir)
+            _show(workdir, output)
 
 
 class Run:
