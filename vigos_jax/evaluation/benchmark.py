@@ -124,6 +124,8 @@ class Evaluation:
         for note in notes:
             say(f"{task.title}: {note}")
         numbers = summarise(task, answers, seed=e.seed) | {"errors": len(errors)}
+        if numbers["unjudged"] and self._judge is not None and self._judge.reason:
+            notes.append(f"the judge: {self._judge.reason}")  # it was said when it happened
         return TaskResult(task, rows.name, numbers, answers, errors, notes, rows.image_roots)
 
 
