@@ -79,10 +79,6 @@ def server_error(handler, items):
     handler.send(500, {"error": {"message": "oops"}})
 
 
-def unauthorised(handler, items):
-    handler.send(401, {"error": {"message": "no"}})
-
-
 def refused(code, message):
     return lambda handler, items: handler.send(code, {"error": {"message": message}})
 

@@ -177,8 +177,7 @@ def _train(config, workdir: pathlib.Path | None) -> int:
     from vigos_jax.training.loop import train
 
     assert workdir is not None  # `_parse` gives a run one
-    train(config, workdir)
-    return 0
+    return 1 if train(config, workdir) else 0
 
 
 def _generate(config, workdir: pathlib.Path | None) -> int:
@@ -204,15 +203,10 @@ def _score(config, workdir: pathlib.Path | None) -> int:
 
 
 def _diagnose(config, workdir: pathlib.Path | None) -> int:
-    from vigos_jax.analysis.diagnose import diagnose
+    from vigos_jax.analysis.diagnose import diagnose, output_of
     from vigos_jax.training.checkpoints import load_student
 
-    if config.diagnose.output:
-        output = pathlib.Path(config.diagnose.output).expanduser()
-    elif workdir is not None:
-        output = workdir / files.DIAGNOSIS
-    else:
-        raise InputError("--mode diagnose needs --workdir of a run, or --config.diagnose.output=DIR")
+    output = output_of(config, workdir)
     with _writing("diagnose.output", output, workdir):
         student = load_student(config, workdir)
         options = {"teacher_params": student.teacher_params, "output": output}

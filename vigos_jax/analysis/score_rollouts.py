@@ -19,7 +19,7 @@ from vigos_jax.method.roles import TeacherRole, roles_per_token
 from vigos_jax.method.scoring import score_batch
 from vigos_jax.models.variables import Variables
 from vigos_jax.rollouts.parse import Case, read_cases, spans_json
-from vigos_jax.runtime.files import write_json
+from vigos_jax.runtime.files import check_own, write_json
 from vigos_jax.runtime.progress import bar
 from vigos_jax.session import Session
 
@@ -64,11 +64,13 @@ def _check_rollouts(path: str, field: str) -> None:
 
 
 def output_of(config) -> pathlib.Path:
-    """`config.score.output`; InputError where it, or the file to be scored, is not named."""
+    """`config.score.output`; InputError if it or the file to be scored is not named, or it holds something else."""
     _check_rollouts(config.score.rollouts, "score.rollouts")
     if not config.score.output:
         raise InputError("config.score.output='' must be a folder for scores.jsonl and summary.json")
-    return pathlib.Path(config.score.output).expanduser()
+    output = pathlib.Path(config.score.output).expanduser()
+    check_own(output, field="score.output", first="scores.jsonl", others=("summary.json",))
+    return output
 
 
 def rollouts_source(path: str, field: str, *, fields: Iterable[str]) -> JsonlSource:

@@ -56,6 +56,13 @@ class StepEvaluations:
         file.close()
         say(f"step {step}: " + ", ".join(f"{r.task.title} {r.numbers['avg']:.2f}" for r in results))
 
+    def errors(self) -> int:
+        """How many questions could not be asked, at all steps of the run together."""
+        if not self._every:
+            return 0
+        rows, _ = read_steps(self._file)
+        return sum(n for row in rows for k, n in row.value.items() if k.endswith("/errors") and isinstance(n, int))
+
     def close(self) -> None:
         """Closes the evaluation's engine."""
         if self._every:
