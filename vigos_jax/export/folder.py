@@ -146,6 +146,7 @@ def _move_out(temporary: pathlib.Path, target: pathlib.Path) -> None:
     for name in names:
         shutil.move(temporary / name, target / name)
     _sync(target)
+    (temporary / _MOVED).unlink()  # from here on the folder is whole
     shutil.rmtree(temporary)
     _sync_one(target)
 

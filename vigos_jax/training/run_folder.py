@@ -46,7 +46,7 @@ def _check_extension(saved, config, workdir: pathlib.Path) -> None:
     short, long = (make_optimizer(c.optimizer, steps=c.steps)[1] for c in (saved, config))
     if done.size and not bool(jnp.all(jnp.broadcast_to(short(done), done.shape) == long(done))):
         raise InputError(
-            f"config.steps: {saved.steps} -> {config.steps}: with config.optimizer.schedule={config.optimizer.schedule} "
+            f"config.steps: {saved.steps} -> {config.steps}: with optimizer.schedule={config.optimizer.schedule} "
             f"the {done.size} steps taken would have had other learning rates; choices: schedule=constant from the "
             "start, or another --workdir that begins with this student (--mode export: an adapter for "
             "config.model.adapter, a merged model for config.model.path)"
