@@ -84,7 +84,7 @@ class Judge:
         if "@" in url.partition("//")[2].partition("/")[0]:
             raise InputError("config.eval.judge.url must hold no password, as it is shown; the key is key_env's")
         self._errors, self._status_error = openai.OpenAIError, openai.APIStatusError
-        self._key, self._timeout = key, timeout
+        self._timeout = timeout
         self._client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
         self._url, self.model, self._retries = url, model, retries
         self._batch, self._concurrency = batch, concurrency
@@ -179,7 +179,8 @@ class Judge:
 
     def _say(self, reason: str) -> None:
         """Keeps and says the first reason, in one line; the key, which a server may quote, is not shown."""
-        for shown in {self._key, json.dumps(self._key)[1:-1]}:
+        key = self._client.api_key  # the one place that has it
+        for shown in {key, json.dumps(key)[1:-1]}:
             reason = reason.replace(shown, "***")
         reason = " ".join(reason.split())
         with self._guard:
