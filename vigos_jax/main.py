@@ -34,7 +34,8 @@ HELP = """\
 usage: python -m vigos_jax.main --config FILE [--mode MODE] [--workdir DIR] [--config.FIELD=VALUE ...]
 
 modes
-  train     (default) post-train a model; goes on where an earlier run in the same workdir stopped
+  train     (default) post-train a model; goes on where an earlier run in the same workdir stopped; with more
+            config.steps, beyond the end of a finished one
   generate  answer one question about one image: --config.generate.image=FILE --config.generate.question=TEXT;
             without them, two questions of the demo, for which --config may be left out
   score     score rollouts made by any engine: --config.score.rollouts=FILE.jsonl --config.score.output=DIR
@@ -61,8 +62,8 @@ examples
       --config.generate.image=picture.png --config.generate.question='what color are the bananas ?'
   python -m vigos_jax.main --config configs/base.py --mode export --workdir runs/base --config.export.output=/tmp/hf
 
-exit codes: 0 done (or stopped by a signal and saved), 1 done but some rows were bad (or, with a traceback, a crash),
-2 bad config or input, 130 interrupted, 141 broken pipe
+exit codes: 0 done (or stopped by a signal and saved), 1 done but some rows were bad, or what was to be printed could not
+be (or, with a traceback, a crash), 2 bad config or input, 130 interrupted, 141 broken pipe, 143 ended by SIGTERM
 """
 
 

@@ -79,7 +79,7 @@ def open_workdir(config, workdir: pathlib.Path) -> None:
 
 
 def _set_aside(workdir: pathlib.Path, step: int) -> None:
-    """Renames results and export of a run of `step` steps: RESULTS-step-N.json, EXPORT-step-N."""
+    """Renames results and export of a run of `step` steps: results-step-N.json, export-step-N."""
     results, record = workdir / files.RESULTS, Record.of(workdir / files.EXPORTED)
     if results.exists():
         os.rename(results, results.with_stem(f"{results.stem}-step-{step}"))
