@@ -174,7 +174,8 @@ import pathlib
 from vigos_jax.runtime.lock import held
 with held(pathlib.Path({!r})):
     exchange(1)
-    print(sorted(p.name for p in pathlib.Path({!r}).iterdir()))"""
+    print(sorted(p.name for p in pathlib.Path({!r}).iterdir()))
+    exchange(2)"""
 
 
 def test_the_first_process_holds_the_folder_for_all(tmp_path):

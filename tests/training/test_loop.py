@@ -155,8 +155,9 @@ def test_a_killed_run_keeps_its_average(tmp_path_factory, undisturbed, world, tm
 def test_other_modes_use_the_average_as_the_run_did(tmp_path_factory, world, tmp_path):
     whole = runs.finished_run(tmp_path_factory, *EMA)
     saved = runs.saved_state(whole.workdir, STEPS)
+    asked = [f"--config.score.rollouts={world.data}", f"--config.score.output={tmp_path / 'scores'}"]
     with mock.patch("vigos_jax.analysis.score_rollouts.score_rollouts", return_value=({}, [])) as score:
-        assert world.run("--mode=score", f"--workdir={whole.workdir}") == 0
+        assert world.run("--mode=score", f"--workdir={whole.workdir}", *asked) == 0
     runs.assert_same_trees(jax.device_get(score.call_args.kwargs["teacher_params"]), saved["average"])
     runs.assert_same_trees(jax.device_get(score.call_args.args[1]), saved["trained"])
 
