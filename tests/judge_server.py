@@ -28,6 +28,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         items = json.loads(body["messages"][1]["content"])
+        self.body = body
         with self.server.lock:
             self.server.seen.append((items, self.headers["Authorization"]))
             step = self.server.script.pop(0) if self.server.script else None
@@ -78,8 +79,16 @@ def server_error(handler, items):
     handler.send(500, {"error": {"message": "oops"}})
 
 
-def unauthorised(handler, items):
-    handler.send(401, {"error": {"message": "no"}})
+def refused(code, message):
+    return lambda handler, items: handler.send(code, {"error": {"message": message}})
+
+
+def no_temperature(handler, items):
+    """As reasoning models' servers do."""
+    if "temperature" in handler.body:
+        handler.send(400, {"error": {"message": "Unsupported parameter: 'temperature'"}})
+    else:
+        right(handler, items)
 
 
 def slow_down(handler, items):

@@ -5,6 +5,7 @@ import json
 import pathlib
 import shutil
 import subprocess
+import sys
 from unittest import mock
 
 import jax.numpy as jnp
@@ -413,6 +414,18 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save(world, finished, tmp_path, 
         assert world.run(f"--workdir={workdir}") == 0
         assert [r["loss"] for r in runs.read_rows(workdir / "metrics.jsonl")] == [r["loss"] for r in rows]
         runs.assert_same_trees(runs.saved_state(workdir, 4), runs.saved_state(finished.workdir, 4))
+
+
+@pytest.mark.slow
+def test_a_disk_without_inodes_is_said_in_a_few_lines(world, tmp_path):
+    """A process of its own: what its libraries log of the failed save, in hundreds of lines, is for -v alone."""
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=200m,nr_inodes=70", "tmpfs") as disk:
+        command = [sys.executable, "-m", "vigos_jax.main", f"--config={world.config}", f"--workdir={disk / 'run'}"]
+        done = subprocess.run(command, cwd=pathlib.Path(main.__file__).parents[1], capture_output=True, text=True)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        said = [line for line in done.stderr.splitlines() if not line.startswith("train ")]
+        assert 1 <= len(said) <= 3 and "No space left on device" in said[-1], done.stderr
+        assert said[-1].startswith("vigos_jax: cannot write")
 
 
 def test_a_disk_too_small_for_an_export(world, tmp_path, capsys):

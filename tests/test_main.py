@@ -235,9 +235,11 @@ def test_an_export_overwrites_nothing(capsys, world, tmp_path):
 
 def test_a_run_does_not_begin_if_its_export_would_fail(capsys, world, tmp_path):
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
     options = ["--config.export.after_training=1", f"--config.export.output={tmp_path / 'out'}"]
     said = refusal(capsys, [f"--config={world.config}", f"--workdir={tmp_path / 'run'}", *options])
-    assert str(tmp_path / "out") in said and not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert str(tmp_path / "out") in said and not (tmp_path / "run").exists()
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
 
 
 def test_a_workdir_without_a_checkpoint(capsys, world, tmp_path_factory, tmp_path):

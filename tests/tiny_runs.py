@@ -66,7 +66,7 @@ def get_config():
     return config
 '''
 STEPS = 4
-BAD = {2: "image_missing", 7: "empty_answer"}  # rows of the data that cannot be used
+BAD = {2: "image_missing", 7: "empty_answer"}  # rows of `World.bad_data` that cannot be used
 SPEC = LoraSpec(rank=2, scale=3.0, language=frozenset(LANGUAGE_PROJECTIONS))  # unlike the config's
 
 
@@ -77,7 +77,8 @@ class World:
     folder: pathlib.Path
     model: pathlib.Path  # float32, untied, several shards; random weights, logits differ by several units
     adapter: pathlib.Path  # PEFT LoRA of SPEC, A and B random
-    data: pathlib.Path  # .jsonl of 10 rows, those of BAD among them
+    data: pathlib.Path  # .jsonl of 10 rows
+    bad_data: pathlib.Path  # the same, but that those of BAD cannot be used
     config: pathlib.Path
 
     def run(self, *args: str) -> int:
@@ -106,13 +107,14 @@ def make_world(tmp_path_factory) -> World:
         {"id": f"row{i}", "images": [f"pictures/{i}.png"], "problem": f"What colour is {i}?", "answer": str(i)}
         for i in range(10)
     ]
-    rows[2]["images"], rows[7]["answer"] = ["pictures/none.png"], ""
     data = write_rows(folder / "data.jsonl", rows)
+    rows[2]["images"], rows[7]["answer"] = ["pictures/none.png"], ""
+    bad_data = write_rows(folder / "bad.jsonl", rows)
     model = write_model(folder / "model")
     adapter = write_adapter(folder / "adapter", model, SPEC)
     config = folder / "mine.py"
     config.write_text(CONFIG.format(model=str(model), data=str(data)))
-    return World(folder, model, adapter, data, config)
+    return World(folder, model, adapter, data, bad_data, config)
 
 
 @contextlib.contextmanager
@@ -201,7 +203,7 @@ def finished_run(tmp_path_factory, *args: str) -> FinishedRun:
     """A run of the world's config with `args`, never disturbed. Call it under `compile_once`."""
     world, workdir = make_world(tmp_path_factory), tmp_path_factory.mktemp("run") / "workdir"
     with mock.patch.object(loop, "load", side_effect=loop.load) as load, capture(load) as session:
-        assert world.run(f"--workdir={workdir}", *args) == 0
+        assert world.run(f"--workdir={workdir}", *args) == int(any(str(world.bad_data) in arg for arg in args))
     return FinishedRun(workdir, session[0])
 
 

@@ -1,5 +1,6 @@
 """The command line: reads flags, checks the config, and runs a mode. Nothing else happens here."""
 
+import contextlib
 import errno
 import itertools
 import json
@@ -21,7 +22,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from vigos_jax import __version__  # noqa: E402
 from vigos_jax.config import TEMPLATE_SWITCHES, read_json, renamed, validate  # noqa: E402
 from vigos_jax.errors import InputError, Stopped  # noqa: E402
-from vigos_jax.runtime import distributed, shell  # noqa: E402
+from vigos_jax.runtime import distributed, lock, shell  # noqa: E402
 from vigos_jax.runtime import workdir as files  # noqa: E402
 
 # Flags put the traceback of a config file's error into their own message.
@@ -33,7 +34,8 @@ HELP = """\
 usage: python -m vigos_jax.main --config FILE [--mode MODE] [--workdir DIR] [--config.FIELD=VALUE ...]
 
 modes
-  train     (default) post-train a model; goes on where an earlier run in the same workdir stopped
+  train     (default) post-train a model; goes on where an earlier run in the same workdir stopped; with more
+            config.steps, beyond the end of a finished one
   data      read some rows and show how they are understood: columns, bad rows, sizes, padding, and a few as the student
             and each teacher will read them; --config.preview.rows=200, --config.preview.output=DIR for a page
   generate  answer one question about one image: --config.generate.image=FILE --config.generate.question=TEXT;
@@ -62,8 +64,8 @@ examples
       --config.generate.image=picture.png --config.generate.question='what color are the bananas ?'
   python -m vigos_jax.main --config configs/base.py --mode export --workdir runs/base --config.export.output=/tmp/hf
 
-exit codes: 0 done (or stopped by a signal and saved), 1 done but some rows were bad (or, with a traceback, a crash),
-2 bad config or input, 130 interrupted, 141 broken pipe
+exit codes: 0 done (or stopped by a signal and saved), 1 done but some rows were bad, or what was to be printed could
+not be (or, with a traceback, a crash), 2 bad config or input, 130 interrupted, 141 broken pipe, 143 ended by SIGTERM
 """
 
 
@@ -186,15 +188,16 @@ def _train(config, workdir: pathlib.Path | None) -> int:
     from vigos_jax.training.loop import train
 
     assert workdir is not None  # `_parse` gives a run one
-    train(config, workdir)
-    return 0
+    return 1 if train(config, workdir) else 0
 
 
 def _data(config, workdir: pathlib.Path | None) -> int:
     from vigos_jax.analysis.preview import preview
 
     folder = config.preview.output or workdir
-    text, bad_rows = preview(config, pathlib.Path(folder).expanduser() if folder else None)
+    output = pathlib.Path(folder).expanduser() if folder else None
+    with _writing("preview.output", output, workdir) if output else contextlib.nullcontext():
+        text, bad_rows = preview(config, output)
     print(text)
     return 1 if bad_rows else 0
 
@@ -211,28 +214,31 @@ def _generate(config, workdir: pathlib.Path | None) -> int:
 
 
 def _score(config, workdir: pathlib.Path | None) -> int:
-    from vigos_jax.analysis.score_rollouts import score_rollouts
+    from vigos_jax.analysis.score_rollouts import output_of, score_rollouts
     from vigos_jax.training.checkpoints import load_student
 
-    student = load_student(config, workdir)
-    summary, bad_lines = score_rollouts(student.session, student.trained, config, teacher_params=student.teacher_params)
+    with _writing("score.output", output_of(config), workdir):
+        student = load_student(config, workdir)
+        options = {"teacher_params": student.teacher_params}
+        summary, bad_lines = score_rollouts(student.session, student.trained, config, **options)
     return _told(json.dumps(summary, indent=2), bad_lines)
 
 
 def _diagnose(config, workdir: pathlib.Path | None) -> int:
-    from vigos_jax.analysis.diagnose import diagnose
+    from vigos_jax.analysis.diagnose import diagnose, output_of
     from vigos_jax.training.checkpoints import load_student
 
-    student = load_student(config, workdir)
-    if config.diagnose.output:
-        output = pathlib.Path(config.diagnose.output).expanduser()
-    elif workdir is not None:
-        output = workdir / files.DIAGNOSIS
-    else:
-        raise InputError("--mode diagnose needs --workdir of a run, or --config.diagnose.output=DIR")
-    return _told(
-        *diagnose(student.session, student.trained, config, teacher_params=student.teacher_params, output=output)
-    )
+    output = output_of(config, workdir)
+    with _writing("diagnose.output", output, workdir):
+        student = load_student(config, workdir)
+        options = {"teacher_params": student.teacher_params, "output": output}
+        text, bad_lines = diagnose(student.session, student.trained, config, **options)
+    return _told(text, bad_lines)
+
+
+def _writing(field: str, output: pathlib.Path, workdir: pathlib.Path | None) -> contextlib.AbstractContextManager[None]:
+    """Inside, no other run writes to the folder of config.`field`, or to the workdir that it lies in."""
+    return lock.held_for(output, workdir=workdir, called=f"to config.{field}={str(output)!r}")
 
 
 def _told(text: str, bad_lines: list[str]) -> int:
@@ -244,11 +250,13 @@ def _told(text: str, bad_lines: list[str]) -> int:
 
 
 def _eval(config, workdir: pathlib.Path | None) -> int:
+    from vigos_jax.evaluation.benchmark import output_of
     from vigos_jax.evaluation.report import evaluate
     from vigos_jax.training.checkpoints import load_student
 
-    student = load_student(config, workdir)
-    table, is_complete = evaluate(student.session, student.trained, config, workdir=workdir, step=student.step)
+    with _writing("eval.output", output_of(config, workdir), workdir):
+        student = load_student(config, workdir)
+        table, is_complete = evaluate(student.session, student.trained, config, workdir=workdir, step=student.step)
     print(table)
     return 0 if is_complete else 1
 
@@ -321,8 +329,8 @@ def main(argv: list[str]) -> int:
     except OSError as e:
         if e.errno not in _FULL:
             raise
-        problem = InputError(f"cannot write {e.filename or 'a file'}: {e.strerror}")
-        print(f"vigos_jax: {problem}; what was complete before stays; make room and start again", file=sys.stderr)
+        problem = InputError(f"cannot write {e.filename or 'a file'}: {e.strerror}; make room and start again")
+        print(f"vigos_jax: {problem}; what was complete before stays", file=sys.stderr)
         return 2
 
 

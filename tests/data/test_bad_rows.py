@@ -233,7 +233,7 @@ def test_a_run_on_hostile_rows(world, tmp_path, capsys):
         ROW | {"images": ["../../etc/passwd"]},
         ROW | {"answer": float("nan")},
     ]
-    assert train(world, tmp_path, rows, "--config.data.shuffle=False") == 0
+    assert train(world, tmp_path, rows, "--config.data.shuffle=False") == 1
     (row,) = runs.read_rows(tmp_path / "run" / "metrics.jsonl")
     assert row["bad_rows"] == 3 and row["loss"] > 0
     said = capsys.readouterr().err

@@ -126,7 +126,7 @@ def test_the_users_columns(tmp_path, processor, kind):
     [
         ({"question": "q", "query": "q", "answer": "a", "image": ""}, {}, "question and query could be the problem"),
         ({"problem": "q", "solution": "a", "gt_answer": "a", "image": ""}, {}, "with config.data.columns.answer"),
-        ({"problem": "q", "answer": "a", "image": ""}, {"id": "key"}, "columns.id='key' must be a column, .* has the columns problem"),
+        ({"problem": "q", "answer": "a", "image": ""}, {"id": "key"}, "columns.id='key' must be .* columns problem"),
         ({"caption": "q", "answer": "a", "image": ""}, {}, "lacks problem; it has the columns caption.*data.columns"),
         ({"messages": "no turns", "image": ""}, {}, "lacks problem, answer; it has the columns messages, image"),
     ],

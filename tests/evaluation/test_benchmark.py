@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import tiny_runs as runs
 from browser import dump, needs_browser
-from judge_server import serving, unauthorised
+from judge_server import refused, serving
 from task_files import make_all, write_table
 
 from vigos_jax import main
@@ -286,18 +287,21 @@ def test_a_judge_decides_what_rules_call_wrong(world, sources, tmp_path, monkeyp
         handler.reply(json.dumps({"verdicts": [True] * len(items)}))
 
     output = tmp_path / "judged"
-    with serving(always_true, unauthorised) as server:
+    with serving(always_true, *[refused(400, "too long")] * 2) as server:
         options = [f"--config.eval.judge.{k}={v}" for k, v in {"url": server.url, "model": "m", "batch": 1}.items()]
         options += ["--config.eval.judge.mode=on_failure", "--config.eval.judge.concurrency=1"]
         options += ["--config.eval.judge.key_env=JUDGE_KEY"]
         assert run(world, output, ["realworldqa"], sources, *options) == 1
         n = results(output)["realworldqa"]
-        assert n["unjudged"] == 1 and n["samples"] == SAMPLES and len(server.seen) == SAMPLES
-        assert "1 answer(s) still to be judged" in capsys.readouterr().out
+        assert n["unjudged"] == 1 and n["samples"] == SAMPLES and len(server.seen) == SAMPLES + 1
+        said = capsys.readouterr()
+        assert "1 answer(s) still to be judged" in said.out and said.err.count("the server says 400: too long") == 1
+        assert "the judge: the server says 400: too long" in n["notes"]
+        assert "the judge: the server says 400" in (output / "report.md").read_text()
         server.script = [always_true]
         assert run(world, output, ["realworldqa"], sources, *options) == 0
-        assert results(output)["realworldqa"]["unjudged"] == 0 and len(server.seen) == SAMPLES + 1
-        assert run(world, output, ["realworldqa"], sources, *options) == 0 and len(server.seen) == SAMPLES + 1
+        assert results(output)["realworldqa"]["unjudged"] == 0 and len(server.seen) == SAMPLES + 2
+        assert run(world, output, ["realworldqa"], sources, *options) == 0 and len(server.seen) == SAMPLES + 2
     written = b"".join(runs.bytes_of(output).values())
     assert b"sk-secret-123" not in written and b'"judge"' in written
     before = runs.bytes_of(output)
@@ -462,13 +466,43 @@ def test_named_keys_depend_on_name_and_seed_alone():
 
 
 def test_fingerprint(tmp_path):
-    (tmp_path / "a").write_bytes(bytes(100_000))
-    first = lib.fingerprint_of([tmp_path], "float32")
-    assert lib.fingerprint_of([tmp_path], "float32") == first != lib.fingerprint_of([tmp_path], "bfloat16")
+    weights = tmp_path / "model-00001-of-00002.safetensors"
+    weights.write_bytes(bytes(100_000))
+    first = lib.fingerprint_of(tmp_path, "float32")
+    assert lib.fingerprint_of(tmp_path, "float32") == first != lib.fingerprint_of(tmp_path, "bfloat16")
     content = bytearray(100_000)
     content[99_999] = 1
-    (tmp_path / "a").write_bytes(content)
-    assert lib.fingerprint_of([tmp_path], "float32") != first
+    weights.write_bytes(content)
+    assert lib.fingerprint_of(tmp_path, "float32") != first
+
+
+def test_the_fingerprint_is_of_what_changes_answers(world, tmp_path):
+    folder = pathlib.Path(shutil.copytree(world.model, tmp_path / "model"))
+    first = lib.fingerprint_of(folder)
+    for name in ("README.md", "LICENSE", "measured.json", ".lock", "eval/responses.jsonl", ".cache/huggingface/x.lock"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("edited")
+        assert lib.fingerprint_of(folder) == first, name
+    # Every file that a loader reads; those that this model has not may come.
+    may_come = {"chat_template.jinja", "processor_config.json", "video_preprocessor_config.json", "added_tokens.json"}
+    may_come |= {"additional_chat_templates/tool.jinja", "vocab.json", "merges.txt", "special_tokens_map.json"}
+    there = {p.name for p in world.model.iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "preprocessor_config.json"} <= there
+    seen = {first}
+    for name in sorted(there | may_come):
+        (folder / name).parent.mkdir(exist_ok=True)
+        with (folder / name).open("ab") as file:
+            file.write(b" ")
+        assert lib.fingerprint_of(folder) not in seen, name
+        seen.add(lib.fingerprint_of(folder))
+
+
+def test_an_evaluation_inside_the_model_folder_is_gone_on_with(world, sources, tmp_path, capsys):
+    model = pathlib.Path(shutil.copytree(world.model, tmp_path / "model"))
+    own = f"--config.model.path={model}"
+    for _ in range(2):
+        assert run(world, model / "eval", ["realworldqa"], sources, own) == 0
+    assert f"{SAMPLES} of {SAMPLES} answers are there already" in capsys.readouterr().err
 
 
 def test_the_fingerprint_knows_the_scale_of_an_adapter():
@@ -496,8 +530,6 @@ def test_journal(tmp_path):
         journal.append("c", {"x": 4})
     with Journal(path) as journal:
         assert journal["c"] == {"key": "c", "x": 4} and len(journal) == 3
-        with pytest.raises(InputError, match="another process is writing"):
-            Journal(path)
     with Journal(path, keys_only=True) as journal:
         assert list(journal) == ["a", "b", "c"] and journal["c"] is None
         journal.append("d", {"x": 5})

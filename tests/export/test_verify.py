@@ -71,7 +71,7 @@ def test_what_was_written_wrong_is_found(world, run, tmp_path, monkeypatch, caps
     monkeypatch.setattr(owner, name, write_wrong)
     assert export(world, run, tmp_path / "hf", kind=kind, check=True) == 2
     said = capsys.readouterr().err
-    assert "the export does not say what the student says" in said and said.count("\n") == 1
+    assert "the export must say what the student says" in said and said.count("\n") == 1
     assert not (tmp_path / "hf").exists() and not list(tmp_path.glob(".*"))
 
 

@@ -8,6 +8,8 @@ from judge_server import (
     fenced,
     half_a_body,
     hang,
+    no_temperature,
+    refused,
     reset,
     right,
     server_error,
@@ -15,8 +17,8 @@ from judge_server import (
     slow_down,
     text,
     too_many_requests,
-    unauthorised,
     value,
+    verdict_text,
 )
 
 from vigos_jax.errors import InputError
@@ -78,12 +80,95 @@ def test_trouble_that_passes(trouble):
         assert dict(judge(server, concurrency=1).verdicts(ITEMS)) == ALL
 
 
-@pytest.mark.parametrize("trouble", [too_many_requests, reset, unauthorised, text("no json")])
-def test_a_call_that_fails_for_good_gives_no_verdict(trouble):
-    """The first call's items are missing; the others' are there."""
-    with serving(*[trouble] * (1 if trouble is unauthorised else 3)) as server:
-        verdicts = dict(judge(server, concurrency=1, retries=2).verdicts(ITEMS))
-        assert verdicts == {i: v for i, v in ALL.items() if i >= 3}
+@pytest.mark.parametrize(
+    "trouble, reason",
+    [
+        (too_many_requests, "the server says 429: slow down"),
+        (server_error, "the server says 500: oops"),
+        (reset, "APIConnectionError: "),
+        (hang, "APITimeoutError: timed out (config.eval.judge.timeout=0.7)"),
+        (text("no json"), "no reply of 3 holds 3 verdicts: it ends 'no json'"),
+        (text(""), "no reply of 3 holds 3 verdicts: it has no text"),
+    ],
+    ids=["429", "500", "reset", "hang", "prose", "empty"],
+)
+def test_a_call_that_fails_for_good_gives_no_verdict(trouble, reason, capsys):
+    """The first call's items are missing; the others' are there, and the reason is said."""
+    with serving(*[trouble] * 3) as server:
+        j = judge(server, concurrency=1, retries=2)
+        assert dict(j.verdicts(ITEMS)) == {i: v for i, v in ALL.items() if i >= 3}
+    assert j.reason.startswith(reason) and "not asked any more" not in j.reason
+    assert capsys.readouterr().err == f"warning: config.eval.judge.url={server.url!r}: {j.reason}\n"
+
+
+@pytest.mark.parametrize("code, calls", [(401, 1), (403, 1), (404, 1), (400, 2), (422, 2)])
+def test_what_every_call_would_meet_ends_the_asking(code, calls, capsys):
+    """Those that a parameter may be to blame for are asked once more, without the one that can be left out."""
+    message = f"Incorrect API key provided: {KEY}. <b>\nSee our pages" if code == 401 else "no such model"
+    with serving(*[refused(code, message)] * 50) as server:
+        j = judge(server, batch=1, concurrency=1)
+        assert dict(j.verdicts(ITEMS)) == dict(j.verdicts(ITEMS)) == {}
+        assert len(server.seen) == calls
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"the server says {code}: " in said and "it is not asked any more" in said
+    assert message.replace(KEY, "***").replace("\n", " ") in said and KEY not in said + j.reason
+
+
+def test_a_call_refused_after_others_were_answered_is_one_calls_matter():
+    """A text that is too long for the judge, or that its filter refuses."""
+    too_long = [refused(400, "maximum context length")] * 2
+    with serving(right, *too_long) as server:
+        j = judge(server, concurrency=1)
+        assert dict(j.verdicts(ITEMS)) == {i: v for i, v in ALL.items() if i not in (3, 4, 5)}
+    assert j.reason == "the server says 400: maximum context length"
+
+
+def test_only_the_first_reason_is_said(capsys):
+    with serving(*[server_error] * 3, *[too_many_requests] * 3) as server:
+        dict(judge(server, concurrency=1).verdicts(ITEMS))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "oops" in said
+
+
+def test_a_server_that_takes_no_temperature(capsys):
+    with serving(*[no_temperature] * 20) as server:
+        j = judge(server, concurrency=1)
+        assert dict(j.verdicts(ITEMS)) == ALL
+        assert len(server.seen) == 4  # it is left out from then on
+    assert j.reason == capsys.readouterr().err == ""
+
+
+def test_a_model_that_thinks_aloud():
+    def thinks(handler, items):
+        draft = '{"verdicts": [' + ", ".join(["true"] * len(items)) + "]}"
+        handler.reply(f"<think>\nPerhaps {draft}?\n</think>\nHere you are:\n```json\n{verdict_text(items)}\n```\nBye.")
+
+    with serving(*[thinks] * 3) as server:
+        assert dict(judge(server, retries=0).verdicts(ITEMS)) == ALL
+
+
+def test_proxies_of_the_environment(monkeypatch):
+    """The client goes by way of them, and so does the check; the address itself is reachable from nowhere."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    with serving() as proxy:
+        address = proxy.url.removesuffix("/v1")
+        there = "http://judge.invalid/v1"
+        options = {"model": "m", "key_env": "JUDGE_KEY", "batch": 3, "concurrency": 2, "timeout": 5, "retries": 0}
+        with pytest.raises(InputError, match="'http://judge.invalid/v1' cannot be reached: "):
+            Judge(url=there, **options).check()
+        for name, value_ in (("HTTP_PROXY", address), ("HTTP_PROXY", address.removeprefix("http://"))):
+            monkeypatch.setenv(name, value_)
+            j = Judge(url=there, **options)
+            j.check()
+        assert dict(j.verdicts(ITEMS)) == ALL
+        monkeypatch.setenv("HTTP_PROXY", f"http://user:{KEY}@127.0.0.1:9")
+        with pytest.raises(InputError, match="cannot be reached by way of the proxy 127.0.0.1:9: ") as error:
+            Judge(url=there, **options).check()
+        assert KEY not in str(error.value)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        Judge(url=proxy.url, **options).check()
 
 
 def test_retry_after_is_waited_for():
@@ -142,6 +227,16 @@ def test_bad_settings(monkeypatch):
         ("[true]", 1, None),
         ("[" * 100_000, 1, None),
         ('{"verdicts": []}', 0, []),
+        ('Sure! {"verdicts": [true]} I hope {that} helps.', 1, [True]),
+        ('{"verdicts": [true]} No: {"verdicts": [false]}', 1, [False]),
+        ('{"verdicts": [true]} No: {"verdicts": [false, true]}', 1, None),  # the last one counts, and is no use
+        ('{"verdicts": [true]} {"note": 1}', 1, [True]),
+        ('{"answer": {"verdicts": [true]}}', 1, [True]),
+        ('<think>{"verdicts": [true]}</think>{"verdicts": [false]}', 1, [False]),
+        ('so {"verdicts": [true]}</think>\n\n{"verdicts": [false]}', 1, [False]),  # opened by the template
+        ('<think>so {"verdicts": [true]}', 1, None),  # cut off
+        ('{"a": ' * 20_000, 1, None),
+        ("{" * 100_000 + '"verdicts"', 1, None),
     ],
 )
 def test_parse_verdicts(reply, count, verdicts):

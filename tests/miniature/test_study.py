@@ -286,7 +286,7 @@ sys.exit(shell.run(lambda _: run_jobs(jobs, folder, workers=1), [], verbose=Fals
 """
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     wait_for(tmp_path / "one.began")
-    with pytest.raises(InputError, match="another process is writing .*lock"):
+    with pytest.raises(InputError, match="jobs is in use by process .* is running"):
         run_jobs([], tmp_path)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=50)
@@ -305,7 +305,7 @@ run_jobs([slow_job(pathlib.Path({str(tmp_path)!r}), name="one")], pathlib.Path({
     wait_for(tmp_path / "one.began")
     process.kill()
     process.wait()
-    with pytest.raises(InputError, match="another process is writing .*lock"):
+    with pytest.raises(InputError, match="jobs is in use by process .* is running"):
         run_jobs([], tmp_path)
     subprocess.run(["pkill", "-f", str(tmp_path / "one")], check=True)
     deadline = time.monotonic() + 30

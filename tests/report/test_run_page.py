@@ -186,3 +186,14 @@ def test_the_policy_holds_without_escaping(tmp_path, planted):
     document, console = dump(page, tmp_path / "profile")
     assert "<title>Run run</title>" in document
     assert ("Content Security Policy" in console) or "onclick" in planted
+
+
+def test_torn_lines_cost_their_rows_only(tmp_path):
+    write_run(tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(b'\xff\n{"loss": 1}\n' + before)
+    assert write_run_page(tmp_path / "run") is None
+    page = (tmp_path / "run" / "report.html").read_text()
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(before)
+    write_run_page(tmp_path / "run")
+    assert page == (tmp_path / "run" / "report.html").read_text()

@@ -1,5 +1,6 @@
 """Several processes do what one does: the same rows once, the same numbers, no process waits for another in vain."""
 
+import os
 import pathlib
 import shutil
 from unittest import mock
@@ -15,6 +16,7 @@ from vigos_jax import main
 from vigos_jax.errors import InputError
 from vigos_jax.runtime import distributed
 from vigos_jax.runtime.distributed import _from_variables, _to_find_out
+from vigos_jax.runtime.lock import held
 
 # -- joining ----------------------------------------------------------------------------------------------------
 
@@ -167,6 +169,26 @@ time.sleep(60)""",
     assert "JAX distributed service detected fatal errors" in said[0]
 
 
+HELD = """\
+import pathlib
+from vigos_jax.runtime.lock import held
+with held(pathlib.Path({!r})):
+    exchange(1)
+    print(sorted(p.name for p in pathlib.Path({!r}).iterdir()))
+    exchange(2)"""
+
+
+def test_the_first_process_holds_the_folder_for_all(tmp_path):
+    folder = tmp_path / "run"
+    with held(folder):
+        codes, said = talk(tmp_path, HELD.format(str(folder), str(folder)))
+    assert codes == [2, 2]
+    assert all(f"run is in use by process {os.getpid()} on " in text for text in said), said
+    codes, said = talk(tmp_path, HELD.format(str(folder), str(folder)))
+    assert codes == [0, 0] and all("['.lock']" in text for text in said), said
+    assert not folder.exists()
+
+
 def test_alone_nothing_is_asked_of_anyone():
     assert distributed.exchange({"a": (1, 2)}) == [{"a": [1, 2]}]
     assert distributed.total({"a": 1}) == {"a": 1} and distributed.largest(3) == 3
@@ -212,7 +234,7 @@ def jobs(world, unequal, folder):
     early = [*own, *ordered, "--config.steps=2", "--config.buckets.completion=(4,16,64)"]
     tensor = [f"--config.mesh.{axis}={n}" for axis, n in (("data", 1), ("fsdp", 1), ("tensor", 8))]
     listed = [
-        {"name": "whole", "args": [*own, "--config.data.window=2"]},
+        {"name": "whole", "args": [*own, "--config.data.window=2", f"--config.data.source={world.bad_data}"]},
         {"name": "unequal", "args": [*own, *ordered], "rollouts": stored},
         {"name": "interleaved", "args": [*own, *ordered], "rollouts": stored, "interleaved": True},
         {"name": "early", "args": early, "end_below": 60},
@@ -332,7 +354,7 @@ def test_only_the_first_process_talks(two):
 def test_a_signal_to_one_stops_all_after_the_same_step(one, two):
     for result in two[1]:
         assert result["signalled"]["code"] == 0 and len(result["signalled"]["parsed"]) == 2
-        assert result["gone_on"]["code"] == 0 and len(result["gone_on"]["parsed"]) == runs.STEPS - 2
+        assert result["gone_on"]["code"] == 1 and len(result["gone_on"]["parsed"]) == runs.STEPS - 2
     said = (two[0] / "launch" / "output-0.txt").read_text()
     assert f"SIGTERM: stopped, saved at step 2 of {runs.STEPS}" in said and "going on from step 2" in said
     assert_same_rows(one[0] / "whole", two[0] / "signalled")
@@ -368,9 +390,10 @@ def test_a_checkpoint_goes_on_on_other_meshes(world, one, two, tmp_path):
             shutil.rmtree(tmp_path / name / "checkpoints" / str(step))
         axes = [f"--config.mesh.{axis}={n}" for axis, n in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
         own = [f"--config={world.config}", "--config.batch_size=8", "--config.data.window=2", *axes]
+        own.append(f"--config.data.source={world.bad_data}")
         job = {"name": name, "args": [*own, f"--workdir={tmp_path / name}"]}
         (result,) = hosts.launch(tmp_path / f"launch-{name}", [job], processes=1, devices=devices)
-        assert result[name]["code"] == 0
+        assert result[name]["code"] == 1  # some rows are bad
         assert result[name]["read"] == one[1]["whole"]["read"][done:]
         assert_same_rows(one[0] / "whole", tmp_path / name)
         assert_same_rows(one[0] / "whole", tmp_path / name, first=done)

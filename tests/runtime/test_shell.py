@@ -3,6 +3,7 @@
 import os
 import pathlib
 import platform
+import signal
 import subprocess
 import sys
 
@@ -88,6 +89,104 @@ def test_a_broken_pipe_of_our_own_is_an_error(loud):
 
     with pytest.raises(BrokenPipeError):
         shell.run(program, [], verbose=False)
+
+
+# What a program says, and the file it leaves when its work is done.
+SAY = """
+import pathlib, sys
+from vigos_jax.runtime import shell
+
+def program(argv):
+    print("é" * 10_000, flush=True)
+    print("first", file=sys.stderr)
+    own = open(argv[1] + ".number", "w")
+    own.write(str(own.fileno()))
+    print("last")
+    pathlib.Path(argv[1]).write_text("done")
+    return int(argv[2])
+
+sys.exit(shell.run(program, sys.argv, verbose=False))
+"""
+
+
+def say(folder: pathlib.Path, redirection: str, *, code: int = 0, **environment: str):
+    """Runs SAY in a shell that redirects it; (exit code, stdout, stderr)."""
+    (folder / "say.py").write_text(SAY)
+    line = f"exec {sys.executable} {folder}/say.py {folder}/result {code} {redirection}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    done = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, timeout=100)
+    assert (folder / "result").read_text() == "done"
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+@pytest.mark.parametrize("code", [0, 2])
+@pytest.mark.parametrize("redirection, reason", [(">&-", "Bad file descriptor"), (">/dev/full", "No space left")])
+def test_work_is_done_though_nothing_can_be_printed(tmp_path, redirection, reason, code):
+    got, _, said = say(tmp_path, redirection, code=code)
+    assert got == (code or 1) and reason in said
+    assert said.splitlines()[0] == "first" and said.count("\n") == 2, said
+    assert int((tmp_path / "result.number").read_text()) > 2  # no file took the place of a stream
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", "<&- 2>&-"])
+def test_nowhere_to_say_errors(tmp_path, redirection):
+    code, out, _ = say(tmp_path, redirection)
+    assert code == 0 and out == "é" * 10_000 + "\nlast\n"  # and no error among the results
+
+
+def test_no_stream_at_all(tmp_path):
+    assert say(tmp_path, "<&- >&- 2>&-")[0] == 1
+    assert int((tmp_path / "result.number").read_text()) > 2
+
+
+def test_what_the_encoding_lacks_is_escaped(tmp_path):
+    code, out, said = say(tmp_path, "", PYTHONIOENCODING="ascii")
+    assert code == 0 and out == "\\xe9" * 10_000 + "\nlast\n" and said == "first\n"
+    assert say(tmp_path, "", PYTHONIOENCODING="ascii:strict")[1] == out
+    assert say(tmp_path, "")[1].startswith("éé")
+
+
+def test_help_that_cannot_be_printed():
+    with open("/dev/full", "wb") as full:
+        process = start("--help", stdout=full)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 1 and said.count("\n") == 1 and "No space left on device" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_releases_what_is_held(tmp_path, number):
+    code = """
+import pathlib, sys, time
+from vigos_jax.runtime import shell
+from vigos_jax.runtime.lock import held
+
+def program(argv):
+    with held(pathlib.Path(argv[1])):
+        print("held", flush=True)
+        time.sleep(60)
+    return 0
+
+sys.exit(shell.run(program, sys.argv, verbose=False))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, **streams)
+    assert process.stdout.readline() == "held\n" and (tmp_path / "run" / ".lock").exists()
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in said
+    assert said == {2: "\nvigos_jax: interrupted\n"}.get(number, f"vigos_jax: {number.name}: ended\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_ignored_signal_stays_ignored(loud):
+    """As nohup has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert shell.run(lambda argv: int(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN), [], verbose=False) == 1
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 HEAPS = """

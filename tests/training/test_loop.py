@@ -64,13 +64,19 @@ def test_the_base_is_not_modified(undisturbed, world):
     runs.assert_same_trees(loaded.base, reading.load_params(world.model, loaded.config, shapes, dtype=np.float32))
 
 
-def test_bad_rows_are_counted_and_never_trained_on(undisturbed, world):
-    rows = rows_of(undisturbed.workdir)
+def test_bad_rows_are_counted_and_said_by_the_exit_code(undisturbed, world, tmp_path, capsys):
+    arguments = [f"--workdir={tmp_path / 'run'}", f"--config.data.source={world.bad_data}"]
+    assert world.run(*arguments) == 1
+    rows = rows_of(tmp_path / "run")
     assert rows[-1]["bad_rows"] >= len(runs.BAD)  # 16 rows are more than an epoch of 10
+    assert "16 rows bad: " in capsys.readouterr().err
+    assert world.run(*arguments) == 1  # nothing is left to be done, and the rows are as bad
+    assert rows_of(undisturbed.workdir)[-1]["bad_rows"] == 0
 
 
 def test_too_many_bad_rows_stop_the_run(world, tmp_path, capsys):
-    assert world.run(f"--workdir={tmp_path / 'run'}", "--config.data.max_bad_fraction=0.0") == 2
+    bad = f"--config.data.source={world.bad_data}"
+    assert world.run(f"--workdir={tmp_path / 'run'}", bad, "--config.data.max_bad_fraction=0.0") == 2
     said = capsys.readouterr().err
     assert any(reason in said for reason in runs.BAD.values()) and "max_bad_fraction" in said
 
@@ -149,8 +155,9 @@ def test_a_killed_run_keeps_its_average(tmp_path_factory, undisturbed, world, tm
 def test_other_modes_use_the_average_as_the_run_did(tmp_path_factory, world, tmp_path):
     whole = runs.finished_run(tmp_path_factory, *EMA)
     saved = runs.saved_state(whole.workdir, STEPS)
+    asked = [f"--config.score.rollouts={world.data}", f"--config.score.output={tmp_path / 'scores'}"]
     with mock.patch("vigos_jax.analysis.score_rollouts.score_rollouts", return_value=({}, [])) as score:
-        assert world.run("--mode=score", f"--workdir={whole.workdir}") == 0
+        assert world.run("--mode=score", f"--workdir={whole.workdir}", *asked) == 0
     runs.assert_same_trees(jax.device_get(score.call_args.kwargs["teacher_params"]), saved["average"])
     runs.assert_same_trees(jax.device_get(score.call_args.args[1]), saved["trained"])
 

@@ -60,6 +60,21 @@ def test_a_torn_last_line_is_mended(tmp_path, torn):
     file.close()
 
 
+def test_a_torn_line_before_whole_rows_is_said(tmp_path, monkeypatch):
+    """As a power cut leaves them: what follows is kept, and the line is named."""
+    path, screen = tmp_path / "metrics.jsonl", watch(monkeypatch)
+    path.write_bytes(b'{"step": 1}\n{"loss": 2}\n{"step": 3, "x": "\xff"}\n{"step": 4}\n{"step": 5, "x": "\xff')
+    file = MetricsFile(path, next_step=5)
+    assert file.last_step == 4
+    file.write({"step": 5})
+    assert steps(path) == [1, 4, 5]
+    file.close()
+    assert screen.getvalue().count("warning") == 1 and "lines 2, 3 cannot be read" in screen.getvalue()
+    path.write_bytes(b'{"step": 1}\n\xff')
+    MetricsFile(path, next_step=2).close()
+    assert screen.getvalue().count("warning") == 1  # the end of a killed run's file is what it always is
+
+
 def test_json_is_whole_or_not_there(tmp_path):
     path = tmp_path / "results.json"
     write_json(path, {"score": 0.5})

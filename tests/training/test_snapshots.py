@@ -13,7 +13,7 @@ from vigos_jax.runtime.journal import Journal
 from vigos_jax.training.run_log import MetricsFile
 from vigos_jax.training.snapshots import Snapshots
 
-EVERY = ("--config.report.rows=3", "--config.report.every=2")  # row 2 is a bad one
+EVERY = ("--config.report.rows=3", "--config.report.every=2")
 KEYS = [*(f"row/{i}" for i in range(3)), *(f"{step}/{i}" for step in (0, 2, 4) for i in range(3))]
 
 
@@ -23,14 +23,19 @@ def world(tmp_path_factory):
         yield runs.make_world(tmp_path_factory)
 
 
+def bad_data(world) -> str:
+    """Row 2 is a bad one; the exit code of a run says that there are some."""
+    return f"--config.data.source={world.bad_data}"
+
+
 @pytest.fixture(scope="module")
 def without(tmp_path_factory, world):
-    return runs.finished_run(tmp_path_factory).workdir
+    return runs.finished_run(tmp_path_factory, bad_data(world)).workdir
 
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory, world):
-    return runs.finished_run(tmp_path_factory, *EVERY).workdir
+    return runs.finished_run(tmp_path_factory, *EVERY, bad_data(world)).workdir
 
 
 def metrics(workdir) -> list[dict]:
@@ -100,10 +105,10 @@ def test_a_run_killed_within_a_line_has_every_snapshot_once(watched, world, tmp_
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Journal, "append", append_then_die)
-        world.run(f"--workdir={workdir}", *EVERY, "--config.checkpoint_every=4")
+        world.run(f"--workdir={workdir}", *EVERY, bad_data(world), "--config.checkpoint_every=4")
     path = workdir / "report.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
-    assert world.run(f"--workdir={workdir}", *EVERY, "--config.checkpoint_every=4") == 0
+    assert world.run(f"--workdir={workdir}", *EVERY, bad_data(world), "--config.checkpoint_every=4") == 1
     assert records(workdir) == records(watched)
     assert metrics(workdir) == metrics(watched)
 
@@ -118,16 +123,16 @@ def test_a_step_that_is_done_again_samples_nothing(watched, world, tmp_path, mon
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(MetricsFile, "write", die_at_three)
-        world.run(f"--workdir={workdir}", *EVERY, "--config.checkpoint_every=4")
+        world.run(f"--workdir={workdir}", *EVERY, bad_data(world), "--config.checkpoint_every=4")
     answer = Snapshots._answer
     monkeypatch.setattr(Snapshots, "_answer", lambda self, *args: taken.append(1) or answer(self, *args))
-    assert world.run(f"--workdir={workdir}", *EVERY, "--config.checkpoint_every=4") == 0
+    assert world.run(f"--workdir={workdir}", *EVERY, bad_data(world), "--config.checkpoint_every=4") == 1
     assert len(taken) == 1 and records(workdir) == records(watched)  # step 4 alone
 
 
 def test_a_finished_run_changes_nothing(watched, world):
     before = runs.bytes_of(watched)
-    assert world.run(f"--workdir={watched}", *EVERY) == 0
+    assert world.run(f"--workdir={watched}", *EVERY, bad_data(world)) == 1
     assert runs.bytes_of(watched) == before
 
 

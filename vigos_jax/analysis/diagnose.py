@@ -31,7 +31,8 @@ from vigos_jax.rollouts.parse import Case, Reader, first_image, parse, pieces, r
 from vigos_jax.rollouts.sample_rows import sample_rows
 from vigos_jax.rollouts.sampler import row_keys
 from vigos_jax.rollouts.sampling import Sampling
-from vigos_jax.runtime.files import write_json
+from vigos_jax.runtime import workdir as files
+from vigos_jax.runtime.files import check_own, write_json
 from vigos_jax.runtime.progress import bar, say
 from vigos_jax.session import Session, open_source
 
@@ -46,6 +47,16 @@ class _Counterfactuals:
     case: Case
     wrong_answers: tuple[str, ...]
     images: tuple[EncodedImage, ...]
+
+
+def output_of(config, workdir: pathlib.Path | None) -> pathlib.Path:
+    """Where to write: `config.diagnose.output`, else the run's diagnose/. InputError if it holds something else."""
+    if not config.diagnose.output and workdir is None:
+        raise InputError("--mode diagnose needs --workdir of a run, or --config.diagnose.output=DIR")
+    own = workdir / files.DIAGNOSIS if workdir is not None else pathlib.Path()
+    output = pathlib.Path(config.diagnose.output).expanduser() if config.diagnose.output else own
+    check_own(output, field="diagnose.output", first="palr.jsonl", others=("summary.json", "palr.html"))
+    return output
 
 
 def diagnose(

@@ -19,7 +19,7 @@ from vigos_jax.method.roles import TeacherRole, roles_per_token
 from vigos_jax.method.scoring import score_batch
 from vigos_jax.models.variables import Variables
 from vigos_jax.rollouts.parse import Case, read_cases, spans_json
-from vigos_jax.runtime.files import write_json
+from vigos_jax.runtime.files import check_own, write_json
 from vigos_jax.runtime.progress import bar
 from vigos_jax.session import Session
 
@@ -58,10 +58,24 @@ def token_lists(
     return out
 
 
-def rollouts_source(path: str, field: str, *, fields: Iterable[str]) -> JsonlSource:
-    """Opens a rollouts file with its further columns `fields`; InputError naming `field` if there is none."""
+def _check_rollouts(path: str, field: str) -> None:
     if not path or not pathlib.Path(path).expanduser().is_file():
         raise InputError(f"config.{field}={path!r} must be a .jsonl file of rollouts")
+
+
+def output_of(config) -> pathlib.Path:
+    """`config.score.output`; InputError if it or the file to be scored is not named, or it holds something else."""
+    _check_rollouts(config.score.rollouts, "score.rollouts")
+    if not config.score.output:
+        raise InputError("config.score.output='' must be a folder for scores.jsonl and summary.json")
+    output = pathlib.Path(config.score.output).expanduser()
+    check_own(output, field="score.output", first="scores.jsonl", others=("summary.json",))
+    return output
+
+
+def rollouts_source(path: str, field: str, *, fields: Iterable[str]) -> JsonlSource:
+    """Opens a rollouts file with its further columns `fields`; InputError naming `field` if there is none."""
+    _check_rollouts(path, field)
     return JsonlSource(pathlib.Path(path).expanduser(), fields=tuple(fields))
 
 
@@ -79,10 +93,8 @@ def score_rollouts(
     Raises:
       InputError: no such file, or no usable row.
     """
+    output = output_of(config)
     source = rollouts_source(config.score.rollouts, "score.rollouts", fields=config.data.fields)
-    if not config.score.output:
-        raise InputError("config.score.output='' must be a folder for scores.jsonl and summary.json")
-    output = pathlib.Path(config.score.output).expanduser()
     size = session.whole_batch(config.score.batch_size)
     objective = session.objective
 

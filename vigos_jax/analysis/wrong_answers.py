@@ -4,7 +4,6 @@ PALR (equations 7-10 of the paper) asks how much of a teacher's correction hangs
 showing it wrong ones. They should be wrong in content, not in form: of the same kind as the right one.
 """
 
-import json
 import pathlib
 import random
 import re
@@ -16,6 +15,7 @@ from vigos_jax.errors import InputError
 from vigos_jax.grading.answer_text import answer_kind, normalize_answer
 from vigos_jax.grading.options import parse_options
 from vigos_jax.grading.rules import grade
+from vigos_jax.runtime.jsonl import lines_of, parse_object
 
 # "(A) red", "A. red", "A) red" at the start of a line, of the text, or behind white space.
 _LETTER_OPTION = re.compile(r"(?:^|\s)(?:\(([A-J])\)|([A-J])[.):])(?=\s)")
@@ -25,18 +25,18 @@ def read_file(path: str) -> dict[str, list[str]]:
     """Row id -> wrong answers, from a .jsonl of `{"id", "wrong_answers": [...]}`; InputError for anything else."""
     out: dict[str, list[str]] = {}
     try:
-        lines = pathlib.Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
+        lines = list(lines_of(pathlib.Path(path).expanduser()))
+    except OSError as e:
         raise InputError(
-            f"cannot read config.diagnose.wrong_answers_file={path!r}: {e}; it must be a .jsonl in UTF-8"
+            f"cannot read config.diagnose.wrong_answers_file={path!r}: {e.strerror}; it must be a .jsonl"
         ) from e
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in lines:
         try:
-            row = json.loads(line)
+            row = parse_object(line)
             out[str(row["id"])] = _texts(row["wrong_answers"])
-        except (ValueError, KeyError, TypeError, RecursionError) as e:
+        except UnicodeDecodeError as e:
+            raise InputError(f"{path}:{number} must be UTF-8: {e.reason} at byte {e.start} of the line") from e
+        except (ValueError, KeyError, TypeError) as e:
             raise InputError(f'{path}:{number} must be {{"id": ..., "wrong_answers": [...]}}: {e!r}') from e
     return out
 

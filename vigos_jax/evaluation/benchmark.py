@@ -24,12 +24,23 @@ from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.runtime import workdir as files
 from vigos_jax.runtime.digest import digests
 from vigos_jax.runtime.distributed import is_first
+from vigos_jax.runtime.files import check_own
 from vigos_jax.runtime.journal import Journal, content_key
+from vigos_jax.runtime.lock import held
 from vigos_jax.runtime.progress import Progress, say
 from vigos_jax.session import Session
 
+_RESPONSES, _VERDICTS = "responses.jsonl", "verdicts.jsonl"
+WRITTEN = ("results.json", "report.md", "report.html")  # after all is answered, each time anew
 _WIDTHS = (10, 8, 8, 17, 9, 8, 7, 8)  # of the table's columns
 GRADING = 3  # raised when the rules change: verdicts of other rules are not reused
+# What of a model folder changes its answers: weights, shapes, how they are sampled, texts and images as it reads them.
+_ANSWER_FILES = (
+    *("model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("vocab.txt", "merges.txt", "*.model", "chat_template.json", "chat_template.jinja"),
+    *("additional_chat_templates/*.jinja", "*processor_config.json"),
+)
 _ANSWER_IS = re.compile(r"(?:answer|option)(?: is:?|:)[ *]*([^\n]{1,200})", re.IGNORECASE)
 
 
@@ -66,7 +77,7 @@ class Evaluation:
         self._sampling = Sampling(max_tokens=e.max_tokens, temperature=e.temperature, top_k=e.top_k, top_p=e.top_p)
         self._engine = open_engine(session, self._sampling)
         self._session, self._config = session, config
-        self._base = fingerprint_of([session.folder], config.model.dtype)
+        self._base = fingerprint_of(session.folder, config.model.dtype)
 
     def fingerprint(self, trained: Variables) -> str:
         """Tells a student from any other: its base's files, and the bits of what was trained."""
@@ -84,12 +95,12 @@ class Evaluation:
           A result per task; none in all processes but the first.
 
         Raises:
-          InputError: nowhere to write, or another process is writing there. Nothing written is lost.
+          InputError: nowhere to write, or another run is writing there. Nothing written is lost.
         """
         fingerprint = self.fingerprint(trained)
         self._engine.sync(trained)
         results = []
-        with _journals(output) as (responses, verdicts):
+        with held(output), _journals(output) as (responses, verdicts):
             for task, rows in self._opened:
                 asker = Asker(self._session, self._config, self._engine, self._sampling, fingerprint, task, rows)
                 jobs, errors = asker.jobs(questions_of(task, rows, limit=self._config.eval.limit))
@@ -123,6 +134,8 @@ class Evaluation:
         for note in notes:
             say(f"{task.title}: {note}")
         numbers = summarise(task, answers, seed=e.seed) | {"errors": len(errors)}
+        if numbers["unjudged"] and self._judge is not None and self._judge.reason:
+            notes.append(f"the judge: {self._judge.reason}")  # it was said when it happened
         return TaskResult(task, rows.name, numbers, answers, errors, notes, rows.image_roots)
 
 
@@ -132,17 +145,18 @@ def _journals(output: pathlib.Path) -> Iterator[tuple[Journal | None, Journal | 
     if not is_first():
         yield None, None
         return
-    with Journal(output / "responses.jsonl") as responses, Journal(output / "verdicts.jsonl") as verdicts:
+    with Journal(output / _RESPONSES) as responses, Journal(output / _VERDICTS) as verdicts:
         yield responses, verdicts
 
 
 def output_of(config, workdir: pathlib.Path | None) -> pathlib.Path:
-    """Where answers are kept: `config.eval.output`, else the run's eval/."""
-    if config.eval.output:
-        return pathlib.Path(config.eval.output).expanduser()
-    if workdir is None:
+    """Where answers are kept: `config.eval.output`, else the run's eval/. InputError if it holds something else."""
+    if not config.eval.output and workdir is None:
         raise InputError("--mode eval needs --workdir of a run, or --config.eval.output=DIR")
-    return workdir / files.EVALUATION
+    own = workdir / files.EVALUATION if workdir is not None else pathlib.Path()
+    output = pathlib.Path(config.eval.output).expanduser() if config.eval.output else own
+    check_own(output, field="eval.output", first=_RESPONSES, others=(_VERDICTS, *WRITTEN))
+    return output
 
 
 def lenient_answer(text: str) -> str | None:
@@ -218,17 +232,19 @@ def _judged(answers: Sequence[Answer], judge: Judge, verdicts: Journal, *, mode:
     return out
 
 
-def fingerprint_of(folders: Sequence[pathlib.Path], *facts: Any) -> str:
-    """A short text that changes with the files of these folders and with `facts`; large files are read in part."""
+def fingerprint_of(folder: pathlib.Path, *facts: Any) -> str:
+    """A short text that changes with a model folder's files that answers depend on (`_ANSWER_FILES`) and with `facts`.
+
+    Of large files the size and 17 places are read. A card, a license or an evaluation that lies there has no part.
+    """
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    for folder in folders:
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            size = path.stat().st_size
-            digest.update(f"{path.relative_to(folder)} {size}".encode())
-            with path.open("rb") as file:
-                for place in sorted({0, *(size * i // 16 // 4096 * 4096 for i in range(1, 16)), max(0, size - 4096)}):
-                    file.seek(place)
-                    digest.update(file.read(4096))
+    for path in sorted({p for pattern in _ANSWER_FILES for p in folder.glob(pattern) if p.is_file()}):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)} {size}".encode())
+        with path.open("rb") as file:
+            for place in sorted({0, *(size * i // 16 // 4096 * 4096 for i in range(1, 16)), max(0, size - 4096)}):
+                file.seek(place)
+                digest.update(file.read(4096))
     return digest.hexdigest()[:16]
 
 

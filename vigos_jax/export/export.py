@@ -1,11 +1,10 @@
 """Hugging Face checkpoints out: a full (merged) model or a PEFT adapter, in a folder that is whole or not there.
 
-Everything is written into a hidden folder beside the final one, checked if asked for, brought to the disk, and renamed.
+Everything is written into a hidden folder, checked if asked for, brought to the disk, and put in place (`folder`).
 Of several processes the first writes; all take part in gathering the tensors, and all stop if one step fails there.
 """
 
 import json
-import os
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vigos_jax.errors import InputError
+from vigos_jax.export import folder
 from vigos_jax.export.model_card import RunFacts, card_text
 from vigos_jax.export.verify import compare
 from vigos_jax.models.families import adapter_table, tensor_table
@@ -46,7 +46,13 @@ def check_options(options, *, has_adapter: bool) -> None:
 
 
 def export(
-    session: Session, trained: Variables, config, output: pathlib.Path, *, run: RunFacts | None = None
+    session: Session,
+    trained: Variables,
+    config,
+    output: pathlib.Path,
+    *,
+    run: RunFacts | None = None,
+    record: pathlib.Path | None = None,
 ) -> dict[str, Any] | None:
     """Writes the student as a Hugging Face folder, as `config.export` says.
 
@@ -54,6 +60,7 @@ def export(
       trained: what lies over the base; `{}` for the base itself.
       output: the folder; not there yet, or empty.
       run: the training behind it, for the model card.
+      record: file of a `folder.Record`, that a run knows its export by.
 
     Returns:
       What `verify.compare` found, where `config.export.check` asks for it or an adapter was merged into
@@ -65,11 +72,29 @@ def export(
     """
     e = config.export
     check_options(e, has_adapter="lora" in trained)
-    target = output.resolve()
-    temporary = target.with_name(f".{target.name}.exporting")
+    with folder.held_for(output):
+        report = _write(session, trained, config, output, run, record)
+    if is_first():
+        if report:
+            print(json.dumps(report))
+        if e.push_to:
+            say(f"pushed to {hub.push(output.resolve(), e.push_to)}")
+    return report
+
+
+def _write(
+    session: Session,
+    trained: Variables,
+    config,
+    output: pathlib.Path,
+    run: RunFacts | None,
+    record: pathlib.Path | None,
+) -> dict[str, Any] | None:
+    e = config.export
     lora = session.model.lora if "lora" in trained else None
     tensors = list(_tensors(session, trained, kind=e.kind, dtype=e.dtype))
-    first_decides(lambda: _prepare(output, target, temporary, size=sum(byte_count(x) for _, x in tensors)))
+    size = sum(byte_count(x) for _, x in tensors)
+    temporary = pathlib.Path(first_decides(lambda: str(folder.prepare(output, size=size))))
     try:
         if e.kind == "adapter":
             if is_first():
@@ -83,49 +108,16 @@ def export(
         rounds = e.kind == "merged" and e.dtype == "bfloat16" and lora is not None
         report = compare(session, trained, config, temporary) if e.check or rounds else None
         card = card_text(config, base=session.folder, lora=lora, run=run, report=report)
-        first_decides(lambda: _finish(card, temporary, target, output))
+        first_decides(lambda: (temporary / "README.md").write_text(card, encoding="utf-8"))
     except Exception as e:
         if is_first():
             shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(e, OSError):
             raise InputError(f"cannot write config.export.output={str(output)!r}: {e.strerror}; choose another") from e
         raise
-    if is_first():
-        if report:
-            print(json.dumps(report))
-        if e.push_to:
-            say(f"pushed to {hub.push(target, e.push_to)}")
+    facts = {"kind": e.kind, "dtype": e.dtype, "step": run.step if run else 0}
+    first_decides(lambda: folder.publish(temporary, output, record=record, facts=facts))
     return report
-
-
-def _finish(card: str, temporary: pathlib.Path, target: pathlib.Path, output: pathlib.Path) -> None:
-    """Adds the card, brings all to the disk, and gives the folder its name."""
-    (temporary / "README.md").write_text(card, encoding="utf-8")
-    _sync(temporary)
-    try:
-        os.rename(temporary, target)  # onto an empty folder too, and onto nothing else
-    except OSError as e:
-        raise InputError(f"cannot rename to config.export.output={str(output)!r}: {e.strerror}") from e
-    _sync_one(target.parent)
-
-
-def _prepare(output: pathlib.Path, target: pathlib.Path, temporary: pathlib.Path, *, size: int) -> None:
-    """An empty temporary folder; what an export that was killed left there is removed."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"config.export.output={str(output)!r} exists and is not an empty folder; choose another")
-    try:
-        if temporary.exists():
-            shutil.rmtree(temporary)
-        temporary.mkdir(parents=True)
-        free = shutil.disk_usage(temporary).free
-    except OSError as e:
-        raise InputError(f"cannot write config.export.output={str(output)!r}: {e.strerror}; choose another") from e
-    if size > free:
-        temporary.rmdir()
-        raise InputError(
-            f"config.export.output={str(output)!r} needs {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB; "
-            "choose another, or config.export.kind=adapter, or config.export.dtype=bfloat16"
-        )
 
 
 def _spec(session: Session) -> LoraSpec:
@@ -146,7 +138,7 @@ def _tensors(
     return writing.stream_tensors(params, tensor_table(config), config, dtype=jnp.dtype(dtype), **merged)
 
 
-def _write_adapter_config(spec: LoraSpec, folder: pathlib.Path, *, base: str) -> None:
+def _write_adapter_config(spec: LoraSpec, written: pathlib.Path, *, base: str) -> None:
     parts = []
     if spec.language:
         parts.append(rf"language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(sorted(spec.language))})")
@@ -165,18 +157,18 @@ def _write_adapter_config(spec: LoraSpec, folder: pathlib.Path, *, base: str) ->
         "inference_mode": True,
         "init_lora_weights": True,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (written / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _copy_companions(session: Session, folder: pathlib.Path, *, dtype: str) -> None:
+def _copy_companions(session: Session, written: pathlib.Path, *, dtype: str) -> None:
     base = session.folder
     for pattern in _COMPANIONS:
         for file in sorted(base.glob(pattern)):
             if file.is_file() and file.name not in _NO_COMPANIONS:
-                copy = folder / file.relative_to(base)
+                copy = written / file.relative_to(base)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copy)
-    _correct(folder / "config.json", dtype=dtype, is_tied=session.config.tie_embeddings)
+    _correct(written / "config.json", dtype=dtype, is_tied=session.config.tie_embeddings)
 
 
 def _correct(path: pathlib.Path, *, dtype: str, is_tied: bool) -> None:
@@ -190,18 +182,3 @@ def _correct(path: pathlib.Path, *, dtype: str, is_tied: bool) -> None:
             section[key] = now[key]
     if changed:
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _sync(folder: pathlib.Path) -> None:
-    """Brings a folder and all below it to the disk."""
-    for path in sorted(folder.rglob("*")):
-        _sync_one(path)
-    _sync_one(folder)
-
-
-def _sync_one(path: pathlib.Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,7 +1,6 @@
 """The README.md of an export: what it came from, how it was made, what was measured and what was not."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from vigos_jax.method.prompts import fields
 from vigos_jax.models.layers import LoraSpec
 from vigos_jax.runtime import workdir as files
 from vigos_jax.runtime.hub import REPOSITORY
+from vigos_jax.runtime.jsonl import read_steps
 from vigos_jax.runtime.paths import absolute
 
 _LICENSE = ("license", "license_name", "license_link")
@@ -43,15 +43,9 @@ class RunFacts:
     @classmethod
     def of(cls, workdir: pathlib.Path, step: int) -> "RunFacts":
         """The run in `workdir` after `step` steps, with the metrics of the last of them that were written."""
-        path, metrics = workdir / files.METRICS, {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            try:
-                row = json.loads(line)
-            except ValueError:  # torn, by a kill
-                break
-            if row["step"] <= step:
-                metrics = row
-        return cls(step, metrics)
+        rows, _ = read_steps(workdir / files.METRICS)
+        metrics = [row.value for row in rows if row.value["step"] <= step]
+        return cls(step, metrics[-1] if metrics else {})
 
 
 def card_text(

@@ -1,7 +1,7 @@
 """Long lists of commands, some at a time, each once: what is finished stays, what was stopped is done again."""
 
+import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import subprocess
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from vigos_jax.errors import InputError
-from vigos_jax.runtime.files import write_json
-from vigos_jax.runtime.journal import lock
+from vigos_jax.runtime.files import read_object, write_json
+from vigos_jax.runtime.lock import alone
 from vigos_jax.runtime.progress import say
 
 
@@ -45,10 +45,9 @@ class Jobs:
     """
 
     def __init__(self, folder: pathlib.Path, *, workers: int):
-        folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._workers = folder, workers
-        self._lock_file = (folder / "lock").open("ab")
-        lock(self._lock_file, folder / "lock")
+        self._closes = contextlib.ExitStack()
+        self._lock = self._closes.enter_context(alone(folder))
         self._processes: set[subprocess.Popen] = set()
         self._is_stopping, self._guard = False, threading.Lock()
 
@@ -56,7 +55,7 @@ class Jobs:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._lock_file.close()
+        self._closes.close()
 
     def is_done(self, job: Job) -> bool:
         """Whether the job was finished before, by these very arguments.
@@ -67,7 +66,7 @@ class Jobs:
         record = self._folder / f"{job.name}.json"
         if not (job.done.exists() and record.exists()):
             return False
-        made_by = json.loads(record.read_text(encoding="utf-8"))["arguments"]
+        made_by = read_object(record, owner="the study").get("arguments", [])
         if made_by != list(job.arguments):
             before, now = (sorted(set(a) - set(b)) for a, b in ((made_by, job.arguments), (job.arguments, made_by)))
             raise InputError(f"{job.done.parent} was made with {before}, not {now}; choose another --workdir")
@@ -105,12 +104,13 @@ class Jobs:
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,  # Ctrl-C is for us; a job is asked to end once, not twice
-                    pass_fds=[self._lock_file.fileno()],  # it holds the folder as long as it lives
                 )
                 self._processes.add(process)
+                self._lock.share(process.pid)
             code = process.wait()
         with self._guard:
             self._processes.discard(process)
+            self._lock.unshare(process.pid)
         if code or not job.done.exists():
             self._stop()
             how = f"exit code {code}" if code else "it was stopped"

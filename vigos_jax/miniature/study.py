@@ -22,7 +22,7 @@ from vigos_jax.main import find_config
 from vigos_jax.miniature import plots, tables
 from vigos_jax.miniature.jobs import Job, Jobs
 from vigos_jax.runtime import shell
-from vigos_jax.runtime.files import write_json
+from vigos_jax.runtime.files import read_object, write_json
 from vigos_jax.runtime.progress import say
 
 USAGE = """\
@@ -109,12 +109,12 @@ def collect(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[di
         if method is None:
             continue
         folder, free_form = run_folder(workdir, leak, seed, method), method in config.free_form
-        measured = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        measured = read_object(folder / "results.json", owner="the study")
         key = {"leak_strength": leak, "seed": seed}
         base = key | {"method": "base_free_form" if free_form else "base"}
         if not any(base.items() <= r.items() for r in out):  # every run has measured it, on the same questions
             out.append(base | tables.rates(measured["base"], None, free_form=free_form))
-        palr = None if free_form else json.loads((folder / "diagnose" / "summary.json").read_text(encoding="utf-8"))
+        palr = None if free_form else read_object(folder / "diagnose" / "summary.json", owner="the study")
         out.append(key | {"method": method} | tables.rates(measured["trained"], palr, free_form=free_form))
     return out
 

@@ -1,5 +1,6 @@
 """WORKDIR/report.html: a run's curves, its config and its snapshots, drawn from the files the run writes."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -12,6 +13,8 @@ from vigos_jax.config import flatten
 from vigos_jax.report.charts import Chart, Line, Mark, number
 from vigos_jax.report.page import PALETTE, Browser, Charts, Folded, Probe, Section, Shot, Table, Text, write_page
 from vigos_jax.runtime import workdir as files
+from vigos_jax.runtime.files import read_object
+from vigos_jax.runtime.jsonl import parse_object, read_steps
 
 _SKIPPED, _ALERT = (190, 30, 30), (214, 150, 20)
 MAX_SHOTS = 25  # of a row, evenly spread over the run: what a page holds does not grow with the run
@@ -37,11 +40,11 @@ def write_run_page(workdir: pathlib.Path) -> None:
 
     Those that are not there are left out; equal files give an equal page.
     """
-    config = json.loads((workdir / files.CONFIG).read_text(encoding="utf-8"))
-    rows, evals = (_rows(workdir / f"{name}.jsonl") for name in ("metrics", "eval"))
+    config = read_object(workdir / files.CONFIG, owner="a run's workdir")
+    rows, evals = ([row.value for row in read_steps(workdir / name)[0]] for name in (files.METRICS, files.EVALUATIONS))
     records, snapshots = _shown_records(workdir / files.SNAPSHOTS)
     results_file = workdir / files.RESULTS
-    results = json.loads(results_file.read_text(encoding="utf-8")) if results_file.exists() else None
+    results = read_object(results_file, owner="a run's page") if results_file.exists() else None
     roles = [name for name, role in config["roles"].items() if role["weight"]]
     sections: list[Section] = [_summary(config, rows)]
     if results:
@@ -50,17 +53,6 @@ def write_run_page(workdir: pathlib.Path) -> None:
     fields = (f"{field} = {json.dumps(value, ensure_ascii=False)}" for field, value in flatten(config))
     sections.append(Folded("Config", "\n".join(fields)))
     write_page(workdir / files.PAGE, f"Run {workdir.absolute().name}", sections)
-
-
-def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The whole lines of a .jsonl; whatever follows a torn one is about to be written again."""
-    out: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            out.append(json.loads(line))
-        except ValueError:
-            break
-    return out
 
 
 def _shown_records(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
@@ -78,10 +70,8 @@ def _shown_records(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
     with path.open("rb") as file:
         for line in file:
             if (key := _KEY.match(line)) and key[1] in shown:
-                try:
-                    out.append(json.loads(line))
-                except ValueError:  # torn: about to be written again
-                    break
+                with contextlib.suppress(ValueError):  # torn: about to be written again
+                    out.append(parse_object(line))
     return out, len(steps)
 
 

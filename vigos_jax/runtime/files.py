@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from vigos_jax.errors import InputError
@@ -28,10 +29,36 @@ def read_object(path: pathlib.Path, *, owner: str) -> dict[str, Any]:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON under a temporary name and renames it: the final name never holds half a file."""
+    """Writes JSON; see `write_whole`."""
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_whole(path: pathlib.Path, data: bytes) -> None:
+    """Writes under a temporary name and renames: the final name never holds half a file, after a power cut neither."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def check_own(folder: pathlib.Path, *, field: str, first: str, others: Sequence[str]) -> None:
+    """Raises InputError where a mode would overwrite what it did not make.
+
+    Args:
+      field: of the config, that names the folder.
+      first: the file of the mode that is there before any other; with it, the folder is the mode's own.
+      others: the files that would be overwritten.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"config.{field}={str(folder)!r} is not a folder; choose another")
+    found = [name for name in others if (folder / name).exists()]
+    if found and not (folder / first).exists():
+        raise InputError(
+            f"config.{field}={str(folder)!r} holds a {found[0]} and no {first}: it is not this mode's, and would be "
+            "overwritten; choose another folder"
+        )
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,29 +1,13 @@
 """Records that are never lost and never made twice: a .jsonl to which each is appended under a key of its content."""
 
-import fcntl
 import hashlib
 import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 from vigos_jax.errors import InputError
-
-
-def lock(file: BinaryIO, path: pathlib.Path) -> None:
-    """Keeps the file for this process, and those that inherit it, until it is closed, where the file system can.
-
-    Raises:
-      InputError: another process has it.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        file.close()
-        raise InputError(f"another process is writing {path}; wait for it, or choose another folder") from e
-    except OSError:  # some network file systems have no locks
-        pass
 
 
 def content_key(*parts: Any) -> str:
@@ -33,7 +17,7 @@ def content_key(*parts: Any) -> str:
 
 
 class Journal:
-    """Appended records by key. Use as a context manager.
+    """Appended records by key. Use as a context manager, in a folder that is `lock.held`.
 
     A torn last line, left by a process that was killed while it wrote, is cut off; a broken line before it is an error.
 
@@ -47,8 +31,6 @@ class Journal:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab")
-            lock(self._file, path)
-            # Only now: what another process is writing is not torn.
             self._file.truncate(self._read(path))
         except OSError as e:
             raise InputError(f"cannot write {path}: {e.strerror}; choose a writable folder") from e

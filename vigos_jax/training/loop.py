@@ -7,12 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vigos_jax.config import differences, read_json, to_json, with_absolute_paths
 from vigos_jax.data.bad_rows import BadRows
 from vigos_jax.data.loader import data_state, order_of, resume_batch
 from vigos_jax.errors import InputError, Stopped
 from vigos_jax.evaluation import demo_scores
-from vigos_jax.export.export import check_options, export
+from vigos_jax.export.export import export
 from vigos_jax.export.model_card import RunFacts
 from vigos_jax.method.packing import Rollout
 from vigos_jax.models.variables import shares_vision
@@ -24,6 +23,7 @@ from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.runtime import workdir as files
 from vigos_jax.runtime.distributed import exchange, first_decides, is_first
 from vigos_jax.runtime.files import write_json
+from vigos_jax.runtime.lock import held
 from vigos_jax.runtime.progress import say
 from vigos_jax.runtime.sharding import check_batch, replicated, tree_shardings
 from vigos_jax.runtime.signals import Interrupt
@@ -32,39 +32,11 @@ from vigos_jax.training.batches import Batch, Batches
 from vigos_jax.training.checkpoints import Checkpoints
 from vigos_jax.training.guards import Health, write_nonfinite
 from vigos_jax.training.periodic_eval import StepEvaluations
+from vigos_jax.training.run_folder import check_export, check_workdir, export_folder, is_exported, open_workdir
 from vigos_jax.training.run_log import RunLog
 from vigos_jax.training.snapshots import Snapshots
 from vigos_jax.training.step import TrainState, make_optimizer, train_step_of
 from vigos_jax.training.trackers import check_installed
-
-
-def _check_workdir(config, workdir: pathlib.Path) -> None:
-    """Raises InputError if the workdir holds a run of another config."""
-    path = workdir / files.CONFIG
-    changed = differences(read_json(path), config) if path.exists() else []
-    if changed:
-        raise InputError(f"{workdir} holds another run ({'; '.join(changed)}); choose another --workdir")
-
-
-def _open_workdir(config, workdir: pathlib.Path) -> None:
-    """Makes the workdir this config's own. Only when a run can begin: a mistyped one must not take it."""
-    path = workdir / files.CONFIG
-    if path.exists():
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(to_json(with_absolute_paths(config)) + "\n", encoding="utf-8")
-        temporary.rename(path)
-    except OSError as e:
-        raise InputError(f"cannot write to --workdir {workdir}: {e.strerror}; choose a writable folder") from e
-
-
-def _check_export(config, workdir: pathlib.Path, output: pathlib.Path, *, has_adapter: bool) -> None:
-    """Raises InputError if the export at the end of the run is bound to fail, before the run has cost anything."""
-    check_options(config.export, has_adapter=has_adapter)
-    if output.exists() and not (workdir / files.CONFIG).exists():
-        raise InputError(f"config.export.output={str(output)!r} exists already; choose another folder")
 
 
 def _initial_state(config, session: Session, tx: Any) -> TrainState:
@@ -80,8 +52,10 @@ def _initial_state(config, session: Session, tx: Any) -> TrainState:
     )
 
 
-def train(config, workdir: pathlib.Path, *, open_engine: EngineFactory = NativeEngine) -> None:
+def train(config, workdir: pathlib.Path, *, open_engine: EngineFactory = NativeEngine) -> int:
     """Runs `config.steps` optimizer steps in `workdir`, going on from its newest checkpoint if there is one.
+
+    A run that has taken them may go on to more, where their learning rates are those of the longer run.
 
     Writes config.json, metrics.jsonl, report.jsonl and report.html, checkpoints/, with `config.eval_every` eval.jsonl
     and eval/, at the end export/ and, on the demo, results.json. With several processes all call it, on the same
@@ -90,6 +64,9 @@ def train(config, workdir: pathlib.Path, *, open_engine: EngineFactory = NativeE
     Args:
       open_engine: makes what samples, for rollouts and evaluations alike.
 
+    Returns:
+      How many rows of all its batches were unusable, and questions of its evaluations.
+
     Raises:
       Stopped: a signal came, and everything that was done is saved.
       InputError: bad config or data, or a run that is not well (`config.guards`), which is saved too.
@@ -97,17 +74,17 @@ def train(config, workdir: pathlib.Path, *, open_engine: EngineFactory = NativeE
     with contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
         with interrupt.at_once():
-            first_decides(lambda: _check_workdir(config, workdir))
+            stack.enter_context(held(workdir, called=f"to --workdir {workdir}"))
+            first_decides(lambda: check_workdir(config, workdir))
             first_decides(lambda: check_installed(config.log))
             source = open_source(config)
             session = load(config, for_training=True)
             check_batch(session.mesh, batch_size=config.batch_size, micro_batches=config.gradient_accumulation_steps)
-            output = pathlib.Path(config.export.output).expanduser() if config.export.output else workdir / files.EXPORT
             if config.export.after_training:
-                first_decides(lambda: _check_export(config, workdir, output, has_adapter="lora" in session.trained))
+                first_decides(lambda: check_export(config, workdir, has_adapter="lora" in session.trained))
             evaluations = StepEvaluations(config, session, workdir, open_engine=open_engine)
             stack.callback(evaluations.close)
-            first_decides(lambda: _open_workdir(config, workdir))
+            first_decides(lambda: open_workdir(config, workdir))
             if not (workdir / files.CONFIG).exists():
                 raise InputError(f"--workdir {workdir} is not the first process's; choose a folder all hosts share")
 
@@ -123,11 +100,12 @@ def train(config, workdir: pathlib.Path, *, open_engine: EngineFactory = NativeE
             has_results = source.has_own_evaluation and config.demo_eval.questions > 0
             if has_results and first_decides(lambda: not (workdir / files.RESULTS).exists()):
                 _evaluate(config, workdir, session, trained, open_engine)
-            if config.export.after_training and first_decides(lambda: not output.exists()):
-                export(session, trained, config, output, run=RunFacts.of(workdir, config.steps))
-    if is_first():
-        write_run_page(workdir)
-        _show(workdir, output)
+            if config.export.after_training and first_decides(lambda: not is_exported(config, workdir)):
+                _export(config, workdir, session, trained)
+        if is_first():
+            write_run_page(workdir)
+            _show(config, workdir)
+        return run.bad_rows + first_decides(evaluations.errors)
 
 
 class Run:
@@ -166,6 +144,11 @@ class Run:
 
     def __exit__(self, *error: Any) -> bool | None:
         return self._closes.__exit__(*error)
+
+    @property
+    def bad_rows(self) -> int:
+        """How many rows of the run so far could not be used."""
+        return self._bad_rows.bad
 
     def resume(self, interrupt: Interrupt) -> None:
         """Goes to the newest checkpoint, or to the start, and makes everything ready for the steps that are left."""
@@ -280,9 +263,15 @@ def _evaluate(config, workdir: pathlib.Path, session: Session, trained: Any, ope
     print()
 
 
-def _show(workdir: pathlib.Path, output: pathlib.Path) -> None:
+def _export(config, workdir: pathlib.Path, session: Session, trained: Any) -> None:
+    facts, record = RunFacts.of(workdir, config.steps), workdir / files.EXPORTED
+    export(session, trained, config, export_folder(config, workdir), run=facts, record=record)
+
+
+def _show(config, workdir: pathlib.Path) -> None:
     print(f"the run is complete: {workdir}")
     parts = (files.CONFIG, files.METRICS, files.PAGE, files.EVALUATIONS, files.RESULTS, files.CHECKPOINTS)
-    for path in [*(workdir / p for p in parts), output]:
+    exported = [export_folder(config, workdir)] if is_exported(config, workdir) else []
+    for path in [*(workdir / p for p in parts), *exported]:
         if path.exists():
             print(f"  {path}")

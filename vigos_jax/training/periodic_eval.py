@@ -1,6 +1,5 @@
 """Benchmarks during training: `config.eval` on the present student, every `config.eval_every` optimizer steps."""
 
-import json
 import pathlib
 import time
 
@@ -10,6 +9,7 @@ from vigos_jax.models.variables import Variables
 from vigos_jax.rollouts.engine import EngineFactory
 from vigos_jax.runtime import workdir as files
 from vigos_jax.runtime.distributed import first_decides, is_first
+from vigos_jax.runtime.jsonl import read_steps
 from vigos_jax.runtime.progress import say
 from vigos_jax.session import Session
 from vigos_jax.training.run_log import MetricsFile
@@ -58,19 +58,18 @@ class StepEvaluations:
         file.close()
         say(f"step {step}: " + ", ".join(f"{r.task.title} {number_text(r.numbers['avg'])}" for r in results))
 
+    def errors(self) -> int:
+        """How many questions could not be asked, at all steps of the run together."""
+        if not self._every:
+            return 0
+        rows, _ = read_steps(self._file)
+        return sum(n for row in rows for k, n in row.value.items() if k.endswith("/errors") and isinstance(n, int))
+
     def close(self) -> None:
         """Closes the evaluation's engine."""
         if self._every:
             self._evaluation.close()
 
     def _has(self, step: int, model: str) -> bool:
-        if not self._file.exists():
-            return False
-        for line in self._file.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:  # torn: the next row takes its place
-                return False
-            if (row["step"], row["model"]) == (step, model):
-                return True
-        return False
+        rows, _ = read_steps(self._file)  # what is torn is reported where the next row is written
+        return any((row.value["step"], row.value.get("model")) == (step, model) for row in rows)

@@ -12,8 +12,9 @@ import jax
 
 from vigos_jax.runtime import workdir as files
 from vigos_jax.runtime.distributed import is_first
-from vigos_jax.runtime.files import finite_or_none
-from vigos_jax.runtime.progress import Progress
+from vigos_jax.runtime.files import finite_or_none, write_whole
+from vigos_jax.runtime.jsonl import named, read_steps
+from vigos_jax.runtime.progress import Progress, say
 from vigos_jax.training.trackers import Tracker, open_trackers
 
 
@@ -22,26 +23,20 @@ class MetricsFile:
 
     Args:
       next_step: the first step that will be written; rows of this and later steps, left by a run that was killed
-        after its last checkpoint, are dropped, and so is a torn last line.
+        after its last checkpoint, are dropped, and so is what is torn at the end. A torn line before is dropped too,
+        with a warning: what follows it is kept.
 
     Attributes:
       last_step: the newest step that was there, dropped or not; 0 for none.
     """
 
     def __init__(self, path: pathlib.Path, *, next_step: int):
-        rows, self.last_step = [], 0
+        rows, broken = read_steps(path)
+        self.last_step = max((row.value["step"] for row in rows), default=0)
+        if broken:
+            say(f"warning: {path}: {named(broken)} cannot be read and is left out; a disk or a power cut tore it")
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    break
-                self.last_step = row["step"]
-                if row["step"] < next_step:
-                    rows.append(line + "\n")
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(rows), encoding="utf-8")
-            os.replace(temporary, path)
+            write_whole(path, b"".join(row.text + b"\n" for row in rows if row.value["step"] < next_step))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
