@@ -17,7 +17,7 @@ ADVICE = re.compile(
     r"|\btakes an older\b"
 )
 # A path, a number, a name in quotes, a field, a flag: something of the user's.
-VALUE = re.compile(r"['\"/=]|[0-9]|config\.|--\w|\w\.\w|[{(]")
+VALUE = re.compile(r"['\"/=]|[0-9]|config\.|--\w|\w\.\w|[{(]|\b(?:True|False|None)\b")
 
 
 def fault(message: str) -> str | None:
@@ -38,7 +38,7 @@ def check_all() -> None:
 
     def init(self: InputError, *args: object) -> None:
         ValueError.__init__(self, *args)
-        if type(self) is InputError and (wrong := fault(str(self))):
+        if type(self) is InputError and args and (wrong := fault(str(self))):
             raise AssertionError(f"a refusal is out of form, {wrong}: {self}")
 
     InputError.__init__ = init

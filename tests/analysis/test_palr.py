@@ -131,7 +131,7 @@ def test_file(tmp_path):
     path.write_bytes('\ufeff{"id": 1, "wrong_answers": ["a\u2028b\u0085c"]}\n'.encode())
     assert len(read_file(str(path))["1"]) == 1
     path.write_bytes('{"id": 1, "wrong_answers": ["红"]}\n'.encode("gbk"))
-    with pytest.raises(InputError, match=":1 is not UTF-8: invalid start byte at byte"):
+    with pytest.raises(InputError, match=":1 must be UTF-8: invalid start byte at byte"):
         read_file(str(path))
     with pytest.raises(InputError, match="cannot read config.diagnose.wrong_answers_file"):
         read_file(str(tmp_path / "none.jsonl"))

@@ -48,7 +48,7 @@ def cache(tmp_path, monkeypatch):
         ({"answer": ""}, "empty_answer"),
         ({"answer": None}, "empty_answer"),
         ({"answer": float("nan")}, "empty_answer"),
-        ({"answer": ["a"]}, "bad_answer_type"),
+        ({"answer": [["a"]]}, "bad_answer_type"),
         ({"answer": "\ud800"}, "text_not_unicode"),
         ({"images": None}, "no_image"),
         ({"images": []}, "no_image"),
@@ -234,7 +234,7 @@ def test_little_is_read_ahead(processor):
 def test_batch_options(processor, options, message):
     with pytest.raises(InputError, match=message):
         batches(small_rows(2), processor, 1, **options)
-    with pytest.raises(InputError, match="no rows"):
+    with pytest.raises(InputError, match="has 0 rows"):
         batches([], processor, 1)
 
 

@@ -487,7 +487,7 @@ def test_an_unknown_image_processor_is_answered_with_the_choices(tmp_path):
 def test_what_a_library_says_is_cut_between_words(tmp_path):
     folder = make_processor_folder(tmp_path)
     template = "{{ raise_exception('" + "word " * 200 + "') }}"
-    with pytest.raises(InputError, match=r"(word )+\.\.\.$"):
+    with pytest.raises(InputError, match=r"(word )+\.\.\.; it must"):
         make_turn(Processor.load(make_processor_folder(folder, chat_template=template)))
 
 

@@ -128,5 +128,5 @@ def test_images_in_a_folder_of_their_own(tmp_path):
     examples = [encode(without[i], processor, image_roots=without.image_roots) for i in range(2)]
     assert [e.bad_reason for e in examples] == ["image_missing", "image_outside_folder"]
     assert "config.data.image_folder" in examples[1].bad_detail
-    with pytest.raises(InputError, match="config.data.image_folder='/no/such' is not a folder"):
+    with pytest.raises(InputError, match="config.data.image_folder='/no/such' must be a folder"):
         load_source(config(path, image_folder="/no/such"))

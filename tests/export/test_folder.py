@@ -137,7 +137,9 @@ def test_what_cannot_be_put_there_stays_where_it_is(tmp_path, monkeypatch):
     temporary = prepare(tmp_path / "out", size=1)
     write(temporary)
     monkeypatch.setattr(lib.shutil, "move", full)
-    with pytest.raises(InputError, match="cannot put the export .* No space left on device; it is complete in "):
+    with pytest.raises(
+        InputError, match="cannot put the export .* No space left on device; move it, it is complete in "
+    ):
         publish(temporary, tmp_path / "out", record=None, facts=FACTS)
     assert names(temporary)[-4:] == NAMES
 

@@ -156,7 +156,7 @@ def test_proxies_of_the_environment(monkeypatch):
         address = proxy.url.removesuffix("/v1")
         there = "http://judge.invalid/v1"
         options = {"model": "m", "key_env": "JUDGE_KEY", "batch": 3, "concurrency": 2, "timeout": 5, "retries": 0}
-        with pytest.raises(InputError, match="'http://judge.invalid/v1' cannot be reached: "):
+        with pytest.raises(InputError, match="'http://judge.invalid/v1' cannot be reached, and must be: "):
             Judge(url=there, **options).check()
         for name, value_ in (("HTTP_PROXY", address), ("HTTP_PROXY", address.removeprefix("http://"))):
             monkeypatch.setenv(name, value_)
@@ -164,7 +164,9 @@ def test_proxies_of_the_environment(monkeypatch):
             j.check()
         assert dict(j.verdicts(ITEMS)) == ALL
         monkeypatch.setenv("HTTP_PROXY", f"http://user:{KEY}@127.0.0.1:9")
-        with pytest.raises(InputError, match="cannot be reached by way of the proxy 127.0.0.1:9: ") as error:
+        with pytest.raises(
+            InputError, match="cannot be reached by way of the proxy 127.0.0.1:9, and must be: "
+        ) as error:
             Judge(url=there, **options).check()
         assert KEY not in str(error.value)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")

@@ -4,20 +4,18 @@ import dataclasses
 import decimal
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from vigos_jax.data.cleaning import clean_problem
-from vigos_jax.data.images import BadImage, image_size, read_image
+from vigos_jax.data.images import BadImage, image_size
 from vigos_jax.data.markers import MarkerMismatch
 from vigos_jax.data.processor import AS_THE_FOLDER, EncodedImage, PixelLimits, Processor
 from vigos_jax.data.references import reference_of, with_options
 from vigos_jax.data.sources import raw_row
+from vigos_jax.data.visuals import TooLong, Visual, fitting, frames_of, is_video
 from vigos_jax.grading.options import LETTERS, parse_literal, parse_options, parse_references
-
-MIN_FPS, MAX_FPS = 1e-3, 1e3  # of a video's frames
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,7 +106,7 @@ class Encoder:
         items = images_of_row(own)
         if not items:
             raise BadRow("no_image")
-        videos = sum(map(_is_video, items))
+        videos = sum(map(is_video, items))
         problem = _problem(own["problem"], images=len(items) - videos, videos=videos)
         options, answer = self._options(own["options"], own["answer"])
         if options and self.options_template:
@@ -117,7 +115,7 @@ class Encoder:
             raise BadRow("text_not_unicode")
         if len(items) > self.max_images:
             raise BadRow("too_many_images", f"{len(items)} images; config.data.max_images is {self.max_images}")
-        visuals = [_Visual.read(item, self.processor, roots) for item in items]
+        visuals = [Visual.read(item, image_roots=roots, least_side=self.processor.merge_unit) for item in items]
         fields = {name: _field(row, name) for name in self.fields}
         example = Example(own["id"], (), problem, answer[0], fields, options, answer[1:])
         pixels = self.pixels if self.too_long is None else self._fitting(example, visuals, self.too_long)
@@ -149,70 +147,18 @@ class Encoder:
         return texts, reference.texts
 
     def _fitting(
-        self, example: Example, visuals: Sequence["_Visual"], too_long: Callable[[Example], str | None]
+        self, example: Example, visuals: Sequence[Visual], too_long: Callable[[Example], str | None]
     ) -> PixelLimits:
-        """The limits under which the row fits: the wanted ones, or the largest that do; BadRow if none do."""
+        """The limits under which the row fits; BadRow if it cannot."""
 
-        def reason(limits: PixelLimits) -> str | None:
-            images = tuple(image for v in visuals for image in v.layout(self.processor, limits))
+        def reason(images: tuple[EncodedImage, ...]) -> str | None:
             return too_long(dataclasses.replace(example, images=images))
 
-        kind = reason(self.pixels)
-        if kind is None:
-            return self.pixels
-        limits = self.processor.limits(self.pixels)
-        token = self.processor.merge_unit**2  # pixels
-        small, large = -(-limits.least // token), limits.most // token  # the one fits, the other does not
-        if reason(PixelLimits(limits.least, small * token)) is not None:
-            sizes = ", ".join(f"{w} x {h}" for v in visuals for w, h in v.sizes[:1])
-            raise BadRow(kind, f"images of {sizes} pixels, question of {len(example.problem)} characters")
-        while large - small > 1:
-            middle = (small + large) // 2
-            fits = reason(PixelLimits(limits.least, middle * token)) is None
-            small, large = (middle, large) if fits else (small, middle)
-        return PixelLimits(limits.least, small * token)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Visual:
-    """An image, or a video's frames: decoded, not resized. `fps` is None for an image."""
-
-    frames: tuple[Image.Image, ...]
-    fps: float | None = None
-
-    @classmethod
-    def read(cls, item: object, processor: Processor, image_roots: Sequence[str]) -> "_Visual":
-        """One item of a row; BadImage if it cannot be used."""
-
-        def read(item: object) -> Image.Image:
-            image = read_image(item, image_roots=image_roots)
-            if min(image.size) < processor.merge_unit:  # the image processor would blow it up; too little to train on
-                raise BadImage("image_too_small", f"{image.width} x {image.height} pixels")
-            return image
-
-        if not isinstance(item, Mapping) or not _is_video(item):
-            return cls((read(item),))
-        frames, fps = _frames(item), item.get("fps")
-        if isinstance(fps, bool) or not isinstance(fps, int | float) or not MIN_FPS <= fps <= MAX_FPS:
-            raise BadImage("bad_video", f"fps {fps!r} must be the frames per second, {MIN_FPS:g} to {MAX_FPS:g}")
-        return cls(tuple(read(frame) for frame in frames), fps)
-
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """(width, height) of the frames."""
-        return [frame.size for frame in self.frames]
-
-    def layout(self, processor: Processor, pixels: PixelLimits) -> tuple[EncodedImage, ...]:
-        """What `encode` gives, without patches."""
-        if self.fps is None:
-            return (processor.image_layout(*self.sizes[0], pixels),)
-        return processor.video_layout(self.sizes, fps=self.fps, wanted=pixels)
-
-    def encode(self, processor: Processor, pixels: PixelLimits) -> tuple[EncodedImage, ...]:
-        """An image's patches, or those of a video's frames."""
-        if self.fps is None:
-            return (processor.encode_image(self.frames[0], pixels),)
-        return processor.encode_video(self.frames, fps=self.fps, wanted=pixels)
+        try:
+            return fitting(visuals, self.processor, self.pixels, reason)
+        except TooLong as e:
+            detail = f"{e}, question of {len(example.problem)} characters"
+            raise BadRow(e.kind, detail) from e
 
 
 def _field(row: Mapping[str, Any], name: str) -> str:
@@ -257,17 +203,6 @@ def images_of_row(row: Mapping[str, Any]) -> list[object]:
     return [item for item in items if item is not None and not (isinstance(item, str) and not item.strip())]
 
 
-def _is_video(item: object) -> TypeGuard[Mapping[str, Any]]:
-    return isinstance(item, Mapping) and item.get("frames") is not None
-
-
-def _frames(video: Mapping[str, Any]) -> Sequence[object]:
-    frames = video["frames"]
-    if not isinstance(frames, list | tuple | np.ndarray) or not len(frames):
-        raise BadImage("bad_video", "its frames must be a list of images")
-    return list(frames)
-
-
 def row_size(
     row: Mapping[str, Any], *, processor: Processor, image_roots: Sequence[str], pixels: PixelLimits = AS_THE_FOLDER
 ) -> int:
@@ -275,8 +210,8 @@ def row_size(
     tokens = 0
     for item in images_of_row(row):
         try:
-            frames = _frames(item) if _is_video(item) else [item]
-            blocks = -(-len(frames) // processor.frames_per_patch) if _is_video(item) else 1
+            frames = frames_of(item) if is_video(item) else [item]
+            blocks = -(-len(frames) // processor.frames_per_patch) if is_video(item) else 1
             tokens += blocks * processor.visual_tokens(*image_size(frames[0], image_roots=image_roots), pixels)
         except BadImage:  # a bad row, wherever it stands
             continue

@@ -14,14 +14,17 @@ import jax
 import numpy as np
 
 from vigos_jax.data.examples import row_size
-from vigos_jax.data.images import BadImage, image_bytes, read_image
+from vigos_jax.data.images import BadImage, image_bytes
+from vigos_jax.data.processor import PixelLimits
+from vigos_jax.data.visuals import TooLong, Visual
 from vigos_jax.evaluation.questions import TaskRows
 from vigos_jax.evaluation.tasks.task import Question, Task
 from vigos_jax.grading.answer_text import last_boxed
-from vigos_jax.method.packing import Row, make_row, slot_count
+from vigos_jax.method.packing import Row
 from vigos_jax.method.prompts import fill
 from vigos_jax.method.spans import find_spans
 from vigos_jax.rollouts.engine import Engine
+from vigos_jax.rollouts.parse import prompt_row
 from vigos_jax.rollouts.sample_rows import sample_rows
 from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.runtime.distributed import exchange, first_decides
@@ -66,7 +69,10 @@ class Asker:
         e, prompt = self.config.eval, self._prompt()
         # Greedy answers to one question are equal.
         samples = self.task.samples or (e.samples if e.temperature else 1)
+        buckets, pixels = self.session.buckets, (self.config.data.min_pixels, self.config.data.max_pixels)
+        # What images are made smaller for is part of what was asked.
         how = dataclasses.asdict(self.sampling) | {"seed": e.seed, "span_rule": self.session.span_rule}
+        how |= {"pixels": pixels, "largest": (max(buckets.patches), max(buckets.prompt))}
         jobs, errors = [], []
         for question in questions:
             reason, images = question.error, []
@@ -141,23 +147,16 @@ class Asker:
 
     def _row(self, question: Question) -> Row | str:
         """The question as the model reads it, or why it cannot."""
-        session = self.session
         try:
-            images = tuple(
-                session.processor.encode_image(read_image(item, image_roots=self.rows.image_roots))
-                for item in question.images
-            )
-        except BadImage as e:
+            visuals = [Visual.read(item, image_roots=self.rows.image_roots) for item in question.images]
+            return prompt_row(visuals, self.session, self.config, problem=question.text, student=self._prompt())
+        except (BadImage, TooLong) as e:
             return e.kind
-        row = make_row(images, problem=question.text, student=self._prompt(), processor=session.processor)
-        for kind, n in (("patches", slot_count(row, session.config)), ("prompt", len(row.prompt.ids))):
-            if n > max(getattr(session.buckets, kind)):
-                return f"{kind}_too_long"
-        return row
 
     def _size(self, question: Question) -> int:
         row = {"images": list(question.images), "problem": question.text}
-        return row_size(row, processor=self.session.processor, image_roots=self.rows.image_roots)
+        pixels = PixelLimits(self.config.data.min_pixels, self.config.data.max_pixels)
+        return row_size(row, processor=self.session.processor, image_roots=self.rows.image_roots, pixels=pixels)
 
     def _sample_batch(self, batch: Sequence[Job], rows: Mapping[int, Row | str], size: int) -> list[list[int] | str]:
         """Token ids of each job's answer, or why it could not be asked; the same in all processes."""

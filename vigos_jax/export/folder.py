@@ -135,7 +135,8 @@ def publish(temporary: pathlib.Path, output: pathlib.Path, *, record: pathlib.Pa
     except (OSError, shutil.Error) as e:
         reason = getattr(e, "strerror", None) or e
         raise InputError(
-            f"cannot put the export at config.export.output={str(output)!r}: {reason}; move it, it is complete in {temporary}"
+            f"cannot put the export at config.export.output={str(output)!r}: {reason}; move it, it is complete in "
+            f"{temporary}"
         ) from e
 
 

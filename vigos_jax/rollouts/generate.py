@@ -8,11 +8,13 @@ from PIL import Image
 
 from vigos_jax.data.cleaning import clean_problem
 from vigos_jax.data.images import BadImage, read_image
+from vigos_jax.data.markers import MarkerMismatch
+from vigos_jax.data.visuals import TooLong, Visual
 from vigos_jax.demo import world
 from vigos_jax.errors import InputError
-from vigos_jax.method.packing import make_row
 from vigos_jax.models.variables import Variables
 from vigos_jax.rollouts.engine import EngineFactory, NativeEngine
+from vigos_jax.rollouts.parse import prompt_row
 from vigos_jax.rollouts.sampler import row_keys
 from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.session import Session
@@ -35,6 +37,10 @@ def stream(session: Session, trained: Variables, config, *, open_engine: EngineF
         yield from _answer(session, trained, config, image, problem, open_engine)
     except BadImage as e:
         raise InputError(f"config.generate.image={config.generate.image!r}: {e}") from e
+    except MarkerMismatch as e:
+        raise InputError(f"config.generate.question={config.generate.question!r}: {e}; it needs as many") from e
+    except TooLong as e:
+        raise InputError(f"config.generate.question: {e.kind}, {e}; raise the largest of config.buckets") from e
 
 
 def quick_look(session: Session, trained: Variables, config, open_engine: EngineFactory) -> Iterator[str]:
@@ -51,9 +57,9 @@ def quick_look(session: Session, trained: Variables, config, open_engine: Engine
 def _answer(
     session: Session, trained: Variables, config, image: Image.Image, problem: str, open_engine: EngineFactory
 ) -> Iterator[str]:
-    """Yields the student's completion, prefill included; raises BadImage."""
-    encoded = session.processor.encode_image(image)
-    row = make_row((encoded,), problem=problem, student=config.prompts.student.to_dict(), processor=session.processor)
+    """Yields the student's completion, prefill included; raises BadImage and TooLong."""
+    student = config.prompts.student.to_dict()
+    row = prompt_row([Visual((image,))], session, config, problem=problem, student=student)
     copies = session.whole_batch(1)  # one row cannot be split: every data slot of the mesh gets a copy of it
     said = text = ""
     with contextlib.closing(open_engine(session, Sampling(**config.sampling))) as engine:

@@ -13,9 +13,10 @@ from vigos_jax.data.examples import Encoder, Example, is_unicode
 from vigos_jax.data.images import read_image
 from vigos_jax.data.processor import EncodedImage, PixelLimits, Processor
 from vigos_jax.data.sources import JsonlSource
+from vigos_jax.data.visuals import Visual, fitting
 from vigos_jax.grading.answer_text import last_boxed, mentions
 from vigos_jax.grading.rules import grade
-from vigos_jax.method.packing import Buckets, Rollout, Row, make_row, too_long
+from vigos_jax.method.packing import Buckets, Rollout, Row, make_row, slot_count, too_long
 from vigos_jax.method.roles import TeacherRole
 from vigos_jax.method.spans import find_spans
 from vigos_jax.models.config import ModelConfig
@@ -142,6 +143,25 @@ class Reader:
         row = self.row(example, reference=reference, images=images)
         kind = too_long(row, roles=self.roles, buckets=self.buckets, max_completion=max_completion, config=self.config)
         return kind and f"{kind}_too_long"
+
+
+def prompt_row(visuals: Sequence[Visual], session: Session, config, *, problem: str, student: Mapping[str, str]) -> Row:
+    """A row that is only answered, its images as large as the buckets have room for.
+
+    Raises:
+      TooLong: it does not fit with the smallest images either.
+    """
+    processor, buckets = session.processor, session.buckets
+
+    def row(images: tuple[EncodedImage, ...]) -> Row:
+        return make_row(images, problem=problem, student=student, processor=processor)
+
+    def reason(images: tuple[EncodedImage, ...]) -> str | None:
+        sizes = {"patches": slot_count(row(images), session.config), "prompt": len(row(images).prompt.ids)}
+        return next((f"{kind}_too_long" for kind, n in sizes.items() if n > max(getattr(buckets, kind))), None)
+
+    pixels = fitting(visuals, processor, PixelLimits(config.data.min_pixels, config.data.max_pixels), reason)
+    return row(tuple(image for v in visuals for image in v.encode(processor, pixels)))
 
 
 def parse(session: Session, rows: Sequence[Row], sampled: Completions) -> list[Rollout | None]:
