@@ -16,7 +16,8 @@ from vigos_jax.grading.units import same_unit, unit_of
 _MAX_ITEMS = 6
 _MAX_DEPTH = 2  # a union of intervals of values
 _NUMBER = r"[0-9]{1,30}(?:[.,][0-9]{1,30})?"
-_RANGE = re.compile(rf"[+-]? ?{_NUMBER} ?(?:-+ ?{_NUMBER} ?)+|{_NUMBER}(?: ?/ ?{_NUMBER}){{2,}}")  # a score, a date
+_PART = rf"{_NUMBER}(?: ?/ ?{_NUMBER})?"
+_RANGE = re.compile(rf"[+-]? ?{_PART} ?(?:-+ ?{_PART} ?)+|{_NUMBER}(?: ?/ ?{_NUMBER}){{2,}}")  # a score, a date
 _ADJACENT = re.compile(r"[0-9)] [0-9]")
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne)(?![A-Za-z])")
 _SYMBOL = re.compile(r"[A-Za-z]|\\[A-Za-z]{2,10}")

@@ -17,6 +17,7 @@ _LEADS = tuple(
         r"(?:the )?(?:correct |right |final )?(?:answer|option|choice|letter|choose|pick|select) "
         r"(?=[(\[]?[A-Z](?:[^\w']|$))",
         rf"(?:it|this|that|there|they|he|she|these|those)(?:'s|'re|(?= (?:is|are|was|were) ){_VERB}) ?(?:a total of )?",
+        r"a total of (?=[0-9a-z])",
         r"(?:it|that) (?:equals|shows|says|reads) ",
         r"(?:the|this) statement is ",
         r"答案(?:是|为|:)? ?",

@@ -34,7 +34,7 @@ _SPACE = re.compile(r" ?([^\w ]) ?")
 
 _COUNTED = re.compile(r" (?:different |of the |total )?([^\W\d_]{3,}(?:[ '-][^\W\d_]{2,}){0,2})")
 _TAIL = re.compile(
-    r" (?:ones?|of them|in total|total|altogether|in all|old|tall|long|wide|high|deep|thick|away|apart|each|"
+    r" (?:ones?|or so|of them|in total|total|altogether|in all|old|tall|long|wide|high|deep|thick|away|apart|each|"
     r"(?:shown |visible |seen )?(?:in|on) (?:the|this) "
     r"(?:image|picture|photo|photograph|figure|diagram|chart|graph|table))$"
 )

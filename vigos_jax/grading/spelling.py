@@ -46,6 +46,7 @@ _LATEX = tuple(
         (r"\\(?:textcolor|color) ?\{[^{}]*\}", ""),
         (r"</?(?:answer|b|i|strong|em|p|span)>", ""),
         (r"\\(?:displaystyle|textstyle|rm|bf|it|sf|tt|boldmath)(?![A-Za-z]) ?", ""),
+        (r"\\(?:tiny|small|normalsize|[lL]arge|LARGE|[hH]uge)(?![A-Za-z]) ?", ""),
         (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z]) ?\.?", ""),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\leq(?:slant|q)?(?![A-Za-z])", r"\\le"),

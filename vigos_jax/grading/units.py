@@ -61,7 +61,6 @@ kcal kilocalorie kilocalories
 ev electronvolt electronvolts
 w watt watts
 kw kilowatt kilowatts
-kwh
 v volt volts
 mv millivolt millivolts
 kv kilovolt kilovolts
@@ -114,6 +113,7 @@ _PHRASES = tuple(
         (r"(?:\bdegrees? |\bdeg\.? |° ?)(?:celsius|centigrade|c)\b", "°c"),
         (r"(?:\bdegrees? |\bdeg\.? |° ?)(?:fahrenheit|f)\b", "°f"),
         (r"\b(?:us|u\.s\.|american) dollars?\b", "$"),
+        (r"\b([kmg]?w)h\b", r"\1 h"),
         (r"\bmph\b", "mi/h"),
         (r"\b(?:kph|kmh|kmph)\b", "km/h"),
         (r"\\(?:cdot|times)|\*|-(?=[a-z])", " "),
