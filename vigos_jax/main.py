@@ -64,8 +64,8 @@ examples
       --config.generate.image=picture.png --config.generate.question='what color are the bananas ?'
   python -m vigos_jax.main --config configs/base.py --mode export --workdir runs/base --config.export.output=/tmp/hf
 
-exit codes: 0 done (or stopped by a signal and saved), 1 done but some rows were bad, or what was to be printed could
-not be (or, with a traceback, a crash), 2 bad config or input, 130 interrupted, 141 broken pipe, 143 ended by SIGTERM
+exit codes: 0 done (or stopped by a signal and saved), 1 done but some rows were bad, or not all could be printed (or,
+with a traceback, a crash), 2 bad config or input, 130 interrupted, 141 broken pipe, 143 ended by SIGTERM
 """
 
 

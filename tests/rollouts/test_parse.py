@@ -39,9 +39,8 @@ def loaded(tmp_path_factory):
 
 def config(**fields):
     student = {"user": "{problem}!", "assistant_prefill": "<description>"}
-    return ml_collections.ConfigDict(
-        {"prompts": {"student": student}, "data": {"max_images": 1, "fields": ("caption",)} | fields}
-    )
+    data = tiny_rows.config("x", **{"fields": ("caption",)} | fields)
+    return ml_collections.ConfigDict({"prompts": {"student": student}, "data": data.to_dict()})
 
 
 def example(loaded, **fields):

@@ -8,7 +8,7 @@ import pytest
 import tiny_runs as runs
 
 from vigos_jax.errors import InputError
-from vigos_jax.training.checkpoints import Checkpoints
+from vigos_jax.training.checkpoints import Checkpoints, _short
 from vigos_jax.training.step import TrainState
 
 
@@ -121,6 +121,18 @@ def test_a_save_that_fails_is_said_and_older_ones_stay(undisturbed, tmp_path, mo
 
 def train_state(tree, step):
     return TrainState(jnp.int32(step), tree, {"m": jnp.zeros(3)}, {})
+
+
+def test_the_reason_stands_at_the_end():
+    """tensorstore writes a page of settings behind it."""
+    text = (
+        "RESOURCE_EXHAUSTED: Error writing "
+        + "x" * 500
+        + ': No space left on device [tensorstore_spec=\'{"a":'
+        + "y" * 500
+    )
+    assert _short(text).startswith("RESOURCE_EXHAUSTED") and _short(text).endswith(": No space left on device")
+    assert len(_short(text)) <= 300 and "\n" not in _short("a\nb")
 
 
 def test_an_old_checkpoint_goes_when_the_new_one_is_there(tmp_path):

