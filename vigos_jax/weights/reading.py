@@ -83,7 +83,7 @@ def check_tensors(
     if problems:
         raise InputError(
             f"{where} must fit the model of its config.json, and has {len(problems)} problem(s): "
-            f"{some(problems, '; ', shown=10)}"
+            f"{some(problems, '; ', shown=12)}"
         )
 
 
