@@ -339,22 +339,22 @@ def index_names_a_missing_shard(folder):
 
 def index_is_no_json(folder):
     (folder / "model.safetensors.index.json").write_text("{")
-    return "not a safetensors index"
+    return "must be a safetensors index"
 
 
 def index_has_no_map(folder):
     (folder / "model.safetensors.index.json").write_text('{"metadata": {}}')
-    return "not a safetensors index"
+    return "must be a safetensors index"
 
 
 def index_is_a_list(folder):
     (folder / "model.safetensors.index.json").write_text("[]")
-    return "not a safetensors index"
+    return "must be a safetensors index"
 
 
 def index_names_no_file(folder):
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1, "b": "model.safetensors"}}')
-    return "not a safetensors index"
+    return "must be a safetensors index"
 
 
 def index_leaves_a_shard_out(folder):
@@ -489,7 +489,7 @@ def test_two_adapters_in_a_file_are_refused(folders, adapter):
     tensors = safetensors.torch.load_file(file)
     both = {k.replace(".weight", f".{name}.weight"): v.clone() for k, v in tensors.items() for name in ("a", "b")}
     safetensors.torch.save_file(both, file)
-    with pytest.raises(InputError, match="is there twice"):
+    with pytest.raises(InputError, match="must be there once"):
         load_adapter(folders, adapter)
 
 

@@ -82,7 +82,8 @@ def check_tensors(
             problems.append(f"{name} has shape {list(flat)}, expected {list(wanted)}")
     if problems:
         raise InputError(
-            f"{where} must fit the model of its config.json, and has {len(problems)} problem(s): {some(problems, '; ')}"
+            f"{where} must fit the model of its config.json, and has {len(problems)} problem(s): "
+            f"{some(problems, '; ', shown=12)}"
         )
 
 

@@ -26,7 +26,9 @@ class WeightFiles:
         for path in paths:
             for name, stored in read_header(path).items():
                 if canonical(name) in self._where:
-                    raise InputError(f"{path}: {name} is there twice, under two spellings or in two files")
+                    raise InputError(
+                        f"{path}: {name} must be there once; it is there under two spellings or in two files"
+                    )
                 self._where[canonical(name)] = stored
 
     def names(self) -> set[str]:
@@ -82,10 +84,10 @@ def _interrupted(folder: pathlib.Path) -> str:
     return f" ({found[0]} is there: a download was interrupted)" if found else ""
 
 
-def some(problems: list[str], separator: str = ", ") -> str:
-    """The first twenty, and how many more there are."""
-    more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
-    return separator.join(problems[:20] + more)
+def some(problems: list[str], separator: str = ", ", *, shown: int = 20) -> str:
+    """The first ones, and how many more there are."""
+    more = [f"and {len(problems) - shown} more"] if len(problems) > shown else []
+    return separator.join(problems[:shown] + more)
 
 
 def read_leaf(
