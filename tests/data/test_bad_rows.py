@@ -7,6 +7,7 @@ import datasets
 import pytest
 import tiny_runs as runs
 from helpers import ADDED_TOKENS, make_processor_folder
+from PIL import Image
 from tiny_rows import config, encode, picture_bytes, write_jsonl, write_parquet
 
 from vigos_jax.data.processor import Processor
@@ -279,7 +280,29 @@ def test_a_data_set_without_rows(world, tmp_path, capsys, text, words):
 def test_a_data_set_of_bad_rows_stops_at_once(world, tmp_path, capsys):
     rows = [ROW | {"answer": None}] * 8
     assert train(world, tmp_path, rows, "--config.batch_size=8") == 2
-    assert "no usable row: 8 of 8 rows bad: empty_answer 8" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no usable row: 8 of 8 rows bad: empty_answer 8 (line " in said and ", id 'r': answer is None)" in said
+    # No step was taken: the corrected data may have the workdir, under whatever name.
+    corrected = runs.write_rows(tmp_path / "corrected.jsonl", [ROW] * 8)
+    assert train(world, tmp_path, rows, "--config.batch_size=8", f"--config.data.source={corrected}") == 0
+    (row,) = runs.read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert row["step"] == 1 and json.loads((tmp_path / "run" / "config.json").read_text())["data"]["source"] == str(
+        corrected
+    )
+    # Now it holds a run, and no other one may have it.
+    assert train(world, tmp_path, rows, "--config.batch_size=8") == 2
+    assert "holds another run (data.source: " in capsys.readouterr().err
+
+
+def test_photos_of_a_phone_train(world, tmp_path):
+    """12 megapixels, in buckets that hold one small image: they are made to fit, whatever the limits say."""
+    Image.new("RGB", (4000, 3000), "red").save(tmp_path / "wide.jpg")
+    Image.new("RGB", (3000, 4000), "blue").save(tmp_path / "high.jpg")
+    rows = [ROW | {"images": ["wide.jpg"]}, ROW | {"images": ["high.jpg"]}, ROW, ROW]
+    arguments = ("--config.data.max_pixels=1000000", "--config.data.shuffle=False")
+    assert train(world, tmp_path, rows, *arguments) == 0
+    (row,) = runs.read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert row["bad_rows"] == 0 and row["loss"] > 0
 
 
 def test_a_row_of_json_that_is_none_keeps_its_slot(world, tmp_path):
