@@ -4,13 +4,12 @@ Computations without a mesh run on the first device as ever. A test that starts 
 subprocess hands these settings on, unless it drops XLA_FLAGS from the environment.
 """
 
-import atexit
 import gc
 import os
 import pathlib
-import shutil
 import signal
-import tempfile
+
+import compiled
 
 # A shell starts background jobs with Ctrl-C ignored; programs under test are to get it as in a terminal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -18,15 +17,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Each program is compiled once, by whichever process comes to it first: xdist's workers and programs under test find
-# this folder in their environment. An entry that another one is still writing is compiled again.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder = tempfile.mkdtemp(prefix="vigos_jax_compiled_")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+# the folder in their environment. An entry that another one is still writing is compiled again.
+COMPILED = compiled.share()
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"  # or the folder's name would be part of every key
 
 import error_form  # noqa: E402
 import hypothesis  # noqa: E402
 import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
 from shape_checks import CHECKED  # noqa: E402
 
 # The one switch of the shape checks: without it, annotations are documentation, as when the program runs.
@@ -53,6 +52,11 @@ LONGEST = (
 
 def pytest_configure(config):
     config.option.loadscopereorder = False  # pytest-xdist would start with the files of most tests instead
+
+
+def pytest_sessionfinish(exitstatus):
+    if COMPILED is not None and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        compiled.keep(COMPILED)
 
 
 def pytest_collection_finish():
