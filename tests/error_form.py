@@ -17,7 +17,7 @@ ADVICE = re.compile(
     r"|\btakes an older\b"
 )
 # A path, a number, a name in quotes, a field, a flag: something of the user's.
-VALUE = re.compile(r"['\"/=]|[0-9]|config\.|--\w|\w\.\w|[{(]|\b(?:True|False|None)\b")
+VALUE = re.compile(r"['\"/=]|[0-9]|config\.|--\w|\w\.\w|[{(]|\b(?:True|False|None)\b|\bcannot (?:read|write) \S")
 
 
 def fault(message: str) -> str | None:

@@ -35,7 +35,6 @@ def test_a_refusal_out_of_form_fails_the_test_that_meets_it():
 PARTS = r"\{(?:choices|_HINT|hint|advice)"  # what a message is put together from
 # Words of others, which are checked where they are made.
 HANDED_ON = {"'; '.join(failures)", "f'{unwell}; {saved}'", "f'{where}: {e}'"}
-HANDED_ON |= {"f'config.generate.image={config.generate.image!r}: {e}'"}
 
 
 def messages() -> list[tuple[str, str]]:

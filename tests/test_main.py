@@ -14,7 +14,7 @@ import transformers
 from vigos_jax import main
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-MODES = ("train", "generate", "score", "diagnose", "eval", "export", "plan")
+MODES = ("train", "data", "generate", "score", "diagnose", "eval", "export", "plan")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -181,7 +181,7 @@ def test_a_config_file_with_a_renamed_field(capsys, tmp_path, line, words):
 def test_data_without_its_columns(capsys, world, tmp_path):
     data = runs.write_rows(tmp_path / "data.jsonl", [{"id": "a", "question": "Why?", "images": []}])
     said = refusal(capsys, [f"--config={world.config}", f"--config.data.source={data}"])
-    assert str(data) in said and "problem, answer" in said and "question" in said
+    assert str(data) in said and "lacks answer" in said and "question" in said
 
 
 def test_an_unreadable_picture(capsys, world, tmp_path):

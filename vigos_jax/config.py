@@ -252,6 +252,9 @@ def _check_eval(config: ConfigDict) -> None:
 
 
 def _check_data(config: ConfigDict) -> None:
+    least, most = get(config, "data.min_pixels"), get(config, "data.max_pixels")
+    if most and least > most:
+        raise InputError(f"config.data.min_pixels={least} must be at most config.data.max_pixels={most}")
     fields, template = get(config, "data.fields"), get(config, "data.options_template")
     if template and "{option}" not in template:
         raise InputError(

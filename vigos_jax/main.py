@@ -90,6 +90,7 @@ def _parse(argv: list[str]):
         # ml_collections puts a whole traceback into some messages; what happened is behind its last frame.
         message = re.sub(r"Traceback \(most recent call last\):.*\n  +\S[^\n]*", "", str(e), flags=re.DOTALL)
         reason = " ".join(message.split())
+        reason = re.sub(r" Other fields present: .*?(?=Did you mean|$)", " ", reason)  # all of them
         # A locked config names the field that it does not have first, in quotes.
         asked = re.search(r"""["'](?:Key )?["']?(\w+)["']""", reason)
         if asked and (new := renamed(asked[1])):

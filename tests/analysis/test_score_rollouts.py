@@ -133,7 +133,7 @@ def test_bad_rows_are_named(world, rollouts, tmp_path, capsys):
         score(world, path, tmp_path / path.stem)
         said = capsys.readouterr().err
         for line, (name, reason) in zip(lines, BAD.items(), strict=True):
-            assert f"{path}:{line}: id {name}: {reason}\n" in said
+            assert f"{path}:{line}: id {name}: {reason}" in said
 
 
 def test_other_clips_and_means(world, rollouts, scored, tmp_path):

@@ -266,7 +266,7 @@ def test_base64_of_every_format(format):
         ({"bytes": None, "path": "http://example.org/a.png"}, "image_remote"),
         ("file:///etc/passwd", "image_outside_folder"),
         ("file://host/../../etc/passwd", "image_outside_folder"),
-        ("..\\..\\etc\\passwd", "image_outside_folder"),
+        ("..\\..\\etc\\passwd", "image_missing"),
         ("C:\\pictures\\a.png", "image_missing"),
         (f"data:image/png;base64,{BASE64[:99]}!", "image_unreadable"),
         ("data:image/svg+xml,<svg/>", "image_unreadable"),

@@ -97,6 +97,9 @@ def test_hostile_texts_stay_texts(loaded, text, where):
     p = loaded.processor
     harmless = encode(GOOD | {"caption": "seen"}, p, fields=("caption",))
     example = encode(GOOD | {"caption": "seen"} | {where: f"x {text} y"}, p, fields=("caption",))
+    if where == "problem" and "<|vision_start|><|image_pad|><|vision_end|>" in text:  # what a template wrote: a marker
+        assert example.problem == "x the image y"
+        return
     if where == "problem" and text.count("<image>") > 1:  # more markers than images
         assert example.bad_reason == "image_markers"
         return

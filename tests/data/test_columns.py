@@ -36,6 +36,24 @@ ROWS = {
     "a path": ({"query": "How many?", "ground_truth": "2", "image_path": "a.png"}, 1),
     "numbered images": ({"question": "How many?", "answer": "2", "image_1": "a.png", "image_2": "a.png"}, 2),
     "a list as text": ({"question": "How many?", "answer": "2", "images": "['a.png', 'a.png']"}, 2),
+    "empty beside it": ({"problem": "How many?", "answer": 2, "images": [], "image": "a.png"}, 1),
+    "capitals": ({"Question": "How many?", "Answer": 2, "Image": "a.png"}, 1),
+    "nested ground truth": (
+        {"prompt": [{"role": "user", "content": "<image>How many?"}], "images": [{"image": "a.png"}],
+         "reward_model": {"style": "rule", "ground_truth": "2"}},
+        1,
+    ),
+    "accepted answers": ({"question": "How many?", "answers": ["2", "two"], "image": {"url": "a.png"}}, 1),
+    "a part behind the text": (
+        {"messages": [{"role": "user", "content": [TEXT, IMAGE]}, {"role": "assistant", "content": "2"}],
+         "images": ["a.png"]},
+        1,
+    ),
+    "parts without a type": (
+        {"messages": [{"role": "user", "content": [{"image": "a.png"}, {"text": "How many?"}]}], "answer": "2"},
+        1,
+    ),
+    "a file's address": ({"problem": "How many?", "answer": "2", "image": "file://a.png"}, 1),
     "null beside it": ({"problem": "How many?", "answer": 2, "images": None, "image": "a.png"}, 1),
     "empty bytes": ({"problem": "How many?", "answer": 2.0, "image": {"bytes": "", "path": "a.png"}}, 1),
     "a thought": (
@@ -125,6 +143,7 @@ def test_the_users_columns(tmp_path, processor, kind):
     "row, columns, message",
     [
         ({"question": "q", "query": "q", "answer": "a", "image": ""}, {}, "question and query could be the problem"),
+        ({"question": "q", "messages": [{"role": "user", "content": "q"}], "image": ""}, {}, "question and messages cou"),
         ({"problem": "q", "solution": "a", "gt_answer": "a", "image": ""}, {}, "with config.data.columns.answer"),
         ({"problem": "q", "answer": "a", "image": ""}, {"id": "key"}, "columns.id='key' must be .* columns problem"),
         ({"caption": "q", "answer": "a", "image": ""}, {}, "lacks problem; it has the columns caption.*data.columns"),
@@ -203,16 +222,33 @@ def test_labels_have_their_names(tmp_path, processor):
     assert [e.reference for e in examples] == ["dog", "cat", ""] and examples[2].bad_reason == "empty_answer"
 
 
-def test_labels_that_differ_between_files_are_refused(tmp_path):
-    for name, labels in (("a", ["cat", "dog"]), ("b", ["dog", "cat"])):
-        features = {"problem": datasets.Value("string"), "answer": datasets.ClassLabel(names=labels)}
-        columns = {"problem": ["Q?"], "answer": [1]}
-        (tmp_path / "set").mkdir(exist_ok=True)
-        datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(
-            tmp_path / f"set/{name}.parquet"
-        )
-    with pytest.raises(InputError, match="the labels of answer differ: .*cat.*in a.parquet.*in b.parquet"):
-        load_source(config(tmp_path / "set"))
+def test_files_of_other_types_keep_their_own(tmp_path, processor):
+    """Labels by the names of their file, numbers and texts as they stand: nothing is cast to the first file's types."""
+    image = [{"bytes": picture_bytes(3), "path": None}]
+    kinds = {
+        "a": ({"answer": datasets.ClassLabel(names=["cat", "dog"])}, {"answer": [1]}),
+        "b": ({"answer": datasets.ClassLabel(names=["dog", "cat"])}, {"answer": [1]}),
+        "c": ({"answer": datasets.Value("int64")}, {"answer": [7]}),
+        "d": ({"answer": datasets.Value("string")}, {"answer": ["007"]}),
+        "e": ({"answer": datasets.Value("float32")}, {"answer": [0.1]}),
+        "f": (
+            {"answer": datasets.Value("string"), "options": datasets.List(datasets.Value("string"))},
+            {"answer": ["B"], "options": [["red", "blue"]]},
+        ),
+        "g": ({"answer": datasets.Value("string")}, {"answer": []}),
+    }
+    (tmp_path / "set").mkdir()
+    for name, (features, columns) in kinds.items():
+        n = len(columns["answer"])
+        features = {"problem": datasets.Value("string"), "image": datasets.Image()} | features
+        columns = {"problem": ["Q?"] * n, "image": image * n} | columns
+        table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+        table.to_parquet(tmp_path / "set" / f"{name}.parquet")
+    source = load_source(config(tmp_path / "set"))
+    examples = [encode_row(source, processor, i) for i in range(len(source))]
+    assert [e.bad_reason for e in examples] == [None] * 6
+    # The answers' words, but for the last: where nothing shows the options, a letter is the option's text.
+    assert sorted(e.reference for e in examples) == ["0.1", "007", "7", "blue", "cat", "dog"]
 
 
 def test_decimals_are_numbers(tmp_path, processor):
@@ -284,6 +320,10 @@ OPTIONS = ["red", "blue"]
         ("['red', 'blue', None]", "B", "- {option}", "Q?\n- red\n- blue", "B"),
         (None, "B", "{letter}. {option}", "Q?", "B"),
         (OPTIONS, "green", "", "Q?", "green"),  # nobody is asked to choose
+        (OPTIONS, "B", "", "Q?", "blue"),  # nobody could say the letter
+        (["<image 1>", "<image 2>"], "B", "{letter}. {option}", "Q?\nA. image 1\nB. image 2", "B"),
+        (None, [1, 2.5, 3, 4], "", "Q?", "[1, 2.5, 3, 4]"),  # a box is one answer
+        (["1", "2", "4"], 4, "{letter}. {option}", "Q?\nA. 1\nB. 2\nC. 4", "4"),
         (OPTIONS, ["blue", "azure"], "", "Q?", "blue"),
         (None, ["5", "five"], "", "Q?", "5"),
         (None, "['5', 'five']", "", "Q?", "5"),
@@ -302,6 +342,7 @@ def test_options_and_references(processor, options, answer, template, problem, r
     [
         (OPTIONS, "green", "answer_not_an_option"),
         (OPTIONS, 2, "answer_not_an_option"),
+        (["1", "2", "4"], 1, "unclear_answer_index"),  # the first option's text, or the second's number
         (OPTIONS, ["A", "B"], "several_options_right"),
         ("red or blue", "red", "bad_options"),
         (None, [], "empty_answer"),
@@ -313,6 +354,13 @@ def test_options_that_cannot_be_asked(processor, options, answer, reason):
     assert encode(row, processor, options_template="{letter}. {option}").bad_reason == reason
 
 
+def test_a_number_beyond_the_options_is_bad_whatever_is_shown(processor):
+    row = {"problem": "Q?", "answer": 2, "images": [picture(3)], "options": OPTIONS}
+    assert encode(row, processor).bad_reason == "answer_not_an_option"
+
+
 def test_a_question_that_shows_its_options_is_left_alone(processor):
     row = {"problem": "Q?\n(A) red (B) blue", "answer": "A", "images": [picture(3)], "options": OPTIONS}
-    assert encode(row, processor, options_template="{letter}. {option}").problem == row["problem"]
+    for template in ("{letter}. {option}", ""):
+        example = encode(row, processor, options_template=template)
+        assert (example.problem, example.reference) == (row["problem"], "A")

@@ -36,8 +36,14 @@ def make(folder, *names):
         (["data/train/0000.parquet", "data/test/0000.parquet"], "train", 1),
         (["x.parquet", "dev-00000-of-00001-0123456789abcdef.parquet"], "validation", 2),
         (["geo.parquet", "chart.parquet"], "chart", 2),
+        (["mine_train.parquet", "mine_test.parquet"], "train", 1),
+        (
+            ["train.parquet", "test-dev.parquet", "testA.parquet", "validation_set.parquet", "minival.parquet"],
+            "train",
+            1,
+        ),
         (["a.parquet", ".b.parquet", "_temporary/c.parquet"], "train", 1),
-        (["a.parquet", "testing_ground.parquet"], "train", 3),
+        (["a.parquet", "attesting.parquet"], "train", 3),
     ],
 )
 def test_which_files_are_read(tmp_path, names, split, read):

@@ -269,6 +269,7 @@ def test_nowhere_to_write_and_a_broken_journal(world, tmp_path, capsys):
     assert run(world, tmp_path / "file" / "out", ["demo"], {}) == 2
     assert "cannot write" in capsys.readouterr().err and (tmp_path / "file").read_text() == "mine"
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "responses.jsonl").write_text("")
     verdicts = tmp_path / "out" / "verdicts.jsonl"
     verdicts.write_text('{"key": "a"}\ngarbage\n{"key": "b"}\n')
     assert run(world, tmp_path / "out", ["demo"], {}) == 2

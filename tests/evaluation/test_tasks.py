@@ -276,7 +276,8 @@ def test_options_are_shown_behind_their_letters(options):
         ("1", ["red", "blue"], "B", True, None),
         (0, ["red", "blue"], "A", True, None),
         (2, ["red", "blue"], "2", True, "answer_not_an_option"),
-        (1, ["1", "2"], "1", False, None),  # a text comes first
+        ("1", ["1", "2"], "1", False, None),  # a text comes first
+        (1, ["1", "2"], "1", True, "unclear_answer_index"),  # a number may be one option's text, another one's place
         (2, ["two", "three"], "2", False, None),
         ("b", ["red", "blue"], "b", False, None),
         ("B. blue", ["red", "blue"], "B. blue", False, None),

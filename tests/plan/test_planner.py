@@ -232,7 +232,7 @@ def test_what_cannot_fit_says_all_that_was_tried(capsys):
         (["plan.completion=49"], ["config.plan.completion=49", "config.sampling.max_tokens=48"]),
         (["plan.patches=99999"], ["99999", "config.buckets.patches"]),
         (["plan.memory_gb=-1.0"], ["config.plan.memory_gb=-1.0", "at least 0"]),
-        (["plan.output=/nowhere/at/all.json"], ["/nowhere/at/all.json", "does not exist"]),
+        (["plan.output=/nowhere/at/all.json"], ["/nowhere/at/all.json", "must exist"]),
     ],
 )
 def test_mistakes(capsys, changes, words):

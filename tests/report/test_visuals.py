@@ -81,7 +81,7 @@ def test_a_run_on_pictures_and_videos(tmp_path, family):
     model = runs.write_model(tmp_path / "model", family=family)
     config = tmp_path / "mine.py"
     config.write_text(runs.CONFIG.format(model=str(model), data=str(data)))
-    world = runs.World(tmp_path, model, tmp_path, data, config)
+    world = runs.World(tmp_path, model, tmp_path, data, data, config)
     options = ["--config.data.max_images=2", "--config.steps=2", f"--workdir={tmp_path / 'run'}"]
     assert world.run(*options, "--config.buckets.patches=(128,)", "--config.buckets.prompt=(96,)") == 0
     metrics = runs.read_rows(tmp_path / "run" / "metrics.jsonl")

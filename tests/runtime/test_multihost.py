@@ -41,7 +41,7 @@ def test_variables():
         ({"RANK": "-1"}, "RANK='-1' must be a whole number"),
         ({"WORLD_SIZE": "four"}, "WORLD_SIZE='four' must be a whole number"),
         ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 must be from 1 to 65535"),
-        ({"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK=2 contradicts"),
+        ({"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK=2 must go with RANK=3"),
         ({"RANK": "0", "LOCAL_RANK": "1"}, "LOCAL_RANK=1 must go with RANK=0"),
     ],
 )
@@ -68,7 +68,11 @@ def test_one_process_on_a_host_gets_all_its_devices():
         ("env", {}, "config.distributed=env needs MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE; missing: MASTER_ADDR,"),
         ("env", VARIABLES | {"RANK": "9"}, "RANK=9 must be"),
         ("off", VARIABLES, "WORLD_SIZE=4 and config.distributed=off"),
-        ("auto", {}, "cannot join the processes: no coordinator; choices: off, or env with MASTER_ADDR"),
+        (
+            "auto",
+            {},
+            "cannot join the processes, which it needs: no coordinator; choices: off, or env with MASTER_ADDR",
+        ),
         ("maybe", {}, "config.distributed='maybe' is unknown; choices: off, auto, env"),
     ],
 )
@@ -193,8 +197,8 @@ def test_alone_nothing_is_asked_of_anyone():
     assert distributed.exchange({"a": (1, 2)}) == [{"a": [1, 2]}]
     assert distributed.total({"a": 1}) == {"a": 1} and distributed.largest(3) == 3
     assert distributed.first_decides(lambda: 5) == 5
-    with pytest.raises(InputError, match="as it is"), distributed.joined("off"):
-        raise InputError("as it is")
+    with pytest.raises(InputError, match="x=1 must be said as it is"), distributed.joined("off"):
+        raise InputError("x=1 must be said as it is")
 
 
 # -- training ---------------------------------------------------------------------------------------------------

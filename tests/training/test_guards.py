@@ -25,7 +25,7 @@ def test_means_that_leave_their_bounds(tmp_path):
         health.update(GOOD | {"valid_rate": valid_rate})
         assert len(health.news) == news, valid_rate
     assert health.news == [] and health.alerts["valid_rate"] == (
-        "valid_rate is 0 over the last 2 steps, outside config.guards.valid_rate=(0.5, 1)"
+        "valid_rate is 0 over the last 2 steps, and must be inside config.guards.valid_rate=(0.5, 1)"
     )
     assert not health.reason_to_stop(tmp_path)
     stopping = Health(GUARDS | {"stop": True}, health.state())

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from vigos_jax.data.images import held_in
 from vigos_jax.data.markers import count_markers
 
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant"}
 _ROLES |= {"bot": "assistant", "system": "system", "developer": "system"}
 _TYPES = {"text": "text", "input_text": "text", "output_text": "text"}
 _TYPES |= dict.fromkeys(("image", "image_url", "input_image"), "image")
-_IMAGE_KEYS = ("image", "image_url", "url", "path", "bytes", "base64", "data")
 
 
 class BadChat(ValueError):
@@ -50,7 +50,7 @@ class Chat:
 def is_chat(value: object) -> bool:
     """Whether a value is a list of turns or of a turn's parts, or the JSON of one."""
     items = _items(value)
-    return bool(items) and all(isinstance(i, Mapping) and (i.keys() & {"role", "from", "type"}) for i in items)
+    return bool(items) and all(isinstance(i, Mapping) and i.keys() & {"role", "from", "type", "text"} for i in items)
 
 
 def read_chat(value: object) -> Chat:
@@ -62,7 +62,7 @@ def read_chat(value: object) -> Chat:
       BadChat: unknown roles or parts, or turns that are not one question and at most one answer behind it.
     """
     items = [{k: v for k, v in item.items() if v is not None} for item in _items(value)]
-    if all("type" in item and not item.keys() & {"role", "from"} for item in items):
+    if not any(item.keys() & {"role", "from"} for item in items):
         items = [{"role": "user", "content": items}]
     turns = []
     for item in items:
@@ -106,40 +106,39 @@ def _parts(content: object) -> tuple[str, tuple[Any, ...], int]:
         content = [content]
     if not isinstance(content, list | tuple | np.ndarray):
         raise BadChat("chat_not_understood", f"a turn's content is a {type(content).__name__}, not a text or parts")
-    pieces: list[str] = []
+    texts: list[str] = []
+    places: list[int] = []  # of each image part: how many texts stand before it
     images: list[Any] = []
-    count = 0
     for part in content:
         if isinstance(part, str):
-            pieces.append(part)
+            texts.append(part)
             continue
-        kind = _TYPES.get(str(part.get("type", "text"))) if isinstance(part, Mapping) else None
-        if kind is None:
-            name = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            raise BadChat("chat_not_understood", f"a part of type {name!r}; choices: {', '.join(_TYPES)}")
+        kind = _type_of(part)
         if kind == "text":
-            pieces.append(str(part.get("text") or ""))
+            texts.append(str(part.get("text") or ""))
             continue
-        count += 1
-        pieces.append("<image>")
-        images += [image] if (image := _image(part)) is not None else []
-    if images and len(images) != count:
-        raise BadChat("chat_not_understood", f"{len(images)} of {count} image parts hold an image")
-    text = "".join(pieces)
-    # Some name the images in the text too; those say where.
-    if 0 < count == count_markers(text) - count:
-        text = "".join(p for p in pieces if p != "<image>")
-    return text, tuple(images), count
+        places.append(len(texts))
+        held = held_in(part)
+        images += [] if held is None else [held]
+    if images and len(images) != len(places):
+        raise BadChat("chat_not_understood", f"{len(images)} of {len(places)} image parts hold an image")
+    # Images in front of the text or behind it are no part of a sentence; some texts say themselves where they stand.
+    are_inside = any(0 < place < len(texts) for place in places) and not count_markers("".join(texts))
+    if are_inside:
+        for place in reversed(places):
+            texts.insert(place, "<image>")
+    return "".join(texts), tuple(images), len(places)
 
 
-def _image(part: Mapping[str, Any]) -> Any:
-    """What an image part holds, as `read_image` takes it; None if it only says that there is one."""
-    if isinstance(part.get("bytes"), bytes | bytearray) or (part.get("path") and part.get("type") == "image"):
-        return {"bytes": part.get("bytes"), "path": part.get("path")}
-    value = next((part[key] for key in _IMAGE_KEYS if part.get(key) is not None), None)
-    if isinstance(value, Mapping) and value.get("url"):
-        value = value["url"]
-    return value
+def _type_of(part: object) -> str:
+    """The kind of a part, "text" or "image"; one that does not say is known by what it holds."""
+    if not isinstance(part, Mapping):
+        raise BadChat("chat_not_understood", f"a part is a {type(part).__name__}; it must be a text, or have a type")
+    named = part.get("type")
+    kind = _TYPES.get(str(named)) if named is not None else "image" if held_in(part) is not None else "text"
+    if kind is None:
+        raise BadChat("chat_not_understood", f"a part of type {named!r}; choices: {', '.join(_TYPES)}")
+    return kind
 
 
 def answer_text(value: object) -> Any:

@@ -12,13 +12,16 @@ from vigos_jax.errors import InputError
 
 # The first of each is this program's own name. Of the others, one alone is taken.
 NAMES = {
-    "problem": ("problem", "question", "query", "instruction"),
-    "answer": ("answer", "solution", "ground_truth", "gt_answer"),
+    "problem": ("problem", "question", "query", "prompt", "instruction"),
+    "answer": (
+        *("answer", "solution", "ground_truth", "gt_answer", "multiple_choice_answer", "answers", "label"),
+        "reward_model.ground_truth",
+    ),
     "images": ("images", "image", "image_path", "image_paths", "img"),
     "id": ("problem_id", "id", "question_id", "pid", "idx"),
     "options": ("options", "choices"),
 }
-CHATS = ("messages", "conversations", "conversation", "prompt")  # columns of turns, where there is no question
+CHATS = ("messages", "conversations", "conversation")  # columns of turns
 _NUMBERED = re.compile(r"image_?([0-9]{1,3})")
 
 
@@ -45,25 +48,24 @@ class Columns:
       problem: a question, or a conversation of one.
       answer: "" where the conversation has it.
       images: the first that a row has counts; all of them if they are `numbered`. () where the conversation has them.
-      ids: the first that a row has counts; its number if it has none.
-      options: "" without any.
+      ids, options: the first that a row has counts; its number if it has no id.
     """
 
     problem: str = "problem"
     answer: str = "answer"
     images: tuple[str, ...] = ("images", "image")
     ids: tuple[str, ...] = ("problem_id", "id")
-    options: str = "options"
+    options: tuple[str, ...] = ("options", "choices")
     numbered: bool = False
 
     def names(self) -> set[str]:
         """All paths."""
-        return {p for p in (self.problem, self.answer, *self.images, *self.ids, self.options) if p}
+        return {p for p in (self.problem, self.answer, *self.images, *self.ids, *self.options) if p}
 
     def read(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         """The parts of a row under this program's names, and why it has none (`bad_reason`, `bad_detail`)."""
         ids = (*(lookup(row, name) for name in self.ids), index)
-        out = {"id": str(next(i for i in ids if i is not None)), "options": lookup(row, self.options)}
+        out = {"id": str(next(i for i in ids if i is not None)), "options": _first(row, self.options)}
         problem, answer = lookup(row, self.problem), answer_text(lookup(row, self.answer)) if self.answer else None
         images = self._images(row)
         if not isinstance(problem, str) and is_chat(problem) or (isinstance(problem, str) and _is_chat_text(problem)):
@@ -77,8 +79,9 @@ class Columns:
         return out | {"problem": problem, "answer": answer, "images": images}
 
     def _images(self, row: Mapping[str, Any]) -> Any:
-        found = [value for name in self.images if (value := lookup(row, name)) is not None]
-        return found if self.numbered else next(iter(found), None)
+        if self.numbered:
+            return [value for name in self.images if (value := lookup(row, name)) is not None]
+        return _first(row, self.images)
 
     def describe(self, *, always: bool = False) -> str:
         """One line: where each part comes from; "" if that is as this program names them, unless asked for `always`."""
@@ -92,8 +95,20 @@ class Columns:
         sources = {"problem": self.problem, "answer": self.answer or f"the assistant's turn in {self.problem}"}
         sources["images"] = (" and " if self.numbered else " or ").join(self.images) or f"the parts of {self.problem}"
         if self.options:
-            sources["options"] = self.options
+            sources["options"] = " or ".join(self.options)
         return ", ".join(f"{part} from {source}" for part, source in sources.items())
+
+
+def _first(row: Mapping[str, Any], paths: Sequence[str]) -> Any:
+    """The first value that is there and not empty; else the first that is there."""
+    values = [value for path in paths if (value := lookup(row, path)) is not None]
+    return next((v for v in values if not _is_empty(v)), next(iter(values), None))
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, str):
+        return not value.strip()
+    return isinstance(value, list | tuple | np.ndarray | Mapping) and all(v is None for v in value)
 
 
 def _is_chat_text(text: str) -> bool:
@@ -126,9 +141,9 @@ def find_columns(
             there = f"{where} has the columns {', '.join(names)}"
             raise InputError(f"config.data.columns.{part}={path!r} must be a column, or a path into one: {there}")
     chats = [name for name in CHATS if name in names and any(is_chat(row.get(name)) for row in samples)]
-    problem = wanted["problem"] or _one("problem", names, where) or (chats[0] if chats else "")
+    problem = wanted["problem"] or _one("problem", names, where, samples, others=chats[:1])
     has_chat = bool(problem) and any(is_chat(lookup(row, problem)) for row in samples)
-    answer = wanted["answer"] or _one("answer", names, where)
+    answer = wanted["answer"] or _one("answer", names, where, samples)
     images = _image_columns(wanted["images"], names)
     missing = [] if problem else ["problem"]
     missing += [] if answer or has_chat else ["answer"]
@@ -141,16 +156,31 @@ def find_columns(
         problem=problem,
         answer=answer,
         images=images,
-        ids=(wanted["id"],) if wanted["id"] else tuple(name for name in NAMES["id"] if name in names),
-        options=wanted["options"] or next((name for name in NAMES["options"] if name in names), ""),
-        numbered=len(images) > 1 and all(_NUMBERED.fullmatch(name) for name in images),
+        ids=(wanted["id"],) if wanted["id"] else _named(NAMES["id"], names),
+        options=(wanted["options"],) if wanted["options"] else _named(NAMES["options"], names),
+        numbered=len(images) > 1 and all(_NUMBERED.fullmatch(name.casefold()) for name in images),
     )
 
 
-def _one(part: str, names: Sequence[str], where: str) -> str:
-    """The column of this part, "" for none; InputError where two could be it."""
-    own, *others = NAMES[part]
-    found = [own] if own in names else [name for name in others if name in names]
+def _named(wanted: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """The columns of these names, however they are capitalised."""
+    by_name = {name.casefold(): name for name in reversed(names)}
+    return tuple(by_name[name] for name in wanted if name in by_name)
+
+
+def _one(
+    part: str, names: Sequence[str], where: str, samples: Sequence[Mapping[str, Any]], *, others: Sequence[str] = ()
+) -> str:
+    """The column of this part, "" for none; InputError where two could be it.
+
+    Args:
+      others: further columns that could be it.
+    """
+    own, *further = NAMES[part]
+    if own in names:
+        return own
+    nested = [path for path in further if "." in path and any(lookup(row, path) is not None for row in samples)]
+    found = [*_named(NAMES[part], names), *nested, *others]
     if len(found) > 1:
         raise InputError(f"{where}: {' and '.join(found)} could be the {part}; choose with config.data.columns.{part}")
     return found[0] if found else ""
@@ -159,7 +189,7 @@ def _one(part: str, names: Sequence[str], where: str) -> str:
 def _image_columns(path: str, names: Sequence[str]) -> tuple[str, ...]:
     if path:
         return (path,)
-    if found := tuple(name for name in NAMES["images"] if name in names):
+    if found := _named(NAMES["images"], names):
         return found
-    numbered = {int(m[1]): name for name in names if (m := _NUMBERED.fullmatch(name))}
+    numbered = {int(m[1]): name for name in names if (m := _NUMBERED.fullmatch(name.casefold()))}
     return tuple(numbered[n] for n in sorted(numbered))

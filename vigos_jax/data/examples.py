@@ -10,12 +10,13 @@ import numpy as np
 
 from vigos_jax.data.cleaning import clean_problem
 from vigos_jax.data.images import BadImage, image_size
-from vigos_jax.data.markers import MarkerMismatch
+from vigos_jax.data.markers import MarkerMismatch, numbers_as_words
 from vigos_jax.data.processor import AS_THE_FOLDER, EncodedImage, PixelLimits, Processor
 from vigos_jax.data.references import reference_of, with_options
 from vigos_jax.data.sources import raw_row
 from vigos_jax.data.visuals import TooLong, Visual, fitting, frames_of, is_video
-from vigos_jax.grading.options import LETTERS, parse_literal, parse_options, parse_references
+from vigos_jax.grading.choice import option_index
+from vigos_jax.grading.options import parse_literal, parse_options, parse_references
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,6 +47,9 @@ class Example:
     def complaint(self) -> str:
         """Which row a bad one is, and what is wrong with it: "line 7, id '12': 'a.png' is not a file in /data"."""
         return f"{self.place}, id {self.id!r}" + (f": {self.bad_detail}" if self.bad_detail else "")
+
+
+_ANSWERS = (str, int, float, decimal.Decimal, type(None))
 
 
 class BadRow(Exception):
@@ -108,7 +112,7 @@ class Encoder:
             raise BadRow("no_image")
         videos = sum(map(is_video, items))
         problem = _problem(own["problem"], images=len(items) - videos, videos=videos)
-        options, answer = self._options(own["options"], own["answer"])
+        options, answer = self._options(problem, own["options"], own["answer"])
         if options and self.options_template:
             problem = with_options(problem, options, template=self.options_template)
         if not is_unicode(problem + "".join(answer)):
@@ -122,29 +126,30 @@ class Encoder:
         images = tuple(image for v in visuals for image in v.encode(self.processor, pixels))
         return dataclasses.replace(example, images=images, shrunk=pixels != self.pixels)
 
-    def _options(self, options: object, answer: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def _options(self, problem: str, options: object, answer: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """(the row's options, its references); BadRow if they cannot be used.
 
-        An answer that counts the options becomes a letter where those are shown, else the option's text.
+        Where the question shows the options, or the template does, a reference may be a letter. Where nothing shows
+        them it is the option's text: nobody could say the letter.
         """
-        values = parse_references(answer)
-        if any(not isinstance(v, str | int | float | decimal.Decimal | None) for v in values):
+        if any(not isinstance(v, _ANSWERS) for v in parse_references(answer)):
             raise BadRow("bad_answer_type", f"answer is {_short(answer)}, neither text nor number")
         texts = parse_options(options)
         if texts is None and self.options_template:
             raise BadRow("bad_options", f"options are {_short(options)}")
-        reference = reference_of(answer, texts or ())
+        texts = tuple(numbers_as_words(text) for text in texts or ())
+        reference = reference_of(answer, texts)
         if reference.error == "empty_answer":
             raise BadRow("empty_answer", f"answer is {_short(answer)}")
         if not texts:
             return (), reference.texts
-        if reference.error and self.options_template:
+        are_shown = bool(self.options_template) or with_options(problem, texts) == problem
+        if reference.error and (are_shown or reference.error != "answer_not_an_option" or reference.is_index):
             raise BadRow(reference.error, f"answer is {_short(answer)}, options are {_short(list(texts))}")
-        if reference.error:  # the model is not asked to choose
+        if reference.error:  # an answer of its own: nobody is asked to choose
             return (), reference_of(answer, ()).texts
-        if reference.is_index and not self.options_template:
-            return texts, (texts[LETTERS.index(reference.texts[0])],)
-        return texts, reference.texts
+        index = option_index(reference.texts[0], texts)
+        return texts, reference.texts if are_shown or index is None else (texts[index],)
 
     def _fitting(
         self, example: Example, visuals: Sequence[Visual], too_long: Callable[[Example], str | None]

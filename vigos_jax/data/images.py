@@ -10,12 +10,13 @@ import os
 import pathlib
 import re
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
-from vigos_jax.errors import InputError
+from vigos_jax.errors import InputError, one_line
 
 MAX_PIXELS = 80_000_000  # a larger image is refused by its header; below the size at which PIL itself warns
 MAX_BYTES = 2**29  # a larger file is refused unread
@@ -26,6 +27,15 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
 _LEAST_BASE64 = 60  # characters; no image is smaller, and few paths without a dot are longer
 # Not all that PIL can read: some of its readers start other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+
+
+# Where a mapping may hold an image, in the order of precedence; some write "" for what is not there.
+IMAGE_KEYS = ("bytes", "path", "image", "image_url", "url", "base64", "data")
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes; image generators write their whole program into a PNG
+
+
+class TrustedRoot(str):
+    """A folder that the user named: links in it may lead anywhere, as whoever made it chose."""
 
 
 class BadImage(InputError):
@@ -58,7 +68,7 @@ def read_image(item: object, *, image_roots: Sequence[str]) -> Image.Image:
     except BadImage:
         raise
     except Exception as e:  # a broken file makes PIL raise almost anything
-        raise BadImage("image_unreadable", f"{type(e).__name__}; choices: {', '.join(FORMATS)}") from e
+        raise BadImage("image_unreadable", f"{one_line(e, most=120)}; choices: {', '.join(FORMATS)}") from e
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -94,7 +104,7 @@ def image_size(item: object, *, image_roots: Sequence[str]) -> tuple[int, int]:
     except BadImage:
         raise
     except Exception as e:
-        raise BadImage("image_unreadable", type(e).__name__) from e
+        raise BadImage("image_unreadable", one_line(e, most=120)) from e
     return image.size[::-1] if turned else image.size
 
 
@@ -107,9 +117,10 @@ def image_bytes(item: object, *, image_roots: Sequence[str]) -> bytes:
 def _content(item: object, image_roots: Sequence[str]) -> bytes | Image.Image:
     """A file's bytes, or a PIL image as it is."""
     if isinstance(item, Mapping):
-        item = item.get("bytes") or item.get("path")  # some write "" for neither
-        if not item:
+        held = held_in(item)
+        if held is None:
             raise BadImage("image_missing", "neither bytes nor a path")
+        return _content(held, image_roots)
     if isinstance(item, os.PathLike):
         item = os.fspath(item)
     if isinstance(item, str):
@@ -121,6 +132,13 @@ def _content(item: object, image_roots: Sequence[str]) -> bytes | Image.Image:
         return item
     choices = "bytes, path, data URL, base64, dict of bytes or path, PIL image"
     raise BadImage("bad_image_type", f"{type(item).__name__}; choices: {choices}")
+
+
+def held_in(item: Mapping[str, Any]) -> Any:
+    """What a mapping holds of an image: `{"bytes": ..., "path": ...}`, `{"image_url": {"url": ...}}`; None without."""
+    values = (item.get(key) for key in IMAGE_KEYS)
+    value = next((v for v in values if v is not None and not (isinstance(v, str | bytes) and not v)), None)
+    return held_in(value) if isinstance(value, Mapping) else value
 
 
 def _inline(text: str) -> bytes | None:
@@ -153,20 +171,19 @@ def _open(item: object, image_roots: Sequence[str]) -> Image.Image:
 
 def _read_file(path: str, image_roots: Sequence[str]) -> bytes:
     if path.lower().startswith("file:"):
-        path = urllib.parse.unquote(urllib.parse.urlsplit(path).path)
+        path = re.sub("^file:(?://(?:localhost(?=/))?)?", "", path, flags=re.IGNORECASE)
     elif re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", path):
         raise BadImage("image_remote", f"{path[:100]!r} is not on this machine, and nothing is fetched; use a file")
-    roots = [os.path.realpath(root) for root in image_roots]
     try:
-        real = os.path.realpath(os.path.join(*roots[:1], path))
-        if "\\" in path and not os.path.lexists(real):  # written on Windows
-            real = os.path.realpath(os.path.join(*roots[:1], path.replace("\\", "/")))
+        places = [place for spelling in _spellings(path) for place in _places(spelling, image_roots)]
     except ValueError as e:  # a zero byte in the name
         raise BadImage("image_missing", repr(path)) from e
-    if not any(real.startswith(os.path.join(root, "")) for root in roots):
+    inside = [real for real, is_inside in places if is_inside]
+    if not inside:
         where = ", ".join(image_roots) or "no folder"
         raise BadImage("image_outside_folder", f"{path!r} must lie in {where} (config.data.image_folder)")
-    if not os.path.isfile(real):
+    real = next(filter(os.path.isfile, inside), None)
+    if real is None:
         raise BadImage("image_missing", f"{path!r} is not a file in {image_roots[0]}")
     try:
         if (size := os.path.getsize(real)) > MAX_BYTES:
@@ -174,3 +191,20 @@ def _read_file(path: str, image_roots: Sequence[str]) -> bytes:
         return pathlib.Path(real).read_bytes()
     except OSError as e:
         raise BadImage("image_unreadable", f"{path!r}: {e.strerror}") from e
+
+
+def _spellings(path: str) -> list[str]:
+    """A path as it stands, then as an address or as Windows write it."""
+    return list(dict.fromkeys([path, urllib.parse.unquote(path), path.replace("\\", "/")]))
+
+
+def _places(path: str, image_roots: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """(where a path leads to from each root, links followed; whether it may lead there)."""
+    roots = [os.path.realpath(root) for root in image_roots]
+    for root in image_roots:
+        place = os.path.join(root, path)
+        real = os.path.realpath(place)
+        is_inside = any(real.startswith(os.path.join(r, "")) for r in roots)
+        if isinstance(root, TrustedRoot):  # the text itself may not lead out of it
+            is_inside = is_inside or os.path.abspath(place).startswith(os.path.join(os.path.abspath(root), ""))
+        yield real, is_inside

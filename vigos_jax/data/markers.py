@@ -1,16 +1,21 @@
-r"""Image markers in a question: `<image>`, `<image 2>`, `<image_2>`, `<|image_2|>`, `<video>`.
+r"""Image markers in a question: `<image>`, `<image 2>`, `<image_2>`, `<|image_2|>`, `<video>` and what else is in use.
 
 Every role reads the images first and the question behind them (roles share that prefix), so a marker cannot keep an
 image at its place. Markers that stand together in front of the question, or behind it, say no more than that there are
 images, and go. Others are part of a sentence, and become words: "the image", or "image 2" where the row has several.
-A model's own control tokens (`<|image_pad|>`) are no markers: in a question they are text, as any control token.
+Of a model's control tokens only the three that a template writes for an image, one behind the other, are a marker:
+others (`<|image_pad|>` alone) are text in a question, as any control token.
 """
 
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
-_MARKER = re.compile(r"<(?:(image|video)[ _]?([0-9]{0,3})|\|(image|video)_([0-9]{1,3})\|)>", re.IGNORECASE)
+_MARKER = re.compile(
+    r"<(?:\|vision_start\|><\|(?P<pad>image|video)_pad\|><\|vision_end\||ImageHere|start_of_image"
+    r"|\|?(?P<kind>image|video)[ _:-]?(?P<number>[0-9]{0,3})(?:\||/|><(?:/image|/video))?)>|\[IMG\]",
+    re.IGNORECASE,
+)
 _SENTENCE_ENDS = re.compile(r"(?:^|[\n.:;?!)])\s*$")
 _NOUN = re.compile(r"\b(?:image|picture|photo|figure|diagram|video|clip)[ \t]*$", re.IGNORECASE)
 _DETERMINER = re.compile(r"\b(?:the|this|that|an?|each|your|my)[ \t]*$", re.IGNORECASE)
@@ -23,6 +28,12 @@ class MarkerMismatch(ValueError):
 def count_markers(text: str) -> int:
     """How many markers a text holds."""
     return sum(1 for _ in _MARKER.finditer(text))
+
+
+def numbers_as_words(text: str) -> str:
+    """A text beside a question, an option: `<image 2>` becomes "image 2", a marker without a number goes."""
+    words = lambda m: f"{(m['kind'] or 'image').lower()} {m['number']}" if m["number"] else ""  # noqa: E731
+    return _MARKER.sub(words, text).strip()
 
 
 def without_markers(text: str, *, images: int, videos: int = 0) -> str:
@@ -41,7 +52,7 @@ def without_markers(text: str, *, images: int, videos: int = 0) -> str:
     numbers = _numbers(places, counts)
     lead, tail = text[: places[0].start], text[places[-1].end :]
     between = [text[a.end : b.start] for a, b in zip(places, places[1:], strict=False)]
-    if not any(piece.strip() for piece in between):
+    if _are_all(places, numbers, counts) and not any(piece.strip() for piece in between):
         if not lead.strip():
             return tail.strip()
         if not tail.strip(" \t\n.,:;?!") and _SENTENCE_ENDS.search(lead):
@@ -69,8 +80,8 @@ class _Marker:
 
     @classmethod
     def of(cls, match: re.Match[str]) -> "_Marker":
-        number = match[2] or match[4]
-        return cls(match.start(), match.end(), (match[1] or match[3]).lower(), int(number) if number else None)
+        kind, number = match["kind"] or match["pad"] or "image", match["number"]
+        return cls(match.start(), match.end(), kind.lower(), int(number) if number else None)
 
 
 def _numbers(places: Sequence[_Marker], counts: Mapping[str, int]) -> list[int]:
@@ -88,6 +99,16 @@ def _numbers(places: Sequence[_Marker], counts: Mapping[str, int]) -> list[int]:
         seen[m.kind] += m.number is None
         numbers.append(seen[m.kind] if m.number is None else m.number + base[m.kind])
     return numbers
+
+
+def _are_all(places: Sequence[_Marker], numbers: Sequence[int], counts: Mapping[str, int]) -> bool:
+    """Whether the markers are those of all images (or videos), one behind the other."""
+    seen = dict.fromkeys(counts, 0)
+    for place, number in zip(places, numbers, strict=True):
+        seen[place.kind] += 1
+        if number != seen[place.kind]:
+            return False
+    return all(n in (0, counts[kind]) for kind, n in seen.items())
 
 
 def _words(before: str, behind: str, kind: str, number: int) -> str:

@@ -182,10 +182,10 @@ class Processor:
         return b"".join(self.token_bytes(ids)).decode("utf-8", errors="replace")
 
     def limits(self, wanted: PixelLimits = AS_THE_FOLDER) -> PixelLimits:
-        """The wanted limits, the folder's own in place of zeros. An upper limit below the lower one lowers both."""
+        """The wanted limits, the folder's own in place of zeros. The user's moves the folder's other one."""
         size = self._image_processor.size
-        most = wanted.most or size["longest_edge"]
-        return PixelLimits(min(wanted.least or size["shortest_edge"], most), most)
+        least, most = wanted.least or size["shortest_edge"], wanted.most or max(size["longest_edge"], wanted.least)
+        return PixelLimits(min(least, wanted.most) if wanted.most else least, most)
 
     def image_layout(self, width: int, height: int, wanted: PixelLimits = AS_THE_FOLDER) -> EncodedImage:
         """What `encode_image` gives for an image of so many pixels, without its patches; BadImage as there."""

@@ -1,9 +1,12 @@
 """The options and the reference of a row, whatever its columns hold: what is asked, shown to teachers and graded."""
 
 import dataclasses
+import numbers
 import re
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from vigos_jax.data.cleaning import clean_reference
 from vigos_jax.grading.choice import letter_set, option_index
@@ -24,13 +27,19 @@ def reference_of(answer: Any, options: Sequence[str]) -> Reference:
     """The references of a row whose answer column holds this.
 
     With options an answer is read as the text of one, then as a letter, then as a number that counts them from 0. What
-    names none of them, or several of a list, is an error. Without options every item of a list is right.
+    names none of them, or several of a list, is an error; so is a number that is one option's text and another one's
+    place. Without options every text of a list is right; a list of numbers is one answer.
     """
+    if isinstance(answer, list | tuple | np.ndarray) and len(answer) and not any(isinstance(v, str) for v in answer):
+        answer = _list_text(answer)
     texts = tuple(clean_reference(v) for v in parse_references(answer) if v is not None)
     if not texts or not all(texts):
         return Reference(("",), error="empty_answer")
     if not options:
         return Reference(texts)
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
+        if option_index(str(answer), options) not in (None, answer):
+            return Reference(texts, is_index=True, error="unclear_answer_index")
     found = [_option_reference(text, options) for text in texts]
     if error := next((f.error for f in found if f.error), None):
         return Reference(texts, any(f.is_index for f in found), error)
@@ -38,6 +47,13 @@ def reference_of(answer: Any, options: Sequence[str]) -> Reference:
     if len(named) > 1:
         return Reference(texts, error="several_options_right")
     return found[0]
+
+
+def _list_text(values: Any) -> Any:
+    """A box or a point as one text, "[1, 2.5]"; what is no list of numbers as it was."""
+    if not all(isinstance(v, numbers.Real) and not isinstance(v, bool) for v in values):
+        return values
+    return "[" + ", ".join(map(clean_reference, values)) + "]"
 
 
 def _option_reference(text: str, options: Sequence[str]) -> Reference:

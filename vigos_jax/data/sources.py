@@ -15,12 +15,18 @@ from typing import Any
 import numpy as np
 
 from vigos_jax.data.columns import NAMES, Columns, find_columns
+from vigos_jax.data.images import TrustedRoot
 from vigos_jax.data.tables import Table, open_table
 from vigos_jax.errors import InputError
 from vigos_jax.grading.answer_text import mentions
 from vigos_jax.runtime.progress import say
 
-_SAMPLES = 1000  # rows of a file without a header that are looked at for its columns
+_SAMPLES = 1000  # rows of a file without a header that are looked at for its columns, evenly spread over it
+
+
+def _spread(size: int, most: int) -> list[int]:
+    """At most so many places, evenly spread."""
+    return list(range(size)) if size <= most else [i * size // most for i in range(most)]
 
 
 class Source(Sequence):
@@ -61,10 +67,12 @@ class TableSource(Source):
     """
 
     def __init__(self, table: Table, *, mapping: Mapping[str, str] | None = None, fields: Sequence[str] = ()):
-        samples = [table.select([c for c in table.column_names if c not in NAMES["images"]])[0]]
         names = table.column_names
+        texts = table.select([name for name in names if name.casefold() not in NAMES["images"]])
+        samples = [texts[i] for i in _spread(len(texts), 20)]
         self.columns = find_columns(names, where=table.name, mapping=mapping, fields=fields, samples=samples)
         wanted = {path if path in names else path.split(".")[0] for path in self.columns.names()}
+        self._fields = tuple(fields)
         self._table = table.select([c for c in names if c in wanted or c in ("wrong_answers", *fields)])
         self.image_roots = table.image_roots
 
@@ -72,7 +80,7 @@ class TableSource(Source):
         return len(self._table)
 
     def __getitem__(self, index: Any) -> Any:
-        return _read(self.columns, self._table[int(index)], int(index))
+        return _read(self.columns, self._table[int(index)], int(index), self._fields)
 
 
 class JsonlSource(Source):
@@ -89,7 +97,7 @@ class JsonlSource(Source):
         fields: Sequence[str] = (),
     ):
         self.path = os.path.abspath(path)
-        self.image_roots = _roots(self.path)
+        self.image_roots, self._fields = _roots(self.path), tuple(fields)
         starts, numbers, position = [], [], 0
         try:
             with open(self.path, "rb") as file:
@@ -104,7 +112,7 @@ class JsonlSource(Source):
             ) from e
         self._starts = np.asarray(starts, np.int64)  # byte offset of each line that is not blank
         self._numbers = np.asarray(numbers, np.int64)
-        lines = [self._parse(i) for i in range(min(len(self), _SAMPLES))]
+        lines = [self._parse(i) for i in _spread(len(self), _SAMPLES)]
         samples = [line for line in lines if not isinstance(line, str)]
         if not samples:
             what = "its lines are not UTF-8" if "not_utf8" in lines else "no line is a JSON object"
@@ -118,8 +126,8 @@ class JsonlSource(Source):
     def __getitem__(self, index: Any) -> Any:
         raw = self._parse(int(index))
         if isinstance(raw, str):
-            return _read(Columns(), {}, int(index)) | {"bad_reason": raw}
-        return {"bad_detail": ""} | _read(self.columns, raw | {"bad_reason": None}, int(index))
+            return _read(Columns(), {}, int(index), ()) | {"bad_reason": raw}
+        return {"bad_detail": ""} | _read(self.columns, raw | {"bad_reason": None}, int(index), self._fields)
 
     def line(self, index: int) -> int:
         """The row's line in the file, counted from 1."""
@@ -150,7 +158,7 @@ class JsonSource(Source):
         self, path: str | pathlib.Path, *, mapping: Mapping[str, str] | None = None, fields: Sequence[str] = ()
     ):
         self.path = os.path.abspath(path)
-        self.image_roots = _roots(self.path)
+        self.image_roots, self._fields = _roots(self.path), tuple(fields)
         try:
             rows = json.loads(pathlib.Path(self.path).read_bytes().decode("utf-8-sig"))
         except OSError as e:
@@ -165,7 +173,7 @@ class JsonSource(Source):
         if not isinstance(rows, list) or not any(isinstance(row, dict) for row in rows):
             raise InputError(f"{self.path} has no usable row: it must hold a list of objects")
         self._rows = rows
-        samples = [row for row in rows[:_SAMPLES] if isinstance(row, dict)]
+        samples = [rows[i] for i in _spread(len(rows), _SAMPLES) if isinstance(rows[i], dict)]
         names = list(dict.fromkeys(name for row in samples for name in row))
         self.columns = find_columns(names, where=self.path, mapping=mapping, fields=fields, samples=samples)
 
@@ -175,8 +183,8 @@ class JsonSource(Source):
     def __getitem__(self, index: Any) -> Any:
         raw = self._rows[int(index)]
         if not isinstance(raw, dict):
-            return _read(Columns(), {}, int(index)) | {"bad_reason": "bad_json"}
-        return {"bad_detail": ""} | _read(self.columns, raw | {"bad_reason": None}, int(index))
+            return _read(Columns(), {}, int(index), ()) | {"bad_reason": "bad_json"}
+        return {"bad_detail": ""} | _read(self.columns, raw | {"bad_reason": None}, int(index), self._fields)
 
 
 def _roots(path: str) -> tuple[str, ...]:
@@ -184,10 +192,13 @@ def _roots(path: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((os.path.dirname(path), os.path.dirname(os.path.realpath(path)))))
 
 
-def _read(columns: Columns, row: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """A row with its parts under this program's names, and no other claim to them."""
+def _read(columns: Columns, row: Mapping[str, Any], index: int, fields: Sequence[str]) -> dict[str, Any]:
+    """A row with its parts under this program's names, and no other claim to them but by `config.data.fields`."""
     others = {name: value for name, value in row.items() if name not in ("problem_id", "image", "choices")}
-    return others | columns.read(row, index)
+    return others | {name: row.get(name) for name in fields} | columns.read(row, index)
+
+
+_FILES = {".jsonl": JsonlSource, ".ndjson": JsonlSource, ".json": JsonSource}
 
 
 def load_source(data) -> TableSource | JsonlSource | JsonSource:
@@ -199,8 +210,9 @@ def load_source(data) -> TableSource | JsonlSource | JsonSource:
     name = data.source
     path = pathlib.Path(name).expanduser()
     options = {"mapping": data.columns, "fields": data.fields}
-    if name and path.suffix in (".jsonl", ".json") and path.is_file():
-        source = (JsonlSource if path.suffix == ".jsonl" else JsonSource)(path, **options)
+    kind = _FILES.get(path.suffix.lower())
+    if name and kind is not None and path.is_file():
+        source = kind(path, **options)
     else:
         source = TableSource(open_table(name, split=data.split), **options)
     if said := source.columns.describe():
@@ -209,7 +221,7 @@ def load_source(data) -> TableSource | JsonlSource | JsonSource:
         folder = pathlib.Path(data.image_folder).expanduser().absolute()
         if not folder.is_dir():
             raise InputError(f"config.data.image_folder={data.image_folder!r} must be a folder")
-        source.image_roots = (str(folder), *source.image_roots)
+        source.image_roots = (TrustedRoot(folder), *source.image_roots)
     return source
 
 

@@ -3,12 +3,16 @@
 A folder's parquet files are chosen here, by a rule that can be told, not by the library's guess from their names.
 """
 
+import bisect
 import glob
+import itertools
 import pathlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from vigos_jax.errors import InputError
 from vigos_jax.runtime import hub
@@ -18,18 +22,20 @@ DATASET_ID = re.compile(r"([\w.-]+/)?[\w.-]+")  # of a data set on the hub; some
 SOURCE_CHOICES = (
     "a .jsonl file, a .json file with a list, a .parquet file, a folder of .parquet files, a hub data set (owner/name)"
 )
-# What names of files and folders say of a split: train.parquet, train-00000-of-00002.parquet, test/0.parquet.
-_SPLIT_NAMES = {
+# Words in names of files and folders that say a split: train-00000-of-00002.parquet, geo_train, test/0.parquet, testA.
+_SPLIT_WORDS = {
     "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
+    "validation": ("validation", "valid", "val", "dev", "minival"),
+    "test": ("test", "testing", "eval", "evaluation", "testmini", "testdev"),
 }
-_PART_NUMBER = re.compile(r"[-_.]?[0-9]{1,6}([-_]of[-_][0-9]{1,6})?([-_][0-9a-f]{8,})?$")
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 _OTHER_DATA = (".jsonl", ".json", ".csv", ".tsv", ".arrow", ".tar", ".zip")
 
 
 class Table(Sequence):
-    """Rows of a `datasets.Dataset`, memory-mapped: images as bytes or paths, labels by their names.
+    """Rows of `datasets.Dataset`s, memory-mapped, one table behind the other: images as bytes or paths, labels by name.
+
+    Tables of different columns or types stay as they are: nothing is cast, and a column that a table lacks is None.
 
     Attributes:
       name: where they come from.
@@ -37,23 +43,37 @@ class Table(Sequence):
       column_names: all of them, or those that were selected.
     """
 
-    def __init__(self, table: Any, *, name: str, image_roots: Sequence[str]):
+    def __init__(self, tables: Sequence[Any], *, name: str, image_roots: Sequence[str]):
         self.name, self.image_roots = name, tuple(image_roots)
-        self.column_names = list(table.column_names)
-        self._features = {c: f for c, f in table.features.items() if _labels(f)}
-        self._table = table
-        self._rows = table.with_format("arrow")  # Python's format would decode images, at any depth
+        self.column_names = list(dict.fromkeys(c for table in tables for c in table.column_names))
+        self._tables = list(tables)
+        # Python's format would decode images, at any depth.
+        self._rows = [table.with_format("arrow") for table in tables]
+        self._convert = [{c: f for c, f in t.features.items() if _labels(f) or _is_short_float(f)} for t in tables]
+        self._ends = list(itertools.accumulate(len(table) for table in tables))
 
     def select(self, columns: Sequence[str]) -> "Table":
         """The same rows with these columns alone."""
-        return Table(self._table.select_columns(list(columns)), name=self.name, image_roots=self.image_roots)
+        tables = [table.select_columns([c for c in columns if c in table.column_names]) for table in self._tables]
+        return Table(tables, name=self.name, image_roots=self.image_roots)
 
     def __len__(self) -> int:
-        return len(self._table)
+        return self._ends[-1]
 
     def __getitem__(self, index: Any) -> Any:
-        row = self._rows[int(index)].to_pylist()[0]
-        return row | {c: _named(row[c], feature) for c, feature in self._features.items()}
+        index = int(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        which = bisect.bisect_right(self._ends, index)
+        start = self._ends[which - 1] if which else 0
+        found = self._rows[which][index - start].to_pylist()
+        row = dict.fromkeys(self.column_names) | (found[0] if found else {})
+        return row | {c: _named(row[c], feature) for c, feature in self._convert[which].items()}
+
+
+def _is_short_float(feature: Any) -> bool:
+    """Whether a column's numbers have fewer digits than Python shows of them: 0.1 would be 0.10000000149011612."""
+    return getattr(feature, "dtype", "") in ("float32", "float16")
 
 
 def _labels(feature: Any) -> Any:
@@ -69,11 +89,13 @@ def _labels(feature: Any) -> Any:
 
 
 def _named(value: Any, feature: Any) -> Any:
-    """A value with the names of its labels instead of their numbers."""
+    """A value with the names of its labels instead of their numbers, and numbers as they were written."""
     import datasets
 
     if value is None:
         return None
+    if _is_short_float(feature):
+        return float(str(np.dtype(feature.dtype).type(value)))
     if isinstance(feature, datasets.ClassLabel):
         return feature.names[value] if 0 <= value < len(feature.names) else None
     if isinstance(value, list):
@@ -109,7 +131,7 @@ def open_table(name: str, *, split: str) -> Table:
     import huggingface_hub.constants
 
     caches = (str(datasets.config.HF_DATASETS_CACHE), huggingface_hub.constants.HF_HUB_CACHE)
-    return _load(name, caches, name, split=split)
+    return Table([_load(name, name, split=split)], name=name, image_roots=caches)
 
 
 def _what_is_there(name: str, path: pathlib.Path) -> str:
@@ -127,14 +149,20 @@ def _parquet_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _split_of(file: pathlib.Path, folder: pathlib.Path) -> str:
-    """The split that a file's name, or that of a folder around it, says; "" if it says none."""
+    """The split that a word in a file's name, or in that of a folder around it, says; "" if none does."""
     inside = file.relative_to(folder)
     for part in (inside.stem, *reversed(inside.parts[:-1])):
-        word = _PART_NUMBER.sub("", part).lower()
-        for split, names in _SPLIT_NAMES.items():
-            if word in names:
-                return split
+        for word in _WORD.findall(part):
+            for split, words in _SPLIT_WORDS.items():
+                if word.lower() in words:
+                    return split
     return ""
+
+
+def _is_named(file: pathlib.Path, folder: pathlib.Path, split: str) -> bool:
+    """Whether a file, or a folder around it, has the name of a split of the user's own, "chart"."""
+    parts = [*file.relative_to(folder).parts[:-1], file.stem]
+    return any(split == part or split in re.split(r"[-_. ]", part) for part in parts)
 
 
 def _of_split(name: str, folder: pathlib.Path, files: list[pathlib.Path], *, split: str) -> list[pathlib.Path]:
@@ -143,9 +171,8 @@ def _of_split(name: str, folder: pathlib.Path, files: list[pathlib.Path], *, spl
     A file whose name says `split` belongs to it; for "train", so does one whose name says none. Where no name says any
     split, all files are what was asked for.
     """
-    asked = next((key for key, names in _SPLIT_NAMES.items() if split in names), split)
-    own = [f for f in files if _PART_NUMBER.sub("", f.stem) == split or split in f.relative_to(folder).parts[:-1]]
-    of = {f: asked if f in own else _split_of(f, folder) for f in files}
+    asked = next((key for key, words in _SPLIT_WORDS.items() if split in words), split)
+    of = {f: asked if _is_named(f, folder, split) else _split_of(f, folder) for f in files}
     said = {s for s in of.values() if s}
     wanted = (asked, "") if asked == "train" or not said else (asked,)
     chosen = [f for f in files if of[f] in wanted]
@@ -161,31 +188,36 @@ def _of_split(name: str, folder: pathlib.Path, files: list[pathlib.Path], *, spl
 
 
 def _load_files(name: str, files: Sequence[pathlib.Path], *, folder: pathlib.Path | None = None) -> Table:
-    """Parquet files, all of them, as one table."""
-    _check_labels(name, files)
+    """Parquet files, all of them; those of the same columns and types as one table."""
     # Where links lead too: the hub's cache is made of them.
     roots = dict.fromkeys(str(p) for f in files for p in (folder or f.parent, f.resolve().parent))
-    paths = [glob.escape(str(f.absolute())) for f in files]
-    return _load(name, tuple(roots), "parquet", split="train", data_files={"train": paths})
+    groups: dict[bytes, list[pathlib.Path]] = {}
+    for file in files:
+        schema, size = _schema(name, file)
+        if size:
+            groups.setdefault(schema.serialize().to_pybytes(), []).append(file)
+    if not groups:
+        raise InputError(f"data.source {name!r} has no rows in {len(files)} file(s); it needs at least one")
+    tables = []
+    for group in groups.values():
+        paths = [glob.escape(str(f.absolute())) for f in group]
+        schema = _schema(name, group[0])[0]
+        # The library has no type for mappings with keys of their own.
+        columns = [field.name for field in schema if not str(field.type).startswith("map<")]
+        tables.append(_load(name, "parquet", split="train", data_files={"train": paths}, columns=columns))
+    return Table(tables, name=name, image_roots=tuple(roots))
 
 
-def _check_labels(name: str, files: Sequence[pathlib.Path]) -> None:
-    """Raises InputError where a label's number has one name in one file and another in the next."""
-    import datasets
+def _schema(name: str, file: pathlib.Path) -> tuple[Any, int]:
+    """(a file's columns with what is said of them, its number of rows)."""
     import pyarrow.parquet
 
-    first: dict[str, Any] = {}
-    for file in files:
-        try:
-            features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(file))
-        except Exception as e:
-            raise InputError(
-                f"data.source {name!r}, {file.name}, cannot be loaded: {hub.reason(e)}; it must be parquet"
-            ) from e
-        for column, feature in features.items():
-            if (labels := _labels(feature)) and first.setdefault(column, labels) != labels:
-                names = f"{first[column]} in {files[0].name}, {labels} in {file.name}"
-                raise InputError(f"data.source {name!r}: the labels of {column} differ: {names}; write them as texts")
+    try:
+        with pyarrow.parquet.ParquetFile(file) as opened:
+            return opened.schema_arrow, opened.metadata.num_rows
+    except Exception as e:
+        reason = f"{hub.reason(e)}; it must be parquet"
+        raise InputError(f"data.source {name!r}, {file.name}, cannot be loaded: {reason}") from e
 
 
 def _load_saved(name: str, folder: pathlib.Path, *, split: str) -> Table:
@@ -199,10 +231,10 @@ def _load_saved(name: str, folder: pathlib.Path, *, split: str) -> Table:
         if split not in table:
             raise InputError(f"data.source {name!r} has no split {split!r}; choices: {', '.join(map(str, table))}")
         table = table[split]
-    return _checked(table, name, (str(folder), str(folder.resolve())), split=split)
+    return Table([_checked(table, name, split=split)], name=name, image_roots=(str(folder), str(folder.resolve())))
 
 
-def _load(name: str, roots: Sequence[str], path: str, *, split: str, **options: Any) -> Table:
+def _load(name: str, path: str, *, split: str, **options: Any) -> Any:
     import datasets
 
     if not sys.stderr.isatty():
@@ -215,10 +247,10 @@ def _load(name: str, roots: Sequence[str], path: str, *, split: str, **options: 
             cause = cause.__cause__
         what = f"data.source {name!r}, split {split!r}, cannot be loaded"
         raise InputError(f"{what}: {hub.reason(cause)}; choices: {SOURCE_CHOICES}") from e
-    return _checked(table, name, roots, split=split)
+    return _checked(table, name, split=split)
 
 
-def _checked(table: Any, name: str, roots: Sequence[str], *, split: str) -> Table:
+def _checked(table: Any, name: str, *, split: str) -> Any:
     if len(table) == 0:
-        raise InputError(f"data.source {name!r}, split {split!r}, has no rows")
-    return Table(table, name=name, image_roots=roots)
+        raise InputError(f"data.source {name!r}, split {split!r}, has no rows; it needs at least one")
+    return table

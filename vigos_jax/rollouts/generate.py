@@ -36,7 +36,7 @@ def stream(session: Session, trained: Variables, config, *, open_engine: EngineF
         problem = clean_problem(config.generate.question)
         yield from _answer(session, trained, config, image, problem, open_engine)
     except BadImage as e:
-        raise InputError(f"config.generate.image={config.generate.image!r}: {e}") from e
+        raise InputError(f"config.generate.image={config.generate.image!r} must be an image: {e}") from e
     except MarkerMismatch as e:
         raise InputError(f"config.generate.question={config.generate.question!r}: {e}; it needs as many") from e
     except TooLong as e:

@@ -169,7 +169,7 @@ def _spec(name: str, shape: tuple[int, ...], rules: tuple[tuple[re.Pattern[str],
             if len(spec) > len(shape):
                 raise InputError(
                     f"config.mesh.rules: {pattern.pattern!r} has {len(spec)} axes for {name} {list(shape)}, "
-                    f"which has {len(shape)} dimension(s)"
+                    f"which has {len(shape)} dimension(s) and needs no more"
                 )
             return spec
     raise InputError(f"config.mesh.rules: none matches {name}; end them with ('', ()), which leaves the rest whole")

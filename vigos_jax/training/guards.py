@@ -60,7 +60,7 @@ class Health:
             mean = sum(values) / len(values) if values else low
             if not low <= mean <= high:
                 steps = f"over the last {len(self._recent)} steps"
-                out[name] = f"{name} is {mean:.4g} {steps}, outside config.guards.{name}=({low:g}, {high:g})"
+                out[name] = f"{name} is {mean:.4g} {steps}, and must be inside config.guards.{name}=({low:g}, {high:g})"
         return out
 
     def reason_to_stop(self, folder: pathlib.Path) -> str:

@@ -35,7 +35,7 @@ def check_workdir(config, workdir: pathlib.Path) -> None:
     changed = differences(saved, config)
     if _is_longer(saved, config) and len(changed) == 1:
         _check_extension(saved, config, workdir)
-    elif changed and _has_begun(workdir):
+    elif changed and (_has_begun(workdir) or not set(config) <= set(saved)):
         raise InputError(f"{workdir} holds another run ({'; '.join(changed)}); choose another --workdir")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vigos_jax.data.cleaning import clean_problem
-from vigos_jax.data.markers import MarkerMismatch
+from vigos_jax.data.markers import MarkerMismatch, numbers_as_words
 from vigos_jax.data.references import reference_of, with_options
 from vigos_jax.errors import InputError
 from vigos_jax.grading.algebra import MathGrader
@@ -16,7 +16,6 @@ from vigos_jax.grading.options import LETTERS, parse_options
 from vigos_jax.grading.rules import Verdict, grade
 
 _NUMBERED_IMAGE = re.compile(r"image_?([0-9]+)")
-_PLACEHOLDER = re.compile(r"<image[ _]?([0-9]*)>")
 MAX_PRECISION = 12  # decimals; no answer has more
 
 
@@ -153,7 +152,7 @@ def plain_text(value: Any) -> str:
     """A text without image placeholders: `<image>` goes, `<image 2>` becomes "image 2"; "" for what is not text."""
     if not isinstance(value, str):
         return ""
-    return _PLACEHOLDER.sub(lambda m: f"image {m[1]}" if m[1] else "", value).strip()
+    return numbers_as_words(value)
 
 
 def precision_of(row: Mapping[str, Any]) -> int | None:
