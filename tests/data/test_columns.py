@@ -143,7 +143,7 @@ def test_the_users_columns(tmp_path, processor, kind):
     "row, columns, message",
     [
         ({"question": "q", "query": "q", "answer": "a", "image": ""}, {}, "question and query could be the problem"),
-        ({"question": "q", "messages": [{"role": "user", "content": "q"}], "image": ""}, {}, "question and messages cou"),
+        ({"question": "q", "messages": [{"role": "user", "content": "q"}], "image": ""}, {}, "question and messages"),
         ({"problem": "q", "solution": "a", "gt_answer": "a", "image": ""}, {}, "with config.data.columns.answer"),
         ({"problem": "q", "answer": "a", "image": ""}, {"id": "key"}, "columns.id='key' must be .* columns problem"),
         ({"caption": "q", "answer": "a", "image": ""}, {}, "lacks problem; it has the columns caption.*data.columns"),

@@ -31,7 +31,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 
 # Where a mapping may hold an image, in the order of precedence; some write "" for what is not there.
 IMAGE_KEYS = ("bytes", "path", "image", "image_url", "url", "base64", "data")
-PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes; image generators write their whole program into a PNG
+_PNG: Any = PngImagePlugin
+_PNG.MAX_TEXT_CHUNK = 2**26  # bytes; image generators write their whole program into a PNG
 
 
 class TrustedRoot(str):

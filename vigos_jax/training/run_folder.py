@@ -15,6 +15,7 @@ from vigos_jax.training.step import make_optimizer
 
 _OF_A_RUN = (files.METRICS, files.SNAPSHOTS, files.PAGE, files.EVALUATIONS, files.RESULTS, files.CHECKPOINTS)
 
+_SHOWN = 12  # changes that an error lists
 _BEFORE_THE_FIRST_STEP = (files.METRICS, files.SNAPSHOTS, files.PAGE, files.EVALUATIONS)
 
 
@@ -36,7 +37,8 @@ def check_workdir(config, workdir: pathlib.Path) -> None:
     if _is_longer(saved, config) and len(changed) == 1:
         _check_extension(saved, config, workdir)
     elif changed and (_has_begun(workdir) or not set(config) <= set(saved)):
-        raise InputError(f"{workdir} holds another run ({'; '.join(changed)}); choose another --workdir")
+        shown = [*changed[:_SHOWN], *([f"and {len(changed) - _SHOWN} more"] if len(changed) > _SHOWN else [])]
+        raise InputError(f"{workdir} holds another run ({'; '.join(shown)}); choose another --workdir")
 
 
 def _has_begun(workdir: pathlib.Path) -> bool:
