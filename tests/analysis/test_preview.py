@@ -75,6 +75,15 @@ def test_padding_is_counted(capsys, rows):
     assert line.split() == ["config.buckets.prompt", f"{100 - tokens / 4:.0f}", "%", "100"] and code == 0
 
 
+def test_options_that_nobody_is_shown_are_said(capsys, rows):
+    row = json.loads(rows.read_text().splitlines()[0]) | {"choices": ["red", "blue"]}
+    path = write_jsonl(rows.parent / "options.jsonl", [row] * 3)
+    _, out, _ = said(capsys, f"--config.data.source={path}")
+    assert "3 with options, which are not appended to the question (config.data.options_template)" in out
+    _, out, _ = said(capsys, f"--config.data.source={path}", "--config.data.options_template={letter}. {option}")
+    assert "not appended" not in out and "A. red\n    B. blue" in out
+
+
 def test_all_rows_bad(capsys, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"problem": "Q?", "answer": "a", "image": "no.png"}] * 3)
     code, out, _ = said(capsys, f"--config.data.source={path}")

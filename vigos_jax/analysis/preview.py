@@ -90,6 +90,9 @@ def _lines(source: Any, rows: Sequence[_Read], usable: Sequence[_Read], bad: Bad
     lines += [f"{count} bad: {kind}; {bad.examples[kind]}" for kind, count in bad.reasons.most_common()]
     if shrunk := sum(read.example.shrunk for read in usable):
         lines += [f"{shrunk} with images made smaller to fit config.buckets (config.data.max_pixels sets a limit)"]
+    chosen = sum(bool(read.example.options) for read in usable)
+    if chosen and isinstance(source, Source) and not config.data.options_template:
+        lines += [f"{chosen} with options, which are not appended to the question (config.data.options_template)"]
     if fields := ", ".join(config.data.fields):
         lines += [f"further columns that prompts may show: {fields}"]
     return lines
