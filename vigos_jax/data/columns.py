@@ -68,7 +68,7 @@ class Columns:
         out = {"id": str(next(i for i in ids if i is not None)), "options": _first(row, self.options)}
         problem, answer = lookup(row, self.problem), answer_text(lookup(row, self.answer)) if self.answer else None
         images = self._images(row)
-        if not isinstance(problem, str) and is_chat(problem) or (isinstance(problem, str) and _is_chat_text(problem)):
+        if is_chat(problem):
             try:
                 chat = read_chat(problem)
             except BadChat as e:
@@ -85,12 +85,8 @@ class Columns:
 
     def describe(self, *, always: bool = False) -> str:
         """One line: where each part comes from; "" if that is as this program names them, unless asked for `always`."""
-        plain = Columns()
-        if (
-            not always
-            and (self.problem, self.answer) == (plain.problem, plain.answer)
-            and set(self.images) <= set(plain.images)
-        ):
+        is_plain = (self.problem, self.answer) == ("problem", "answer") and set(self.images) <= {"images", "image"}
+        if is_plain and not always:
             return ""
         sources = {"problem": self.problem, "answer": self.answer or f"the assistant's turn in {self.problem}"}
         sources["images"] = (" and " if self.numbered else " or ").join(self.images) or f"the parts of {self.problem}"
@@ -109,10 +105,6 @@ def _is_empty(value: Any) -> bool:
     if isinstance(value, str):
         return not value.strip()
     return isinstance(value, list | tuple | np.ndarray | Mapping) and all(v is None for v in value)
-
-
-def _is_chat_text(text: str) -> bool:
-    return text.lstrip().startswith("[{") and is_chat(text)
 
 
 def find_columns(
