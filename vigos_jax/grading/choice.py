@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from vigos_jax.grading.letters import with_text
 from vigos_jax.grading.reading import Reading, agree, read
+from vigos_jax.grading.spelling import MAX_ANSWER_CHARS
 
 _JOINS = r"(?:\b(?:or|and|maybe|perhaps|possibly|also|either|nor)\b|[,;/&+])"
 _LETTERS = re.compile(r"[(\[]?([A-Z])[)\]]?[.,]?(?:(?: ?[,;&/+]| and|,? and)? ?[(\[]?([A-Z])[)\]]?[.,]?){1,25}")
@@ -12,7 +13,7 @@ _LETTERS = re.compile(r"[(\[]?([A-Z])[)\]]?[.,]?(?:(?: ?[,;&/+]| and|,? and)? ?[
 
 def letter_set(answer: Reading, options: Sequence[Reading]) -> frozenset[str] | None:
     """The letters of an answer that names several options together: "AC", "A, C", "(A) and (C)"; None for any other."""
-    if not _LETTERS.fullmatch(answer.body):
+    if len(answer.body) > MAX_ANSWER_CHARS or not _LETTERS.fullmatch(answer.body):
         return None
     letters = re.findall("[A-Z]", answer.body)
     last = chr(ord("A") + len(options) - 1)
@@ -36,7 +37,7 @@ def named_option(answer: Reading, options: Sequence[Reading]) -> int | None:
             return index if not answer.rest or _supports(answer.rest, index, options) else None
     if (by_text := _by_text(answer, options)) is not None:
         return by_text
-    marked = with_text(answer.body)
+    marked = None if len(answer.body) > MAX_ANSWER_CHARS else with_text(answer.body)
     if marked is None or ord(marked.letter) - ord("a") >= len(options):
         return None
     index = ord(marked.letter) - ord("a")
@@ -54,7 +55,8 @@ def _supports(rest: str, index: int, options: Sequence[Reading]) -> bool:
     reading = read(rest)
     if agree(reading, options[index]):
         return True
-    if any(agree(reading, option) for option in options):
+    opposite = reading.text[1:].strip() if reading.text.startswith("-") else f"-{reading.text}"
+    if any(agree(reading, option) for option in options) or agree(read(opposite), options[index]):
         return False
     text = reading.text
     own = re.search(_whole(options[index].text), text) if options[index].text else None

@@ -19,10 +19,27 @@ _UNMARKED = re.compile(r"(?P<letter>[A-Z]) (?P<rest>.+)")
 # A letter that names an option: marked as one, or behind a word that joins alternatives.
 _NAMED = re.compile(
     r"(?<![\w'])(?:[(\[]([A-Za-z])[)\]]|([A-Za-z])\)|([A-Z])[.:](?= ?\S)(?![A-Z]\.))"
-    r"|(?:^|[,;/&|+]|\b(?:or|and|maybe|perhaps|possibly|probably|also|either|answer|option|choice|be|is|but|else)\b)"
+    r"|(?:^|[,;/&|+]|\b(?:or|and|maybe|perhaps|possibly|probably|also|either|answer|option|choice|be|is|but|else|no|guess"
+    r"|think|rather|actually|wait)\b)"
     r" ?[(\[]?([A-Z])(?=$|[\s.,;:)\]/&|+])(?! [a-z])"
 )
 _NOT_BEFORE = re.compile(r"\bnot (?:option |answer )?$", re.IGNORECASE)
+# A letter that is spoken against: "anything except (B)", "It can't be (B)"; "(B) is not correct", "A: wrong".
+_DENIED_BEFORE = re.compile(
+    r"(?:\b(?:not|cannot|never|no|nor|neither|except|excepting|excluding|excludes?|excluded|without|wrong|incorrect|false"
+    r"|unlike|(?<!none other )than|(?:all|any|anything|everything) but|out|against|avoid|opposite of|instead of|eliminat(?:e|es|ed|ing)|reject(?:s|ed)?)|n't)"
+    r"(?: (?:for|be|is|are|being|have|choose|pick|select|say|the|a|an|it|option|answer|choice|letter|really|definitely))*"
+    r" ?:?$",
+    re.IGNORECASE,
+)
+_DENIED_AFTER = re.compile(
+    r"(?:(?:it|that|this|which|option|answer)? ?(?:is|was|'s|must be|would be|can be|seems|looks) )?"
+    r"(?:(?:definitely|clearly|certainly|also|simply|obviously) )?(?:not (?:it|right|true|correct|possible"
+    r"|(?:the|a) .*)|wrong|incorrect|false|untrue|impossible|excluded|eliminated|ruled out|not)"
+    r"|(?:(?:it|that|this) )?(?:isn't|is not|cannot|can't|won't|doesn't|does not|wasn't)\b.*|n?or\b.*",
+    re.IGNORECASE,
+)
+_NAME = re.compile(r"[A-Z]-[^\W_].*")  # B-52, B-flat, X-ray; "B - red" and "B->red" are a letter and a text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +54,7 @@ def lettered(text: str) -> Lettered | None:
     """The one option letter that a spelled answer names; None if it names none, or several."""
     if bare := _BARE.fullmatch(text) or _CALLED_RIGHT.fullmatch(text):
         return Lettered(bare["letter"].lower())
-    match = _head(text)
+    match = None if _NAME.fullmatch(text) else _head(text)
     return None if match is None else _alone(match)
 
 
@@ -55,6 +72,8 @@ def _alone(match: re.Match) -> Lettered | None:
     letter, rest = match["letter"].lower(), match["rest"].strip()
     if rest.startswith("(") and rest.endswith(")") and "(" not in rest[1:]:
         rest = rest[1:-1].strip()
+    if _DENIED_AFTER.fullmatch(rest) or (match.start("rest") == 0 and _DENIED_BEFORE.search(rest)):
+        return None
     if len(rest.strip("().[] ")) <= 1 and rest.strip("().[] ").isalpha():
         return Lettered(letter) if rest.strip("().[] ").lower() == letter else None
     for other in _NAMED.finditer(rest):

@@ -108,11 +108,13 @@ def agree(a: Reading, b: Reading) -> bool:
         return False
     if a.text == b.text:
         return True
+    if max(len(a.text), len(b.text)) > MAX_ANSWER_CHARS:
+        return False
     if a.letter or b.letter:
         return _agree_on_letters(a, b)
     if a.yes is not None or b.yes is not None:
         return a.yes == b.yes
-    if not _may_be_one_name(a, b):
+    if not may_be_one_name(a, b):
         return False
     if a.value is not None and b.value is not None and same_measure(a, b):
         return a.value == b.value or _as_share(a, b) or _as_share(b, a)
@@ -141,7 +143,8 @@ def _agree_on_letters(a: Reading, b: Reading) -> bool:
     return bool(lettered_one.rest) and agree(_read_core(lettered_one.rest, letters=False), other)
 
 
-def _may_be_one_name(a: Reading, b: Reading) -> bool:
+def may_be_one_name(a: Reading, b: Reading) -> bool:
+    """Whether the two can speak of one thing; what only one of them names is forgiven."""
     if not a.name or not b.name or a.name == b.name:
         return True
     is_symbol = [len(name) <= 3 or "\\" in name for name in (a.name, b.name)]

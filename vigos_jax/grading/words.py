@@ -2,7 +2,11 @@
 
 import re
 
-_ARTICLE = re.compile(r"(?:a|an|the|some|my|its|their) ")
+_ARTICLE = re.compile(r"(?:a|an|the|some|my|its|their) (?=[\w\"'])")
+# Signs of mathematics, where neither a hyphen nor an "a" or an "s" may go; "red/blue" is none.
+_MATHEMATICS = re.compile(r"[\\^=+*<>|]|(?<![^\W\d_]{2})/|/(?![^\W\d_]{2})")
+# A hyphen, and not a minus: "x-ray", "covid-19", "5-pointed", but neither "x-y" nor "log-1".
+_HYPHEN = re.compile(r"(?<=[^\W\d_]{2})-(?=[^\W\d_])|(?<=\w)-(?=[^\W\d_]{2})|(?<=[^\W\d_]{4})-(?=[0-9])")
 # Names of one thing, as short answers about images have them.
 _SYNONYMS = (
     ("gray", "grey"),
@@ -42,8 +46,13 @@ _SINGULAR = frozenset("gas canvas atlas christmas chaos cosmos lens news series 
 
 
 def word_form(text: str) -> str:
-    """A short answer, in lower case, without article, plural and choice of synonym; above three words as it is."""
-    text = text.replace("-", " ")
+    """A short answer, in lower case, without article, plural and choice of synonym; above three words as it is.
+
+    Mathematics stays as it is: "-x" is not "x".
+    """
+    if _MATHEMATICS.search(text):
+        return text
+    text = _HYPHEN.sub(" ", text)
     text = _ARTICLE.sub("", text, count=1) if _ARTICLE.match(text) else text
     words = text.split()
     if not 1 <= len(words) <= 3:
@@ -60,7 +69,7 @@ def _singular(word: str) -> str:
         return word[:-3] + "y"
     if len(word) > 4 and word.endswith(("ches", "shes", "xes", "sses", "zes")):
         return word[:-2]
-    if len(word) > 3 and word.endswith("s") and not word.endswith(_NO_PLURAL):
+    if len(word) > 3 and word.endswith("s") and word[-2].isalpha() and not word.endswith(_NO_PLURAL):
         return word[:-1]
     return word
 
