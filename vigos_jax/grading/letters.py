@@ -26,10 +26,11 @@ _NAMED = re.compile(
 _NOT_BEFORE = re.compile(r"\bnot (?:option |answer )?$", re.IGNORECASE)
 # A letter that is spoken against: "anything except (B)", "It can't be (B)"; "(B) is not correct", "A: wrong".
 _DENIED_BEFORE = re.compile(
-    r"(?:\b(?:not|cannot|never|no|nor|neither|except|excepting|excluding|excludes?|excluded|without|wrong|incorrect|false"
-    r"|unlike|(?<!none other )than|(?:all|any|anything|everything) but|out|against|avoid|opposite of|instead of|eliminat(?:e|es|ed|ing)|reject(?:s|ed)?)|n't)"
-    r"(?: (?:for|be|is|are|being|have|choose|pick|select|say|the|a|an|it|option|answer|choice|letter|really|definitely))*"
-    r" ?:?$",
+    r"(?:\b(?:not|cannot|never|no|nor|neither|except|excepting|excluding|excludes?|excluded|without|wrong|incorrect"
+    r"|false|unlike|(?<!none other )than|(?:all|any|anything|everything) but|out|against|avoid|opposite of"
+    r"|instead of|eliminat(?:e|es|ed|ing)|reject(?:s|ed)?)|n't)"
+    r"(?: (?:for|be|is|are|being|have|choose|pick|select|say|the|a|an|it|option|answer|choice|letter|really"
+    r"|definitely))* ?:?$",
     re.IGNORECASE,
 )
 _DENIED_AFTER = re.compile(
@@ -72,7 +73,7 @@ def _alone(match: re.Match) -> Lettered | None:
     letter, rest = match["letter"].lower(), match["rest"].strip()
     if rest.startswith("(") and rest.endswith(")") and "(" not in rest[1:]:
         rest = rest[1:-1].strip()
-    if _DENIED_AFTER.fullmatch(rest) or (match.start("rest") == 0 and _DENIED_BEFORE.search(rest)):
+    if _DENIED_BEFORE.search(rest) if match.start("rest") == 0 else _DENIED_AFTER.fullmatch(rest):
         return None
     if len(rest.strip("().[] ")) <= 1 and rest.strip("().[] ").isalpha():
         return Lettered(letter) if rest.strip("().[] ").lower() == letter else None
