@@ -15,7 +15,7 @@ from vigos_jax.data.processor import AS_THE_FOLDER, EncodedImage, PixelLimits, P
 from vigos_jax.data.references import reference_of, with_options
 from vigos_jax.data.sources import raw_row
 from vigos_jax.data.visuals import TooLong, Visual, fitting, frames_of, is_video
-from vigos_jax.grading.options import LETTERS, parse_literal, parse_options, parse_references
+from vigos_jax.grading.options import LETTERS, first_number, parse_literal, parse_options, parse_references
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,7 +133,7 @@ class Encoder:
         texts = parse_options(options)
         if texts is None and self.options_template:
             raise BadRow("bad_options", f"options are {_short(options)}")
-        reference = reference_of(answer, texts or ())
+        reference = reference_of(answer, texts or (), first=first_number(options))
         if reference.error == "empty_answer":
             raise BadRow("empty_answer", f"answer is {_short(answer)}")
         if not texts:

@@ -20,18 +20,18 @@ class Reference:
     error: str | None = None
 
 
-def reference_of(answer: Any, options: Sequence[str]) -> Reference:
+def reference_of(answer: Any, options: Sequence[str], *, first: int = 0) -> Reference:
     """The references of a row whose answer column holds this.
 
-    With options an answer is read as the text of one, then as a letter, then as a number that counts them from 0. What
-    names none of them, or several of a list, is an error. Without options every item of a list is right.
+    With options an answer is read as the text of one, then as a letter, then as a number that counts them from
+    `first`. What names none of them, or several of a list, is an error. Without options every item of a list is right.
     """
     texts = tuple(clean_reference(v) for v in parse_references(answer) if v is not None)
     if not texts or not all(texts):
         return Reference(("",), error="empty_answer")
     if not options:
         return Reference(texts)
-    found = [_option_reference(text, options) for text in texts]
+    found = [_option_reference(text, options, first) for text in texts]
     if error := next((f.error for f in found if f.error), None):
         return Reference(texts, any(f.is_index for f in found), error)
     named = {option_index(f.texts[0], options) for f in found}
@@ -40,15 +40,15 @@ def reference_of(answer: Any, options: Sequence[str]) -> Reference:
     return found[0]
 
 
-def _option_reference(text: str, options: Sequence[str]) -> Reference:
+def _option_reference(text: str, options: Sequence[str], first: int) -> Reference:
     readings, reading = [read(option) for option in options], read(text)
     if option_index(text, options) is not None or letter_set(reading, readings) is not None:
         return Reference((text,))
     if any(agree(reading, option) for option in readings):  # a text that stands there twice
         return Reference((text,))
     if re.fullmatch("[0-9]{1,2}", text):
-        if int(text) < min(len(options), len(LETTERS)):
-            return Reference((LETTERS[int(text)],), is_index=True)
+        if 0 <= int(text) - first < min(len(options), len(LETTERS)):
+            return Reference((LETTERS[int(text) - first],), is_index=True)
         return Reference((text,), is_index=True, error="answer_not_an_option")
     return Reference((text,), error="answer_not_an_option")
 
