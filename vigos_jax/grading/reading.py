@@ -10,10 +10,10 @@ from fractions import Fraction
 
 from vigos_jax.grading.dates import date_or_time
 from vigos_jax.grading.letters import lettered
-from vigos_jax.grading.numbers import NUMBER_WORDS, leading_number
+from vigos_jax.grading.numbers import NUMBER_WORDS, leading_number, written_short
 from vigos_jax.grading.phrases import name_and_body, without_leads
 from vigos_jax.grading.spelling import MAX_ANSWER_CHARS, spell
-from vigos_jax.grading.units import CURRENCY, same_unit, unit_of
+from vigos_jax.grading.units import CURRENCY, same_unit, several_units, unit_of
 from vigos_jax.grading.words import word_form
 
 ORDINAL = "th"  # what stands in the unit's place behind an ordinal number
@@ -38,7 +38,6 @@ _TAIL = re.compile(
     r"(?:shown |visible |seen )?(?:in|on) (?:the|this) "
     r"(?:image|picture|photo|photograph|figure|diagram|chart|graph|table))$"
 )
-_UNIT_PART = re.compile(r"([^0-9]{1,30}?)(?:,? and|,)? ?(?=[0-9]|$)")
 _NOT_COUNTED = NUMBER_WORDS | frozenset(
     "and or to than of out off less more fewer minus plus times over under not no but maybe either nor versus through "
     "from between up down at least most past with without per by if perhaps possibly".split()
@@ -119,7 +118,7 @@ def agree(a: Reading, b: Reading) -> bool:
     if a.value is not None and b.value is not None and same_measure(a, b):
         return a.value == b.value or _as_share(a, b) or _as_share(b, a)
     if a.is_quantity or b.is_quantity:
-        return False
+        return _is_short_for(a, b) or _is_short_for(b, a)
     return (a.words != "" and a.words == b.words) or _compact(a.body) == _compact(b.body)
 
 
@@ -158,6 +157,12 @@ def _as_share(percent: Reading, plain: Reading) -> bool:
     return percent.value / 100 == plain.value
 
 
+def _is_short_for(short: Reading, full: Reading) -> bool:
+    """Whether one is "$20k" and the other 20,000 or $20,000."""
+    is_same_unit = not full.unit or (CURRENCY.match(full.unit) is not None and full.unit in short.body)
+    return full.is_quantity and not full.noun and is_same_unit and written_short(short.body) == full.value
+
+
 def _read_core(core: str, *, letters: bool = True) -> Reading:
     choice = lettered(core) if letters else None
     if choice is not None and not choice.rest:
@@ -179,22 +184,7 @@ def _read_core(core: str, *, letters: bool = True) -> Reading:
 
 def _normal(text: str) -> str:
     text = _FRACTION.sub(r"\1/\2", text).casefold()
-    return date_or_time(text) or _several_units(text) or text
-
-
-def _several_units(text: str) -> str | None:
-    """A quantity in several units, "2 hours and 30 minutes", as "2 h 30 min"; None for anything else."""
-    parts: list[str] = []
-    place = 0
-    while place < len(text):
-        number = leading_number(text[place:]) if text[place].isdigit() else None
-        unit = _UNIT_PART.match(text, place + number.end) if number else None
-        name = unit_of(unit[1]) if unit else None
-        if number is None or unit is None or not name or len(parts) > 3:
-            return None
-        parts.append(f"{number.value} {name}")
-        place = unit.end()
-    return " ".join(parts) if len(parts) > 1 else None
+    return date_or_time(text) or several_units(text) or text
 
 
 def _compact(text: str) -> str:
@@ -236,7 +226,7 @@ def _measure(rest: str, *, currency: str, is_ordinal: bool) -> tuple[str, str, b
         return fixed, "", True
     unit = unit_of(rest)
     if unit is not None and not fixed:
-        is_attached_letter = not rest[0].isspace() and len(rest) == 1 and rest.isalpha()
+        is_attached_letter = not rest[0].isspace() and len(rest) == 1 and rest.isascii() and rest.isalpha()
         return unit, "", not is_attached_letter
     if unit is not None and not is_ordinal and same_unit(unit, unit_of(fixed) or ""):  # "$5 USD"
         return unit, "", True
