@@ -34,6 +34,7 @@ _MACROS = frozenset(
 )
 _FUNCTIONS = frozenset("sin cos tan cot sec csc log ln exp sqrt pi arcsin arccos arctan matrix pmatrix bmatrix".split())
 _ENGLISH = frozenset("a an as at be by do he if in is it me my no of on or so to up us vs we".split())
+_ATTACHED = re.compile(r"(.*\})([A-Za-z]{2}[A-Za-z0-9^{}]*)")  # a unit: "\sqrt{3}cm^2"
 _WORD = re.compile(r"\\?[^\W\d_]+")
 _ALLOWED = re.compile(r"[\w\s\\+\-*/^=(){}\[\]|!.,'&°%]*")
 
@@ -110,6 +111,8 @@ def _value_and_unit(reading: Reading) -> tuple[str, str]:
     for count in (3, 2, 1):
         if len(words) > count and (unit := unit_of(" ".join(words[-count:]))) is not None:
             return " ".join(words[:-count]), unit
+    if (attached := _ATTACHED.fullmatch(reading.body)) and (unit := unit_of(attached[2])) is not None:
+        return attached[1], unit
     for mark in ("°", "%"):
         if reading.body.endswith(mark):
             return reading.body.removesuffix(mark).rstrip(), mark

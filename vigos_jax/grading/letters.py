@@ -14,6 +14,7 @@ _HEADS = (  # the letter, and what stands beside it
         r"(?P<letter>[A-Z])(?:[.:]| ?-+>? ?| ?= ?(?=[^\W\d_]{2})|, ?|,? (?=\(|because |since |as ))(?P<rest>.+)"
     ),
     re.compile(r"(?P<rest>.*[^\s,;/]) [(\[](?P<letter>[A-Z])[)\]]"),
+    re.compile(r"(?P<rest>[0-9]{1,30}[°%]?)\((?P<letter>[A-Z])\)"),  # "13(B)"
 )
 _UNMARKED = re.compile(r"(?P<letter>[A-Z]) (?P<rest>.+)")
 # A letter that names an option: marked as one, or behind a word that joins alternatives.
@@ -33,11 +34,13 @@ _DENIED_BEFORE = re.compile(
     r"|definitely))* ?:?$",
     re.IGNORECASE,
 )
-_DENIED_AFTER = re.compile(
-    r"(?:(?:it|that|this|which|option|answer)? ?(?:is|was|'s|must be|would be|can be|seems|looks) )?"
-    r"(?:(?:definitely|clearly|certainly|also|simply|obviously) )?(?:not (?:it|right|true|correct|possible"
-    r"|(?:the|a) .*)|wrong|incorrect|false|untrue|impossible|excluded|eliminated|ruled out|not)"
-    r"|(?:(?:it|that|this) )?(?:isn't|is not|cannot|can't|won't|doesn't|does not|wasn't)\b.*|n?or\b.*",
+_ANSWER = r"(?:it|right|true|correct|valid|(?:the |an? )?(?:right |correct |best |valid )?(?:answer|option|choice|one))"
+_DENIED_AFTER = re.compile(  # and nothing else: "B: cannot be determined" is an option and its text
+    r"(?:(?:it|that|this|which|option|answer|choice)? ?(?:is|was|'s|must be|would be|can be|seems|looks) )?"
+    r"(?:(?:definitely|clearly|certainly|also|simply|obviously) )?"
+    rf"(?:not(?: {_ANSWER})?|wrong|incorrect|false|untrue|excluded|eliminated|ruled out)"
+    r"|(?:(?:it|that|this) )?(?:isn't|wasn't|is not|was not|(?:can|could|wo|would|will)(?:n't|'t| ?not) be)"
+    rf" {_ANSWER}|n?or\b.*",
     re.IGNORECASE,
 )
 _NAME = re.compile(r"[A-Z]-[^\W_].*")  # B-52, B-flat, X-ray; "B - red" and "B->red" are a letter and a text

@@ -171,7 +171,7 @@ def _read_core(core: str, *, letters: bool = True) -> Reading:
     letter, rest = (choice.letter, choice.rest) if choice else ("", "")
     fields = {"body": body, "name": name, "letter": letter, "rest": rest, "yes": _yes_no(body.casefold())}
     normal = _normal(core)
-    found = None if choice else _quantity(body)
+    found = None if choice or date_or_time(body.casefold()) else _quantity(body)
     if found is None:
         return Reading(normal, words=word_form(_normal(body)), **fields)
     value, unit, noun, is_sure = found

@@ -168,6 +168,6 @@ def _unwrap(text: str) -> str:
             before, content = "".join(out[max(0, opening - 3) : opening]), "".join(out[opening + 1 : opening + 2])
             content = content or text[last : last + 1]
             is_number = before[-1:].isdigit() and before[-2:-1] not in ("_", "^")
-            out[opening] = " " if is_number and content[:1].isalpha() else ""
+            out[opening] = " " if (is_number or before[-1:] == "}") and content[:1].isalpha() else ""
             out[-1] = ""
     return "".join([*out, text[last:]])
