@@ -291,6 +291,11 @@ def test_options_are_shown_behind_their_letters(options):
         (["A", "B"], ["red", "blue"], "A", False, "several_options_right"),
         ("B", "red or blue", "B", False, "bad_options"),
         (1, [], "1", False, None),
+        (1, {"1": "red", "2": "blue"}, "A", True, None),  # the label, and not the second
+        ("2", {"label": ["1", "2"], "text": ["red", "blue"]}, "B", True, None),
+        ("2", [{"label": "1", "text": "red"}, {"label": "2", "text": "blue"}], "B", True, None),
+        (0, {"1": "red", "2": "blue"}, "0", True, "answer_not_an_option"),
+        ("1", {"0": "red", "1": "blue"}, "B", True, None),
     ],
 )
 def test_the_answer_of_a_row_with_options(answer, options, reference, is_index, error):

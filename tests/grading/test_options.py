@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vigos_jax.grading.options import parse_options, parse_references
+from vigos_jax.grading.options import first_number, parse_options, parse_references
 
 RED_BLUE = ("red", "blue")
 
@@ -53,6 +53,19 @@ RED_BLUE = ("red", "blue")
         ["a) red", "b) blue"],
         '["A. red", "B. blue"]',
         {"A": "A. red", "B": "B. blue"},
+        {"option_a": "red", "option_b": "blue"},
+        "['red' 'blue']",  # as numpy writes it
+        "['red'\n \"blue\"]",
+        "Choices:\n(A) red\n(B) blue",
+        "Options: A. red B. blue",
+        "A.red B.blue",
+        "（A）red（B）blue",
+        "(A)red (B)blue",
+        "A:red\tB:blue",
+        ["**A.** red", "**B.** blue"],
+        ["**A**: red", "**B**: blue"],
+        ["A - red", "B - blue"],
+        ["Option A: red", "Option B: blue"],
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -80,6 +93,13 @@ def test_one_list_in_many_forms(value):
         (["A. Smith", "B. Jones"], ("Smith", "Jones")),
         ("A. the U.S. B. Mr. A. Smith", ("the U.S.", "Mr. A. Smith")),
         ("A．红\nB．蓝", ("红", "蓝")),
+        (["A. 5", "B. 6", "E. none"], ("5", "6", "", "", "none")),  # E stays E
+        (["A. thaliana", "E. coli"], ("A. thaliana", "E. coli")),
+        (["A - B", "B - A"], ("A - B", "B - A")),  # differences
+        (["Option A", "Option B"], ("Option A", "Option B")),
+        ("A.M. or P.M.\nB.C.", ("A.M. or P.M.", "B.C.")),
+        ("(A)3 (B)4", ("3", "4")),
+        ("[\"it's 'a' 'b'\", \"c\"]", ("it's 'a' 'b'", "c")),
     ],
 )
 def test_what_options_are(value, options):
@@ -90,6 +110,8 @@ def test_what_options_are(value, options):
     "value",
     [
         "red or blue",
+        "['red' 'blue', 'green']",  # two or three?
+        "Is it A. red or B. blue?",
         "[__import__('os')]",
         "[" * 5000,
         "(" * 300 + ")" * 300,
@@ -116,7 +138,17 @@ def test_literals_say_what_lists_do(texts):
     assert parse_options(json.dumps(texts)) == parse_options(repr(texts)) == parse_options(texts)
 
 
-@pytest.mark.parametrize("text", ["A. " * 30_000, "A. x\n" * 20_000, "[" * 90_000, "(A) (B) " * 10_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A. " * 30_000,
+        "A. x\n" * 20_000,
+        "[" * 90_000,
+        "(A) (B) " * 10_000,
+        "a" + " " * 90_000 + "A. x",
+        "[" + "'a' " * 20_000 + "]",
+    ],
+)
 def test_hostile_options_are_cheap(text):
     start = time.perf_counter()
     parse_options(text)
@@ -131,6 +163,8 @@ def test_hostile_options_are_cheap(text):
         (None, [None]),
         (["5", "five"], ["5", "five"]),
         ('["5", "five"]', ["5", "five"]),
+        ("['5' 'five']", ["5", "five"]),
+        ("['5' 'five', 'V']", ["['5' 'five', 'V']"]),
         ("['5', 'five']", ["5", "five"]),
         ("[2, 5]", ["[2, 5]"]),  # an interval
         ("(1, 2)", ["(1, 2)"]),
@@ -140,3 +174,24 @@ def test_hostile_options_are_cheap(text):
 )
 def test_references(value, references):
     assert parse_references(value) == references
+
+
+@pytest.mark.parametrize(
+    "value, number",
+    [
+        ({"1": "red", "2": "blue"}, 1),
+        ('{"1": "red", "2": "blue"}', 1),
+        ({1: "red", 2: "blue"}, 1),
+        ({"label": ["1", "2"], "text": ["red", "blue"]}, 1),
+        ([{"label": "1", "text": "red"}, {"label": "2", "text": "blue"}], 1),
+        ({"0": "red", "1": "blue"}, 0),
+        ({"A": "red", "B": "blue"}, 0),
+        (["1", "2"], 0),
+        ([{"text": "1"}, {"text": "2"}], 0),
+        ("red\nblue", 0),
+        (None, 0),
+        (float("nan"), 0),
+    ],
+)
+def test_numbers_that_label_options_are_what_an_answer_counts_with(value, number):
+    assert first_number(value) == number

@@ -62,8 +62,8 @@ def wrong_pairs(math):
 
 
 def test_every_pair_is_graded_as_a_person_would(math):
-    """The size and the share that docs/data.md tells."""
-    assert len(PEOPLE) == 636 and sum(not row["correct"] for row in PEOPLE) == 255
+    """The size and the share that docs/evaluation.md tells."""
+    assert len(PEOPLE) == 1182 and sum(not row["correct"] for row in PEOPLE) == 568
     faults = list(wrong_pairs(math))
     assert not faults, "\n".join(map(str, faults))
 
@@ -151,3 +151,22 @@ def test_a_worker_that_does_not_start(monkeypatch):
     monkeypatch.setattr(algebra.sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="does not start"):
         MathGrader().is_equal("1", "1")
+
+
+def test_a_comparison_that_missed_its_deadline_is_not_tried_again():
+    with MathGrader(deadline=0.7) as math:
+        hostile = ("10^{10^{10}}", "5")
+        assert math.is_equal(*hostile) is None and math.killed == 1
+        start = time.monotonic()
+        assert math.is_equal(*hostile) is None and math.killed == 1
+        assert time.monotonic() - start < 0.2
+        assert math.is_equal("10^{10}", "10000000000")
+
+
+def test_a_text_that_is_no_answer_costs_nothing_however_long_it_is():
+    long = "A, B or (C) of the 5 options; " * 20_000
+    start = time.perf_counter()
+    for options in ((), ("red", "blue", "green")):
+        assert not grade(long, "B", options=options).is_correct
+    assert time.perf_counter() - start < 0.5
+    assert grade(f" {long} ", long.upper()).is_correct

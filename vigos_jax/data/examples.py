@@ -16,7 +16,7 @@ from vigos_jax.data.references import reference_of, with_options
 from vigos_jax.data.sources import raw_row
 from vigos_jax.data.visuals import TooLong, Visual, fitting, frames_of, is_video
 from vigos_jax.grading.choice import option_index
-from vigos_jax.grading.options import parse_literal, parse_options, parse_references
+from vigos_jax.grading.options import first_number, parse_literal, parse_options, parse_references
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -138,7 +138,7 @@ class Encoder:
         if texts is None and self.options_template:
             raise BadRow("bad_options", f"options are {_short(options)}")
         texts = tuple(numbers_as_words(text) for text in texts or ())
-        reference = reference_of(answer, texts)
+        reference = reference_of(answer, texts, first=first_number(options))
         if reference.error == "empty_answer":
             raise BadRow("empty_answer", f"answer is {_short(answer)}")
         if not texts:

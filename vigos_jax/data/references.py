@@ -23,12 +23,12 @@ class Reference:
     error: str | None = None
 
 
-def reference_of(answer: Any, options: Sequence[str]) -> Reference:
+def reference_of(answer: Any, options: Sequence[str], *, first: int = 0) -> Reference:
     """The references of a row whose answer column holds this.
 
-    With options an answer is read as the text of one, then as a letter, then as a number that counts them from 0. What
-    names none of them, or several of a list, is an error; so is a number that is one option's text and another one's
-    place. Without options every text of a list is right; a list of numbers is one answer.
+    With options an answer is read as the text of one, then as a letter, then as a number that counts them from
+    `first`. What names none of them, or several of a list, is an error; so is a number that is one option's text and another
+    one's place. Without options every text of a list is right; a list of numbers is one answer.
     """
     if isinstance(answer, list | tuple | np.ndarray) and len(answer) and not any(isinstance(v, str) for v in answer):
         answer = _list_text(answer)
@@ -37,10 +37,10 @@ def reference_of(answer: Any, options: Sequence[str]) -> Reference:
         return Reference(("",), error="empty_answer")
     if not options:
         return Reference(texts)
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
-        if option_index(str(answer), options) not in (None, answer):
+    if isinstance(answer, int) and not isinstance(answer, bool) and first <= answer < first + len(options):
+        if option_index(str(answer), options) not in (None, answer - first):
             return Reference(texts, is_index=True, error="unclear_answer_index")
-    found = [_option_reference(text, options) for text in texts]
+    found = [_option_reference(text, options, first) for text in texts]
     if error := next((f.error for f in found if f.error), None):
         return Reference(texts, any(f.is_index for f in found), error)
     named = {option_index(f.texts[0], options) for f in found}
@@ -56,15 +56,15 @@ def _list_text(values: Any) -> Any:
     return "[" + ", ".join(map(clean_reference, values)) + "]"
 
 
-def _option_reference(text: str, options: Sequence[str]) -> Reference:
+def _option_reference(text: str, options: Sequence[str], first: int) -> Reference:
     readings, reading = [read(option) for option in options], read(text)
     if option_index(text, options) is not None or letter_set(reading, readings) is not None:
         return Reference((text,))
     if any(agree(reading, option) for option in readings):  # a text that stands there twice
         return Reference((text,))
     if re.fullmatch("[0-9]{1,2}", text):
-        if int(text) < min(len(options), len(LETTERS)):
-            return Reference((LETTERS[int(text)],), is_index=True)
+        if 0 <= int(text) - first < min(len(options), len(LETTERS)):
+            return Reference((LETTERS[int(text) - first],), is_index=True)
         return Reference((text,), is_index=True, error="answer_not_an_option")
     return Reference((text,), error="answer_not_an_option")
 

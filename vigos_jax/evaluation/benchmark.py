@@ -33,7 +33,7 @@ from vigos_jax.session import Session
 _RESPONSES, _VERDICTS = "responses.jsonl", "verdicts.jsonl"
 WRITTEN = ("results.json", "report.md", "report.html")  # after all is answered, each time anew
 _WIDTHS = (10, 8, 8, 17, 9, 8, 7, 8)  # of the table's columns
-GRADING = 3  # raised when the rules change: verdicts of other rules are not reused
+GRADING = 4  # raised when the rules change: verdicts of other rules are not reused
 # What of a model folder changes its answers: weights, shapes, how they are sampled, texts and images as it reads them.
 _ANSWER_FILES = (
     *("model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json"),

@@ -7,6 +7,7 @@ process bounds both; one that misses its deadline is killed, and a new one takes
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import queue
@@ -34,6 +35,7 @@ class MathGrader:
         self._worker: subprocess.Popen | None = None
         self._lines: queue.Queue[str] = queue.Queue()
         self._lock = threading.Lock()
+        self._missed: set[tuple[str, str]] = set()  # pairs that are not asked again
 
     def __enter__(self) -> "MathGrader":
         return self
@@ -57,10 +59,16 @@ class MathGrader:
         if max(len(prediction), len(reference)) > MAX_CHARS:
             return None
         with self._lock:
+            if (prediction, reference) in self._missed:
+                return None
             if self._worker is None or self._worker.poll() is not None:
                 self.close()
                 self._start()
-            return self._ask({"prediction": prediction, "reference": reference}, self.deadline)
+            killed = self.killed
+            equal = self._ask({"prediction": prediction, "reference": reference}, self.deadline)
+            if self.killed > killed:
+                self._missed.add((prediction, reference))
+            return equal
 
     def _start(self) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -103,9 +111,12 @@ def _compare(prediction: str, reference: str) -> bool | None:
     """math-verify's word; None where one of the two is not an expression to it."""
     import math_verify
 
+    # Its cleaning would also take letters off an end, as if they were units: "x + 2m" would be "x + 2".
+    keep_units = dataclasses.replace(math_verify.LatexExtractionConfig().normalization_config, units=False)
+    kinds = (math_verify.LatexExtractionConfig(normalization_config=keep_units), math_verify.ExprExtractionConfig())
     parse: Any = math_verify.parse  # its annotation forgets that None means no limit
     # Its own time limits are signals, for which its caller must be a main thread; here the parent watches the clock.
-    gold, ours = (parse(f"${x}$", parsing_timeout=None) for x in (reference, prediction))
+    gold, ours = (parse(f"${x}$", kinds, parsing_timeout=None) for x in (reference, prediction))
     return bool(math_verify.verify(gold, ours, timeout_seconds=None)) if gold and ours else None
 
 

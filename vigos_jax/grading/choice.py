@@ -5,18 +5,51 @@ from collections.abc import Sequence
 
 from vigos_jax.grading.letters import with_text
 from vigos_jax.grading.reading import Reading, agree, read
+from vigos_jax.grading.spelling import MAX_ANSWER_CHARS
 
 _JOINS = r"(?:\b(?:or|and|maybe|perhaps|possibly|also|either|nor)\b|[,;/&+])"
 _LETTERS = re.compile(r"[(\[]?([A-Z])[)\]]?[.,]?(?:(?: ?[,;&/+]| and|,? and)? ?[(\[]?([A-Z])[)\]]?[.,]?){1,25}")
 
+_SMALL_LETTERS = re.compile(r"[a-z](?: ?[,;] ?[a-z]){1,25}")
+_AND = re.compile(r"(?:,? and |[,;&] ?) ?")
+
 
 def letter_set(answer: Reading, options: Sequence[Reading]) -> frozenset[str] | None:
-    """The letters of an answer that names several options together: "AC", "A, C", "(A) and (C)"; None for any other."""
-    if not _LETTERS.fullmatch(answer.body):
+    """The letters of an answer that names several options together; None for any other.
+
+    "AC", "A, C" and "(A) and (C)" do, and so do "A. red, C. green" and "red and green".
+    """
+    if len(answer.body) > MAX_ANSWER_CHARS:
         return None
-    letters = re.findall("[A-Z]", answer.body)
-    last = chr(ord("A") + len(options) - 1)
-    return frozenset(letters) if len(set(letters)) == len(letters) and max(letters) <= last else None
+    letters = (
+        re.findall("[A-Z]", answer.body) if _LETTERS.fullmatch(answer.body) else _letters_of_parts(answer, options)
+    )
+    if not letters or len(set(letters)) < len(letters) or max(letters) > chr(ord("A") + len(options) - 1):
+        return None
+    return frozenset(letters)
+
+
+def _letters_of_parts(answer: Reading, options: Sequence[Reading]) -> list[str]:
+    parts = _AND.split(answer.body)
+    named = [named_option(read(part), options) for part in parts] if 1 < len(parts) <= len(options) else []
+    return [] if None in named else [chr(ord("A") + index) for index in named if index is not None]
+
+
+def same_letters(answer: Reading, reference: Reading) -> bool:
+    """Whether both name the same several letters, where the options are not known: "A, C" and "AC".
+
+    "AC" names letters where they are in order, which few words and no other name of an angle are.
+    """
+    ours, theirs = answer.body, reference.body
+    if max(len(ours), len(theirs)) > MAX_ANSWER_CHARS or not _LETTERS.fullmatch(theirs):
+        return False
+    ours = ours.upper() if _SMALL_LETTERS.fullmatch(ours) else ours
+    if not _LETTERS.fullmatch(ours) or (theirs.isalpha() and (list(theirs) != sorted(theirs) or theirs[-1] > "J")):
+        return False
+    if ours.isalpha() and theirs.isalpha() and len(theirs) > 2:
+        return ours == theirs
+    letters = [re.findall("[A-Z]", text) for text in (ours, theirs)]
+    return sorted(letters[0]) == sorted(letters[1])
 
 
 def option_index(answer: str, options: Sequence[str]) -> int | None:
@@ -36,7 +69,7 @@ def named_option(answer: Reading, options: Sequence[Reading]) -> int | None:
             return index if not answer.rest or _supports(answer.rest, index, options) else None
     if (by_text := _by_text(answer, options)) is not None:
         return by_text
-    marked = with_text(answer.body)
+    marked = None if len(answer.body) > MAX_ANSWER_CHARS else with_text(answer.body)
     if marked is None or ord(marked.letter) - ord("a") >= len(options):
         return None
     index = ord(marked.letter) - ord("a")
@@ -54,7 +87,8 @@ def _supports(rest: str, index: int, options: Sequence[Reading]) -> bool:
     reading = read(rest)
     if agree(reading, options[index]):
         return True
-    if any(agree(reading, option) for option in options):
+    opposite = reading.text[1:].strip() if reading.text.startswith("-") else f"-{reading.text}"
+    if any(agree(reading, option) for option in options) or agree(read(opposite), options[index]):
         return False
     text = reading.text
     own = re.search(_whole(options[index].text), text) if options[index].text else None

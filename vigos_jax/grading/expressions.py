@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from vigos_jax.grading.algebra import MathGrader
 from vigos_jax.grading.braces import is_balanced
-from vigos_jax.grading.reading import Reading, agree, read
+from vigos_jax.grading.reading import Reading, agree, may_be_one_name, read
 from vigos_jax.grading.units import same_unit, unit_of
 
 _MAX_ITEMS = 6
@@ -19,6 +19,8 @@ _NUMBER = r"[0-9]{1,30}(?:[.,][0-9]{1,30})?"
 _PART = rf"{_NUMBER}(?: ?/ ?{_NUMBER})?"
 _RANGE = re.compile(rf"[+-]? ?{_PART} ?(?:-+ ?{_PART} ?)+|{_NUMBER}(?: ?/ ?{_NUMBER}){{2,}}")  # a score, a date
 _ADJACENT = re.compile(r"[0-9)] [0-9]")
+# What algebra would cut off or take for something else: 45°30', 20° W, 5 a.m., 5...7, != 5, 5_6.
+_NO_VALUE = re.compile(r"°(?! ?(?:[-+*/^=)}]|$))|[0-9]'|[0-9] ?[ap]\.? ?m\.?$|\.\.|^!|!=|[0-9]_", re.IGNORECASE)
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne)(?![A-Za-z])")
 _SYMBOL = re.compile(r"[A-Za-z]|\\[A-Za-z]{2,10}")
 _MEMBER = re.compile(r"[A-Za-z](?:_\w)? ?\\in (.+)")
@@ -32,6 +34,7 @@ _MACROS = frozenset(
 )
 _FUNCTIONS = frozenset("sin cos tan cot sec csc log ln exp sqrt pi arcsin arccos arctan matrix pmatrix bmatrix".split())
 _ENGLISH = frozenset("a an as at be by do he if in is it me my no of on or so to up us vs we".split())
+_ATTACHED = re.compile(r"(.*\})([A-Za-z]{2}[A-Za-z0-9^{}]*)")  # a unit: "\sqrt{3}cm^2"
 _WORD = re.compile(r"\\?[^\W\d_]+")
 _ALLOWED = re.compile(r"[\w\s\\+\-*/^=(){}\[\]|!.,'&°%]*")
 
@@ -49,6 +52,8 @@ def same_expression(prediction: Reading, reference: Reading, math: MathGrader | 
 
     Items of sets and tuples are compared alike, down to `depth` _MAX_DEPTH.
     """
+    if not may_be_one_name(prediction, reference):
+        return False
     ours, theirs = _form(prediction), _form(reference)
     if ours is None or theirs is None or depth > _MAX_DEPTH:
         return None
@@ -90,6 +95,8 @@ def _same_sets(ours: Sequence[str], theirs: Sequence[str], same_item: Callable[[
 
 
 def _same_value(a: Reading, b: Reading, math: MathGrader | None) -> bool | None:
+    if a.value is not None and b.value is not None and a.is_quantity != b.is_quantity:
+        return False  # "1990s", which may be a number of seconds, beside a plain number
     (ours, unit), (theirs, other_unit) = _value_and_unit(a), _value_and_unit(b)
     if unit and other_unit and not same_unit(unit, other_unit):
         return False
@@ -104,6 +111,8 @@ def _value_and_unit(reading: Reading) -> tuple[str, str]:
     for count in (3, 2, 1):
         if len(words) > count and (unit := unit_of(" ".join(words[-count:]))) is not None:
             return " ".join(words[:-count]), unit
+    if (attached := _ATTACHED.fullmatch(reading.body)) and (unit := unit_of(attached[2])) is not None:
+        return attached[1], unit
     for mark in ("°", "%"):
         if reading.body.endswith(mark):
             return reading.body.removesuffix(mark).rstrip(), mark
@@ -192,6 +201,7 @@ def _is_value(text: str) -> bool:
         or text[-1:] in ("", "+", "-", "*", "/", "^", "=")
         or _RANGE.fullmatch(text)
         or _ADJACENT.search(text)
+        or _NO_VALUE.search(text)
     ):
         return False
     for word in _WORD.findall(text):

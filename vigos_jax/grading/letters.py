@@ -14,15 +14,36 @@ _HEADS = (  # the letter, and what stands beside it
         r"(?P<letter>[A-Z])(?:[.:]| ?-+>? ?| ?= ?(?=[^\W\d_]{2})|, ?|,? (?=\(|because |since |as ))(?P<rest>.+)"
     ),
     re.compile(r"(?P<rest>.*[^\s,;/]) [(\[](?P<letter>[A-Z])[)\]]"),
+    re.compile(r"(?P<rest>[0-9]{1,30}[°%]?)\((?P<letter>[A-Z])\)"),  # "13(B)"
 )
 _UNMARKED = re.compile(r"(?P<letter>[A-Z]) (?P<rest>.+)")
 # A letter that names an option: marked as one, or behind a word that joins alternatives.
 _NAMED = re.compile(
     r"(?<![\w'])(?:[(\[]([A-Za-z])[)\]]|([A-Za-z])\)|([A-Z])[.:](?= ?\S)(?![A-Z]\.))"
-    r"|(?:^|[,;/&|+]|\b(?:or|and|maybe|perhaps|possibly|probably|also|either|answer|option|choice|be|is|but|else)\b)"
+    r"|(?:^|[,;/&|+]|\b(?:or|and|maybe|perhaps|possibly|probably|also|either|answer|option|choice|be|is|but|else|no|guess"
+    r"|think|rather|actually|wait)\b)"
     r" ?[(\[]?([A-Z])(?=$|[\s.,;:)\]/&|+])(?! [a-z])"
 )
 _NOT_BEFORE = re.compile(r"\bnot (?:option |answer )?$", re.IGNORECASE)
+# A letter that is spoken against: "anything except (B)", "It can't be (B)"; "(B) is not correct", "A: wrong".
+_DENIED_BEFORE = re.compile(
+    r"(?:\b(?:not|cannot|never|no|nor|neither|except|excepting|excluding|excludes?|excluded|without|wrong|incorrect"
+    r"|false|unlike|(?<!none other )than|(?:all|any|anything|everything) but|out|against|avoid|opposite of"
+    r"|instead of|eliminat(?:e|es|ed|ing)|reject(?:s|ed)?)|n't)"
+    r"(?: (?:for|be|is|are|being|have|choose|pick|select|say|the|a|an|it|option|answer|choice|letter|really"
+    r"|definitely))* ?:?$",
+    re.IGNORECASE,
+)
+_ANSWER = r"(?:it|right|true|correct|valid|(?:the |an? )?(?:right |correct |best |valid )?(?:answer|option|choice|one))"
+_DENIED_AFTER = re.compile(  # and nothing else: "B: cannot be determined" is an option and its text
+    r"(?:(?:it|that|this|which|option|answer|choice)? ?(?:is|was|'s|must be|would be|can be|seems|looks) )?"
+    r"(?:(?:definitely|clearly|certainly|also|simply|obviously) )?"
+    rf"(?:not(?: {_ANSWER})?|wrong|incorrect|false|untrue|excluded|eliminated|ruled out)"
+    r"|(?:(?:it|that|this) )?(?:isn't|wasn't|is not|was not|(?:can|could|wo|would|will)(?:n't|'t| ?not) be)"
+    rf" {_ANSWER}|n?or\b.*",
+    re.IGNORECASE,
+)
+_NAME = re.compile(r"[A-Z]-[^\W_].*")  # B-52, B-flat, X-ray; "B - red" and "B->red" are a letter and a text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +58,7 @@ def lettered(text: str) -> Lettered | None:
     """The one option letter that a spelled answer names; None if it names none, or several."""
     if bare := _BARE.fullmatch(text) or _CALLED_RIGHT.fullmatch(text):
         return Lettered(bare["letter"].lower())
-    match = _head(text)
+    match = None if _NAME.fullmatch(text) else _head(text)
     return None if match is None else _alone(match)
 
 
@@ -55,6 +76,8 @@ def _alone(match: re.Match) -> Lettered | None:
     letter, rest = match["letter"].lower(), match["rest"].strip()
     if rest.startswith("(") and rest.endswith(")") and "(" not in rest[1:]:
         rest = rest[1:-1].strip()
+    if _DENIED_BEFORE.search(rest) if match.start("rest") == 0 else _DENIED_AFTER.fullmatch(rest):
+        return None
     if len(rest.strip("().[] ")) <= 1 and rest.strip("().[] ").isalpha():
         return Lettered(letter) if rest.strip("().[] ").lower() == letter else None
     for other in _NAMED.finditer(rest):

@@ -20,6 +20,7 @@ _MIXED = re.compile(
     r"([+-]? ?)([0-9]{1,30})"
     r"(?: ?\\frac ?\{ ?([0-9]{1,30}) ?\} ?\{ ?([0-9]{1,30}) ?\}| ([0-9]{1,30}) ?/ ?([0-9]{1,30})(?! ?/))"
 )
+_SHORT = re.compile(rf"([+-]? ?)([$€£¥]?)({_DECIMAL})(k|K|M|B|bn)")
 _MINUS_WORD = re.compile(r"(?:minus|negative) (?=[0-9.\\])", re.IGNORECASE)
 _ORDINAL = re.compile(r"(?:the )?([0-9]{1,9})(?:st|nd|rd|th)(?![a-z])")
 _AND_A_HALF = re.compile(r" and (?:a|one) half(?![a-z])")
@@ -84,6 +85,15 @@ def leading_number(text: str) -> Number | None:
     if scale := _SCALE_WORD.match(text.casefold(), number.end):
         return Number(number.value * _SCALES[scale[1]], scale.end())
     return number
+
+
+def written_short(text: str) -> Fraction | None:
+    """The value of "20k", "$3.5M" or "1.5B"; None for anything else. "3M" may be a name, and "3.5m" a length."""
+    match = _SHORT.fullmatch(text)
+    if match is None or not (match[2] or "." in match[3] or match[4] in "kK"):
+        return None
+    scale = {"k": 10**3, "K": 10**3, "M": 10**6}.get(match[4], 10**9)
+    return _signed(match[1], _fraction(match[3])) * scale
 
 
 def _in_digits(text: str) -> Number | None:

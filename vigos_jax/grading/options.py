@@ -1,8 +1,11 @@
 """The options of a multiple-choice question, and its reference, from whatever a column holds."""
 
 import ast
+import io
+import itertools
 import json
 import re
+import tokenize
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,11 +13,18 @@ import numpy as np
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _MAX_CHARS = 100_000  # of a literal; options are short
-_MARK = r"(?:[(\[]?[{0}{1}][)\]][.:]?|[{0}{1}][.:、．：]) ?"
-_ANY_MARK = re.compile(
-    r"(?:^|(?<=[\s;,]))(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])[).:、．：])(?=\s|[^\s\w.]|[^\x00-\x7f])"
+_MARK = re.compile(
+    r"(?:\*\*)?(?:(?:option|choice) )?"
+    r"(?:[(（\[]?(?P<a>[A-Z])[)）\]][.:]?|(?P<b>[A-Z])(?:[.:、．：](?!\w\.)|(?=\*\*)| [-–—](?= [^\W\d_]{2})))"
+    r"(?:\*\*)?[.:]? ?",
+    re.IGNORECASE,
 )
-_KEY = re.compile(r"[(\[]?([A-Za-z])[)\].:]?")
+_ANY_MARK = re.compile(
+    r"(?:^|(?<=[\s;,]))(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])[).:、．：](?=\s|[^\s\w.]|[^\x00-\x7f])"
+    r"|([A-Z])[.:](?=[^\s.](?!\.)))|（([A-Za-z])）"  # "A.red", but not "A.M."
+)
+_HEADING = re.compile(r"(?:[^\n]{1,80}[:：]|choices|options|answers|alternatives)?", re.IGNORECASE)
+_KEY = re.compile(r"(?:(?:option|choice)[ _-]?)?[(\[]?([A-Za-z])[)\].:]?", re.IGNORECASE)
 _NONE = ("", "none", "null", "nan", "n/a", "-")
 _TEXT_KEYS, _LETTER_KEYS = ("text", "content", "value", "option", "answer"), ("label", "key", "letter", "id", "index")
 
@@ -40,6 +50,19 @@ def parse_options(value: Any) -> tuple[str, ...] | None:
     return tuple(_without_letters(texts))
 
 
+def first_number(value: Any) -> int:
+    """The number of the first option for an answer that is a number: 1 if options are labelled 1, 2, ..., else 0."""
+    if isinstance(value, str):
+        value = parse_literal(value) if value.strip()[:1] in ("[", "(", "{") else None
+    labels: list[Any] = []
+    if isinstance(value, Mapping):
+        column = next((value[k] for k in _LETTER_KEYS if isinstance(value.get(k), list | tuple | np.ndarray)), None)
+        labels = list(value) if column is None else list(column)
+    elif isinstance(value, list | tuple | np.ndarray) and all(isinstance(v, Mapping) for v in value):
+        labels = [next((v[k] for k in _LETTER_KEYS if k in v), None) for v in value]
+    return 1 if "1" in map(str, labels) and "0" not in map(str, labels) else 0
+
+
 def parse_literal(text: str) -> Any:
     """A list or mapping written as JSON or as a Python literal; None for anything else."""
     if len(text) > _MAX_CHARS:
@@ -49,8 +72,29 @@ def parse_literal(text: str) -> Any:
             value = parse(text.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
+        if parse is ast.literal_eval and isinstance(value, list | tuple | dict) and _has_joined_texts(text):
+            # Without commas, as numpy writes a list: Python reads ['red' 'blue'] as one text.
+            return _listed_without_commas(text)
         return value if isinstance(value, list | tuple | dict) else None
     return None
+
+
+def _tokens(text: str) -> list[tokenize.TokenInfo]:
+    kinds = (tokenize.NL, tokenize.NEWLINE, tokenize.ENDMARKER, tokenize.INDENT, tokenize.DEDENT)
+    return [t for t in tokenize.generate_tokens(io.StringIO(text.strip()).readline) if t.type not in kinds]
+
+
+def _has_joined_texts(text: str) -> bool:
+    tokens = _tokens(text)
+    return any(a.type == b.type == tokenize.STRING for a, b in itertools.pairwise(tokens))
+
+
+def _listed_without_commas(text: str) -> list[str] | None:
+    """The texts of "['red' 'blue']"; None if some are parted by commas and others are not."""
+    opening, *items, closing = _tokens(text)
+    if (opening.string, closing.string) != ("[", "]") or any(item.type != tokenize.STRING for item in items):
+        return None
+    return [ast.literal_eval(item.string) for item in items]
 
 
 def _is_nan(value: Any) -> bool:
@@ -118,13 +162,16 @@ def _of_mapping(value: Mapping[Any, Any]) -> list[str] | None:
 
 
 def _marked(text: str) -> list[str] | None:
-    """The options of "A. red B. blue" or "(A) red (B) blue"; None unless it begins with A and goes on in order."""
+    """The options of "A. red B. blue" or "(A) red (B) blue"; None unless it begins with A and goes on in order.
+
+    A heading before them ("Choices:") is none.
+    """
     texts, start, expected = [], 0, 0
     for mark in _ANY_MARK.finditer(text):
-        letter = (mark[1] or mark[2] or mark[3]).upper()
+        letter = next(letter for letter in mark.groups() if letter).upper()
         if expected >= len(LETTERS) or letter != LETTERS[expected]:
             continue
-        if expected == 0 and text[: mark.start()].strip():
+        if expected == 0 and not _HEADING.fullmatch(text[: mark.start()].strip()):
             return None
         if expected:
             texts.append(text[start : mark.start()])
@@ -141,13 +188,20 @@ def _lines(text: str) -> list[str] | None:
 
 
 def _without_letters(texts: Sequence[str]) -> list[str]:
-    """Without the letters that the options carry themselves, if all carry their own: "A. red" -> "red"."""
+    """Without the letters that the options carry themselves, if all carry their own: "A. red" -> "red".
+
+    Letters that skip some ("A.", "B.", "E.") leave those places empty.
+    """
     if not 1 < len(texts) <= len(LETTERS):
         return list(texts)
-    matches = [re.match(_MARK.format(letter, letter.lower()), t) for letter, t in zip(LETTERS, texts, strict=False)]
+    matches = [_MARK.match(t) for t in texts]
     if not all(m is not None and t[m.end() :].strip() for m, t in zip(matches, texts, strict=True) if t):
         return list(texts)
-    return [t[m.end() :].strip() if m else t for m, t in zip(matches, texts, strict=True)]
+    places = [LETTERS.index((m["a"] or m["b"]).upper()) if m else i for i, m in enumerate(matches)]
+    if places[:2] != [0, 1] or places != sorted(set(places)):
+        return list(texts)
+    named = {i: t[m.end() :].strip() for i, m, t in zip(places, matches, texts, strict=True) if m}
+    return [named.get(i, "") for i in range(places[-1] + 1)]
 
 
 def parse_references(value: Any) -> list[Any]:

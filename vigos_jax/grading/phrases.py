@@ -24,10 +24,11 @@ _LEADS = tuple(
         r"选(?:择|项)?:? ?(?=[(\[]?[A-Z])",
         r"(?:about|approximately|approx\.?|around|roughly|nearly|circa|ca\.|exactly|precisely|only|just|\\approx) ?"
         r"(?=[-+]? ?[0-9.$€£¥\\√]|(?:a |an )?[a-z]+)",
+        r"in (?=[12][0-9]{3}$)",
         r"(?:#|no\. ?|number |(?:in )?(?:the )?year )(?=[0-9])",
     )
 )
-_APPROXIMATE = _LEADS[-2]
+_APPROXIMATE = _LEADS[-3]
 _MAX_LEADS = 6
 # "x = 5", "\angle ABC = 30°", "f(x) = 2x": a name and its value; "the sky is blue": a subject and what is said of it.
 _SYMBOL = re.compile(
@@ -35,6 +36,7 @@ _SYMBOL = re.compile(
     r" ?(?:=|\\approx|:(?= ?[-+]?[0-9.$€£¥])) ?([^=]+)"
 )
 _POINT = re.compile(r"\([A-Za-z](?: ?, ?[A-Za-z]){1,3}\) ?= ?(\(.+\))")  # "(x, y) = (1, 2)"
+_NAMED_POINT = re.compile(r"([A-Z]'?) ?= ?(\([^()=]*\))")  # "P = (3, 4)"
 _CHAIN = re.compile(r"([^=,;]{0,200}[-+*/^\\][^=,;]{0,200}) ?= ?([^=,;]+)")  # "7 - 2 = 5"
 _SUBJECT = re.compile(
     r"(?:the|its|his|her|their|this|that|these|those) ([^.,;:=<>\\]{1,60}?) (?:is|are|was|were|equals?) (.+)",
@@ -64,6 +66,8 @@ def name_and_body(text: str) -> tuple[str, str]:
     """The symbol or subject that a text speaks of, "" without one, and what it says of it."""
     if point := _POINT.fullmatch(text):
         return "", point[1]
+    if point := _NAMED_POINT.fullmatch(text):
+        return point[1], point[2]
     if "=" in text or ":" in text or "\\approx" in text:
         if match := _CHAIN.fullmatch(text):
             return "", match[2]

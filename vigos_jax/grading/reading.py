@@ -10,10 +10,10 @@ from fractions import Fraction
 
 from vigos_jax.grading.dates import date_or_time
 from vigos_jax.grading.letters import lettered
-from vigos_jax.grading.numbers import NUMBER_WORDS, leading_number
+from vigos_jax.grading.numbers import NUMBER_WORDS, leading_number, written_short
 from vigos_jax.grading.phrases import name_and_body, without_leads
 from vigos_jax.grading.spelling import MAX_ANSWER_CHARS, spell
-from vigos_jax.grading.units import CURRENCY, same_unit, unit_of
+from vigos_jax.grading.units import CURRENCY, same_unit, several_units, unit_of
 from vigos_jax.grading.words import word_form
 
 ORDINAL = "th"  # what stands in the unit's place behind an ordinal number
@@ -38,7 +38,6 @@ _TAIL = re.compile(
     r"(?:shown |visible |seen )?(?:in|on) (?:the|this) "
     r"(?:image|picture|photo|photograph|figure|diagram|chart|graph|table))$"
 )
-_UNIT_PART = re.compile(r"([^0-9]{1,30}?)(?:,? and|,)? ?(?=[0-9]|$)")
 _NOT_COUNTED = NUMBER_WORDS | frozenset(
     "and or to than of out off less more fewer minus plus times over under not no but maybe either nor versus through "
     "from between up down at least most past with without per by if perhaps possibly".split()
@@ -108,16 +107,18 @@ def agree(a: Reading, b: Reading) -> bool:
         return False
     if a.text == b.text:
         return True
+    if max(len(a.text), len(b.text)) > MAX_ANSWER_CHARS:
+        return False
     if a.letter or b.letter:
         return _agree_on_letters(a, b)
     if a.yes is not None or b.yes is not None:
         return a.yes == b.yes
-    if not _may_be_one_name(a, b):
+    if not may_be_one_name(a, b):
         return False
     if a.value is not None and b.value is not None and same_measure(a, b):
         return a.value == b.value or _as_share(a, b) or _as_share(b, a)
     if a.is_quantity or b.is_quantity:
-        return False
+        return _is_short_for(a, b) or _is_short_for(b, a)
     return (a.words != "" and a.words == b.words) or _compact(a.body) == _compact(b.body)
 
 
@@ -141,7 +142,8 @@ def _agree_on_letters(a: Reading, b: Reading) -> bool:
     return bool(lettered_one.rest) and agree(_read_core(lettered_one.rest, letters=False), other)
 
 
-def _may_be_one_name(a: Reading, b: Reading) -> bool:
+def may_be_one_name(a: Reading, b: Reading) -> bool:
+    """Whether the two can speak of one thing; what only one of them names is forgiven."""
     if not a.name or not b.name or a.name == b.name:
         return True
     is_symbol = [len(name) <= 3 or "\\" in name for name in (a.name, b.name)]
@@ -155,6 +157,12 @@ def _as_share(percent: Reading, plain: Reading) -> bool:
     return percent.value / 100 == plain.value
 
 
+def _is_short_for(short: Reading, full: Reading) -> bool:
+    """Whether one is "$20k" and the other 20,000 or $20,000."""
+    is_same_unit = not full.unit or (CURRENCY.match(full.unit) is not None and full.unit in short.body)
+    return full.is_quantity and not full.noun and is_same_unit and written_short(short.body) == full.value
+
+
 def _read_core(core: str, *, letters: bool = True) -> Reading:
     choice = lettered(core) if letters else None
     if choice is not None and not choice.rest:
@@ -163,7 +171,7 @@ def _read_core(core: str, *, letters: bool = True) -> Reading:
     letter, rest = (choice.letter, choice.rest) if choice else ("", "")
     fields = {"body": body, "name": name, "letter": letter, "rest": rest, "yes": _yes_no(body.casefold())}
     normal = _normal(core)
-    found = None if choice else _quantity(body)
+    found = None if choice or date_or_time(body.casefold()) else _quantity(body)
     if found is None:
         return Reading(normal, words=word_form(_normal(body)), **fields)
     value, unit, noun, is_sure = found
@@ -176,22 +184,7 @@ def _read_core(core: str, *, letters: bool = True) -> Reading:
 
 def _normal(text: str) -> str:
     text = _FRACTION.sub(r"\1/\2", text).casefold()
-    return date_or_time(text) or _several_units(text) or text
-
-
-def _several_units(text: str) -> str | None:
-    """A quantity in several units, "2 hours and 30 minutes", as "2 h 30 min"; None for anything else."""
-    parts: list[str] = []
-    place = 0
-    while place < len(text):
-        number = leading_number(text[place:]) if text[place].isdigit() else None
-        unit = _UNIT_PART.match(text, place + number.end) if number else None
-        name = unit_of(unit[1]) if unit else None
-        if number is None or unit is None or not name or len(parts) > 3:
-            return None
-        parts.append(f"{number.value} {name}")
-        place = unit.end()
-    return " ".join(parts) if len(parts) > 1 else None
+    return date_or_time(text) or several_units(text) or text
 
 
 def _compact(text: str) -> str:
@@ -233,7 +226,7 @@ def _measure(rest: str, *, currency: str, is_ordinal: bool) -> tuple[str, str, b
         return fixed, "", True
     unit = unit_of(rest)
     if unit is not None and not fixed:
-        is_attached_letter = not rest[0].isspace() and len(rest) == 1 and rest.isalpha()
+        is_attached_letter = not rest[0].isspace() and len(rest) == 1 and rest.isascii() and rest.isalpha()
         return unit, "", not is_attached_letter
     if unit is not None and not is_ordinal and same_unit(unit, unit_of(fixed) or ""):  # "$5 USD"
         return unit, "", True

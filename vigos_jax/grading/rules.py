@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from vigos_jax.grading.algebra import MathGrader
-from vigos_jax.grading.choice import letter_set, named_option
+from vigos_jax.grading.choice import letter_set, named_option, same_letters
 from vigos_jax.grading.expressions import is_mathematics, same_expression
 from vigos_jax.grading.reading import Reading, agree, read, same_measure
 from vigos_jax.grading.spelling import MAX_ANSWER_CHARS
@@ -49,6 +49,8 @@ def grade(
         return Verdict(_is_option(ours, theirs, options, math), "option")
     if theirs.kind == "letter":
         return Verdict(agree(ours, theirs), "option")
+    if same_letters(ours, theirs):
+        return Verdict(True, "option")
     if theirs.kind == "yes_no":
         return Verdict(agree(ours, theirs), "yes_no")
     is_number = theirs.kind == "number"

@@ -25,7 +25,15 @@ _TABLE = {
     **dict.fromkeys("·⋅∙", "\\cdot "),
     **dict.fromkeys("\u00a0\u2009\u202f", "\\,"),  # no-break and thin spaces, as between the digits of 1 234
     **{"×": "\\times ", "÷": "/", "⁄": "/", "∕": "/", "π": "\\pi ", "∞": "\\infty ", "≠": "\\ne ", "±": "\\pm "},
-    **{"∈": "\\in ", "∪": "\\cup ", "∩": "\\cap ", "∅": "\\emptyset ", "∠": "\\angle ", "∛": "\\sqrt[3]"},
+    **{
+        "∈": "\\in ",
+        "∪": "\\cup ",
+        "∩": "\\cap ",
+        "∅": "\\emptyset ",
+        "∠": "\\angle ",
+        "△": "\\triangle ",
+        "∛": "\\sqrt[3]",
+    },
     **{chr(0x1F150 + i): chr(ord("A") + i) for i in range(26)},  # letters in a filled circle
     **{chr(0x1F170 + i): chr(ord("A") + i) for i in range(26)},  # and in a filled square
 }
@@ -62,6 +70,12 @@ _LATEX = tuple(
         (r"\\Omega(?![A-Za-z])", "Ω"),
         (r" ?\^? ?\{? ?(?:\\circ|\\degrees?|\\textdegree)(?![A-Za-z]) ?\}?", "°"),
         (r" ?\^ ?\{? ?° ?\}?", "°"),
+        (r"(?<=[0-9]) ?\^ ?(?:\{o\}|o(?![A-Za-z]))", "°"),
+        (r"\\\\ ?$", ""),  # the end of a line
+        (r"(?<![A-Za-z\\])\\?sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
+        (r"([\^_])\{([A-Za-z0-9])\}(?![0-9])", r"\1\2"),
+        (r"(?<=[0-9]0)'s(?![A-Za-z])", "s"),  # "the 1990's"
         (r"(?<=[0-9])\\[,;: ](?=[0-9]{3}(?![0-9]))", ""),  # thin spaces between groups of digits
         (r"\\!", ""),
         (r"(?<!\\)\\(?:[,;: ]|q?quad(?![A-Za-z]))", " "),
@@ -80,6 +94,7 @@ _QUOTES = {'"': '"', "'": "'", "`": "`", "「": "」", "『": "』", "【": "】
 _MARKDOWN = ("**", "__", "*", "_")
 _BULLET = re.compile(r"(?:[•◦▪] ?|#+ |\* |- (?=[^\W\d]))")
 _WORD_IN_PARENTHESES = re.compile(r"\(([^\W\d_]{2,}(?:[ '-][^\W\d_]+)*)\)")
+_NUMBER_IN_BRACKETS = re.compile(r"[(\[] ?([+-]?[0-9.]{1,30}(?:/[0-9]{1,30})?[%°]?) ?[)\]]")
 
 
 def spell(text: str) -> str:
@@ -116,7 +131,7 @@ def strip_surroundings(text: str) -> str:
             text = text[1:-1]
         elif text.startswith("{") and closing_brace(text, 1) == len(text) - 1:
             text = text[1:-1]
-        elif match := _WORD_IN_PARENTHESES.fullmatch(text):
+        elif match := _WORD_IN_PARENTHESES.fullmatch(text) or _NUMBER_IN_BRACKETS.fullmatch(text):
             text = match[1]
         else:
             mark = next(
@@ -153,6 +168,6 @@ def _unwrap(text: str) -> str:
             before, content = "".join(out[max(0, opening - 3) : opening]), "".join(out[opening + 1 : opening + 2])
             content = content or text[last : last + 1]
             is_number = before[-1:].isdigit() and before[-2:-1] not in ("_", "^")
-            out[opening] = " " if is_number and content[:1].isalpha() else ""
+            out[opening] = " " if (is_number or before[-1:] == "}") and content[:1].isalpha() else ""
             out[-1] = ""
     return "".join([*out, text[last:]])

@@ -5,13 +5,15 @@ Nothing is converted: 100 cm is not 1 m here, as a question may ask for one of t
 
 import re
 
+from vigos_jax.grading.numbers import leading_number
+
 _MAX_CHARS = 60
 # A line: the canonical spelling, then the others. Looked up in lower case.
 _TABLE = """
-m meter meters metre metres
-cm centimeter centimeters centimetre centimetres
+m meter meters metre metres 米
+cm centimeter centimeters centimetre centimetres 厘米
 mm millimeter millimeters millimetre millimetres
-km kilometer kilometers kilometre kilometres kms
+km kilometer kilometers kilometre kilometres kms 千米 公里
 dm decimeter decimeters decimetre decimetres
 μm micrometer micrometers micrometre micrometres micron microns um
 nm nanometer nanometers nanometre nanometres
@@ -19,25 +21,25 @@ in inch inches "
 ft foot feet '
 yd yard yards yds
 mi mile miles
-g gram grams gramme grammes gm
-kg kilogram kilograms kilogramme kilogrammes kilo kilos kgs
+g gram grams gramme grammes gm 克
+kg kilogram kilograms kilogramme kilogrammes kilo kilos kgs 千克 公斤
 mg milligram milligrams
 μg microgram micrograms ug
 t ton tons tonne tonnes
 lb lbs
 pound pounds
 oz ounce ounces
-s sec secs second seconds
+s sec secs second seconds 秒
 ms millisecond milliseconds
 μs microsecond microseconds us
 ns nanosecond nanoseconds
-min mins minute minutes
-h hr hrs hour hours
-day days d
+min mins minute minutes 分钟
+h hr hrs hour hours 小时
+day days d 天
 week weeks wk wks
 month months
-year years yr yrs
-° deg degs degree degrees
+year years yr yrs 年 岁
+° deg degs degree degrees 度
 °c celsius centigrade c
 °f fahrenheit
 k kelvin kelvins
@@ -96,7 +98,7 @@ yuan rmb cny
 ₹ rupee rupees inr rs
 ₩ won krw
 ₽ ruble rubles rouble roubles rub
-units unit
+units unit 个 只 条 张 本 名 位 辆 棵 朵 件 支
 """
 _CANONICAL = {name: line.split()[0] for line in _TABLE.split("\n") for name in line.split()}
 _MEGA = {"MW": "megawatt", "MPa": "megapascal", "MJ": "megajoule", "MN": "meganewton", "MV": "megavolt", "MΩ": "megohm"}
@@ -128,6 +130,8 @@ _PHRASES = tuple(
 )
 _ATOM = re.compile(r"(?P<slash>/?) ?(?P<name>[^\W\d_]+|°[cf]?|[\"'%$¢€£¥₹₩₽])\.?(?:\^? ?(?P<power>-?[1-9]))? ?")
 
+_UNIT_PART = re.compile(r"([^0-9]{1,30}?)(?:,? and|,)? ?(?=[0-9]|$)")
+
 
 def unit_of(text: str) -> str | None:
     """The canonical spelling of a unit, "" for the bare word "units"; None if it is not one."""
@@ -157,3 +161,18 @@ def unit_of(text: str) -> str | None:
 def same_unit(a: str, b: str) -> bool:
     """Whether two canonical spellings can be one unit: "pound" is "lb" and "£"."""
     return a == b or b in _AMBIGUOUS.get(a, ()) or a in _AMBIGUOUS.get(b, ())
+
+
+def several_units(text: str) -> str | None:
+    """A quantity in several units, "2 hours and 30 minutes", as "2 h 30 min"; None for anything else."""
+    parts: list[str] = []
+    place = 0
+    while place < len(text):
+        number = leading_number(text[place:]) if text[place].isdigit() else None
+        unit = _UNIT_PART.match(text, place + number.end) if number else None
+        name = unit_of(unit[1]) if unit else None
+        if number is None or unit is None or not name or len(parts) > 3:
+            return None
+        parts.append(f"{number.value} {name}")
+        place = unit.end()
+    return " ".join(parts) if len(parts) > 1 else None

@@ -12,7 +12,7 @@ from vigos_jax.data.markers import MarkerMismatch, numbers_as_words
 from vigos_jax.data.references import reference_of, with_options
 from vigos_jax.errors import InputError
 from vigos_jax.grading.algebra import MathGrader
-from vigos_jax.grading.options import LETTERS, parse_options
+from vigos_jax.grading.options import LETTERS, first_number, parse_options
 from vigos_jax.grading.rules import Verdict, grade
 
 _NUMBERED_IMAGE = re.compile(r"image_?([0-9]+)")
@@ -142,9 +142,13 @@ def images_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(found) if isinstance(found, list | tuple | np.ndarray) else (found,)
 
 
+def _raw_options(row: Mapping[str, Any]) -> Any:
+    return first(row, ("options", "choices"))
+
+
 def options_of(row: Mapping[str, Any]) -> tuple[str, ...] | None:
     """A row's options, as `parse_options` reads them: () without any, None if they are not understood."""
-    texts = parse_options(first(row, ("options", "choices")))
+    texts = parse_options(_raw_options(row))
     return None if texts is None else tuple(plain_text(text) for text in texts)
 
 
@@ -178,7 +182,7 @@ def fault(text: str, answer: str, images: Sequence[Any], options: Sequence[str] 
 def ask_one(row: Mapping[str, Any], index: int) -> list[Question]:
     """The usual row: one question with its images, its options and its answer."""
     images, options = images_of(row), options_of(row)
-    answer, mismatch = reference_of(row.get("answer"), options or ()), None
+    answer, mismatch = reference_of(row.get("answer"), options or (), first=first_number(_raw_options(row))), None
     try:
         text = clean_problem(first(row, QUESTION), images=len(images))
     except MarkerMismatch:
