@@ -27,8 +27,8 @@ def reference_of(answer: Any, options: Sequence[str], *, first: int = 0) -> Refe
     """The references of a row whose answer column holds this.
 
     With options an answer is read as the text of one, then as a letter, then as a number that counts them from
-    `first`. What names none of them, or several of a list, is an error; so is a number that is one option's text and another
-    one's place. Without options every text of a list is right; a list of numbers is one answer.
+    `first`. What names none of them, or several of a list, is an error; so is a number that is one option's text and
+    another one's place. Without options every text of a list is right; a list of numbers is one answer.
     """
     if isinstance(answer, list | tuple | np.ndarray) and len(answer) and not any(isinstance(v, str) for v in answer):
         answer = _list_text(answer)
