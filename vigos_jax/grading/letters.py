@@ -27,11 +27,12 @@ _NAMED = re.compile(
 _NOT_BEFORE = re.compile(r"\bnot (?:option |answer )?$", re.IGNORECASE)
 # A letter that is spoken against: "anything except (B)", "It can't be (B)"; "(B) is not correct", "A: wrong".
 _DENIED_BEFORE = re.compile(
-    r"(?:\b(?:not|cannot|never|no|nor|neither|except|excepting|excluding|excludes?|excluded|without|wrong|incorrect"
-    r"|false|unlike|(?<!none other )than|(?:all|any|anything|everything) but|out|against|avoid|opposite of"
-    r"|instead of|eliminat(?:e|es|ed|ing)|reject(?:s|ed)?)|n't)"
-    r"(?: (?:for|be|is|are|being|have|choose|pick|select|say|the|a|an|it|option|answer|choice|letter|really"
-    r"|definitely))* ?:?$",
+    r"(?:\b(?:not|cannot|never|no|nor|neither|except|excepting|excluding|excludes?|excluded|without|unlike"
+    r"|(?<!none other )than|(?:all|any|anything|everything) but|out|against|avoid|opposite of|instead of"
+    r"|eliminat(?:e|es|ed|ing)|reject(?:s|ed)?)|n't)"
+    r"(?: (?:think|believe|it's|that's|that|for|be|is|are|being|have|choose|pick|select|say|the|a|an|it|option|answer"
+    r"|choice|letter|really|definitely))* ?:?$"
+    r"|\b(?:wrong|incorrect|false) ?:?$",
     re.IGNORECASE,
 )
 _ANSWER = r"(?:it|right|true|correct|valid|(?:the |an? )?(?:right |correct |best |valid )?(?:answer|option|choice|one))"

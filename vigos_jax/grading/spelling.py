@@ -94,7 +94,8 @@ _QUOTES = {'"': '"', "'": "'", "`": "`", "「": "」", "『": "』", "【": "】
 _MARKDOWN = ("**", "__", "*", "_")
 _BULLET = re.compile(r"(?:[•◦▪] ?|#+ |\* |- (?=[^\W\d]))")
 _WORD_IN_PARENTHESES = re.compile(r"\(([^\W\d_]{2,}(?:[ '-][^\W\d_]+)*)\)")
-_NUMBER_IN_BRACKETS = re.compile(r"[(\[] ?([+-]?[0-9.]{1,30}(?:/[0-9]{1,30})?[%°]?) ?[)\]]")
+_BRACKETED = r"[+-]?[0-9.]{1,30}(?:/[0-9]{1,30})?[%°]?"
+_NUMBER_IN_BRACKETS = re.compile(rf"\( ?{_BRACKETED} ?\)|\[ ?{_BRACKETED} ?\]")
 
 
 def spell(text: str) -> str:
@@ -131,8 +132,8 @@ def strip_surroundings(text: str) -> str:
             text = text[1:-1]
         elif text.startswith("{") and closing_brace(text, 1) == len(text) - 1:
             text = text[1:-1]
-        elif match := _WORD_IN_PARENTHESES.fullmatch(text) or _NUMBER_IN_BRACKETS.fullmatch(text):
-            text = match[1]
+        elif _WORD_IN_PARENTHESES.fullmatch(text) or _NUMBER_IN_BRACKETS.fullmatch(text):
+            text = text[1:-1]
         else:
             mark = next(
                 (m for m in _MARKDOWN if len(text) > 2 * len(m) and text.startswith(m) and text.endswith(m)), ""
