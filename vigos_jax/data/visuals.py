@@ -87,8 +87,24 @@ def frames_of(video: Mapping[str, Any]) -> Sequence[object]:
     return list(frames)
 
 
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """An image of which only the size is known: what `fitting` needs of one."""
+
+    size: tuple[int, int]
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """As of `Visual`."""
+        return [self.size]
+
+    def layout(self, processor: Processor, pixels: PixelLimits) -> tuple[EncodedImage, ...]:
+        """As of `Visual`."""
+        return (processor.image_layout(*self.size, pixels),)
+
+
 def fitting(
-    visuals: Sequence[Visual],
+    visuals: Sequence[Visual | Outline],
     processor: Processor,
     wanted: PixelLimits,
     reason: Callable[[tuple[EncodedImage, ...]], str | None],

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 
 from vigos_jax.data.examples import row_size
-from vigos_jax.data.images import BadImage, image_bytes
+from vigos_jax.data.images import BadImage, image_bytes, image_size
 from vigos_jax.data.processor import PixelLimits
-from vigos_jax.data.visuals import TooLong, Visual
+from vigos_jax.data.visuals import Outline, TooLong, Visual
 from vigos_jax.evaluation.questions import TaskRows
 from vigos_jax.evaluation.tasks.task import Question, Task
 from vigos_jax.grading.answer_text import last_boxed
@@ -24,7 +24,7 @@ from vigos_jax.method.packing import Row
 from vigos_jax.method.prompts import fill
 from vigos_jax.method.spans import find_spans
 from vigos_jax.rollouts.engine import Engine
-from vigos_jax.rollouts.parse import prompt_row
+from vigos_jax.rollouts.parse import prompt_pixels, prompt_row
 from vigos_jax.rollouts.sample_rows import sample_rows
 from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.runtime.distributed import exchange, first_decides
@@ -69,27 +69,32 @@ class Asker:
         e, prompt = self.config.eval, self._prompt()
         # Greedy answers to one question are equal.
         samples = self.task.samples or (e.samples if e.temperature else 1)
-        buckets, pixels = self.session.buckets, (self.config.data.min_pixels, self.config.data.max_pixels)
-        # What images are made smaller for is part of what was asked.
         how = dataclasses.asdict(self.sampling) | {"seed": e.seed, "span_rule": self.session.span_rule}
-        how |= {"pixels": pixels, "largest": (max(buckets.patches), max(buckets.prompt))}
         jobs, errors = [], []
         for question in questions:
-            reason, images = question.error, []
+            reason, images, pixels = question.error, [], (0, 0)
             try:
                 for item in question.images:
                     data = image_bytes(item, image_roots=self.rows.image_roots)
                     images.append(hashlib.sha256(data).hexdigest())
-            except BadImage as error:
+                pixels = self._pixels(question)
+            except (BadImage, TooLong) as error:
                 reason = reason or error.kind
             if reason:
                 errors.append((question, reason))
                 continue
             text = [fill(prompt["user"], problem=question.text), prompt["assistant_prefill"]]
             for sample in range(samples):
-                key = content_key(self.fingerprint, self.task.name, question.id, text, images, how, sample)
+                key = content_key(self.fingerprint, self.task.name, question.id, text, images, pixels, how, sample)
                 jobs.append(Job(question, sample, key))
         return jobs, errors
+
+    def _pixels(self, question: Question) -> tuple[int, int]:
+        """How large the question's images are made: part of what is asked. From their headers alone."""
+        outlines = [Outline(image_size(item, image_roots=self.rows.image_roots)) for item in question.images]
+        options = {"problem": question.text, "student": self._prompt()}
+        limits = prompt_pixels(outlines, self.session, self.config, **options)
+        return limits.least, limits.most
 
     def sample(self, jobs: Sequence[Job], responses: Journal | None) -> list[tuple[Question, str]]:
         """Answers what is not answered yet; returns the questions that turned out not to be askable.

@@ -13,7 +13,7 @@ from vigos_jax.data.examples import Encoder, Example, is_unicode
 from vigos_jax.data.images import read_image
 from vigos_jax.data.processor import EncodedImage, PixelLimits, Processor
 from vigos_jax.data.sources import JsonlSource
-from vigos_jax.data.visuals import Visual, fitting
+from vigos_jax.data.visuals import Outline, Visual, fitting
 from vigos_jax.grading.answer_text import last_boxed, mentions
 from vigos_jax.grading.rules import grade
 from vigos_jax.method.packing import Buckets, Rollout, Row, make_row, slot_count, too_long
@@ -145,23 +145,29 @@ class Reader:
         return kind and f"{kind}_too_long"
 
 
-def prompt_row(visuals: Sequence[Visual], session: Session, config, *, problem: str, student: Mapping[str, str]) -> Row:
-    """A row that is only answered, its images as large as the buckets have room for.
+def prompt_pixels(
+    visuals: Sequence[Visual | Outline], session: Session, config, *, problem: str, student: Mapping[str, str]
+) -> PixelLimits:
+    """How large the images are made of a row that is only answered: as large as the buckets have room for.
 
     Raises:
-      TooLong: it does not fit with the smallest images either.
+      TooLong: the row does not fit with the smallest images either.
     """
     processor, buckets = session.processor, session.buckets
 
-    def row(images: tuple[EncodedImage, ...]) -> Row:
-        return make_row(images, problem=problem, student=student, processor=processor)
-
     def reason(images: tuple[EncodedImage, ...]) -> str | None:
-        sizes = {"patches": slot_count(row(images), session.config), "prompt": len(row(images).prompt.ids)}
+        row = make_row(images, problem=problem, student=student, processor=processor)
+        sizes = {"patches": slot_count(row, session.config), "prompt": len(row.prompt.ids)}
         return next((f"{kind}_too_long" for kind, n in sizes.items() if n > max(getattr(buckets, kind))), None)
 
-    pixels = fitting(visuals, processor, PixelLimits(config.data.min_pixels, config.data.max_pixels), reason)
-    return row(tuple(image for v in visuals for image in v.encode(processor, pixels)))
+    return fitting(visuals, processor, PixelLimits(config.data.min_pixels, config.data.max_pixels), reason)
+
+
+def prompt_row(visuals: Sequence[Visual], session: Session, config, *, problem: str, student: Mapping[str, str]) -> Row:
+    """A row that is only answered; TooLong as of `prompt_pixels`."""
+    pixels = prompt_pixels(visuals, session, config, problem=problem, student=student)
+    images = tuple(image for v in visuals for image in v.encode(session.processor, pixels))
+    return make_row(images, problem=problem, student=student, processor=session.processor)
 
 
 def parse(session: Session, rows: Sequence[Row], sampled: Completions) -> list[Rollout | None]:
