@@ -9,7 +9,9 @@ from vigos_jax.data.markers import without_markers
 from vigos_jax.grading.answer_text import last_boxed
 
 _THOUGHT = re.compile(r"^<(think|thinking)>.*?</\1>", re.IGNORECASE | re.DOTALL)
-_ANSWER_LABEL = re.compile(r"answer\s*[:：]", re.IGNORECASE)
+_TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.IGNORECASE | re.DOTALL)
+_LAST_LINE = re.compile(r"(?:^|\n)#### *([^\n]+)\s*$")
+_ANSWER_LABEL = re.compile(r"\*{0,2}(?:answer|答案)\s*[:：]\*{0,2}", re.IGNORECASE)
 
 
 def clean_problem(text: object, *, images: int = 1, videos: int = 0) -> str:
@@ -24,9 +26,10 @@ def clean_problem(text: object, *, images: int = 1, videos: int = 0) -> str:
 def clean_reference(answer: object) -> str:
     r"""The reference answer of a data row as it is shown to a teacher; "" means that the row has none.
 
-    A number keeps its value (0 is an answer; 2.0 is written "2"). A thought in front, and around a text a code fence,
-    `<answer>` tags, an "Answer:" label and quotes are removed; of a text with boxes the last closed one counts. None,
-    NaN, an infinity and anything that is neither text nor number are not an answer.
+    A number keeps its value (0 is an answer; 2.0 is written "2"). A thought in front and a code fence are removed. What
+    stands in the last `<answer>` tags counts, else behind a last line's `####`; of that the last closed box. An
+    "Answer:" label and quotes are removed. None, NaN, an infinity and anything that is neither text nor number are not an
+    answer.
     """
     if isinstance(answer, decimal.Decimal):
         answer = int(answer) if answer == answer.to_integral_value() else str(answer.normalize())
@@ -38,8 +41,10 @@ def clean_reference(answer: object) -> str:
     if len(text) > 6 and text.startswith("```") and text.endswith("```"):
         language, newline, code = text[3:-3].partition("\n")
         text = (code if newline else language).strip()
-    if text[:8].lower() == "<answer>" and text[-9:].lower() == "</answer>":
-        text = text[8:-9].strip()
+    if tagged := _TAGGED.findall(text):
+        text = tagged[-1].strip()
+    elif match := _LAST_LINE.search(text):  # as GSM8K writes it
+        text = match[1].strip()
     boxed = last_boxed(text)
     text = text if boxed is None else boxed
     if match := _ANSWER_LABEL.match(text):
