@@ -1,1 +1,1 @@
-"""What a run's teachers do on given rollouts: scores token by token, and the privileged-answer leakage ratio."""
+"""What a run reads, and what its teachers do on given rollouts: token scores, and the privileged-answer leakage ratio."""

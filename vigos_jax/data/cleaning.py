@@ -28,8 +28,8 @@ def clean_reference(answer: object) -> str:
 
     A number keeps its value (0 is an answer; 2.0 is written "2"). A thought in front and a code fence are removed. What
     stands in the last `<answer>` tags counts, else behind a last line's `####`; of that the last closed box. An
-    "Answer:" label and quotes are removed. None, NaN, an infinity and anything that is neither text nor number are not an
-    answer.
+    "Answer:" label and quotes are removed. None, NaN, an infinity and anything that is neither text nor number are not
+    an answer.
     """
     if isinstance(answer, decimal.Decimal):
         answer = int(answer) if answer == answer.to_integral_value() else str(answer.normalize())
