@@ -1,1 +1,1 @@
-"""What a run reads, and what its teachers do on given rollouts: token scores, and the privileged-answer leakage ratio."""
+"""What a run reads, and what its teachers do on given rollouts: token scores, privileged-answer leakage ratio."""
