@@ -9,6 +9,7 @@ from PIL import Image
 
 from vigos_jax.demo import world
 from vigos_jax.evaluation import demo_scores
+from vigos_jax.evaluation.statistics import number_text
 from vigos_jax.grading.answer_text import last_boxed
 from vigos_jax.method import prompts
 from vigos_jax.method.packing import Row
@@ -106,12 +107,12 @@ what one expects in the asked attribute, *prior* images agree.
 
 | | |
 |---|---|
-| Score: accuracy on conflict images | {score:.3f} |
-| Prior: accuracy on prior images | {prior:.3f} |
-| valid format | {valid:.3f} |
-| accuracy given valid format (conflict) | {accuracy_given_valid:.3f} |
-| descriptions without any error (conflict) | {description_accuracy:.3f} |
-| leak: descriptions that state the prior (conflict) | {leak_rate:.3f} |
+| Score: accuracy on conflict images | {score} |
+| Prior: accuracy on prior images | {prior} |
+| valid format | {valid} |
+| accuracy given valid format (conflict) | {accuracy_given_valid} |
+| descriptions without any error (conflict) | {description_accuracy} |
+| leak: descriptions that state the prior (conflict) | {leak_rate} |
 
 Privileged teachers on conflict images, shown a *wrong* reference answer:
 
@@ -131,9 +132,9 @@ def write(measured: dict[str, Any], *, parameters: int) -> str:
         f"| {r['answer_follows_reference']:.3f} / {r['answer_follows_image']:.3f} |"
         for name, r in measured["teachers_given_a_wrong_reference"].items()
     ]
-    numbers = {k: v for k, v in student.items() if k != "leak"}
+    # Of a base that follows its format nowhere, some rates are of nothing.
+    numbers = {k: number_text(v, digits=3) if isinstance(v, float | None) else v for k, v in student.items()}
     return CARD.format(
         parameters=parameters, config=measured["config"], seed=measured["seed"], leak=measured["leak_strength"],
-        leak_rate=student["leak"],
-        teachers="\n".join(rows), **numbers,
+        leak_rate=numbers.pop("leak"), teachers="\n".join(rows), **numbers,
     )  # fmt: skip
