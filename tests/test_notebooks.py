@@ -212,8 +212,8 @@ def test_own_data(tmp_path):
     assert len(rows_of(tmp_path / "data" / "train.jsonl")) == len(list((tmp_path / "data").glob("*.png"))) == 48
     config = json.loads((tmp_path / "runs" / "mine" / "config.json").read_text())
     assert (config["model"]["path"], config["data"]["source"], config["lora"]["rank"]) == (
-        "tiny-qwen2_5_vl",
-        "data/train.jsonl",
+        str(tmp_path / "tiny-qwen2_5_vl"),
+        str(tmp_path / "data" / "train.jsonl"),
         4,
     )
     metrics = rows_of(tmp_path / "runs" / "mine" / "metrics.jsonl")
