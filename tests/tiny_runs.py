@@ -232,6 +232,13 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def metrics_of(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock, or on what this process has compiled already."""
+    clock = ("seconds/", "compilations", "tokens_per_second")
+    rows = read_rows(workdir / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith(clock)} for row in rows]
+
+
 def write_model(folder: pathlib.Path, *, family: str = "qwen2_5_vl") -> pathlib.Path:
     """A Hugging Face folder with processor and float32 weights in several shards."""
     make_processor_folder(folder, text={"tie_word_embeddings": False, "torch_dtype": "bfloat16"}, family=family)

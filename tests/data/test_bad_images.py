@@ -11,21 +11,14 @@ import urllib.parse
 
 import numpy as np
 import pytest
-from helpers import make_processor_folder
 from PIL import Image
 from tiny_rows import GOOD, encode
 
 from vigos_jax.data import images
 from vigos_jax.data.images import BadImage, image_size, read_image
-from vigos_jax.data.processor import Processor
 from vigos_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def processor(tmp_path_factory):
-    return Processor.load(make_processor_folder(tmp_path_factory.mktemp("model")))
 
 
 def file_bytes(image: Image.Image, format="PNG", **options) -> bytes:

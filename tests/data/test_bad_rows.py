@@ -3,7 +3,6 @@
 import json
 import types
 
-import datasets
 import pytest
 import tiny_runs as runs
 from helpers import ADDED_TOKENS, make_processor_folder
@@ -55,11 +54,6 @@ def loaded(request, tmp_path_factory):
     folder = make_processor_folder(tmp_path_factory.mktemp("model"), family=request.param)
     parts = {"processor": Processor.load(folder), "config": ModelConfig.load(folder)}
     return types.SimpleNamespace(**parts, roles=ROLES, buckets=BUCKETS, span_rule="paper")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")

@@ -5,25 +5,12 @@ import pathlib
 
 import datasets
 import pytest
-from helpers import make_processor_folder
 from tiny_rows import config, encode, picture, picture_bytes, write_jsonl
 
 from vigos_jax.data.chat import BadChat, is_chat, read_chat
 from vigos_jax.data.columns import find_columns, lookup
-from vigos_jax.data.processor import Processor
 from vigos_jax.data.sources import load_source
 from vigos_jax.errors import InputError
-
-
-@pytest.fixture(scope="module")
-def processor(tmp_path_factory):
-    return Processor.load(make_processor_folder(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
 
 IMAGE = {"type": "image"}
 TEXT = {"type": "text", "text": "How many?"}

@@ -3,25 +3,12 @@
 import copy
 import json
 
-import datasets
 import numpy as np
 import pytest
-from helpers import make_processor_folder
 from tiny_rows import GOOD, config, encode, picture, picture_bytes, rows, small_rows, write_jsonl, write_parquet
 
-from vigos_jax.data.processor import Processor
 from vigos_jax.data.sources import fingerprint, load_source
 from vigos_jax.errors import InputError
-
-
-@pytest.fixture(scope="module")
-def processor(tmp_path_factory):
-    return Processor.load(make_processor_folder(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("column", ["images", "image"])

@@ -12,11 +12,6 @@ from vigos_jax.data.sources import load_source
 from vigos_jax.errors import InputError
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
 def make(folder, *names):
     for i, name in enumerate(names):
         write_parquet(folder / name, rows(2**i))  # so that the number of rows says which were read

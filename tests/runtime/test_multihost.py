@@ -273,14 +273,8 @@ def two(tmp_path_factory, world, unequal):
     return folder, hosts.launch(folder / "launch", [*listed, fails], processes=2, devices=4)
 
 
-def rows_of(workdir: pathlib.Path) -> list[dict]:
-    rows = runs.read_rows(workdir / "metrics.jsonl")
-    clock = ("seconds/", "compilations", "tokens_per_second")
-    return [{k: v for k, v in row.items() if not k.startswith(clock)} for row in rows]
-
-
 def assert_same_rows(a: pathlib.Path, b: pathlib.Path, first: int = 0) -> None:
-    wanted, got = rows_of(a)[first:], rows_of(b)[first:]
+    wanted, got = runs.metrics_of(a)[first:], runs.metrics_of(b)[first:]
     assert wanted and len(wanted) == len(got)
     for x, y in zip(wanted, got, strict=True):
         assert y == pytest.approx(x, rel=1e-5, abs=1e-5)
@@ -289,7 +283,9 @@ def assert_same_rows(a: pathlib.Path, b: pathlib.Path, first: int = 0) -> None:
 @pytest.mark.slow
 def test_the_same_numbers_and_rollouts_as_one_process(one, two):
     assert_same_rows(one[0] / "whole", two[0] / "whole")
-    assert len(rows_of(two[0] / "whole")) == runs.STEPS and rows_of(two[0] / "whole")[-1]["bad_rows"] > 0
+    assert (
+        len(runs.metrics_of(two[0] / "whole")) == runs.STEPS and runs.metrics_of(two[0] / "whole")[-1]["bad_rows"] > 0
+    )
     whole, halves = one[1]["whole"], [result["whole"] for result in two[1]]
     for step in range(runs.STEPS):
         assert whole["ids"][step] == sum((half["ids"][step] for half in halves), [])
@@ -315,7 +311,7 @@ def test_each_process_reads_and_parses_its_own_rows(one, two):
 def test_the_same_loss_on_stored_rollouts_of_very_unequal_lengths(one, two, name):
     # Micro-batches are formed otherwise by two processes; what they add up to is the same.
     assert_same_rows(one[0] / "unequal", two[0] / name)
-    (row,) = rows_of(two[0] / name)
+    (row,) = runs.metrics_of(two[0] / name)
     assert row["valid_rate"] == 1 and row["loss"] > 0
     first, second = (result[name] for result in two[1])
     assert first["shapes"] == second["shapes"]

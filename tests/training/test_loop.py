@@ -40,15 +40,8 @@ def undisturbed(tmp_path_factory, world):
     return runs.finished_run(tmp_path_factory)
 
 
-def rows_of(workdir) -> list[dict]:
-    """metrics.jsonl without what depends on the clock, or on what this process has compiled already."""
-    rows = runs.read_rows(workdir / "metrics.jsonl")
-    clock = ("seconds/", "compilations", "tokens_per_second")
-    return [{k: v for k, v in row.items() if not k.startswith(clock)} for row in rows]
-
-
 def test_every_step_is_written_once_and_learns(undisturbed):
-    rows = rows_of(undisturbed.workdir)
+    rows = runs.metrics_of(undisturbed.workdir)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     for row in rows:
         assert np.isfinite(row["loss"]) and row["grad_norm"] > 0
@@ -67,11 +60,11 @@ def test_the_base_is_not_modified(undisturbed, world):
 def test_bad_rows_are_counted_and_said_by_the_exit_code(undisturbed, world, tmp_path, capsys):
     arguments = [f"--workdir={tmp_path / 'run'}", f"--config.data.source={world.bad_data}"]
     assert world.run(*arguments) == 1
-    rows = rows_of(tmp_path / "run")
+    rows = runs.metrics_of(tmp_path / "run")
     assert rows[-1]["bad_rows"] >= len(runs.BAD)  # 16 rows are more than an epoch of 10
     assert "16 rows bad: " in capsys.readouterr().err
     assert world.run(*arguments) == 1  # nothing is left to be done, and the rows are as bad
-    assert rows_of(undisturbed.workdir)[-1]["bad_rows"] == 0
+    assert runs.metrics_of(undisturbed.workdir)[-1]["bad_rows"] == 0
 
 
 def test_too_many_bad_rows_stop_the_run(world, tmp_path, capsys):
@@ -130,7 +123,7 @@ KILLS = [(1, 3), (2, 2), pytest.param(1, 1, marks=pytest.mark.slow), pytest.para
 @pytest.mark.parametrize("every, killed_at", KILLS)
 def test_a_killed_run_goes_on_to_the_same_numbers(undisturbed, world, tmp_path, every, killed_at):
     run_killed_once(world, tmp_path / "run", killed_at, [f"--config.checkpoint_every={every}"])
-    assert rows_of(tmp_path / "run") == rows_of(undisturbed.workdir)
+    assert runs.metrics_of(tmp_path / "run") == runs.metrics_of(undisturbed.workdir)
     runs.assert_same_trees(runs.saved_state(tmp_path / "run", STEPS), runs.saved_state(undisturbed.workdir, STEPS))
 
 
@@ -140,7 +133,7 @@ EMA = ("--config.teacher.weights=ema", "--config.teacher.ema_rate=0.5", "--confi
 def test_a_killed_run_keeps_its_average(tmp_path_factory, undisturbed, world, tmp_path):
     whole = runs.finished_run(tmp_path_factory, *EMA)
     run_killed_once(world, tmp_path / "run", 3, EMA)
-    assert rows_of(tmp_path / "run") == rows_of(whole.workdir)
+    assert runs.metrics_of(tmp_path / "run") == runs.metrics_of(whole.workdir)
     saved = runs.saved_state(whole.workdir, STEPS)
     runs.assert_same_trees(runs.saved_state(tmp_path / "run", STEPS), saved)
     apart = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), saved["average"], saved["trained"])
@@ -202,7 +195,7 @@ def test_training_starts_from_a_given_adapter(world, tmp_path):
 def test_full_fine_tuning_trains_every_parameter_in_float32(tmp_path_factory, world):
     run = runs.finished_run(tmp_path_factory, "--config.lora.rank=0", "--config.optimizer.learning_rate=1e-3")
     # No dropout: sampler and scorer see the same student. A sampler of the base would be far off after step 1.
-    assert max(row["sampler_logp_gap"] for row in rows_of(run.workdir)) < 1e-4
+    assert max(row["sampler_logp_gap"] for row in runs.metrics_of(run.workdir)) < 1e-4
     params = runs.saved_state(run.workdir, STEPS)["trained"]["params"]
     moved = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), params, run.session.base)
     assert all(jax.tree.leaves(moved)), moved
@@ -215,7 +208,7 @@ def test_accumulation_changes_nothing_but_rounding(undisturbed, world, tmp_path)
     mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=4"]
     for name, n in (("one", 1), ("two", 2)):
         assert world.run(f"--workdir={tmp_path / name}", f"--config.gradient_accumulation_steps={n}", *one, *mesh) == 0
-    a, b = rows_of(tmp_path / "one")[0], rows_of(tmp_path / "two")[0]
+    a, b = runs.metrics_of(tmp_path / "one")[0], runs.metrics_of(tmp_path / "two")[0]
     assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
 
@@ -234,7 +227,7 @@ def test_every_config_trains_on_the_demo(path, tmp_path):
     short.append("--config.report.rows=0")
     arguments = [f"--config={path}", f"--workdir={tmp_path}", *short, "--config.export.after_training=False"]
     assert main.main(["vigos_jax", *arguments]) == 0
-    rows = rows_of(tmp_path)
+    rows = runs.metrics_of(tmp_path)
     assert [row["step"] for row in rows] == [1, 2]
     roles = json.loads((tmp_path / "config.json").read_text())["roles"]
     for row in rows:
@@ -250,7 +243,7 @@ def test_every_config_trains_on_the_demo(path, tmp_path):
 @pytest.mark.slow
 def test_worker_processes_give_the_same_run(undisturbed, world, tmp_path):
     assert world.run(f"--workdir={tmp_path / 'run'}", "--config.steps=4", "--config.data.workers=2") == 0
-    assert rows_of(tmp_path / "run") == rows_of(undisturbed.workdir)
+    assert runs.metrics_of(tmp_path / "run") == runs.metrics_of(undisturbed.workdir)
 
 
 @pytest.mark.slow
@@ -272,5 +265,5 @@ def test_kill_minus_nine(world, tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert start(tmp_path / "b").wait() == 0
-    assert rows_of(tmp_path / "b") == rows_of(tmp_path / "a")
+    assert runs.metrics_of(tmp_path / "b") == runs.metrics_of(tmp_path / "a")
     runs.assert_same_trees(*(runs.saved_state(tmp_path / name, STEPS) for name in "ab"))

@@ -32,12 +32,6 @@ def undisturbed(tmp_path_factory, world):
     return runs.finished_run(tmp_path_factory)
 
 
-def rows_of(workdir) -> list[dict]:
-    rows = runs.read_rows(workdir / "metrics.jsonl")
-    clock = ("seconds/", "compilations", "tokens_per_second")
-    return [{k: v for k, v in row.items() if not k.startswith(clock)} for row in rows]
-
-
 def refusal(capsys, call) -> str:
     capsys.readouterr()
     assert call() == 2
@@ -93,7 +87,7 @@ def test_two_processes_on_one_fresh_workdir(world, tmp_path):
     assert sorted(codes) == [0, 2], said
     winner, loser = both[codes.index(0)], said[codes.index(2)]
     assert f"run is in use by process {winner.pid} on" in loser and loser.count("\n") == 1
-    assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in runs.metrics_of(tmp_path / "run")] == list(range(1, STEPS + 1))
     assert not (tmp_path / "run" / ".lock").exists()
 
     process = subprocess.Popen([*command[:-1], f"--workdir={tmp_path / 'killed'}"], **options)
@@ -104,7 +98,7 @@ def test_two_processes_on_one_fresh_workdir(world, tmp_path):
     process.communicate()
     assert (tmp_path / "killed" / ".lock").exists()
     assert subprocess.run(process.args, env=environment).returncode == 0
-    assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "run")
+    assert runs.metrics_of(tmp_path / "killed") == runs.metrics_of(tmp_path / "run")
     assert not (tmp_path / "killed" / ".lock").exists()
 
 
@@ -170,7 +164,7 @@ def test_a_finished_run_goes_on_to_more_steps(world, undisturbed, tmp_path, caps
     (tmp_path / "run" / "results.json").write_text('{"of": "step 2"}')
     first = runs.bytes_of(tmp_path / "run" / "export")
     assert world.run(*own, f"--config.steps={STEPS}") == 0
-    assert rows_of(tmp_path / "run") == rows_of(undisturbed.workdir)
+    assert runs.metrics_of(tmp_path / "run") == runs.metrics_of(undisturbed.workdir)
     runs.assert_same_trees(runs.saved_state(tmp_path / "run", STEPS), runs.saved_state(undisturbed.workdir, STEPS))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == STEPS
     assert runs.bytes_of(tmp_path / "run" / "export-step-2") == first
