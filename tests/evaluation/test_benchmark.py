@@ -196,6 +196,17 @@ def test_hostile_rows(world, tmp_path):
     assert results(tmp_path / "one")["demo"]["samples"] == 1
 
 
+def test_an_answer_is_kept_for_the_size_of_its_images(world, sources, tmp_path):
+    """Other limits ask something else; larger buckets that no image needs ask the same."""
+    asked = (world, tmp_path / "out", ["mathverse"], sources, "--config.eval.temperature=0.0")
+    assert run(*asked) == 0
+    first = {r["key"] for r in responses(tmp_path / "out")}
+    assert run(*asked, "--config.buckets.patches=(256,)", "--config.buckets.prompt=(256,)") == 0
+    assert {r["key"] for r in responses(tmp_path / "out")} == first
+    assert run(*asked, "--config.data.max_pixels=3136") == 0
+    assert len({r["key"] for r in responses(tmp_path / "out")}) == 2 * len(first)
+
+
 @pytest.mark.slow
 def test_the_demo_end_to_end(tmp_path, capsys):
     """As a user runs it: the shipped base, then a student trained on the demo, from the command line."""

@@ -219,3 +219,20 @@ def test_spans_as_json(loaded):
     parts = ("description", "reasoning", "answer")
     assert spans_json(rollout(loaded, VALID)) == {part: [list(getattr(spans, part))] for part in parts}
     assert spans_json(rollout(loaded, "red")) == dict.fromkeys(parts, [])
+
+
+@pytest.mark.parametrize(
+    "reference, options, alternatives, said, is_right",
+    [
+        ("B", ("red", "blue"), (), "blue", True),
+        ("blue", ("red", "blue"), (), "B", True),
+        ("B", ("red", "blue"), (), "red", False),
+        ("B", (), (), "blue", False),
+        ("5", (), ("V",), "V", True),
+        ("5", (), (), "V", False),
+    ],
+)
+def test_accuracy_knows_options_and_all_references(loaded, reference, options, alternatives, said, is_right):
+    example = Example("x", reference=reference, options=options, alternatives=alternatives)
+    counts = rollout_counts(loaded, [example], [rollout(loaded, f"so \\boxed{{{said}}}")])
+    assert counts["correct"] == is_right
