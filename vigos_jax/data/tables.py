@@ -117,7 +117,7 @@ def open_table(name: str, *, split: str) -> Table:
     Raises:
       InputError: there is no such thing, it cannot be read, or it has no rows.
     """
-    path = pathlib.Path(name).expanduser()
+    path = pathlib.Path(name).expanduser().absolute()  # its folder is shown where an image is not in it
     if name and path.suffix == ".parquet" and path.is_file():
         return _load_files(name, [path])
     if name and path.is_dir():
