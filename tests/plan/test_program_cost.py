@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from vigos_jax.models.inputs import TextInputs
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
-from vigos_jax.plan.program_cost import read_traffic, traced_flops
+from vigos_jax.plan.operations import traced_flops
+from vigos_jax.plan.program_cost import read_traffic
 from vigos_jax.runtime.sharding import make_mesh
 
 D, LAYERS = 64, 6

@@ -153,7 +153,12 @@ def describe(config, target: Topology) -> AbstractRun:
     check_batch(mesh, batch_size=config.batch_size, micro_batches=config.gradient_accumulation_steps)
     objective = objective_of(config)
     model_config = model_config_of(config.model.path)
-    model = model_of(config, model_config, mesh, platform=target.platform)
+    if not target.has_fused_attention and config.model.attention not in ("auto", "xla"):
+        raise InputError(
+            f"config.model.attention={config.model.attention!r} does not run on {target.name}; choices: auto, xla"
+        )
+    # A CPU's choice is XLA's attention.
+    model = model_of(config, model_config, mesh, platform=target.platform if target.has_fused_attention else "cpu")
     place = functools.partial(_placed, mesh=mesh, rules=config.mesh.rules)
     abstract = abstract_variables(model)
     base = place({"params": abstract["params"]}, dtype=model.dtype)["params"]

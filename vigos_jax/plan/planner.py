@@ -10,6 +10,7 @@ import json
 import math
 import pathlib
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,9 @@ from jax.sharding import NamedSharding
 from vigos_jax.errors import InputError
 from vigos_jax.plan.abstract_run import AbstractRun, describe, device_bytes
 from vigos_jax.plan.devices import Topology, topology
-from vigos_jax.plan.program_cost import flops, read_traffic
+from vigos_jax.plan.floors import decode_floor
+from vigos_jax.plan.operations import flops
+from vigos_jax.plan.program_cost import read_traffic
 from vigos_jax.plan.table import Plan, Program, report
 from vigos_jax.rollouts.sampler import Sampler
 from vigos_jax.rollouts.sampling import Sampling
@@ -55,12 +58,20 @@ def plan(config) -> str:
 def compile_plan(config, target: Topology, *, only: tuple[str, ...] = ()) -> Plan:
     """Compiles the programs of one step, all or the named ones and what they build on."""
     run = describe(config, target)
-    programs = tuple(_programs(run, target, only))
     count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))  # noqa: E731
     c, shards = run.model.config, run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     heads = c.num_kv_heads // (run.mesh.shape["tensor"] if c.num_kv_heads % run.mesh.shape["tensor"] == 0 else 1)
     slots = run.sizes.prompt + _capacity(run)
-    cache = 2 * c.num_layers * (config.batch_size // shards) * slots * heads * c.head_dim
+    cache = 2 * c.num_layers * (config.batch_size // shards) * slots * heads * c.head_dim * run.model.dtype.itemsize
+    of_decode = {
+        "tokens": config.plan.completion,
+        "floor": config.plan.completion * decode_floor(run, cache_bytes=cache),
+    }
+    layers = {"encode": c.vision.depth, "prefill": c.num_layers, "decode": c.num_layers, "gradient": c.num_layers}
+    programs = tuple(
+        dataclasses.replace(p, layers=layers.get(p.name, 0), **(of_decode if p.name == "decode" else {}))
+        for p in _programs(run, target, only)
+    )
     return Plan(
         model=config.model.path,
         topology=target.name,
@@ -78,9 +89,25 @@ def compile_plan(config, target: Topology, *, only: tuple[str, ...] = ()) -> Pla
         base_bytes=device_bytes(run.base),
         trained_bytes=device_bytes(run.state.trained),
         opt_state_bytes=device_bytes(run.state.opt_state),
-        cache_bytes=cache * run.model.dtype.itemsize,
+        cache_bytes=cache,
         programs=programs,
+        notes=_notes(run, target),
     )
+
+
+def _notes(run: AbstractRun, target: Topology) -> tuple[str, ...]:
+    """Facts of the devices without which the numbers mislead."""
+    out = []
+    if run.model.dtype == jnp.bfloat16 and not target.has_bfloat16:
+        out.append(
+            f"{target.name}: no bfloat16 units: bfloat16 products run in float32, far below "
+            f"{target.rates.tflops:g} TFLOP/s"
+        )
+    if not target.has_fused_attention:
+        out.append(f"{target.name}: no fused attention: attention is XLA's")
+    if target.platform == "cpu" and run.model.dtype != jnp.float32:
+        out.append(f"a CPU computes {run.model.dtype} in float32: temporaries are up to twice a GPU's")
+    return tuple(out)
 
 
 def _capacity(run: AbstractRun) -> int:
@@ -166,15 +193,19 @@ def _measure(
     sampler_steps: int,
 ) -> tuple[Program, Any]:
     """Compiles one program; returns what it takes, and its results as shapes, or None where it does not fit at all."""
+    started = time.perf_counter()
     traced = function.trace(*args)
     n = len(target.devices)
     operations = flops(traced.jaxpr, trip_count=sampler_steps) / n
+    # The GPU compiler refuses the option.
+    options = {} if target.platform == "gpu" else {"exec_time_optimization_effort": float(run.config.plan.effort)}
     try:
-        compiled = traced.lower().compile({"exec_time_optimization_effort": float(run.config.plan.effort)})
+        compiled = traced.lower().compile(options)
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e) and "out of memory" not in str(e).lower():
             raise
         return Program(name, runs, beside=beside, flops=operations, refused=_refusal(str(e))), None
+    seconds = time.perf_counter() - started
     if run.config.plan.programs:
         folder = pathlib.Path(run.config.plan.programs).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
@@ -192,6 +223,10 @@ def _measure(
         beside=beside + _unread(args, compiled),
         flops=operations,
         traffic=traffic.memory,
+        kernels=traffic.kernels,
+        split_sums=traffic.split_sums,
+        largest=traffic.largest,
+        compile_seconds=seconds,
         moved=traffic.moved(),
         # The sampler's own loop is counted as it was asked to be.
         unknown_loops=tuple(x for x in traffic.unknown_loops if name != "decode"),

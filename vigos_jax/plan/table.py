@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from vigos_jax.plan.devices import Rates
+from vigos_jax.plan.program_cost import Array
 
 _GB, _TERA = 1e9, 1e12
 
@@ -19,6 +20,13 @@ class Program:
       flops: of matrix products, recomputation included; the work of all devices divided by their number.
       traffic: bytes read from and written to memory.
       moved: bytes received from other devices, by kind of collective.
+      kernels: that an execution launches.
+      split_sums: of these, sums of partial products, into which the compiler splits a product without a card to try.
+      largest: the largest array that it makes in memory; arguments, and updates in place, are not.
+      floor: bytes that it must read at least, of `decode`; 0 where that is not known.
+      tokens: decoded in an execution; 1 for programs that decode none.
+      layers: of the stack that it runs through; 0 for those that run through none.
+      compile_seconds: of tracing, lowering and compiling, on this machine.
       unknown_loops: loops whose body was counted as often as a completion has tokens.
       refused: why the compiler refused it; else empty.
     """
@@ -33,6 +41,13 @@ class Program:
     flops: float = 0.0
     traffic: float = 0.0
     moved: dict[str, float] = dataclasses.field(default_factory=dict)
+    kernels: float = 0.0
+    split_sums: float = 0.0
+    largest: Array | None = None
+    floor: float = 0.0
+    tokens: int = 1
+    layers: int = 0
+    compile_seconds: float = 0.0
     unknown_loops: tuple[str, ...] = ()
     refused: str = ""
 
@@ -40,6 +55,27 @@ class Program:
     def peak(self) -> int:
         """Bytes on one device while the program runs."""
         return self.arguments + self.outputs + self.temporaries - self.aliased + self.beside
+
+    @property
+    def kernels_per_token(self) -> float:
+        """Launched for a decoded token; of a program that decodes none, for an execution."""
+        return self.kernels / self.tokens
+
+    @property
+    def kernels_per_layer(self) -> float:
+        """`kernels_per_token` over the layers, what is around these included; 0 where there are none."""
+        return self.kernels_per_token / self.layers if self.layers else 0.0
+
+    @property
+    def traffic_per_token(self) -> float:
+        """Bytes read and written for a decoded token; of a program that decodes none, in an execution."""
+        return self.traffic / self.tokens
+
+    def counts(self) -> dict[str, float]:
+        """What follows from the other numbers, for JSON."""
+        out = {"peak": self.peak, "kernels_per_token": self.kernels_per_token}
+        out |= {"kernels_per_layer": self.kernels_per_layer, "traffic_per_token": self.traffic_per_token}
+        return out | {"floor_per_token": self.floor / self.tokens}
 
     def times(self, rates: Rates) -> dict[str, float]:
         """Seconds of one execution by each of the three resources, at its full rate."""
@@ -63,6 +99,7 @@ class Plan:
       base_bytes, trained_bytes, opt_state_bytes, cache_bytes: on one device.
       advice: the first change that made everything fit; None where none of `tried` did, or none was tried.
       tried: changes that were compiled, with the peak that each has.
+      notes: facts of the devices without which the numbers mislead.
     """
 
     model: str
@@ -85,6 +122,7 @@ class Plan:
     programs: tuple[Program, ...]
     advice: str | None = None
     tried: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def is_whole(self) -> bool:
@@ -127,13 +165,14 @@ class Plan:
         """All numbers; bytes, operations, seconds."""
         out = dataclasses.asdict(self)
         for program, entry in zip(self.programs, out["programs"], strict=True):
-            entry |= {"peak": program.peak, "seconds": program.times(self.rates)}
+            entry |= {**program.counts(), "seconds": program.times(self.rates)}
         totals = {"fits": self.fits, "is_whole": self.is_whole, "peak": self.peak}
         return out | totals | {"flops": self.flops, "seconds": self.seconds, "moved": self.moved()}
 
 
 _COLUMNS = ("program", "runs", "arguments", "temporaries", "outputs", "beside", "peak GB")
 _COLUMNS += ("TFLOP", "memory GB", "received GB", "seconds", "bound by")
+_COUNTS = ("program", "kernels", "a layer", "split sums", "compile s", "largest GB", "largest array")
 
 
 def report(plan: Plan) -> str:
@@ -156,15 +195,16 @@ def report(plan: Plan) -> str:
         "",
         _table([_COLUMNS, *(_row(plan, p) for p in plan.programs)]),
         "",
+        _table([_COUNTS, *(_counts_row(p) for p in plan.programs if not p.refused)]),
+        "",
+        *_decoding(plan.programs),
         f"received in a step by each device: {_moved(plan.moved())}",
         f"a step: {plan.flops / 1e15:.2f} PFLOP on all devices, at least {plan.seconds:.1f} s; peak "
         f"{_gb(plan.peak)} of {memory:g} GB on each",
     ]
-    if plan.topology.startswith("cpu") and plan.dtype != "float32":
-        lines.append(f"a CPU computes {plan.dtype} in float32: temporaries are up to twice a GPU's")
     if unknown := sorted({loop for p in plan.programs for loop in p.unknown_loops}):
         lines.append(f"loops of unknown length, counted {s['completion']} times: {', '.join(unknown)}")
-    return "\n".join([*lines, *_verdict(plan)])
+    return "\n".join([*lines, *plan.notes, *_verdict(plan)])
 
 
 def _verdict(plan: Plan) -> list[str]:
@@ -190,6 +230,24 @@ def _row(plan: Plan, p: Program) -> tuple[str, ...]:
         *(f"{n * p.runs / _GB:.1f}" for n in per_step),
         *(f"{seconds * p.runs:.2f}", kind),
     )
+
+
+def _counts_row(p: Program) -> tuple[str, ...]:
+    """Kernels of one execution, or of one token where tokens are decoded."""
+    largest = (_gb(p.largest.bytes), p.largest.shape) if p.largest else ("-", "-")
+    layer = f"{p.kernels_per_layer:.1f}" if p.layers else "-"
+    kernels = (f"{p.kernels_per_token:.0f}", layer, f"{p.split_sums / p.tokens:.0f}")
+    return (p.name, *kernels, f"{p.compile_seconds:.1f}", *largest)
+
+
+def _decoding(programs: tuple[Program, ...]) -> list[str]:
+    """What a decoded token moves, and the least it could."""
+    return [
+        f"{p.name}: {_gb(p.traffic_per_token)} GB a token, {p.traffic / p.floor:.2f} times weights + adapters + cache "
+        f"({_gb(p.floor / p.tokens)} GB); its kernels are those of a token"
+        for p in programs
+        if p.floor and not p.refused
+    ]
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:
