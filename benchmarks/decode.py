@@ -28,16 +28,18 @@ def decode() -> Result:
     # Prompts are run once; the loops get copies of what they leave, since they overwrite it.
     started = {sampler: jax.block_until_ready(sampler.start(variables, prompts, keys)) for sampler in (ours, full)}
 
+    weights = ours.weights(variables)
+
     def copy_of(sampler: Sampler):
         return jax.tree.map(jnp.copy, started[sampler])
 
     def bucketed():
-        return ours.advance(variables, copy_of(ours), TOKENS).tokens
+        return ours.advance(weights, copy_of(ours), TOKENS).tokens
 
     def python_loop():
         state = copy_of(full)
         for n in range(1, TOKENS + 1):
-            state = full.advance(variables, state, n)
+            state = full.advance(weights, state, n)
             if bool(jnp.all(state.is_done)):
                 break
         return state.tokens

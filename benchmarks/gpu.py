@@ -77,7 +77,8 @@ def decode(model, base, trained, rows, buckets, *, batch: int, tokens: int, band
     variables = student_variables(base, trained)
     keys = row_keys(0, 0, batch)
     prefill = seconds(lambda: sampler.start(variables, prompts, keys), rounds=3)
-    whole = seconds(lambda: sampler.advance(variables, sampler.start(variables, prompts, keys), tokens), rounds=3)
+    weights = sampler.weights(variables)
+    whole = seconds(lambda: sampler.advance(weights, sampler.start(variables, prompts, keys), tokens), rounds=3)
     c, per_token = model.config, (whole - prefill) / tokens
     read = sum(x.nbytes for x in jax.tree.leaves((base["layers"], base["embedding"], trained)))
     read += 2 * c.num_layers * batch * (prompts.text.ids.shape[1] + tokens) * c.num_kv_heads * c.head_dim * 2
@@ -141,7 +142,7 @@ def main() -> int:
         times = [time.perf_counter()]
         prompts = jax.tree.map(jnp.asarray, pack_prompts(rows, config=config, buckets=buckets))
         variables = student_variables(base, state.trained)
-        images = sampler.encode(variables, prompts.vision)
+        images = sampler.encode(variables, prompts)
         jax.block_until_ready(sampler(variables, prompts, row_keys(0, i, batch), images).ids)
         times.append(time.perf_counter())
         micro_batches = []

@@ -153,6 +153,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.sampling.min_p = 0.0  # 0 keeps all tokens
     config.sampling.repetition_penalty = 1.0  # over prompt and completion; 1 is off
     config.sampling.presence_penalty = 0.0  # over the completion; 0 is off
+    config.sampling.micro_batch = 0  # rows whose images and prompts are computed at once; 0: as memory allows
+    config.sampling.decode_batch = 0  # rows that are decoded at once; 0: all; fewer need less memory
 
     config.optimizer = ConfigDict()  # AdamW
     config.optimizer.learning_rate = 3e-4

@@ -54,15 +54,15 @@ def load_pair(reference: torch.nn.Module, folder: pathlib.Path) -> Pair:
 
 
 def pack(samples: Sequence[tm.Sample], config: ModelConfig, *, length: int, slots: int = 448) -> PromptBatch:
-    """The samples as left-padded prompts of one length."""
+    """The samples as prompts of one length."""
     buckets = Buckets(patches=(64, slots), prompt=(length,), completion=(1,), sequence=(1,))
     return pack_prompts([Row(s.images, s.turn) for s in samples], config=config, buckets=buckets)
 
 
-def worst(ours: np.ndarray, theirs: Sequence[np.ndarray], *, at_end: bool) -> list[float]:
-    """Largest difference of each row, at any position; rows of ours are padded, on the left if `at_end`."""
+def worst(ours: np.ndarray, theirs: Sequence[np.ndarray]) -> list[float]:
+    """Largest difference of each row, at any position; rows of ours are padded at their end."""
     rows = zip(np.asarray(ours), theirs, strict=True)
-    return [tm.max_difference(a[-len(b) :] if at_end else a[: len(b)], b) for a, b in rows]
+    return [tm.max_difference(a[: len(b)], b) for a, b in rows]
 
 
 def check_packed_row(pair: Pair) -> None:
@@ -75,17 +75,19 @@ def check_packed_row(pair: Pair) -> None:
     rows = pack([both, a, b, both], pair.config, length=80)
     p, n, m = len(prefix.ids), len(first), len(second)
     positions, segments = np.array(rows.text.positions), np.array(rows.text.segment_ids)
-    positions[[0, 3], :, -m:] = positions[2, :, -m:]  # the second branch continues the prefix, not the first branch
-    segments[0, -n - m :] = [2] * n + [3] * m
+    positions[[0, 3], :, p + n : p + n + m] = positions[
+        2, :, p : p + m
+    ]  # the second branch continues the prefix, not the first branch
+    segments[0, p : p + n + m] = [2] * n + [3] * m
     text = rows.text.replace(positions=positions, segment_ids=segments)
     _, logits = pair.run({"params": pair.base}, rows.vision, text)
     packed, alone_a, alone_b, unmasked = (np.asarray(x) for x in logits)
 
     for sample, alone in ((a, alone_a), (b, alone_b)):
         expected = tm.torch_logits(pair.torch, [sample])[0]
-        assert tm.max_difference(alone[-len(sample.ids) :], expected) <= tm.TOLERANCE
-    assert tm.max_difference(packed[-p - n - m : -n - m], alone_b[-p - m : -m]) <= 2e-5
-    assert tm.max_difference(packed[-n - m : -m], alone_a[-n:]) <= 2e-5
-    assert tm.max_difference(packed[-m:], alone_b[-m:]) <= 2e-5
+        assert tm.max_difference(alone[: len(sample.ids)], expected) <= tm.TOLERANCE
+    assert tm.max_difference(packed[:p], alone_b[:p]) <= 2e-5
+    assert tm.max_difference(packed[p : p + n], alone_a[p : p + n]) <= 2e-5
+    assert tm.max_difference(packed[p + n : p + n + m], alone_b[p : p + m]) <= 2e-5
     # The same positions without the branches' mask: the first branch leaks into the second.
-    assert tm.max_difference(unmasked[-m:], alone_b[-m:]) > NOTICEABLE
+    assert tm.max_difference(unmasked[p + n : p + n + m], alone_b[p : p + m]) > NOTICEABLE

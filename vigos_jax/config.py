@@ -78,6 +78,8 @@ RANGES = {
     "sampling.top_p": Range(above=0, most=1),
     "sampling.min_p": _FRACTION,
     "sampling.repetition_penalty": Range(above=0),
+    "sampling.micro_batch": _COUNT,
+    "sampling.decode_batch": _COUNT,
     "demo_eval.questions": _COUNT,
     "demo_eval.batch_size": _POSITIVE,
     "demo_eval.seed": _SEED,

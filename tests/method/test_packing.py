@@ -182,7 +182,7 @@ def test_logps_from_elsewhere_are_unknown():
     assert np.isnan(pack(MIXES["mixed"]).supervised.sampled_logp).all()
 
 
-def test_prompts_are_left_padded():
+def test_prompts_are_padded_at_their_end():
     rows = [row(0, (4, 6)), Row(), row(2, (4, 4), (2, 6)), row(3)]
     batch = prompts(rows)
     assert list(batch.is_active) == [True, False, True, True]
@@ -191,7 +191,7 @@ def test_prompts_are_left_padded():
             assert not batch.text.segment_ids[i].any()
             continue
         n = len(r.student.ids)
-        assert not batch.text.segment_ids[i][:-n].any() and batch.text.segment_ids[i][-n:].all()
+        assert not batch.text.segment_ids[i][n:].any() and batch.text.segment_ids[i][:n].all()
         ids, positions, _, index = real(batch.text, i)
         assert tuple(ids) == r.student.ids
         np.testing.assert_array_equal(positions, positions_of(ids, r.images, CONFIG))

@@ -22,8 +22,10 @@ from parity import NOTICEABLE, Pair, make_pair, make_run
 from vigos_jax.config import CHOICES
 from vigos_jax.method.batch import PromptBatch
 from vigos_jax.models import positions as geometry
+from vigos_jax.models.attention import Causal
 from vigos_jax.models.config import ModelConfig
-from vigos_jax.models.decoder import empty_cache, segment_mask
+from vigos_jax.models.decoder import layer_of, segment_mask
+from vigos_jax.models.kv_cache import Cache, key_values
 from vigos_jax.models.variables import shares_vision, student_variables, teacher_params_of, teacher_variables
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables, init_variables
 from vigos_jax.rollouts.sampler import Sampler, row_keys
@@ -31,7 +33,7 @@ from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.weights import adapters
 
 HEADS = ("tied", "untied")
-# One batch holds every kind of prompt; the shorter ones are left-padded by the packing.
+# One batch holds every kind of prompt; the shorter ones are padded at their end by the packing.
 SAMPLES = {
     "no image": tm.make_sample([12], seed=1),
     "one image": tm.make_sample([4, tm.WIDE, 7], seed=2),
@@ -74,9 +76,7 @@ def theirs(head: str) -> dict[str, tuple[np.ndarray | None, np.ndarray]]:
 def worst_logit(logits, head: str, *, names=SAMPLES) -> float:
     """The parity check: largest difference from torch at any position of the named samples."""
     rows = list(SAMPLES)
-    return max(
-        tm.max_difference(logits[rows.index(n), LENGTH - len(SAMPLES[n].ids) :], theirs(head)[n][1]) for n in names
-    )
+    return max(tm.max_difference(logits[rows.index(n), : len(SAMPLES[n].ids)], theirs(head)[n][1]) for n in names)
 
 
 def worst_feature(images) -> float:
@@ -108,17 +108,16 @@ def test_vision_parity(ours, name, head):
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", SAMPLES)
 def test_logits_parity(ours, name, head):
-    """Left-padded in our batch, alone in torch: neither the padding nor the neighbours may matter."""
+    """Padded in our batch, alone in torch: neither the padding nor the neighbours may matter."""
     assert worst_logit(ours[head][1], head, names=[name]) <= tm.TOLERANCE
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_logits_parity_with_torchs_own_left_padding(pairs, ours, head):
     expected = tm.torch_logits(pairs[head].torch, list(SAMPLES.values()))
-    logits = ours[head][1][:, LENGTH - expected.shape[1] :]
     for i, sample in enumerate(SAMPLES.values()):
         n = len(sample.ids)
-        assert tm.max_difference(logits[i, -n:], expected[i, -n:]) <= tm.TOLERANCE
+        assert tm.max_difference(ours[head][1][i, :n], expected[i, -n:]) <= tm.TOLERANCE
 
 
 def test_padding_gives_finite_numbers(ours):
@@ -127,31 +126,55 @@ def test_padding_gives_finite_numbers(ours):
         assert np.isfinite(images).all() and np.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_cached_decode_parity(pairs, batch, ours, head):
-    """All but the last five tokens in one prefill, then one at a time into the cache."""
-    pair, steps = pairs[head], 5
-    variables, text = {"params": pair.base}, batch.text
-    rows = text.ids.shape[0]
-    visible = text.segment_ids > 0
+STEPS = 5
+
+
+def decoded(pair: Pair, batch: PromptBatch, *, forget: int = 0) -> np.ndarray:
+    """Logits [B, STEPS, V] of each row's last tokens, one at a time into the cache behind one prefill of the others.
+
+    Args:
+      forget: slots at the cache's start that the tokens may not attend to.
+    """
+    model, params, text = pair.model, pair.base, batch.text
+    lengths = np.sum(text.segment_ids > 0, -1) - STEPS
+    first = text.replace(segment_ids=text.segment_ids * (np.arange(LENGTH) < lengths[:, None]))
+    images = model.apply({"params": params}, batch.vision, method="encode_images")
+    _, kept = model.apply({"params": params}, first, images, mask=Causal(jnp.asarray(lengths)), keep=True)
+    kept = [layer_of(kept, i) for i in range(pair.config.num_layers)]
+    entries = tuple(key_values(x.k, x.v, axis=2).padded(STEPS) for x in kept)
+    cache = Cache(entries, jnp.int32(LENGTH))
+    layers = [{"params": layer_of(params["layers"], i)} for i in range(pair.config.num_layers)]
 
     @jax.jit
-    def extend(cache, part, start):
-        t = part.ids.shape[1]
-        causal = start + jnp.arange(t)[:, None] >= jnp.arange(LENGTH)
-        hidden, cache = pair.model.apply(variables, part, images, mask=visible[:, None] & causal, cache=cache)
-        return pair.model.apply(variables, hidden, method="logits"), cache
+    def step(cache, part):
+        slots = jnp.arange(LENGTH + STEPS)
+        visible = (slots < lengths[:, None]) | ((slots >= LENGTH) & (slots <= cache.write_at))
+        visible &= slots >= forget
+        hidden, cache = model.apply({"params": params}, part, layers, cache, visible=visible, method="decode")
+        return model.apply({"params": params}, hidden[:, 0], method="logits"), cache
 
-    images = ours[head][0]
-    cache = empty_cache(pair.config, batch=rows, length=LENGTH, dtype=jnp.float32)
-    first = LENGTH - steps
-    logits, cache = extend(cache, jax.tree.map(lambda x: x[..., :first], text), 0)
-    logits = [logits]
-    for i in range(first, LENGTH):
-        assert int(cache.write_at) == i
-        out, cache = extend(cache, jax.tree.map(lambda x, i=i: x[..., i : i + 1], text), i)
-        logits.append(out)
-    assert worst_logit(np.concatenate(logits, 1), head) <= tm.TOLERANCE
+    out = []
+    for i in range(STEPS):
+        at = (lengths + i)[:, None]
+        pick = lambda x, at=at: np.take_along_axis(x, at if x.ndim == 2 else at[:, None].repeat(3, 1), -1)  # noqa: E731
+        assert int(cache.write_at) == LENGTH + i
+        logits, cache = step(cache, jax.tree.map(pick, text))
+        out.append(logits)
+    return np.stack(out, 1)
+
+
+def last_logits(head: str) -> list[np.ndarray]:
+    return [theirs(head)[name][1][-STEPS:] for name in SAMPLES]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_cached_decode_parity(pairs, batch, head):
+    """All but the last five tokens in one prefill, then one at a time into the cache."""
+    assert max(parity.worst(decoded(pairs[head], batch), last_logits(head))) <= tm.TOLERANCE
+
+
+def test_parity_notices_a_forgotten_slot(pairs, batch):
+    assert min(parity.worst(decoded(pairs["tied"], batch, forget=1), last_logits("tied"))) > NOTICEABLE
 
 
 @functools.cache

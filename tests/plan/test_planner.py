@@ -17,7 +17,7 @@ from configs import base
 from vigos_jax import main
 from vigos_jax.models.published_configs import published_config
 from vigos_jax.plan import devices as topologies
-from vigos_jax.plan import planner
+from vigos_jax.plan import planner, run_programs
 from vigos_jax.plan.abstract_run import describe, device_bytes, model_config_of
 from vigos_jax.plan.devices import topology
 from vigos_jax.plan.planner import compile_plan
@@ -85,6 +85,8 @@ def test_peaks_are_what_the_compiler_assigns_and_what_stays():
     # The compiler may leave more of the gradients whole than of the weights.
     assert stays + trained <= all_of["update"] <= stays + 2 * trained + 2000
     assert stays + micro + trained <= all_of["gradient"] + 2000 <= stays + micro + 2 * trained + 4000
+    stays += p["weights"].outputs  # each layer's weights once more
+    assert device_bytes(run.base["layers"]) < p["weights"].outputs < 1.25 * device_bytes(run.base["layers"])
     assert stays + planned().cache_bytes < all_of["decode"] < stays + 1.5 * planned().cache_bytes
     assert p["decode"].aliased > planned().cache_bytes  # it is updated where it is
     assert p["encode"].beside > device_bytes(run.base["layers"])  # of the weights it reads the tower alone
@@ -142,7 +144,7 @@ def test_it_prints_a_table_and_writes_the_same_numbers(capsys, tmp_path):
     for program in saved["programs"]:
         assert f"\n{program['name']} " in said.out and (texts / f"{program['name']}.txt").stat().st_size > 100
     names = [p["name"] for p in saved["programs"]]
-    assert names == ["encode", "prefill", "decode", "gradient", "update"]
+    assert names == ["encode", "prefill", "weights", "decode", "gradient", "update"]
     assert saved["peak"] == max(p["peak"] for p in saved["programs"])
 
 
@@ -194,7 +196,7 @@ def test_what_the_compiler_refuses_does_not_fit():
     assert not refused.fits and not refused.is_whole
     assert "does not fit: prefill used 20.5G of 15.75G" in report(refused)
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G."
-    assert planner._refusal(message) == "Used 20.50G of 15.75G"
+    assert run_programs._refusal(message) == "Used 20.50G of 15.75G"
 
 
 def test_what_cannot_fit_says_all_that_was_tried(capsys):
@@ -312,7 +314,7 @@ def gradient_faults(run, text, *, devices=8):
 
 
 def compiled_gradient(run, config, **options):
-    step = planner.train_step_of(config, run.model, run.objective, run.tx, run.state)
+    step = run_programs.train_step_of(config, run.model, run.objective, run.tx, run.state)
     micro = config.batch_size // config.gradient_accumulation_steps
     shares, key = (
         run.whole(jnp.float32, len(run.objective.roles)),
@@ -346,13 +348,15 @@ def test_without_places_for_hidden_states_every_device_computes_every_row():
 def test_no_weight_moves_while_tokens_are_sampled():
     """One token per row: hidden states travel, weights stay."""
     run, config = reduced("cpu:8")
-    sampler = planner._sampler(run)
+    sampler = run_programs.sampler_of(run)
     keys = run.whole(jax.eval_shape(lambda: jax.random.key(0)).dtype, 32)
     target = topology(config.plan)
-    measure = functools.partial(planner._measure, run, target, sampler_steps=1, beside=0)
+    measure = functools.partial(run_programs.measured, run, target, sampler_steps=1, beside=0)
     _, state = measure("prefill", 1, sampler.programs.prefill, run.student, run.prompts(32), run.images(32), keys)
-    assert state.cache.k.sharding.shard_shape(state.cache.k.shape)[1] == 32 // 8
-    args = (run.student, state, run.whole(jnp.int32))
+    k = state.cache.layers[0].k
+    assert k.sharding.shard_shape(k.shape)[0] == 32 // 8
+    _, own = measure("weights", 1, sampler.programs.weights, run.student)
+    args = (sampler.weights(run.student, own), state, run.whole(jnp.int32))
     traffic = read_traffic(sampler.programs.decode.lower(*args).compile().as_text(), devices=8)
     kernels = {math.prod(x.shape[1:]) for x in jax.tree.leaves(run.base["layers"]) if x.ndim == 3}
     kernels |= {run.base["embedding"].size}

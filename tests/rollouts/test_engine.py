@@ -148,4 +148,4 @@ def test_the_native_engine_is_the_sampler(loaded):
     sampler = Sampler(loaded.model, sampling, eos_ids=loaded.processor.eos_ids)
     assert sampler(loaded.student({}), prepared, keys).ids == sampled.completions.ids
     assert sampler(loaded.student({}), prepared, jax.random.split(jax.random.key(9), 8)).ids != some.ids
-    np.testing.assert_array_equal(sampled.images, sampler.encode(loaded.student({}), prepared.vision))
+    np.testing.assert_array_equal(sampled.images, sampler.encode(loaded.student({}), prepared))

@@ -59,7 +59,7 @@ def differences(folder: pathlib.Path) -> tuple[float, float]:
     _, logits = pair.run({"params": pair.base}, batch.vision, batch.text)
     expected = tm.torch_logits(reference, [sample])
     tied = tm.torch_logits(tm.cached_model(tied=True, family=pair.config.family), [sample])
-    return max(worst(logits, expected, at_end=True)), tm.max_difference(expected, tied)
+    return max(worst(logits, expected)), tm.max_difference(expected, tied)
 
 
 def shard(folder: pathlib.Path) -> None:

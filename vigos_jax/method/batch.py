@@ -46,7 +46,7 @@ class ScoreBatch(flax.struct.PyTreeNode):
 
 
 class PromptBatch(flax.struct.PyTreeNode):
-    """What the sampler needs: images and left-padded prompts.
+    """What the sampler needs: images and prompts.
 
     Attributes:
       is_active: false rows (bad data) produce no tokens.

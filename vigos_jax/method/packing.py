@@ -1,4 +1,4 @@
-"""From examples and rollouts to the arrays of `batch`: left-padded prompts, packed role branches, supervised tokens.
+"""From examples and rollouts to the arrays of `batch`: prompts, packed role branches, supervised tokens.
 
 The image comes first in every role's user turn, so system header and image tokens are one shared prefix. A sample's
 frozen roles are branches behind it in ONE sequence; `segment_ids` keep branches apart, and a branch's positions go on
@@ -195,16 +195,15 @@ class _Token(NamedTuple):
 _UNUSED = _Token(-1, 0, 0, 0, 0, np.nan, np.inf)
 
 
-def _text(sequences: Sequence[_Sequence], length: int, *, left: bool = False) -> TextInputs:
+def _text(sequences: Sequence[_Sequence], length: int) -> TextInputs:
     """Pads sequences to `length`."""
     b = len(sequences)
     ids, segments = np.zeros((b, length), np.int32), np.zeros((b, length), np.int32)
     positions, image_index = np.zeros((b, 3, length), np.int32), np.full((b, length), -1, np.int32)
     for i, row in enumerate(sequences):
         n = len(row.ids)
-        at = slice(length - n, length) if left else slice(0, n)
-        ids[i, at], positions[i, :, at], segments[i, at] = row.ids, row.positions, row.segment_ids
-        image_index[i, at] = row.image_index
+        ids[i, :n], positions[i, :, :n], segments[i, :n] = row.ids, row.positions, row.segment_ids
+        image_index[i, :n] = row.image_index
     return host(TextInputs, ids=ids, positions=positions, segment_ids=segments, image_index=image_index)
 
 
@@ -246,13 +245,13 @@ def _after(positions: np.ndarray) -> int:
 
 
 def pack_prompts(rows: Sequence[Row], *, config: ModelConfig, buckets: Buckets) -> PromptBatch:
-    """Student prompts, left-padded so that all rows decode into the same cache slot."""
+    """Student prompts: plain causal rows, padded at the end as all others are."""
     sequences = [_EMPTY if r.student is None else _sequence(r, r.student.ids, config) for r in rows]
     length = buckets.fit("prompt", max(len(s.ids) for s in sequences))
     return host(
         PromptBatch,
         vision=_vision(rows, config, buckets),
-        text=_text(sequences, length, left=True),
+        text=_text(sequences, length),
         is_active=np.array([r.student is not None for r in rows]),
     )
 

@@ -1,5 +1,7 @@
 """The decoder that both families share: M-RoPE, grouped heads, SwiGLU, a cache, and DeepStack's visual features."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -10,12 +12,16 @@ from jax.sharding import Mesh
 
 from vigos_jax.models.attention import Causal, attention
 from vigos_jax.models.config import ModelConfig
+from vigos_jax.models.kv_cache import Cached, KeyValues, attend, key_values
 from vigos_jax.models.layers import (
+    ATTENTION_INPUTS,
+    MLP_INPUTS,
     ROWS,
     GatedMLP,
     LoraSpec,
     Projection,
     RMSNorm,
+    joined_low_rank,
     place,
     place_states,
     rematerialised,
@@ -23,20 +29,6 @@ from vigos_jax.models.layers import (
     unroll,
 )
 from vigos_jax.models.shapes import AnyArray, Array, Bool, Float, Int
-
-
-class KVCache(flax.struct.PyTreeNode):
-    """Keys and values of all layers, and the slot where the next tokens go."""
-
-    k: Float[Array, "L B S K H"]
-    v: Float[Array, "L B S K H"]
-    write_at: Int[Array, ""]
-
-
-def empty_cache(config: ModelConfig, *, batch: int, length: int, dtype: Any) -> KVCache:
-    """A cache for `length` tokens per row."""
-    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
-    return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), write_at=jnp.zeros((), jnp.int32))
 
 
 def segment_mask(segment_ids: Int[AnyArray, "B T"]) -> Bool[Array, "B T T"]:
@@ -61,15 +53,17 @@ class LayerInputs(flax.struct.PyTreeNode):
 
     Attributes:
       angles: rotary angles.
-      mask: which token attends to which.
+      mask: which token attends to which; or `Cached`, for one token a row behind a cache.
       image_index: which visual token stands here, -1 for text.
       deepstack: visual features that are added behind layers 0 .. n-1; None where there are none.
+      keep: static, whether layers return what decoding will need of these tokens.
     """
 
     angles: Float[Array, "B T H//2"]
-    mask: Bool[Array, "B T S"] | Causal
+    mask: Bool[Array, "B T S"] | Causal | Cached
     image_index: Int[Array, "B T"]
     deepstack: Float[Array, "n B M D"] | None
+    keep: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 def pick_visual(features: Float[Array, "B M D"], image_index: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -79,7 +73,7 @@ def pick_visual(features: Float[Array, "B M D"], image_index: Int[Array, "B T"])
 
 
 class DecoderLayer(nn.Module):
-    """One pre-norm decoder layer; reads and writes its slice of the cache when there is one."""
+    """One pre-norm decoder layer."""
 
     config: ModelConfig
     lora: LoraSpec | None
@@ -87,15 +81,29 @@ class DecoderLayer(nn.Module):
     mesh: Mesh | None
 
     @nn.compact
-    def __call__(self, carry, layer: Int[Array, ""], inputs: LayerInputs, deterministic: bool):
-        """Runs one layer on (states [B, T, D], cache): ((states, cache), None)."""
-        c = self.config
-        x, cache = carry
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        layer: Int[Array, ""],
+        inputs: LayerInputs,
+        deterministic: bool,
+        cached: KeyValues | None = None,
+    ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
+        """Runs one layer.
+
+        Args:
+          layer: its number.
+          cached: under a `Cached` mask the keys and values of earlier tokens; the token's own are written there.
+
+        Returns:
+          The states behind the layer, and the cache with the new token, or the tokens' keys and values if
+          `inputs.keep`.
+        """
+        c, names = self.config, self.lora.language if self.lora else frozenset()
         b, t, _ = x.shape
 
         def project(name: str, features: int, bias: bool) -> Projection:
-            adapted = self.lora is not None and name in self.lora.language
-            return Projection(features, bias, self.lora if adapted else None, name=name)
+            return Projection(features, bias, self.lora if name in names else None, name=name)
 
         def heads(x: Float[Array, "B T F"], count: int) -> Float[Array, "B T {count} H"]:
             divides = self.mesh is not None and count % self.mesh.shape["tensor"] == 0
@@ -104,23 +112,23 @@ class DecoderLayer(nn.Module):
 
         x = place_states(x, self.mesh)
         h = RMSNorm(c.rms_eps, name="input_norm")(x)
-        q = project("q_proj", c.num_heads * c.head_dim, c.qkv_bias)(h, deterministic)
-        k = project("k_proj", c.num_kv_heads * c.head_dim, c.qkv_bias)(h, deterministic)
-        v = project("v_proj", c.num_kv_heads * c.head_dim, c.qkv_bias)(h, deterministic)
+        low = joined_low_rank(self, h)
+        q = project("q_proj", c.num_heads * c.head_dim, c.qkv_bias)(h, deterministic, low)
+        k = project("k_proj", c.num_kv_heads * c.head_dim, c.qkv_bias)(h, deterministic, low)
+        v = project("v_proj", c.num_kv_heads * c.head_dim, c.qkv_bias)(h, deterministic, low)
         q, k, v = heads(q, c.num_heads), heads(k, c.num_kv_heads), heads(v, c.num_kv_heads)
         if c.qk_norm:
             q, k = RMSNorm(c.rms_eps, name="q_norm")(q), RMSNorm(c.rms_eps, name="k_norm")(k)
         q, k = rotate(q, inputs.angles), rotate(k, inputs.angles)
-        if cache is not None:
-            at = (layer, 0, cache.write_at, 0, 0)
-            cache = cache.replace(
-                k=jax.lax.dynamic_update_slice(cache.k, k[None], at),
-                v=jax.lax.dynamic_update_slice(cache.v, v[None], at),
-            )
-            k, v = cache.k[layer], cache.v[layer]  # [B, S, K, H]
-        out = attention(q, k, v, inputs.mask, implementation=self.attention, mesh=self.mesh).reshape(b, t, -1)
+        if isinstance(inputs.mask, Cached):
+            assert cached is not None
+            kept = cached.write(key_values(k, v, axis=cached.slots_axis), inputs.mask.write_at)
+            out = attend(q, kept, inputs.mask.visible)
+        else:
+            kept = KeyValues(k, v, 1) if inputs.keep else None
+            out = attention(q, k, v, inputs.mask, implementation=self.attention, mesh=self.mesh)
+        out = out.reshape(b, t, -1)
         x = place_states(x + project("o_proj", c.hidden_size, False)(out, deterministic), self.mesh)
-        names = self.lora.language if self.lora else frozenset()
         mlp = GatedMLP(c.hidden_size, c.intermediate_size, False, self.lora, names, name="mlp")
         x = x + mlp(RMSNorm(c.rms_eps, name="post_norm")(x), deterministic)
         if inputs.deepstack is not None:
@@ -131,13 +139,13 @@ class DecoderLayer(nn.Module):
                 return x + pick_visual(features, inputs.image_index).astype(x.dtype)
 
             x = jax.lax.cond(layer < n, add, lambda x: x, x)
-        return (x, cache), None
+        return x, kept
 
 
 def decoder_layers(
     config: ModelConfig, *, lora: LoraSpec | None, attention: str, mesh: Mesh | None, remat: str
 ) -> nn.Module:
-    """All layers, scanned: `((x, cache), layer numbers, LayerInputs, deterministic)` to `(x, cache), None`."""
+    """All layers, scanned: `(x, layer numbers, LayerInputs, deterministic)` to `x, what each keeps, stacked`."""
     stack = nn.scan(
         rematerialised(DecoderLayer, remat, config.num_layers, static=(4,)),
         variable_axes={"params": 0, "lora": 0},
@@ -147,3 +155,44 @@ def decoder_layers(
         unroll=unroll(config.num_layers),
     )
     return stack(config, lora, attention, mesh)
+
+
+def decode_layer(config: ModelConfig, *, lora: LoraSpec | None, attention: str, mesh: Mesh | None, layer: int) -> Any:
+    """One layer by itself, as decoding applies it: with a cache, and with adapters from `join_adapters`."""
+    lora = dataclasses.replace(lora, scale=1.0, dropout=0.0) if lora is not None else None  # A is scaled already
+    return DecoderLayer(config, lora, attention, mesh, parent=None)
+
+
+def layer_of(stacked: Any, layer: int) -> Any:
+    """One layer's part of parameters, adapters or kept states, which are stacked [L, ...]."""
+    return jax.tree.map(lambda x: x[layer], stacked)
+
+
+def join_adapters(lora: Mapping[str, Any], *, scale: float, dtype: Any) -> dict[str, Any]:
+    """The decoder's adapters as decoding reads them: cast once, scaled, and joined where they read the same states.
+
+    Args:
+      lora: the stacked `layers` of a lora collection.
+      scale: of `LoraSpec`.
+
+    Returns:
+      The same tree with A already scaled. Of projections that read the same states A is one array [L, D, n r], the
+      leaf `joined` beside them, in the order of `ATTENTION_INPUTS` and `MLP_INPUTS`; their B is [L, n r, F], zero but
+      for the projection's own r rows. So all of them multiply the same low-rank states, and a compiler joins them.
+    """
+    out: dict[str, Any] = {}
+    for name, node in lora.items():
+        if "a" in node:
+            out[name] = {"a": (scale * node["a"]).astype(dtype), "b": node["b"].astype(dtype)}
+        else:
+            out[name] = join_adapters(node, scale=scale, dtype=dtype)
+    for names in (ATTENTION_INPUTS, MLP_INPUTS):
+        together = [out[name] for name in names if name in out]
+        for i, adapter in enumerate(together):
+            rank, after = adapter["b"].shape[-2], len(together) - 1 - i
+            rows = [(0, 0)] * adapter["b"].ndim
+            rows[-2] = (i * rank, after * rank)
+            adapter["b"] = jnp.pad(adapter["b"], rows)
+        if together:
+            out["joined"] = jnp.concatenate([adapter.pop("a") for adapter in together], -1)
+    return out

@@ -11,7 +11,7 @@ import flax.linen as nn
 
 from vigos_jax.models import qwen2_5_vl, qwen3_vl
 from vigos_jax.models.config import PARSERS, ModelConfig
-from vigos_jax.models.decoder import decoder_layers
+from vigos_jax.models.decoder import decode_layer, decoder_layers, join_adapters, layer_of
 from vigos_jax.models.layers import LoraSpec
 from vigos_jax.models.tensor_names import LANGUAGE_PROJECTIONS, MLP_PROJECTIONS, Tensor
 
@@ -27,12 +27,18 @@ class Family:
       vision_adapters: projections of the tower's blocks whose names end like the decoder's: what adapters of the scope
         "official" cover too. They are in `visual/blocks/mlp`.
       layers: the decoder's stack, see `decoder.decoder_layers`.
+      decode_layer: one layer of it by itself, see `decoder.decode_layer`.
+      layer_of: (the stack's parameters, adapters or kept states; layer) -> that layer's part.
+      join_adapters: see `decoder.join_adapters`.
     """
 
     tower: Callable[..., nn.Module]
     tensors: Callable[[ModelConfig], list[Tensor]]
     vision_adapters: tuple[str, ...] = ()
     layers: Callable[..., nn.Module] = decoder_layers
+    decode_layer: Callable[..., nn.Module] = decode_layer
+    layer_of: Callable[[Any, int], Any] = layer_of
+    join_adapters: Callable[..., dict[str, Any]] = join_adapters
 
 
 FAMILIES: dict[str, Family] = {

@@ -33,6 +33,10 @@ def rematerialised(layer: type[nn.Module], remat: str, layers: int, *, static: t
 
 ROWS = ("data", "fsdp")  # the mesh axes that a batch lies over
 
+# Projections that read the same states.
+ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
+MLP_INPUTS = ("gate_proj", "up_proj")
+
 
 def place(x: Array, mesh: Mesh | None, *axes: str | tuple[str, ...] | None) -> Array:
     """x with a mesh axis, several or None for each of its first dimensions; as it is without a mesh.
@@ -138,12 +142,23 @@ class Projection(nn.Module):
     lora: LoraSpec | None = None  # None: this projection carries no adapter
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch D"], deterministic: bool = True) -> Float[Array, "*batch F"]:
-        """Maps [..., in] to [..., features]."""
+    def __call__(
+        self,
+        x: Float[Array, "*batch D"],
+        deterministic: bool = True,
+        low: Float[Array, "*batch R"] | None = None,
+    ) -> Float[Array, "*batch F"]:
+        """Maps [..., in] to [..., features].
+
+        Args:
+          low: from `joined_low_rank`, which this projection's own B then multiplies if it has an adapter.
+        """
         kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
         y = x @ kernel.astype(x.dtype)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+        if low is not None and self.has_variable("lora", "b"):
+            return y + low @ self.get_variable("lora", "b")
         if self.lora is None or not (self.is_initializing() or self.has_variable("lora", "a")):
             return y
         rank = self.lora.rank
@@ -156,6 +171,11 @@ class Projection(nn.Module):
         b = self.variable("lora", "b", jnp.zeros, (rank, self.features)).value  # [r, out]
         z = nn.Dropout(self.lora.dropout, deterministic=deterministic)(x)
         return y + low_rank(z, self.lora.scale * a.astype(x.dtype), b.astype(x.dtype))
+
+
+def joined_low_rank(module: nn.Module, x: Float[Array, "*batch D"]) -> Float[Array, "*batch R"] | None:
+    """x A of all adapters of a module that read x, by one product, where `decoder.join_adapters` joined them."""
+    return x @ module.get_variable("lora", "joined") if module.has_variable("lora", "joined") else None
 
 
 class GatedMLP(nn.Module):
@@ -179,7 +199,8 @@ class GatedMLP(nn.Module):
 
     def __call__(self, x: Float[Array, "*batch D"], deterministic: bool = True) -> Float[Array, "*batch F"]:
         """Maps [..., D] to [..., features]."""
-        h = jax.nn.silu(self.gate_proj(x, deterministic)) * self.up_proj(x, deterministic)
+        low = joined_low_rank(self, x)
+        h = jax.nn.silu(self.gate_proj(x, deterministic, low)) * self.up_proj(x, deterministic, low)
         return self.down_proj(h, deterministic)
 
 

@@ -5,6 +5,7 @@ differ in the text inputs and masks they pass, never in code. Layers are scanned
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -14,11 +15,13 @@ from jax.sharding import Mesh
 
 from vigos_jax.models.attention import Causal
 from vigos_jax.models.config import ModelConfig
-from vigos_jax.models.decoder import KVCache, LayerInputs, pick_visual, segment_mask
+from vigos_jax.models.decoder import LayerInputs, pick_visual, segment_mask
 from vigos_jax.models.families import FAMILIES
 from vigos_jax.models.inputs import TextInputs, VisionInputs
+from vigos_jax.models.kv_cache import Cache, Cached
 from vigos_jax.models.layers import ROWS, LoraSpec, RMSNorm, mrope_angles, place, place_states
 from vigos_jax.models.shapes import Array, Bool, Float, Key
+from vigos_jax.models.variables import Variables
 
 
 class VisionLanguageModel(nn.Module):
@@ -61,42 +64,68 @@ class VisionLanguageModel(nn.Module):
         text: TextInputs,
         image_embeds: Float[Array, "B M W"],
         *,
-        mask: Bool[Array, "B T S"] | Causal | None = None,
-        cache: KVCache | None = None,
+        mask: Bool[Array, "B T T"] | Causal | None = None,
+        keep: bool = False,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    ) -> tuple[Float[Array, "B T D"], Any]:
         """Final hidden states, after the last norm.
 
         Args:
           text: T tokens per row.
           image_embeds: from `encode_images`.
-          mask: which token attends to which; default `segment_mask(text.segment_ids)`. With a cache, S is its length.
-          cache: keys and values of earlier tokens; the T new ones are written at `cache.write_at`.
+          mask: which token attends to which; default `segment_mask(text.segment_ids)`.
+          keep: whether to return what decoding needs of these tokens.
           deterministic: false applies the adapter's dropout (needs a "dropout" rng).
 
         Returns:
-          (hidden [B, T, D], cache with the new tokens or None).
+          (hidden [B, T, D], what each layer keeps, stacked, for `Family.layer_of`; None unless asked for).
         """
         c = self.config
-        x = place_states(self.embedding[text.ids].astype(self.dtype), self.mesh)  # [B, T, D]
+        x = self._embedded(text)
         deepstack = None
         if image_embeds.shape[1]:
             # The tower's last features stand first; those of its earlier blocks, for DeepStack, behind them.
             first, *others = jnp.split(image_embeds.astype(self.dtype), 1 + len(c.vision.deepstack_blocks), axis=-1)
             x = jnp.where(text.image_index[:, :, None] >= 0, pick_visual(first, text.image_index), x)
             deepstack = jnp.stack(others) if others else None  # [n, B, M, D]
-        inputs = LayerInputs(
-            angles=mrope_angles(
-                text.positions, theta=c.rope_theta, sections=c.mrope_section, interleaved=c.mrope_interleaved
-            ),
-            mask=segment_mask(text.segment_ids) if mask is None else mask,
-            image_index=text.image_index,
-            deepstack=deepstack,
+        mask = segment_mask(text.segment_ids) if mask is None else mask
+        inputs = LayerInputs(self._angles(text), mask, text.image_index, deepstack, keep=keep)
+        x, kept = self.layers(x, jnp.arange(c.num_layers), inputs, deterministic)
+        return self.norm(place_states(x, self.mesh)), kept
+
+    def decode(
+        self, text: TextInputs, layers: Sequence[Variables], cache: Cache, *, visible: Bool[Array, "B S"]
+    ) -> tuple[Float[Array, "B 1 D"], Cache]:
+        """Final hidden states of one more token a row, layer by layer instead of in a loop over stacked weights.
+
+        In a loop a layer's weights, a slice of the stack, are copied before a product reads them.
+
+        Args:
+          text: one token per row, not an image's.
+          layers: variables of each layer, adapters as `decoder.join_adapters` leaves them.
+          cache: of the tokens before.
+          visible: slots that the token attends to, its own among them.
+
+        Returns:
+          (hidden [B, 1, D], the cache with the new token).
+        """
+        x, kept = self._embedded(text), []
+        inputs = LayerInputs(self._angles(text), Cached(visible, cache.write_at), text.image_index, None)
+        make = functools.partial(FAMILIES[self.config.family].decode_layer, self.config)
+        for i, (variables, entry) in enumerate(zip(layers, cache.layers, strict=True)):
+            layer = make(lora=self.lora, attention=self.attention, mesh=self.mesh, layer=i)
+            x, entry = layer.apply(variables, x, jnp.int32(i), inputs, True, entry)
+            kept.append(entry)
+        return self.norm(place_states(x, self.mesh)), Cache(tuple(kept), cache.write_at + 1)
+
+    def _embedded(self, text: TextInputs) -> Float[Array, "B T D"]:
+        return place_states(self.embedding[text.ids].astype(self.dtype), self.mesh)
+
+    def _angles(self, text: TextInputs) -> Float[Array, "B T A"]:
+        c = self.config
+        return mrope_angles(
+            text.positions, theta=c.rope_theta, sections=c.mrope_section, interleaved=c.mrope_interleaved
         )
-        (x, cache), _ = self.layers((x, cache), jnp.arange(c.num_layers), inputs, deterministic)
-        if cache is not None:
-            cache = cache.replace(write_at=cache.write_at + text.ids.shape[1])
-        return self.norm(place_states(x, self.mesh)), cache
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Next-token logits in float32. Only for a few positions at a time."""

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 
 from vigos_jax.method.packing import Row, pack_prompts
 from vigos_jax.models.variables import Variables
-from vigos_jax.rollouts.sampler import Completions, Sampler, completions
+from vigos_jax.rollouts.sampler import Completions, Sampler
 from vigos_jax.rollouts.sampling import Sampling
+from vigos_jax.runtime.sharding import device_memory
 from vigos_jax.session import Session
 
 Array = jax.Array
@@ -81,7 +81,11 @@ class NativeEngine:
     def __init__(self, session: Session, sampling: Sampling):
         self._session = session
         self._sampler = Sampler(
-            session.model, sampling, eos_ids=session.processor.eos_ids, cache_sizes=session.buckets.completion
+            session.model,
+            sampling,
+            eos_ids=session.processor.eos_ids,
+            cache_sizes=session.buckets.completion,
+            memory=device_memory(session.mesh),
         )
         self._student: Variables = {}
 
@@ -96,17 +100,12 @@ class NativeEngine:
 
     def sample(self, prepared: Any, keys: Array) -> Sampled:
         """Completions, and the visual tokens they were made from."""
-        images = self._sampler.encode(self._student, prepared.vision)
+        images = self._sampler.encode(self._student, prepared)
         return Sampled(self._sampler(self._student, prepared, keys, images), images)
 
     def stream(self, prepared: Any, keys: Array) -> Iterator[Completions]:
         """Completions a few tokens at a time."""
-        state = self._sampler.start(self._student, prepared, keys)
-        is_over = False
-        while not is_over:
-            state = self._sampler.advance(self._student, state, int(state.step) + _TOKENS_PER_PIECE)
-            is_over = bool(jnp.all(state.is_done)) or int(state.step) >= self._sampler.sampling.max_tokens
-            yield completions(state, self._session.mesh)
+        return self._sampler.stream(self._student, prepared, keys, every=_TOKENS_PER_PIECE)
 
     def close(self) -> None:
         """Lets go of the weights."""

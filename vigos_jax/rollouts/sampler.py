@@ -9,55 +9,24 @@ key, so its tokens do not depend on the mesh or on the other rows of the batch.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from vigos_jax.method.batch import PromptBatch
-from vigos_jax.models.decoder import KVCache, empty_cache
-from vigos_jax.models.inputs import TextInputs, VisionInputs
+from vigos_jax.models.inputs import TextInputs
+from vigos_jax.models.kv_cache import KeyValues
 from vigos_jax.models.shapes import Array, Bool, Float, Int, Key
 from vigos_jax.models.variables import Variables, cast_floats
 from vigos_jax.models.vlm import VisionLanguageModel
+from vigos_jax.rollouts.decode_weights import DecodeWeights, decode_weights, own_layers, reads_stack, unstacked
+from vigos_jax.rollouts.prefill import DecodeState, prefill
+from vigos_jax.rollouts.row_groups import group_count, put_rows, room_for, rows_for_memory, shards_of, take_rows
 from vigos_jax.rollouts.sampling import Sampling, draw, penalise
 from vigos_jax.runtime.sharding import read_rows
-
-
-class DecodeState(flax.struct.PyTreeNode):
-    """The loop's state. B rows, C = max_tokens, S cache slots, V vocabulary.
-
-    Attributes:
-      prompt_slots: static, cache slots of the prompt; the rest are for the completion.
-      cache: keys and values of prompt and completion so far.
-      visible: cache slots that hold a real prompt token; completion slots become visible as written.
-      logits: float32, for the next token.
-      next_position: M-RoPE position of the next token.
-      keys: one random key per row.
-      tokens: those sampled so far, then zeros.
-      logps: log-probability at temperature 1, unfiltered and unpenalised.
-      lengths: tokens so far, the end-of-sequence token included.
-      is_done: rows that have ended.
-      step: tokens taken by the loop.
-      in_prompt, in_completion: token sets for the penalties, [B, 0] when those are off.
-    """
-
-    prompt_slots: int = flax.struct.field(pytree_node=False)
-    cache: KVCache
-    visible: Bool[Array, "B S"]
-    logits: Float[Array, "B V"]
-    next_position: Int[Array, "B"]
-    keys: Key[Array, "B"]
-    tokens: Int[Array, "B C"]
-    logps: Float[Array, "B C"]
-    lengths: Int[Array, "B"]
-    is_done: Bool[Array, "B"]
-    step: Int[Array, ""]
-    in_prompt: Bool[Array, "B V"]
-    in_completion: Bool[Array, "B V"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,55 +37,17 @@ class Completions:
     logps: tuple[tuple[float, ...], ...]
 
 
-def _prefill(
-    model: VisionLanguageModel,
-    sampling: Sampling,
-    capacity: int,
-    variables: Variables,
-    prompts: PromptBatch,
-    images: Float[Array, "B M W"],
-    keys: Key[Array, "B"],
-) -> DecodeState:
-    text, c = prompts.text, model.config
-    apply: Any = functools.partial(model.apply, variables)  # which returns what its method does
-    b, t = text.ids.shape
-    length = t + capacity
-    cache = empty_cache(c, batch=b, length=length, dtype=model.dtype)
-    visible = jnp.pad(text.segment_ids > 0, ((0, 0), (0, capacity)))  # [B, S]
-    causal = jnp.arange(t)[:, None] >= jnp.arange(length)[None, :]
-    hidden, cache = apply(text, images, mask=visible[:, None] & causal, cache=cache)
-    logits = apply(hidden[:, -1], method="logits")  # left-padded: the last slot is the last token
-    rows = jnp.arange(b)[:, None]
-    wants_sets = sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0
-    sets = jnp.zeros((b, c.vocab_size if wants_sets else 0), bool)
-    return DecodeState(
-        prompt_slots=t,
-        cache=cache,
-        visible=visible,
-        logits=logits,
-        next_position=text.positions[:, 0, -1] + 1,  # the last token is text
-        keys=keys,
-        tokens=jnp.zeros((b, sampling.max_tokens), jnp.int32),
-        logps=jnp.zeros((b, sampling.max_tokens), jnp.float32),
-        lengths=jnp.zeros((b,), jnp.int32),
-        is_done=~prompts.is_active,
-        step=jnp.zeros((), jnp.int32),
-        in_prompt=sets.at[rows, text.ids].max(text.segment_ids > 0) if wants_sets else sets,
-        in_completion=sets,
-    )
-
-
 def _decode(
     model: VisionLanguageModel,
     sampling: Sampling,
     eos_ids: tuple[int, ...],
-    variables: Variables,
+    weights: DecodeWeights,
     state: DecodeState,
     until: Int[Array, ""],
 ) -> DecodeState:
     b = state.tokens.shape[0]
-    no_images = jnp.zeros((b, 0, model.config.hidden_size), model.dtype)
     slots = jnp.arange(state.visible.shape[1])
+    apply: Any = functools.partial(model.apply, {"params": weights.outer})
 
     def unfinished(s: DecodeState) -> Bool[Array, ""]:
         return (s.step < until) & ~jnp.all(s.is_done)
@@ -134,14 +65,15 @@ def _decode(
             image_index=jnp.full((b, 1), -1),
         )
         written = (slots >= state.prompt_slots) & (slots <= s.cache.write_at)
-        mask = (s.visible | written)[:, None]  # [B, 1, S]
-        hidden, cache = model.apply(variables, text, no_images, mask=mask, cache=s.cache)
+        # Sliced in the loop: before it, the slices would be copies.
+        layers = unstacked(model, weights.layers) if weights.is_stacked else weights.layers
+        hidden, cache = apply(text, layers, s.cache, visible=s.visible | written, method="decode")
         in_completion = s.in_completion
         if in_completion.shape[1]:
             in_completion = in_completion.at[jnp.arange(b), token].max(is_open)
         return s.replace(
             cache=cache,
-            logits=model.apply(variables, hidden[:, 0], method="logits"),
+            logits=apply(hidden[:, 0], method="logits"),
             next_position=s.next_position + 1,
             tokens=s.tokens.at[:, s.step].set(jnp.where(is_open, token, 0)),
             logps=s.logps.at[:, s.step].set(jnp.where(is_open, logp, 0.0)),
@@ -154,11 +86,8 @@ def _decode(
     return jax.lax.while_loop(unfinished, step, state)
 
 
-def _grow(state: DecodeState, slots: int) -> DecodeState:
-    """The same state with `slots` more cache slots."""
-    pad = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, slots), (0, 0), (0, 0)])  # noqa: E731
-    cache = state.cache.replace(k=pad(state.cache.k), v=pad(state.cache.v))
-    return state.replace(cache=cache, visible=jnp.pad(state.visible, ((0, 0), (0, slots))))
+def _padded(entry: KeyValues, slots: int) -> KeyValues:
+    return entry.padded(slots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,16 +95,24 @@ class SamplerPrograms:
     """The jitted programs of a rollout.
 
     Attributes:
-      encode: (variables, vision) -> images [B, M, D].
+      encode: (variables, vision) -> images [B, M, W].
       prefill: (variables, prompts, images, keys) -> DecodeState with the smallest cache.
-      decode: (variables, state, until) -> state; the state is donated.
-      grow: (state, slots) -> state with so many more cache slots.
+      weights: variables -> what `weights` adds to them, see `own_layers`.
+      decode: (weights, state, until) -> state; the state is donated.
+      grow: (one layer's keys and values, slots) -> the same with so many more slots.
+      take: (arrays of a batch, group, groups) -> the rows of a group.
+      room: (arrays of a group, groups) -> zeros for the whole batch.
+      put: (arrays of a batch, those of a group, group, groups) -> with these; the batch's are donated.
     """
 
     encode: Callable
     prefill: Callable
+    weights: Callable
     decode: Callable
     grow: Callable
+    take: Callable
+    room: Callable
+    put: Callable
 
 
 class Sampler:
@@ -183,35 +120,68 @@ class Sampler:
 
     Attributes:
       programs: what is compiled.
-      eos_ids: any of these ends a row; it is kept as the completion's last token.
-      capacities: sizes of the cache's completion part, ascending, the last one `sampling.max_tokens`.
+      capacities: sizes of the cache's completion part, ascending, the last one `sampling.max_tokens`. Each at least
+        doubles: the loop is compiled for every size.
     """
 
     def __init__(
-        self, model: VisionLanguageModel, sampling: Sampling, *, eos_ids: Sequence[int], cache_sizes: Sequence[int] = ()
+        self,
+        model: VisionLanguageModel,
+        sampling: Sampling,
+        *,
+        eos_ids: Sequence[int],
+        cache_sizes: Sequence[int] = (),
+        memory: float | None = None,
     ):
-        self.sampling = sampling
-        self.capacities = (*(n for n in cache_sizes if n < sampling.max_tokens), sampling.max_tokens)
+        """Names the programs; nothing is compiled yet.
+
+        Args:
+          memory: bytes of a device, for `sampling.micro_batch=0`; None if it does not bound a batch.
+        """
+        self.sampling, self.capacities = sampling, _doubling(cache_sizes, sampling.max_tokens)
+        self._dtype, self._mesh, self._config, self._memory = model.dtype, model.mesh, model.config, memory
         # Float32 master weights of full fine-tuning are cast once, not at every token.
         self._cast = jax.jit(functools.partial(cast_floats, dtype=model.dtype))
-        self._dtype = model.dtype
-        self._mesh = model.mesh
+        self._stacked = reads_stack(model.mesh)
         self.programs = SamplerPrograms(
             encode=jax.jit(functools.partial(model.apply, method="encode_images")),
-            prefill=jax.jit(functools.partial(_prefill, model, sampling, self.capacities[0])),
+            prefill=jax.jit(functools.partial(prefill, model, sampling, self.capacities[0])),
+            weights=jax.jit(functools.partial(own_layers, model, stacked=self._stacked)),
             decode=jax.jit(functools.partial(_decode, model, sampling, tuple(eos_ids)), donate_argnums=(1,)),
-            grow=jax.jit(_grow, static_argnums=1),
+            grow=jax.jit(_padded, static_argnums=1),
+            take=jax.jit(functools.partial(take_rows, mesh=model.mesh), static_argnames="groups"),
+            room=jax.jit(functools.partial(room_for, mesh=model.mesh), static_argnames="groups"),
+            put=jax.jit(functools.partial(put_rows, mesh=model.mesh), static_argnames="groups", donate_argnums=(0,)),
         )
 
     def ready(self, variables: Variables) -> Variables:
-        """The variables as decoding reads them; do it once where several batches are sampled."""
+        """The variables in the dtype of the computation; do it once where several batches are sampled."""
         if all(x.dtype == self._dtype for x in jax.tree.leaves(variables["params"])):
             return variables
         return {**variables, "params": self._cast(variables["params"])}
 
-    def encode(self, variables: Variables, vision: VisionInputs) -> Float[Array, "B M W"]:
+    def weights(self, variables: Variables, own: Any = None) -> DecodeWeights:
+        """The weights as the decoding loop reads them. own: from `programs.weights`, if known."""
+        own = self.programs.weights(variables) if own is None else own
+        return decode_weights(variables, own, stacked=self._stacked)
+
+    def micro_groups(self, prompts: PromptBatch) -> int:
+        """In how many groups of rows a batch is encoded and prefilled."""
+        rows, most = prompts.text.ids.shape[0], self.sampling.micro_batch
+        if not most and self._memory is not None:
+            most = shards_of(self._mesh) * rows_for_memory(
+                self._config,
+                prompt=prompts.text.ids.shape[1],
+                patches=prompts.vision.patches.shape[1],
+                memory=self._memory,
+                itemsize=jnp.dtype(self._dtype).itemsize,
+            )
+        return group_count(rows, most, mesh=self._mesh)
+
+    def encode(self, variables: Variables, prompts: PromptBatch) -> Float[Array, "B M W"]:
         """Visual tokens of each row: for `start`, and for whoever else needs them."""
-        return self.programs.encode(variables, vision)
+        groups = self.micro_groups(prompts)
+        return self._by_groups(groups, lambda vision: self.programs.encode(variables, vision), prompts.vision)
 
     def start(
         self,
@@ -222,19 +192,77 @@ class Sampler:
     ) -> DecodeState:
         """Runs the prompts. variables: from `ready`; keys: one random key per row; images: from `encode`, if known."""
         if images is None:
-            images = self.encode(variables, prompts.vision)
-        return self.programs.prefill(variables, prompts, images, keys)
+            images = self.encode(variables, prompts)
+        return self._by_groups(
+            self.micro_groups(prompts), lambda part: self.programs.prefill(variables, *part), (prompts, images, keys)
+        )
 
-    def advance(self, variables: Variables, state: DecodeState, until: int) -> DecodeState:
-        """Decodes until every row has `until` tokens or has stopped; may be called again to go on."""
+    def _by_groups(self, groups: int, function: Callable[[Any], Any], batch: Any) -> Any:
+        """function(batch), computed for one group of rows after the other."""
+        if groups == 1:
+            return function(batch)
+        whole = None
+        for group in range(groups):
+            part = function(self.programs.take(batch, jnp.int32(group), groups=groups))
+            whole = self.programs.room(part, groups=groups) if whole is None else whole
+            whole = self.programs.put(whole, part, jnp.int32(group), groups=groups)
+        return whole
+
+    def advance(self, weights: DecodeWeights, state: DecodeState, until: int) -> DecodeState:
+        """Decodes until every row has `until` tokens or has stopped; may be called again to go on.
+
+        Args:
+          weights: from `weights`.
+        """
         until = min(until, self.sampling.max_tokens)
         while True:
             capacity = state.visible.shape[1] - state.prompt_slots
-            state = self.programs.decode(variables, state, jnp.int32(min(until, capacity)))
+            state = self.programs.decode(weights, state, jnp.int32(min(until, capacity)))
             if until <= capacity or bool(jnp.all(state.is_done)):
                 return state
-            larger = next(n for n in self.capacities if n > capacity)
-            state = self.programs.grow(state, larger - capacity)
+            state = self._grown(state, next(n for n in self.capacities if n > capacity) - capacity)
+
+    def _grown(self, state: DecodeState, slots: int) -> DecodeState:
+        """With so many more cache slots: layer by layer, so that only one layer's are held twice."""
+        layers = list(state.cache.layers)
+        for i, entry in enumerate(layers):
+            if isinstance(entry, KeyValues):
+                layers[i] = jax.block_until_ready(self.programs.grow(entry, slots))
+                for x in jax.tree.leaves(entry):
+                    x.delete()
+        visible = jnp.pad(state.visible, ((0, 0), (0, slots)))
+        return state.replace(cache=state.cache.replace(layers=tuple(layers)), visible=visible)
+
+    def stream(
+        self,
+        variables: Variables,
+        prompts: PromptBatch,
+        keys: Key[Array, "B"],
+        images: Float[Array, "B M W"] | None = None,
+        *,
+        every: int,
+    ) -> Iterator[Completions]:
+        """Completions of this process's rows after every so many tokens; the last ones are whole.
+
+        Rows are decoded in groups of `sampling.decode_batch`; those of a later group are empty until its turn.
+        """
+        groups = group_count(prompts.text.ids.shape[0], self.sampling.decode_batch, mesh=self._mesh)
+        weights = self.weights(variables)
+        whole: list[Completions] = []
+        for group in range(groups):
+            part: Any = (prompts, keys, images)
+            if groups > 1:
+                part = self.programs.take(part, jnp.int32(group), groups=groups)
+            state, is_over = self.start(variables, *part), False
+            while not is_over:
+                state = self.advance(weights, state, int(state.step) + every)
+                is_over = int(state.step) >= self.sampling.max_tokens or bool(jnp.all(state.is_done))
+                now = completions(state, self._mesh)
+                yield interleave([*whole, now], groups=groups, parts=len(now.ids) // self._rows_each(state))
+            whole.append(now)
+
+    def _rows_each(self, state: DecodeState) -> int:
+        return state.tokens.shape[0] // shards_of(self._mesh)
 
     def __call__(
         self,
@@ -245,8 +273,30 @@ class Sampler:
     ) -> Completions:
         """Samples a completion for every row; returns those of this process's rows."""
         variables = self.ready(variables)
-        state = self.advance(variables, self.start(variables, prompts, keys, images), self.sampling.max_tokens)
-        return completions(state, self._mesh)
+        *_, last = self.stream(variables, prompts, keys, images, every=self.sampling.max_tokens)
+        return last
+
+
+def _doubling(sizes: Sequence[int], most: int) -> tuple[int, ...]:
+    """Those of the sizes below `most` that are at least twice the one before, and `most`."""
+    out: list[int] = []
+    for size in sorted(sizes):
+        if size < most and (not out or size >= 2 * out[-1]):
+            out.append(size)
+    return (*out, most)
+
+
+def interleave(done: Sequence[Completions], *, groups: int, parts: int) -> Completions:
+    """Completions of the first groups of rows, and empty ones, in the order of the batch's rows.
+
+    Args:
+      parts: shards of rows that this process holds, of each of which a group has the next rows.
+    """
+    each = len(done[0].ids) // parts
+    empty = Completions(((),) * (parts * each), ((),) * (parts * each))
+    every = [*done, *[empty] * (groups - len(done))]
+    rows = [(g, part * each + i) for part in range(parts) for g in range(groups) for i in range(each)]
+    return Completions(ids=tuple(every[g].ids[i] for g, i in rows), logps=tuple(every[g].logps[i] for g, i in rows))
 
 
 def completions(state: DecodeState, mesh: Mesh | None = None) -> Completions:

@@ -12,7 +12,7 @@ _MASKED = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. Penalties first, then temperature, top-k, top-p, min-p.
+    """How completions are drawn. Penalties first, then temperature, top-k, top-p, min-p.
 
     Attributes:
       max_tokens: longest completion.
@@ -22,6 +22,8 @@ class Sampling:
       min_p: keep tokens with at least this fraction of the likeliest one's probability; 0 keeps all.
       repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or completion; 1 is off.
       presence_penalty: subtracted from the logits of tokens in the completion; 0 is off.
+      micro_batch: most rows whose images and prompts are computed at once; 0: what a sixteenth of the memory holds.
+      decode_batch: most rows that are decoded at once; 0: all.
     """
 
     max_tokens: int
@@ -31,6 +33,8 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
+    micro_batch: int = 0
+    decode_batch: int = 0
 
 
 def penalise(

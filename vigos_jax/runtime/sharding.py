@@ -58,6 +58,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def device_memory(mesh: Mesh) -> int | None:
+    """Bytes of a device's memory that programs may use; None where it does not say, as a CPU."""
+    stats = mesh.local_devices[0].memory_stats()
+    return stats.get("bytes_limit") if stats else None
+
+
 def check_batch(mesh: Mesh, *, batch_size: int, micro_batches: int) -> None:
     """Raises InputError unless every micro-batch divides over the devices that split it."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"] * micro_batches
