@@ -1,4 +1,4 @@
-"""Settings that must stand before jax is imported: the CPU with 8 devices, and no network.
+"""Settings that must stand before jax is imported: the CPU with 8 devices, quick compilation, and no network.
 
 Computations without a mesh run on the first device as ever. A test that starts a program of its own in a
 subprocess hands these settings on, unless it drops XLA_FLAGS from the environment.
@@ -15,7 +15,8 @@ import compiled
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has ignored
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+FLAGS = f"--xla_force_host_platform_device_count=8 {compiled.QUICK}"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Each program is compiled once, by whichever process comes to it first: xdist's workers and programs under test find
 # the folder in their environment. An entry that another one is still writing is compiled again.
@@ -68,7 +69,10 @@ def pytest_sessionfinish(exitstatus):
 
 
 def pytest_collection_finish():
-    gc.freeze()  # what is imported by now stays: a run collects garbage often, and need not look there
+    # What is imported by now stays, and looking for garbage among jax's and torch's many objects takes long.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000)
 
 
 def pytest_collection_modifyitems(items):

@@ -63,6 +63,8 @@ def make_processor_folder(
 ) -> pathlib.Path:
     """Writes a tiny folder of a family without weights: config, tokenizer, image and generation settings.
 
+    config.json has every field that is read: for one that it lacks, transformers would be imported, which takes long.
+
     Args:
       path: the folder; made if it is not there.
       vocab_padding: embedding rows beyond the tokenizer's, as published models have.
@@ -121,7 +123,9 @@ def make_processor_folder(
         "spatial_merge_size": 2,
         "window_size": 56,
         "fullatt_block_indexes": [1],
-        "in_chans": 3,
+        "in_channels": 3,
+        "hidden_act": "silu",
+        "tokens_per_second": 4,
     }
     config = {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -129,6 +133,7 @@ def make_processor_folder(
         "hidden_size": 32,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
+        "hidden_act": "silu",
         "num_key_value_heads": 1,
         "intermediate_size": 64,
         "vocab_size": tokenizer.get_vocab_size() + vocab_padding,
@@ -158,8 +163,14 @@ def _as_qwen3(config: dict[str, Any], vision: dict[str, Any]) -> tuple[dict[str,
     text["rope_scaling"] = text["rope_scaling"] | {"rope_type": "default", "mrope_interleaved": True}
     top = {k: config[k] for k in outer} | {"text_config": text | {"head_dim": 16, "model_type": "qwen3_vl_text"}}
     top |= {"architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl"}
-    own = {"patch_size": 16, "num_position_embeddings": 36, "deepstack_visual_indexes": [0]}
-    kept = {k: v for k, v in vision.items() if k not in ("window_size", "fullatt_block_indexes", "in_chans")}
+    own = {
+        "patch_size": 16,
+        "hidden_act": "gelu_pytorch_tanh",
+        "num_position_embeddings": 36,
+        "deepstack_visual_indexes": [0],
+    }
+    dropped = ("window_size", "fullatt_block_indexes", "tokens_per_second")
+    kept = {k: v for k, v in vision.items() if k not in dropped}
     return top, kept | own
 
 

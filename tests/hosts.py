@@ -20,9 +20,10 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import compiled
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# Tiny programs spend their time in the compiler; nobody waits for a test's heartbeats.
-FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_force_host_platform_device_count="
+FLAGS = f"{compiled.QUICK} --xla_force_host_platform_device_count="
 
 
 def environment(*, process: int, processes: int, devices: int, port: int) -> dict[str, str]:

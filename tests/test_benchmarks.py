@@ -1,9 +1,12 @@
 """The gates that need no clock: what the compiler says of the packed design, and how much padding is left."""
 
+import functools
 import json
 import subprocess
 import sys
 
+import compiled
+import jax
 import pytest
 
 from benchmarks import __main__ as command
@@ -11,6 +14,11 @@ from benchmarks import heads, padding, teachers
 from benchmarks.harness import Result, race
 
 LONG = pytest.param(teachers.step, marks=pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def optimized(monkeypatch):
+    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=compiled.OPTIMIZED))
 
 
 @pytest.mark.parametrize("benchmark", [teachers.teachers, LONG, heads.kl_memory, padding.padding])

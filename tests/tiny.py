@@ -29,19 +29,6 @@ WORDS = 120  # ids below are text; above stand the control tokens
 IMAGE, VISION_START, VISION_END, TURN = 120, 121, 122, 123
 
 
-def known(options: dict) -> dict:
-    """The options if this compiler has them, else none."""
-    try:
-        jax.jit(lambda: 0, compiler_options=options)()
-    except RuntimeError:
-        return {}
-    return options
-
-
-# Tiny programs spend their time in the compiler: this is five times faster.
-FAST = known({"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False})
-jit = functools.partial(jax.jit, compiler_options=FAST)
-
 RULES = base.get_config().mesh.rules
 
 # Every size that a mesh axis may split is a multiple of 8.
@@ -177,7 +164,7 @@ def pack(mix, *, roles=ROLES, buckets: Buckets = BUCKETS, config: ModelConfig = 
 def scorer(roles=ROLES, chunk: int = 5, model: VisionLanguageModel = MODEL, temperature: float = 1.0):
     """Compiled `score_batch`: (base, trained, batch, teacher_params={}) -> TokenScores."""
     objective = ObjectiveConfig(roles, chunk, temperature)
-    return jit(functools.partial(score_batch, model, objective=objective))
+    return jax.jit(functools.partial(score_batch, model, objective=objective))
 
 
 def objective_of(options: dict, roles=ROLES) -> ObjectiveConfig:
@@ -204,7 +191,7 @@ def gradient_step(gradient_accumulation_steps: int = 1, roles=ROLES, **options):
     objective = objective_of(options, roles)
     step = make_train_step(MODEL, KEEP_GRADIENT, objective, **{"use_dropout": False} | options)
 
-    @jit
+    @jax.jit
     def run(base, trained, batch, average=None):
         state = TrainState(jnp.zeros((), jnp.int32), trained, KEEP_GRADIENT.init(trained), average or {})
         state, metrics = step(state, base, micro_batches(batch, gradient_accumulation_steps), jax.random.key(0))

@@ -119,7 +119,7 @@ def make_world(tmp_path_factory) -> World:
 
 @contextlib.contextmanager
 def compile_once() -> Iterator[None]:
-    """Spares the compiler: little optimisation, and runs share what is read, traced and compiled alike."""
+    """Runs share what is read, traced and compiled alike."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(jax, "jit", _shared_jit))
         for name, function in _SHARED.items():
@@ -132,7 +132,7 @@ def _shared_jit(function: Callable, **options: Any) -> Callable:
     leaves, structure = jax.tree.flatten(options)
     key = (_parts(function), structure, tuple(leaves))
     if key not in _JITTED:
-        _JITTED[key] = tiny.jit(function, **options)
+        _JITTED[key] = _JIT(function, **options)
     return _JITTED[key]
 
 
@@ -167,6 +167,7 @@ def _folder_key(folder: pathlib.Path, **options: Any) -> Any:
     )
 
 
+_JIT = jax.jit  # which compile_once replaces
 _JITTED: dict[Any, Callable] = {}
 _SHARED = {
     "vigos_jax.session.abstract_variables": _shared(abstract_variables, lambda model: model),

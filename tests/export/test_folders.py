@@ -7,7 +7,6 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-import tiny
 import tiny_runs as runs
 import torch
 import torch_models as tm
@@ -70,7 +69,7 @@ def logits_of_both(folder: pathlib.Path, student) -> tuple[np.ndarray, np.ndarra
     rows = verify.prompt_rows(processor, student)[:1]
     batch, mask = verify.pack(rows, config)
 
-    @tiny.jit
+    @jax.jit
     def run(params):
         images = model.apply({"params": params}, batch.vision, method="encode_images")
         hidden, _ = model.apply({"params": params}, jax.tree.map(np.asarray, batch.text), images)

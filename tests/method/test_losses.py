@@ -198,7 +198,7 @@ def test_fused_loss_and_gradient_are_those_of_plain_autodiff(chunk, trains_head)
         kl = jnp.where(entries.role == 2, reverse, forward)
         return 3.0 * jnp.sum(weights_of(entries) * jnp.minimum(kl, entries.clip)), kl
 
-    both = [tiny.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(student, heads[0]) for f in (fused, plain_loss)]
+    both = [jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(student, heads[0]) for f in (fused, plain_loss)]
     ((got, scores), gradients), ((want, kl), expected) = both
     assert got == pytest.approx(float(want), rel=1e-6) and 0 < (kl > entries.clip).sum() < (entries.role == 1).sum()
     np.testing.assert_allclose(scores.divergence, kl, atol=2e-5)
@@ -305,7 +305,7 @@ def compiled_step(kind, chunk, roles=ROLES):
         config=HLO_CONFIG,
     )
     step = make_train_step(model, tx, objective(roles, chunk=chunk), use_dropout=False)
-    jitted = tiny.jit(step, donate_argnums=0)
+    jitted = jax.jit(step, donate_argnums=0)
     return jitted.lower(state, abstract["params"], [batch], jax.random.key(0)).compile().as_text()
 
 

@@ -191,7 +191,7 @@ def test_teachers_alone_have_the_same_log_probabilities():
     base, lora = tiny.weights()
     batch = pack(MIXES["mixed"])
     used = batch.supervised.role >= 0
-    run = tiny.jit(
+    run = jax.jit(
         lambda teacher_params: scoring.teacher_logps(MODEL, base, batch, teacher_params=teacher_params, chunk=5)
     )
     alone = {

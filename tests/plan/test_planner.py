@@ -7,11 +7,11 @@ import json
 import math
 from unittest import mock
 
+import compiled
 import jax
 import jax.numpy as jnp
 import pytest
 import safetensors
-import tiny
 
 from configs import base
 from vigos_jax import main
@@ -26,13 +26,7 @@ from vigos_jax.plan.table import Program, report
 from vigos_jax.session import DEMO_FOLDER
 
 RANK = 4
-CAREFUL_JIT = jax.jit
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_with_less_care():
-    with mock.patch.object(jax, "jit", tiny.jit):
-        yield
+TPU = {"xla_backend_optimization_level": compiled.OPTIMIZED["xla_backend_optimization_level"]}
 
 
 def config_of(**changes):
@@ -368,7 +362,7 @@ def test_no_weight_moves_while_tokens_are_sampled():
 
 @pytest.mark.slow
 def test_so_it_is_on_a_tpu(monkeypatch):
-    monkeypatch.setattr(jax, "jit", CAREFUL_JIT)  # the other options are a CPU's
+    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=TPU))
     run, config = reduced("v5e:2x4")
     assert run.model.attention == "splash"
     text = compiled_gradient(run, config, exec_time_optimization_effort=-1.0)

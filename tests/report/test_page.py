@@ -9,7 +9,8 @@ import pytest
 from browser import dump, needs_browser
 from PIL import Image
 
-from vigos_jax.report.page import Rollout, Table, Text, Token, image_uri, mix, render, write_page
+from vigos_jax.report.charts import Chart, Line
+from vigos_jax.report.page import Charts, Rollout, Table, Text, Token, image_uri, mix, render, write_page
 
 HOSTILE = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\"> & \"q\" 's'"
 
@@ -58,11 +59,12 @@ def test_half_a_surrogate_pair_can_be_written(tmp_path):
 def test_a_page_that_is_written_leaves_nothing_in_memory(tmp_path):
     gc.disable()  # nobody else shall find it
     try:
-        text = Text(["word"])
-        seen = weakref.ref(text)
-        write_page(tmp_path / "page.html", "title", [text])
-        del text
-        assert seen() is None
+        charts = Charts("charts", [Chart("chart", [Line("a", [(0, 0.0), (10, 1.0)], (200, 0, 0))])])
+        sections = [Text(["word"]), charts]
+        seen = [weakref.ref(section) for section in sections]
+        write_page(tmp_path / "page.html", "title", sections)
+        del charts, sections
+        assert [reference() for reference in seen] == [None, None]
     finally:
         gc.enable()
 

@@ -44,7 +44,7 @@ def allowed(logits, sampling):
     return out
 
 
-@functools.partial(tiny.jit, static_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def many(logits, sampling, n):
     keys = jax.random.split(jax.random.key(0), n)
     return draw(keys, jnp.broadcast_to(logits, (n, logits.shape[-1])), sampling)
@@ -156,16 +156,7 @@ def student(lora=None):
 
 @functools.cache
 def sampler(sampling=SAMPLING, eos_ids=NEVER, model=MODEL, cache_sizes=()):
-    s = Sampler(model, sampling, eos_ids=eos_ids, cache_sizes=cache_sizes)
-    # the same functions, compiled with less care
-    s.programs = dataclasses.replace(
-        s.programs,
-        prefill=tiny.jit(s.programs.prefill.__wrapped__),
-        weights=tiny.jit(s.programs.weights.__wrapped__),
-        decode=tiny.jit(s.programs.decode.__wrapped__, donate_argnums=1),
-        encode=tiny.jit(s.programs.encode.__wrapped__),
-    )
-    return s
+    return Sampler(model, sampling, eos_ids=eos_ids, cache_sizes=cache_sizes)
 
 
 def weights():

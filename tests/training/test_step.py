@@ -49,7 +49,7 @@ def compiled_step(model, options=None, **settings):
         average = jax.tree.map(jnp.copy, trained) if options.get("teacher_weights") == "ema" else {}
         return TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained), average)
 
-    return start, tiny.jit(run)
+    return start, jax.jit(run)
 
 
 @functools.cache
@@ -127,7 +127,7 @@ def test_shares_of_loss_and_gradient():
     _, metrics = gradient_step()(base, {"lora": lora}, batch)
     _, parts, _ = oracle.objective(MODEL, base, {"lora": lora}, MIXES["mixed"], ROLES)
 
-    @functools.partial(tiny.jit, static_argnames="is_student")
+    @functools.partial(jax.jit, static_argnames="is_student")
     def log_probs(text, at, is_student):
         variables = {"params": base} | ({"lora": lora} if is_student else {})
         images = MODEL.apply(variables, batch.vision, method="encode_images")
@@ -337,7 +337,7 @@ def test_dropout_touches_the_student_only():
     base, lora = tiny.weights()
     batch = pack(MIXES["mixed"])
 
-    @tiny.jit
+    @jax.jit
     def run(base, trained, batch, key):
         states = scoring.supervised_states(dropping(), base, trained, batch, dropout_key=key)
         return losses.score_tokens(states, batch.supervised, ObjectiveConfig(ROLES, chunk=5))

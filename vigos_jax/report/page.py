@@ -1,13 +1,13 @@
 """Pages to look at: one self-contained HTML file, no network, everything that comes from models and data escaped.
 
-A page is a title and a list of sections, each a frozen dataclass below or a row of `charts.Chart`; `page.html.j2` draws
-them. The one script, `page.js`, is there for a browser of snapshots alone, and the page lets no other one run.
+A page is a title and a list of sections, each a frozen dataclass below or a row of `charts.Chart`; `page.html.j2` and
+`chart.html.j2` draw them. The one script, `page.js`, is there for a browser of snapshots alone, and the page lets no
+other one run.
 """
 
 import base64
 import dataclasses
 import functools
-import gc
 import hashlib
 import io
 import pathlib
@@ -204,12 +204,15 @@ def _file(name: str) -> str:
 def _template() -> jinja2.Template:
     # StrictUndefined: a section that lacks a field is an error, not an empty cell.
     options = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    environment = jinja2.Environment(autoescape=True, **options)
+    loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
+    environment = jinja2.Environment(autoescape=True, loader=loader, **options)
     # As they are, so that what cannot be written is replaced in them too; a NaN would be no JSON.
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False}
     sizes = ("width", "height", "left", "right", "top", "bottom")
     environment.globals |= {name: getattr(charts, name.upper()) for name in sizes}
-    return environment.from_string(_file("page.html.j2"))
+    # It defines no macro: Jinja makes a reference cycle of a macro and its context, which holds all that a page shows.
+    # A macro that it imports belongs to the other file's context, of which there is one.
+    return environment.get_template("page.html.j2")
 
 
 def render(title: str, sections: Sequence[Section]) -> str:
@@ -227,6 +230,3 @@ def write_page(path: pathlib.Path, title: str, sections: Sequence[Section]) -> N
     # Half a surrogate pair cannot be written; a model can produce one.
     temporary.write_text(render(title, sections), encoding="utf-8", errors="replace")
     temporary.replace(path)
-    # The template's macros and their context hold each other, and with them all that the page shows. In a process with
-    # as many objects as ours Python looks for such cycles so seldom that page after page would pile up.
-    gc.collect()
