@@ -34,6 +34,14 @@ RUN = [
 # The compiler for TPUs that jax[tpu] names for the lowest jax above; there is none but for Linux.
 LIBTPU = "libtpu>=0.0.42,<0.1; sys_platform == 'linux'"
 
+# The compiler for GPUs, of the same version as jax, and what it loads: cuDNN for attention, ptxas. Only for Linux.
+GPU_COMPILER = [
+    "jax-cuda13-plugin>=0.10.2,<0.13; sys_platform == 'linux'",
+    "jax-cuda13-pjrt>=0.10.2,<0.13; sys_platform == 'linux'",
+    "nvidia-cudnn-cu13>=9.12,<10; sys_platform == 'linux'",
+    "nvidia-cuda-nvcc>=13.0.48,<14; sys_platform == 'linux'",
+]
+
 # Enough for `make lint` and `make test-fast`.
 TEST_CORE = [
     "pytest>=9",
@@ -67,6 +75,7 @@ EXTRAS = {
         "scipy>=1.14",
     ],
     "plan": [LIBTPU],  # the compiler for TPUs, without a TPU
+    "plan-gpu": GPU_COMPILER,  # the compiler for GPUs, without a GPU
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
     "study": ["matplotlib>=3.10", "scipy>=1.14"],  # python -m vigos_jax.miniature.study

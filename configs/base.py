@@ -55,7 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.chat_template_kwargs = ConfigDict()
     config.model.dtype = "float32"  # of the frozen base and of computation: float32 | bfloat16
     config.model.remat = "none"  # recomputed in the backward pass: none | dots (all but matmuls) | full
-    config.model.attention = "auto"  # for the student: auto (the device's best) | xla | cudnn (GPU) | splash (TPU)
+    config.model.attention = "auto"  # auto (the device's best) | xla | cudnn (GPU from Ampere on) | splash (TPU)
 
     config.lora = ConfigDict()
     config.lora.rank = 0  # of new adapters; 0 trains all parameters instead

@@ -55,7 +55,7 @@ from vigos_jax.demo import world
 from vigos_jax.method.packing import Rollout, make_row, pack_prompts
 from vigos_jax.method.scoring import score_batch
 from vigos_jax.method.spans import find_spans
-from vigos_jax.models.vlm import segment_mask
+from vigos_jax.models.attention_masks import Branches
 from vigos_jax.rollouts.sampler import Sampler, row_keys
 from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.session import load
@@ -150,7 +150,7 @@ plt.show()
 #
 # All teachers are the same frozen weights; only what they may see differs. So a sample's teachers stand in one packed
 # sequence: the image once, and behind it a branch per role: its prompt, and the rollout up to the last token it
-# scores. `segment_mask` keeps the branches apart: each sees the image and itself, and nothing of the others.
+# scores. `Branches` keeps the branches apart: each sees the image and itself, and nothing of the others.
 #
 # Which roles score depends on the format. A **valid** rollout is scored by *perception* (its description) and
 # *reasoning* (its reasoning and answer), an **invalid** one by *reference* as a whole. Here is one of each, written by
@@ -204,7 +204,7 @@ GREY = "#7d8894"
 def draw_mask(ax, text, i, *, parts, names, scored, title):
     # parts [T]: which of `names` a token belongs to. It chooses the colors; the mask is the one the model uses.
     n = len(parts)
-    mask = np.asarray(segment_mask(text.segment_ids[i][None, :n]))[0]  # [T, T]
+    mask = np.asarray(Branches(text.segment_ids[i][None, :n]).dense(n))[0]  # [T, T]
     color = np.array([plt.matplotlib.colors.to_rgb(COLORS.get(name, GREY)) for name in names])[parts]  # [T, 3]
     ink = np.where(parts[None] == parts[:, None], 0.8, 0.35)[..., None]  # what lies before the own part is paler
     ax.imshow(np.where(mask[..., None], 1 + ink * (color[:, None] - 1), 1.0), interpolation="nearest", aspect="auto")

@@ -14,6 +14,11 @@ CHECKED = (
     ),
     *(
         "vigos_jax.models.attention",
+        "vigos_jax.models.attention_masks",
+        "vigos_jax.models.attention_rows",
+        "vigos_jax.models.cudnn_attention",
+        "vigos_jax.models.masked_attention",
+        "vigos_jax.models.splash_attention",
         "vigos_jax.models.decoder",
         "vigos_jax.models.layers",
         "vigos_jax.models.positions",

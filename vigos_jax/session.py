@@ -19,7 +19,7 @@ from vigos_jax.method.batch import ScoreBatch
 from vigos_jax.method.losses import ObjectiveConfig
 from vigos_jax.method.packing import Buckets, Rollout, Row, pack_scores
 from vigos_jax.method.roles import TeacherRole, role_table
-from vigos_jax.models.attention import choose
+from vigos_jax.models.attention import choose, has_fused
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.families import FAMILIES
 from vigos_jax.models.layers import LoraSpec
@@ -169,8 +169,10 @@ def use_compilation_cache(folder: str) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def model_of(config, model_config: ModelConfig, mesh: Mesh, *, platform: str) -> VisionLanguageModel:
-    """The model that a config asks for, without weights, on devices of a platform: "cpu", "gpu" or "tpu"."""
+def model_of(
+    config, model_config: ModelConfig, mesh: Mesh, *, platform: str, is_served: bool = True
+) -> VisionLanguageModel:
+    """The model that a config asks for, without weights. platform, is_served: see `attention.choose`."""
     dtype = jnp.dtype(config.model.dtype)
     # Accelerators multiply float32 in fewer bits unless told otherwise. A bfloat16 model loaded after a float32 one
     # needs the user's setting back: a TPU's kernels refuse this one.
@@ -180,7 +182,7 @@ def model_of(config, model_config: ModelConfig, mesh: Mesh, *, platform: str) ->
         lora=lora_spec(config, model_config),
         dtype=dtype,
         remat=config.model.remat,
-        attention=choose(config.model.attention, platform=platform, dtype=dtype),
+        attention=choose(config.model.attention, platform=platform, dtype=dtype, is_served=is_served),
         mesh=mesh,
     )
 
@@ -200,7 +202,8 @@ def load(config, *, for_training: bool) -> Session:
     model_config = reading.load_config(folder)
     processor = Processor.load(folder, chat_template_kwargs=config.model.chat_template_kwargs.to_dict())
     check_template(config, processor, for_training=for_training)
-    model = model_of(config, model_config, mesh, platform=jax.default_backend())
+    is_served = has_fused(mesh.devices.flat[0])
+    model = model_of(config, model_config, mesh, platform=jax.default_backend(), is_served=is_served)
     dtype, spec = model.dtype, model.lora
     abstract = abstract_variables(model)
     shardings = tree_shardings(abstract, mesh, config.mesh.rules)

@@ -27,7 +27,7 @@ from vigos_jax.method.packing import (
     too_long,
 )
 from vigos_jax.method.spans import Spans
-from vigos_jax.models.decoder import segment_mask
+from vigos_jax.models.attention_masks import Branches
 
 
 def prompts(rows, buckets=BUCKETS):
@@ -56,7 +56,9 @@ def check_contexts(mix, roles=ROLES):
         ):
             assert token == rollout.ids[j]
             for text, turn, at in ((batch.student, r.student, student_at), (batch.teacher, r.teachers[k], teacher_at)):
-                visible = np.flatnonzero(np.asarray(segment_mask(text.segment_ids[i][None]))[0, at])
+                visible = np.flatnonzero(
+                    np.asarray(Branches(text.segment_ids[i][None]).dense(text.ids.shape[1]))[0, at]
+                )
                 read = range(j)
                 if text is batch.teacher and roles[k].reads == "scored":
                     read = [i for i in scored_positions(roles[k], rollout) if i < j]
@@ -163,19 +165,6 @@ def test_entry_clip(fields, expected):
 def test_one_token_is_the_first_and_the_last():
     role = dataclasses.replace(ROLES[0], first_clip=0.4, last_clip=0.3)
     assert token_clip(role, 5, [5]) == 0.3
-
-
-def test_segment_mask():
-    assert segment_mask(np.array([[1, 1, 2, 2, 3, 0]])).astype(int).tolist() == [
-        [
-            [1, 0, 0, 0, 0, 0],
-            [1, 1, 0, 0, 0, 0],
-            [1, 1, 1, 0, 0, 0],
-            [1, 1, 1, 1, 0, 0],
-            [1, 1, 0, 0, 1, 0],
-            [1, 1, 0, 0, 0, 0],
-        ]
-    ]
 
 
 def test_logps_from_elsewhere_are_unknown():

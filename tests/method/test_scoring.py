@@ -12,7 +12,8 @@ from tiny import CONFIG, MIXES, MODEL, ROLES, pack
 
 from vigos_jax.method import losses, scoring
 from vigos_jax.models import decoder
-from vigos_jax.models.attention import Causal, attention
+from vigos_jax.models.attention import attention
+from vigos_jax.models.attention_masks import Branches, Causal
 from vigos_jax.models.layers import LoraSpec
 from vigos_jax.models.vlm import VisionLanguageModel
 
@@ -330,12 +331,12 @@ def test_fails_when_positions_run_on_from_branch_to_branch():
     assert compare(MIXES["mixed"], batch.replace(teacher=t.replace(positions=moved))) > 0.1
 
 
-def test_the_student_alone_is_one_causal_sequence(monkeypatch):
-    """What lets a device's fast attention serve it: its lengths, where the teachers' branches need a mask."""
+def test_attention_is_told_what_the_rows_are(monkeypatch):
+    """What lets a device's fast attention serve them: the student's lengths, the most branches of a teacher's row."""
     asked = []
 
     def spy(q, k, v, mask, *, implementation, mesh):
-        asked.append((isinstance(mask, Causal), q.shape[1], implementation))
+        asked.append((type(mask), getattr(mask, "most", None), q.shape[1], implementation))
         return attention(q, k, v, mask)
 
     base, lora = tiny.weights()
@@ -346,4 +347,4 @@ def test_the_student_alone_is_one_causal_sequence(monkeypatch):
         lambda b: scoring.score_batch(model, base, {"lora": lora}, b, losses.ObjectiveConfig(ROLES, chunk=5)), batch
     )
     student, teacher = batch.student.ids.shape[1], batch.teacher.ids.shape[1]
-    assert set(asked) == {(True, student, "cudnn"), (False, teacher, "cudnn")}
+    assert set(asked) == {(Causal, None, student, "cudnn"), (Branches, 2, teacher, "cudnn")}

@@ -1,4 +1,6 @@
-"""Every attention implementation against softmax written out, values and gradients, with its negative case."""
+"""Every kind of mask by every kernel against softmax written out, values and gradients, with its negative case."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,17 +9,63 @@ import pytest
 from jax.sharding import Mesh
 
 from vigos_jax.errors import InputError
-from vigos_jax.models import attention as module
-from vigos_jax.models.attention import Causal, attention, choose, splash
+from vigos_jax.models import masked_attention as masked
+from vigos_jax.models.attention import attention, by_cudnn, by_splash, choose, for_heads, over_mesh
+from vigos_jax.models.attention_masks import Branches, Causal, Images, Windows
 
-LENGTHS = np.array([128, 77, 1], np.int32)
+B, T = 3, 128
+LENGTHS = np.array([T, 77, 1], np.int32)
 
 
-def _arrays(t=128, s=128, heads=4, kv_heads=2, head_dim=16):
+def _runs(*rows):
+    """int32 [B, T]: each row's (number, count) one after the other, then zeros."""
+    out = np.zeros((len(rows), T), np.int32)
+    for row, runs in zip(out, rows, strict=True):
+        numbers = np.concatenate([np.full(n, number) for number, n in runs])
+        row[: len(numbers)] = numbers
+    return out
+
+
+# The second row's branches are one fewer, the third has none.
+SEGMENTS = _runs([(1, 20), (2, 50), (3, 7), (4, 40)], [(1, 1), (2, 30), (3, 97)], [(1, 9)])
+# Empty slots between images and inside one; numbers whose bits differ in one place and in several.
+IMAGES = _runs([(1, 40), (0, 8), (2, 40), (3, 40)], [(7, 20), (0, 4), (7, 20), (8, 24), (0, 44), (9, 16)], [(1, 128)])
+MASKS = {
+    "causal": Causal(LENGTHS),
+    "branches": Branches(SEGMENTS, most=3),
+    "images": Images(IMAGES, most=9),
+    "windows": Windows(IMAGES, most=9, window=16),
+}
+USED = {
+    "causal": np.arange(T) < LENGTHS[:, None],
+    "branches": SEGMENTS > 0,
+    "images": IMAGES > 0,
+    "windows": IMAGES > 0,
+}
+
+
+def _oracle(kind):
+    """bool [B, T, T], pair by pair."""
+    mask = np.zeros((B, T, T), bool)
+    window = np.arange(T) // 16
+    for b in range(B):
+        for q in range(T):
+            for k in range(T):
+                s, i = SEGMENTS[b], IMAGES[b]
+                mask[b, q, k] = {
+                    "causal": k <= q and k < LENGTHS[b],
+                    "branches": k <= q and s[k] > 0 and s[k] in (1, s[q]),
+                    "images": i[q] == i[k] and i[k] > 0,
+                    "windows": i[q] == i[k] and i[k] > 0 and window[q] == window[k],
+                }[kind]
+    return mask
+
+
+@functools.cache
+def _arrays(s=T, heads=4, kv_heads=2, head_dim=16, rows=B):
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))  # noqa: E731
-    b = len(LENGTHS)
-    return draw(b, t, heads, head_dim), draw(b, s, kv_heads, head_dim), draw(b, s, kv_heads, head_dim)
+    return draw(rows, T, heads, head_dim), draw(rows, s, kv_heads, head_dim), draw(rows, s, kv_heads, head_dim)
 
 
 def _plain(q, k, v, mask):
@@ -28,61 +76,102 @@ def _plain(q, k, v, mask):
     return jnp.einsum("bnts,bsnh->btnh", weights, v)
 
 
-def _causal(t=128):
-    at = np.arange(t)
-    return jnp.asarray((at[:, None] >= at) & (at < LENGTHS[:, None, None]))
-
-
-def _random_mask(t=128, s=128):
-    mask = np.random.default_rng(1).random((len(LENGTHS), t, s)) < 0.3
-    mask[:, :, 0] = True
-    return jnp.asarray(mask)
-
-
-def _compare(ours, theirs, arrays, used, *, tolerance=2e-5):
+def _compare(ours, mask, arrays, used, *, tolerance=1e-4):
     """Values at the used queries, and the gradients of a sum over them that weighs each differently."""
-    weigh = jnp.asarray(np.random.default_rng(2).standard_normal(arrays[0].shape, np.float32)) * used[:, :, None, None]
+    used = jnp.asarray(used)[:, :, None, None]
+    weigh = jnp.asarray(np.random.default_rng(2).standard_normal(arrays[0].shape, np.float32))
+    # Rows of the mask without a key would be NaN, and so would every gradient.
+    plain = functools.partial(_plain, mask=jnp.asarray(mask) | ~used[:, :, 0])
     both = []
-    for f in (ours, theirs):
-        value, grads = jax.value_and_grad(lambda *x, f=f: jnp.sum(f(*x) * weigh), argnums=(0, 1, 2))(*arrays)
-        both.append((f(*arrays) * used[:, :, None, None], value, *grads))
+    for f in (ours, plain):
+        loss = lambda *x, f=f: (lambda y: (jnp.sum(y * weigh), y))(jnp.where(used, f(*x), 0))  # noqa: E731
+        (_, value), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
+        both.append((value, *grads))
     for a, b in zip(*both, strict=True):
         np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance)
 
 
-ALL = jnp.ones((len(LENGTHS), 128), bool)
-USED = jnp.asarray(np.arange(128) < LENGTHS[:, None])
+KERNELS = {
+    "xla": attention,
+    "cudnn": functools.partial(by_cudnn, implementation="xla"),
+    "splash": functools.partial(by_splash, interpret=True),
+}
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_a_mask(kv_heads):
-    mask = _random_mask()
-    _compare(lambda *x: attention(*x, mask), lambda *x: _plain(*x, mask), _arrays(kv_heads=kv_heads), ALL)
+@pytest.fixture(params=["xla", "xla in parts of rows", "xla in parts of queries", "cudnn", "splash"])
+def kernel(request, monkeypatch):
+    """A function (q, k, v, mask). cuDNN runs on a GPU alone: its question is answered by XLA, splash is interpreted."""
+    name, *_ = request.param.split()
+    if "rows" in request.param:
+        monkeypatch.setattr(masked, "PART_BYTES", 2 * T * T * (4 * 16 + 1))  # 3 rows: parts of one
+    if "queries" in request.param:
+        monkeypatch.setattr(masked, "PART_BYTES", 50 * T * (4 * 16 + 1))  # 3 parts of 43, padded
+    return KERNELS[name]
 
 
-def test_a_mask_is_obeyed():
-    mask = _random_mask()
+@pytest.mark.parametrize("kind", MASKS)
+def test_a_description_is_its_mask(kind):
+    want = _oracle(kind)
+    np.testing.assert_array_equal(MASKS[kind].dense(T), want)
+    part = np.array([3, 100, 127, 130])  # beyond the last query: any
+    np.testing.assert_array_equal(MASKS[kind].of(part, T)[:, :3], want[:, part[:3]])
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_a_kernel_is_plain_attention(kind, kernel):
+    _compare(lambda *x: kernel(*x, MASKS[kind]), _oracle(kind), _arrays(), USED[kind])
+
+
+# What would go unnoticed: each mask lets a query attend to one kind of key more.
+WRONG = {
+    "padding is attended": ("causal", lambda: MASKS["causal"].replace(lengths=LENGTHS + np.int32([0, 1, 0])), 0),
+    "a branch attends to its neighbour": ("branches", lambda: Branches(np.minimum(SEGMENTS, 3), most=3), 1e-2),
+    "an image attends to another": ("images", lambda: Images(np.where(IMAGES == 3, 2, IMAGES), most=9), 1e-2),
+    "an empty slot is attended": ("images", lambda: Images(np.where(IMAGES == 0, 7, IMAGES), most=9), 1e-2),
+    "a window is too wide": ("windows", lambda: MASKS["windows"].replace(window=32), 1e-2),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_mask_differs(name, kernel):
+    kind, wrong, _ = WRONG[name]
+    used = USED[kind] | (np.arange(T) < LENGTHS[:, None] + 1 if kind == "causal" else False)
+    right, other = (kernel(*_arrays(), m) for m in (MASKS[kind], wrong()))
+    assert np.max(np.abs((right - other) * used[:, :, None, None])) > 1e-2
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_what_means_nothing_is_finite(kind, kernel):
+    """Rows of padding alone, forward and backward."""
+    mask = jax.tree.map(np.zeros_like, MASKS[kind])
+    loss = lambda *x: (lambda y: (jnp.sum(y), y))(kernel(*x, mask))  # noqa: E731
+    (_, out), grads = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(*_arrays())
+    assert all(np.isfinite(x).all() for x in (out, *grads))
+
+
+def _random_mask(s=T):
+    mask = np.random.default_rng(1).random((B, T, s)) < 0.3
+    mask[:, :, 0] = True
+    return jnp.asarray(mask)
+
+
+@pytest.mark.parametrize("limit", [None, 50 * 96 * (4 * 16 + 1)])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_a_dense_mask(kv_heads, limit, monkeypatch):
+    if limit:
+        monkeypatch.setattr(masked, "PART_BYTES", limit)
+    mask = _random_mask(96)
+    arrays = _arrays(s=96, kv_heads=kv_heads)
+    _compare(lambda *x: attention(*x, mask, implementation="cudnn"), mask, arrays, np.ones((B, T), bool))
     other = mask.at[0, 5, 9].set(~mask[0, 5, 9])
     with pytest.raises(AssertionError):
-        _compare(lambda *x: attention(*x, other), lambda *x: _plain(*x, mask), _arrays(), ALL)
+        _compare(lambda *x: attention(*x, other), mask, arrays, np.ones((B, T), bool))
 
 
-def test_many_queries_go_in_parts(monkeypatch):
-    monkeypatch.setattr(module, "_MAX_QUERIES", 50)  # 128 = 3 parts of 43, padded
-    mask = _random_mask()
-    _compare(lambda *x: attention(*x, mask), lambda *x: _plain(*x, mask), _arrays(), ALL)
-
-
-def test_causal():
-    _compare(lambda *x: attention(*x, Causal(LENGTHS)), lambda *x: _plain(*x, _causal()), _arrays(), USED)
-
-
-def test_a_query_that_sees_nothing_is_finite():
-    nothing = jnp.zeros((len(LENGTHS), 128, 128), bool)
-    value, grads = jax.value_and_grad(lambda *x: jnp.sum(attention(*x, nothing)), argnums=(0, 1, 2))(*_arrays())
-    assert all(np.isfinite(x).all() for x in (value, *grads))
-    empty = attention(*_arrays(), Causal(np.zeros(len(LENGTHS), np.int32)))
-    assert np.isfinite(empty).all()
+def test_branches_of_unknown_number_are_xlas():
+    left = Branches(np.roll(SEGMENTS, 11, axis=1))  # padding on both sides
+    used = left.segment_ids > 0
+    _compare(lambda *x: attention(*x, left, implementation="splash"), left.dense(T), _arrays(), used)
 
 
 def test_sixteen_bits():
@@ -93,45 +182,71 @@ def test_sixteen_bits():
     np.testing.assert_allclose(out.astype(jnp.float32), _plain(*arrays, mask), atol=0.05)
     grads = jax.grad(lambda *x: jnp.sum(attention(*x, mask).astype(jnp.float32)), argnums=(0, 1, 2))(*short)
     assert {x.dtype for x in grads} == {jnp.dtype(jnp.bfloat16)}
+    images = KERNELS["cudnn"](*short, MASKS["images"]).astype(jnp.float32)
+    used = USED["images"][:, :, None, None]
+    np.testing.assert_allclose(images * used, attention(*arrays, MASKS["images"]) * used, atol=0.05)
 
 
-@pytest.mark.parametrize("axes", [None, (2, 2, 2), (1, 2, 4)])
-def test_splash(axes):
-    """The TPU's kernel, interpreted; also over a mesh, where 4 ways do not divide 2 key/value heads."""
-    mesh, arrays, lengths = None, _arrays(head_dim=128), LENGTHS
-    used, causal = USED, _causal()
-    if axes:
-        mesh = Mesh(np.array(jax.devices()[:8]).reshape(axes), ("data", "fsdp", "tensor"))
-        arrays = tuple(jnp.concatenate([x, x[:1]]) for x in arrays)
-        lengths = np.append(LENGTHS, LENGTHS[0])
-        used, causal = (jnp.concatenate([x, x[:1]]) for x in (used, causal))
-    run = jax.jit(lambda *x: splash(*x, jnp.asarray(lengths), mesh=mesh, interpret=True))
-    _compare(run, lambda *x: _plain(*x, causal), arrays, used, tolerance=1e-4)
+def test_no_part_is_larger_than_said(monkeypatch):
+    """At every size, also over a mesh, where a device holds its own rows and heads."""
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
+    for b, t, s, n, over in [
+        (32, 4096, 4096, 16, None), (32, 1344, 2304, 16, mesh), (1, 65536, 65536, 64, None), (6, 300, 300, 12, mesh),
+    ]:  # fmt: skip
+        parts = masked.parts_of(b, t, s, n, itemsize=2, mesh=over)
+        ways, tensor = (4, 2) if over and b % 4 == 0 else (2, 2) if over else (1, 1)
+        assert parts.ways == ways
+        queries = b // ways // parts.rows * -(-t // parts.queries)
+        assert queries * s * (n // tensor * 12 + 1) <= masked.PART_BYTES + s * n * 12  # a part has whole queries
+        assert (b // ways) % parts.rows == 0
 
 
-def test_cudnn_is_asked_for_lengths_and_no_mask(monkeypatch):
-    """cuDNN runs on a GPU alone; what it is asked for can be seen anywhere."""
+@pytest.mark.parametrize("axes", [(2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize("name", ["xla", "splash"])
+def test_over_a_mesh(name, axes, monkeypatch):
+    """Rows and heads over devices; 4 ways do not divide 2 key/value heads. XLA takes parts of all devices' rows."""
+    monkeypatch.setattr(masked, "PART_BYTES", T * T * (4 * 16 + 1))
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(axes), ("data", "fsdp", "tensor"))
+    more = lambda x: np.concatenate([x, x[:1]])  # noqa: E731
+    mask, used = jax.tree.map(more, MASKS["branches"]), more(USED["branches"])
+    run = functools.partial(over_mesh, KERNELS["splash"], mesh=mesh)
+    if name == "xla":
+        run = functools.partial(attention, mesh=mesh)
+    _compare(lambda *x: run(*x, mask), more(_oracle("branches")), _arrays(rows=B + 1), used)
+
+
+def test_what_cudnn_is_asked(monkeypatch):
+    """Lengths or features, never a mask or a bias, which would be an array of [T, T]; heads as wide as it takes."""
     asked = []
     plain = jax.nn.dot_product_attention
 
     def spy(*arrays, implementation, **options):
-        asked.append((implementation, options))
+        asked.append((implementation, arrays[0].shape[-1], options))
         return plain(*arrays, **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
-    run = lambda *x: attention(*x, Causal(LENGTHS), implementation="cudnn")  # noqa: E731
-    _compare(run, lambda *x: _plain(*x, _causal()), _arrays(), USED)
-    implementation, options = asked[0]
-    assert implementation == "cudnn" and "mask" not in options and options["is_causal"]
+    for mask in MASKS.values():
+        attention(*_arrays(), mask, implementation="cudnn")
+    assert {name for name, _, _ in asked} == {"cudnn"} and len(asked) == 1 + 3 + 1 + 1
+    assert not any({"mask", "bias"} & options.keys() for _, _, options in asked)
+    assert [width for _, width, _ in asked] == [16] * 4 + [24, 24]
+    assert all(options["is_causal"] for _, _, options in asked[:4])
+    asked.clear()
+    attention(*_arrays(head_dim=120), Images(IMAGES, most=31), implementation="cudnn")
+    attention(*_arrays(head_dim=256), MASKS["causal"], implementation="cudnn")
     attention(*_arrays(), _random_mask(), implementation="cudnn")
-    assert {name for name, _ in asked} == {"cudnn"} and len(asked) == 2  # a mask is XLA's
+    assert asked == []  # XLA's
 
 
 def test_chosen_by_platform():
-    at = lambda platform, asked="auto", dtype="bfloat16": choose(asked, platform=platform, dtype=dtype)  # noqa: E731
+    at = lambda platform, asked="auto", dtype="bfloat16", **card: choose(asked, platform=platform, dtype=dtype, **card)  # noqa: E731
     assert [at(p) for p in ("cpu", "gpu", "tpu")] == ["xla", "cudnn", "splash"]
     assert {at(p, dtype="float32") for p in ("cpu", "gpu", "tpu")} == {"xla"}
-    assert [at("gpu", "xla"), at("gpu", "cudnn")] == ["xla", "cudnn"]
+    assert [at("gpu", "xla"), at("gpu", "cudnn"), at("gpu", is_served=False)] == ["xla", "cudnn", "xla"]
     for platform, dtype in (("cpu", "bfloat16"), ("tpu", "bfloat16"), ("gpu", "float32")):
         with pytest.raises(InputError, match=f"attention='cudnn' does not run on {platform}.*choices: auto, xla"):
             at(platform, "cudnn", dtype)
+    with pytest.raises(InputError, match="'cudnn' does not run on gpu before Ampere.*choices: auto, xla$"):
+        at("gpu", "cudnn", is_served=False)
+    widths = [for_heads("cudnn", 128), for_heads("cudnn", 256), for_heads("cudnn", 20), for_heads("splash", 256)]
+    assert widths == ["cudnn", "xla", "xla", "splash"]

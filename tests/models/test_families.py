@@ -28,6 +28,7 @@ class ToyTower(nn.Module):
     dtype: object
     remat: str
     mesh: object
+    attention: str
 
     @nn.compact
     def __call__(self, inputs, deterministic):

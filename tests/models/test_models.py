@@ -22,9 +22,9 @@ from parity import NOTICEABLE, Pair, make_pair, make_run
 from vigos_jax.config import CHOICES
 from vigos_jax.method.batch import PromptBatch
 from vigos_jax.models import positions as geometry
-from vigos_jax.models.attention import Causal
+from vigos_jax.models.attention_masks import Branches, Causal
 from vigos_jax.models.config import ModelConfig
-from vigos_jax.models.decoder import layer_of, segment_mask
+from vigos_jax.models.decoder import layer_of
 from vigos_jax.models.kv_cache import Cache, key_values
 from vigos_jax.models.variables import shares_vision, student_variables, teacher_params_of, teacher_variables
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables, init_variables
@@ -402,7 +402,7 @@ def test_layers_are_recomputed_when_asked(pairs, batch, adapted):
 # -- packing ----------------------------------------------------------------------------------------------------
 
 
-def test_segment_mask_is_as_drawn():
+def test_the_mask_of_branches_is_as_drawn():
     drawing = """
         1 . . . .
         1 1 . . .
@@ -411,9 +411,9 @@ def test_segment_mask_is_as_drawn():
         1 1 . . 1
     """
     expected = np.array([[c == "1" for c in line.split()] for line in drawing.split("\n") if line.strip()])
-    mask = np.asarray(segment_mask(jnp.array([[1, 1, 2, 2, 3]])))
+    mask = np.asarray(Branches(jnp.array([[1, 1, 2, 2, 3]])).dense(5))
     np.testing.assert_array_equal(mask[0], expected)
-    padded = np.asarray(segment_mask(jnp.array([[0, 0, 1, 1, 2, 2, 3, 0]])))[0]
+    padded = np.asarray(Branches(jnp.array([[0, 0, 1, 1, 2, 2, 3, 0]])).dense(8))[0]
     np.testing.assert_array_equal(padded[2:7, 2:7], expected)
     assert not padded[:, [0, 1, 7]].any()  # nobody sees padding
     assert not padded[:2].any()

@@ -20,6 +20,7 @@ from vigos_jax.plan import devices as topologies
 from vigos_jax.plan import planner, run_programs
 from vigos_jax.plan.abstract_run import describe, device_bytes, model_config_of
 from vigos_jax.plan.devices import topology
+from vigos_jax.plan.floors import decode_floor
 from vigos_jax.plan.planner import compile_plan
 from vigos_jax.plan.program_cost import read_traffic
 from vigos_jax.plan.table import Program, report
@@ -109,6 +110,59 @@ def test_time_is_that_of_the_busiest_resource():
     assert p.bound(rates) == ("interconnect", times["interconnect"])
 
 
+@pytest.mark.parametrize(
+    "name, layers, d, q, kv, f, vocabulary",
+    [
+        ("Qwen/Qwen2.5-VL-3B-Instruct", 36, 2048, 2048, 256, 11008, 151936),  # the head is the embedding
+        ("Qwen/Qwen2.5-VL-7B-Instruct", 28, 3584, 3584, 512, 18944, 152064),  # beside it: single rows are read
+    ],
+)
+def test_a_token_reads_the_decoder_and_its_head_once(name, layers, d, q, kv, f, vocabulary):
+    """Neither the tower nor, where the head has its own, the embedding; adapters in the dtype of computation."""
+    config = importlib.import_module("configs.qwen2_5_vl_3b").get_config()
+    config.model.path = name
+    config.update_from_flattened_dict({"plan.topology": "cpu:1", "lora.rank": RANK})
+    run = describe(config, topology(config.plan))
+    layer = d * q + q + 2 * (d * kv + kv) + q * d + 3 * d * f + 2 * d
+    adapters = RANK * ((d + q) + 2 * (d + kv) + (q + d) + 3 * (d + f))
+    want = layers * (layer + adapters) + d + vocabulary * d
+    assert decode_floor(run, cache_bytes=1000) == 2 * want + 1000
+
+
+def test_programs_are_counted():
+    p = {x.name: x for x in planned().programs}
+    for x in p.values():
+        assert x.kernels >= 1 and x.compile_seconds > 0 and x.largest.bytes > 0
+    decode, c = p["decode"], model_config_of("demo")
+    assert decode.tokens == 48 and {x.tokens for x in p.values() if x is not decode} == {1}
+    assert decode.floor / 48 > planned().cache_bytes and decode.traffic > decode.floor
+    assert decode.traffic_per_token == decode.traffic / 48 and decode.kernels_per_token == decode.kernels / 48
+    assert decode.kernels_per_layer == decode.kernels / 48 / c.num_layers
+    assert p["encode"].kernels_per_layer == p["encode"].kernels / c.vision.depth
+    assert p["update"].kernels_per_layer == 0 and p["encode"].floor == 0
+    text = report(planned()).splitlines()
+    header = next(i for i, line in enumerate(text) if line.split()[:2] == ["program", "kernels"])
+    rows = {line.split()[0]: line.split() for line in text[header + 1 : header + 6]}
+    assert rows["decode"][1:3] == [f"{decode.kernels_per_token:.0f}", f"{decode.kernels_per_layer:.1f}"]
+    assert rows["encode"][-1] == p["encode"].largest.shape and rows["update"][2] == "-"
+    assert any(line.startswith("decode: ") and f"{decode.traffic / decode.floor:.2f} times" in line for line in text)
+
+
+def test_what_a_card_lacks_is_said():
+    config = config_of(**{"model.dtype": "bfloat16"})
+    target = dataclasses.replace(topology(config.plan), name="t4:8", platform="gpu")
+    notes = lambda **facts: planner._notes(  # noqa: E731
+        describe(config, dataclasses.replace(target, **facts)), dataclasses.replace(target, **facts)
+    )
+    assert notes() == ()
+    assert notes(has_bfloat16=False)[0].startswith("t4:8: no bfloat16 units")
+    assert notes(has_fused_attention=False) == ("t4:8: no fused attention: attention is XLA's",)
+    said = report(dataclasses.replace(planned(), notes=("t4:8: no bfloat16 units",)))
+    assert "\nt4:8: no bfloat16 units\n" in said
+    config.model.dtype = "float32"
+    assert notes(has_bfloat16=False) == ()
+
+
 @pytest.mark.parametrize("name", ["Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen3-VL-8B-Instruct"])
 def test_a_published_model_is_planned_without_its_files(name):
     config = importlib.import_module("configs.qwen2_5_vl_3b").get_config()
@@ -136,6 +190,7 @@ def test_it_prints_a_table_and_writes_the_same_numbers(capsys, tmp_path):
     assert saved["fits"] and saved["trained"] == planned().trained and saved["topology"] == "cpu:8"
     assert f"parameters {saved['parameters']:,}, trained {saved['trained']:,}" in said.out
     for program in saved["programs"]:
+        assert program["kernels_per_token"] > 0 and program["largest"]["shape"] and program["compile_seconds"] > 0
         assert f"\n{program['name']} " in said.out and (texts / f"{program['name']}.txt").stat().st_size > 100
     names = [p["name"] for p in saved["programs"]]
     assert names == ["encode", "prefill", "weights", "decode", "gradient", "update"]

@@ -21,7 +21,7 @@ from vigos_jax.data.processor import EncodedImage, Processor, Turn
 from vigos_jax.errors import InputError
 from vigos_jax.method.batch import PromptBatch, ScoreBatch, SupervisedTokens
 from vigos_jax.method.prompts import fill
-from vigos_jax.method.roles import TeacherRole, roles_per_token
+from vigos_jax.method.roles import TeacherRole, roles_per_rollout, roles_per_token
 from vigos_jax.method.spans import Spans
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.inputs import TextInputs, VisionInputs
@@ -195,8 +195,8 @@ class _Token(NamedTuple):
 _UNUSED = _Token(-1, 0, 0, 0, 0, np.nan, np.inf)
 
 
-def _text(sequences: Sequence[_Sequence], length: int) -> TextInputs:
-    """Pads sequences to `length`."""
+def _text(sequences: Sequence[_Sequence], length: int, *, branches: int | None = None) -> TextInputs:
+    """Pads sequences to `length`. branches: see `TextInputs`."""
     b = len(sequences)
     ids, segments = np.zeros((b, length), np.int32), np.zeros((b, length), np.int32)
     positions, image_index = np.zeros((b, 3, length), np.int32), np.full((b, length), -1, np.int32)
@@ -204,7 +204,9 @@ def _text(sequences: Sequence[_Sequence], length: int) -> TextInputs:
         n = len(row.ids)
         ids[i, :n], positions[i, :, :n], segments[i, :n] = row.ids, row.positions, row.segment_ids
         image_index[i, :n] = row.image_index
-    return host(TextInputs, ids=ids, positions=positions, segment_ids=segments, image_index=image_index)
+    return host(
+        TextInputs, ids=ids, positions=positions, segment_ids=segments, image_index=image_index, branches=branches
+    )
 
 
 def _supervised(rows: Sequence[Sequence[_Token]], length: int) -> SupervisedTokens:
@@ -327,8 +329,12 @@ def pack_scores(
     return ScoreBatch(
         supervised=_supervised(supervised, buckets.fit("completion", -(-most // times)) * times),
         vision=_vision(rows, config, buckets) if with_images else None,
-        student=_text(students, buckets.fit("sequence", max(len(s.ids) for s in students))),
-        teacher=_text(teachers, buckets.fit("sequence", max(len(t.ids) for t in teachers))),
+        student=_text(students, buckets.fit("sequence", max(len(s.ids) for s in students)), branches=0),
+        teacher=_text(
+            teachers,
+            buckets.fit("sequence", max(len(t.ids) for t in teachers)),
+            branches=roles_per_rollout(roles),
+        ),
     )
 
 

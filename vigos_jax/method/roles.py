@@ -141,6 +141,11 @@ def _values(where: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     return r | {"scores": tuple(r["scores"])}
 
 
+def roles_per_rollout(table: tuple[TeacherRole, ...]) -> int:
+    """The largest number of roles that may score one rollout: branches of a packed row."""
+    return max(sum(r.applies(is_valid) for r in table) for is_valid in (True, False))
+
+
 def roles_per_token(table: tuple[TeacherRole, ...]) -> int:
     """The largest number of roles that may score one token: 1 for ViGOS and OPSD."""
     worst = max(1, sum(r.applies(False) for r in table))

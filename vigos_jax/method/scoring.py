@@ -6,7 +6,6 @@ import jax.numpy as jnp
 
 from vigos_jax.method.batch import ScoreBatch
 from vigos_jax.method.losses import ObjectiveConfig, SupervisedStates, TokenScores, score_tokens, token_logps
-from vigos_jax.models.attention import Causal
 from vigos_jax.models.shapes import AnyArray, Array, Float, Int, Key
 from vigos_jax.models.variables import Variables, shares_vision, student_variables, teacher_variables
 from vigos_jax.models.vlm import VisionLanguageModel
@@ -43,9 +42,7 @@ def supervised_states(
     if not shares_vision(trained):
         student_images = apply(student, batch.vision, method="encode_images", **rest)
     teacher_hidden, _ = apply(teacher, batch.teacher, teacher_images)  # [B, T', D]
-    # The student's rows are plain sequences, right-padded.
-    lengths = jnp.sum(batch.student.segment_ids > 0, -1)
-    student_hidden, _ = apply(student, batch.student, student_images, mask=Causal(lengths), **rest)
+    student_hidden, _ = apply(student, batch.student, student_images, **rest)
     return SupervisedStates(
         student=_pick(student_hidden, batch.supervised.student_at),
         student_head=apply(student, method="head"),

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from vigos_jax.models.attention import Causal, attention
+from vigos_jax.models.attention import attention
+from vigos_jax.models.attention_masks import Described
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.kv_cache import Cached, KeyValues, attend, key_values
 from vigos_jax.models.layers import (
@@ -28,24 +29,7 @@ from vigos_jax.models.layers import (
     rotate,
     unroll,
 )
-from vigos_jax.models.shapes import AnyArray, Array, Bool, Float, Int
-
-
-def segment_mask(segment_ids: Int[AnyArray, "B T"]) -> Bool[Array, "B T T"]:
-    """Which token attends to which: causal, within the own segment or the prefix, never padding.
-
-    For segment_ids `1 1 2 2 3` (a prefix of two, branches of two and one):
-
-        1 . . . .
-        1 1 . . .
-        1 1 1 . .
-        1 1 1 1 .
-        1 1 . . 1
-    """
-    q, k = segment_ids[:, :, None], segment_ids[:, None, :]
-    t = segment_ids.shape[1]
-    causal = jnp.arange(t)[:, None] >= jnp.arange(t)[None, :]
-    return causal & (k > 0) & ((k == 1) | (k == q))
+from vigos_jax.models.shapes import Array, Bool, Float, Int
 
 
 class LayerInputs(flax.struct.PyTreeNode):
@@ -53,14 +37,14 @@ class LayerInputs(flax.struct.PyTreeNode):
 
     Attributes:
       angles: rotary angles.
-      mask: which token attends to which; or `Cached`, for one token a row behind a cache.
+      mask: which token attends to which; `Cached` for one token a row behind a cache.
       image_index: which visual token stands here, -1 for text.
       deepstack: visual features that are added behind layers 0 .. n-1; None where there are none.
       keep: static, whether layers return what decoding will need of these tokens.
     """
 
     angles: Float[Array, "B T H//2"]
-    mask: Bool[Array, "B T S"] | Causal | Cached
+    mask: Bool[Array, "B T T"] | Described | Cached
     image_index: Int[Array, "B T"]
     deepstack: Float[Array, "n B M D"] | None
     keep: bool = flax.struct.field(pytree_node=False, default=False)
@@ -123,7 +107,7 @@ class DecoderLayer(nn.Module):
         if isinstance(inputs.mask, Cached):
             assert cached is not None
             kept = cached.write(key_values(k, v, axis=cached.slots_axis), inputs.mask.write_at)
-            out = attend(q, kept, inputs.mask.visible)
+            out = attend(q, kept, inputs.mask.visible, mesh=self.mesh)
         else:
             kept = KeyValues(k, v, 1) if inputs.keep else None
             out = attention(q, k, v, inputs.mask, implementation=self.attention, mesh=self.mesh)

@@ -21,8 +21,8 @@ class Family:
     """What one family does its own way.
 
     Attributes:
-      tower: (VisionConfig, LoraSpec or None, dtype, remat, mesh) -> module of (VisionInputs, deterministic) to visual
-        tokens [B, M, (1 + n) D], for n DeepStack blocks.
+      tower: (VisionConfig, LoraSpec or None, dtype, remat, mesh, attention) -> module of (VisionInputs, deterministic)
+        to visual tokens [B, M, (1 + n) D], for n DeepStack blocks; attention: see `VisionLanguageModel`.
       tensors: ModelConfig -> the tensors of its published layout, in file order, but for `lm_head`.
       vision_adapters: projections of the tower's blocks whose names end like the decoder's: what adapters of the scope
         "official" cover too. They are in `visual/blocks/mlp`.

@@ -31,9 +31,12 @@ class TextInputs(flax.struct.PyTreeNode):
       positions: int32 [B, 3, T], M-RoPE positions.
       segment_ids: int32 [B, T]; 0 padding, 1 the shared prefix (or the whole sequence), 2.. the branches behind it.
       image_index: int32 [B, T], which visual token of the row stands here, -1 for text.
+      branches: the most in a row, where every row is its prefix, its branches, then padding: what the fused attention
+        kernels need to know. None: not known, XLA attends under any segment_ids.
     """
 
     ids: Int[Array, "B T"]
     positions: Int[Array, "B 3 T"]
     segment_ids: Int[Array, "B T"]
     image_index: Int[Array, "B T"]
+    branches: int | None = flax.struct.field(pytree_node=False, default=None)

@@ -8,11 +8,12 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from vigos_jax.models.attention import for_heads, over_mesh
 from vigos_jax.models.shapes import Array, Bool, Float, Int
 
 _MASKED = -1e30
-_CUDNN_HEAD_DIM = 128  # the widest heads that it takes on every card
 
 
 class KeyValues(flax.struct.PyTreeNode):
@@ -68,9 +69,13 @@ class Cache(flax.struct.PyTreeNode):
     write_at: Int[Array, ""]
 
 
-def slots_axis(implementation: str, head_dim: int) -> int:
-    """The layout of `KeyValues` for an implementation of attention, see `attention.choose`."""
-    return 1 if implementation == "cudnn" and head_dim <= _CUDNN_HEAD_DIM else 2
+def slots_axis(implementation: str, *, head_dim: int, kv_heads: int, mesh: Mesh | None) -> int:
+    """The layout of `KeyValues` for an implementation of attention, see `attention.choose`.
+
+    A device of cuDNN's needs whole heads: where `tensor` does not divide them, attention to a cache is XLA's.
+    """
+    is_split = mesh is not None and kv_heads % mesh.shape["tensor"] != 0
+    return 1 if for_heads(implementation, head_dim) == "cudnn" and not is_split else 2
 
 
 def key_values(k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], *, axis: int) -> KeyValues:
@@ -80,18 +85,24 @@ def key_values(k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], *, axis: 
     return KeyValues(k, v, axis)
 
 
-def attend(q: Float[Array, "B 1 N H"], cached: KeyValues, visible: Bool[Array, "B S"]) -> Float[Array, "B 1 N H"]:
+def attend(
+    q: Float[Array, "B 1 N H"], cached: KeyValues, visible: Bool[Array, "B S"], *, mesh: Mesh | None = None
+) -> Float[Array, "B 1 N H"]:
     """Attention of one token a row to the visible slots; logits and softmax are float32.
 
     Args:
       cached: N is a multiple of its K. In cuDNN's layout it is cuDNN's.
+      mesh: over which cuDNN splits rows and heads.
     """
     if cached.slots_axis == 1:
-        mask = visible[:, None, None]
-        return jax.nn.dot_product_attention(q, cached.k, cached.v, mask=mask, implementation="cudnn")
+        return over_mesh(_by_cudnn, q, cached.k, cached.v, visible, mesh=mesh)
     b, _, n, h = q.shape
     q = q.reshape(b, cached.k.shape[1], -1, h)  # [B, K, G, H]: G query heads read one key/value head
     logits = jnp.einsum("bkgh,bksh->bkgs", q, cached.k, preferred_element_type=jnp.float32) * h**-0.5
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], logits, _MASKED), -1)
     out = jnp.einsum("bkgs,bksh->bkgh", weights.astype(cached.v.dtype), cached.v)
     return out.reshape(b, 1, n, h)
+
+
+def _by_cudnn(q, k, v, visible):
+    return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None, None], implementation="cudnn")

@@ -1,6 +1,7 @@
 """Building blocks of the vision towers and the decoder: norms, rotary positions, adapted projections, stacks."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -9,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vigos_jax.models.attention import attention
+from vigos_jax.models.attention_masks import Images, Windows
 from vigos_jax.models.shapes import Array, Bool, Float, Int
 
 
@@ -255,10 +257,14 @@ class VisionAttention(nn.Module):
 
     Attributes:
       window: slots of a window.
+      attention: implementation, from `attention.choose`.
+      mesh: what the attention kernels are split over; None for one device.
     """
 
     num_heads: int
     window: int
+    attention: str = "xla"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -273,13 +279,13 @@ class VisionAttention(nn.Module):
         qkv = Projection(3 * d, use_bias=True, name="qkv")(x).reshape(b, s, 3, self.num_heads, d // self.num_heads)
         q, k, v = rotate(qkv[:, :, 0], angles), rotate(qkv[:, :, 1], angles), qkv[:, :, 2]
 
+        attend = functools.partial(attention, implementation=self.attention, mesh=self.mesh)
+
         def within(q, k, v, ids):
-            mask = (ids[:, :, None] == ids[:, None, :]) & (ids[:, None, :] > 0)
-            return attention(q, k, v, mask)
+            return attend(q, k, v, Images(ids, most=s))  # an image has a slot at least
 
         def windowed(q, k, v, ids):
-            split = lambda a: a.reshape(b * (s // self.window), self.window, *a.shape[2:])  # noqa: E731
-            return within(split(q), split(k), split(v), split(ids)).reshape(q.shape)
+            return attend(q, k, v, Windows(ids, most=s, window=self.window))
 
         if is_full is None:
             out = within(q, k, v, image_ids)

@@ -31,6 +31,7 @@ class VisionBlock(nn.Module):
     config: VisionConfig
     lora: LoraSpec | None
     mesh: Mesh | None
+    attention: str
 
     @nn.compact
     def __call__(
@@ -44,7 +45,7 @@ class VisionBlock(nn.Module):
         """Runs one block on patches; is_full: no windows here."""
         c = self.config
         x = place(x, self.mesh, ROWS)
-        attn = VisionAttention(c.num_heads, c.window_patches, name="attn")
+        attn = VisionAttention(c.num_heads, c.window_patches, self.attention, self.mesh, name="attn")
         x = x + attn(RMSNorm(1e-6, name="norm1")(x), angles, image_ids, is_full)
         names = self.lora.vision if self.lora else frozenset()
         mlp = GatedMLP(c.hidden_size, c.intermediate_size, True, self.lora, names, name="mlp")
@@ -59,6 +60,7 @@ class VisionTower(nn.Module):
     dtype: Any
     remat: str
     mesh: Mesh | None
+    attention: str
 
     @nn.compact
     def __call__(self, inputs: VisionInputs, deterministic: bool) -> Float[Array, "B M D"]:
@@ -74,7 +76,7 @@ class VisionTower(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.depth,
             unroll=unroll(c.depth),
-        )(c, self.lora, self.mesh, name="blocks")
+        )(c, self.lora, self.mesh, self.attention, name="blocks")
         x, _ = blocks(x, is_full, angles, inputs.image_ids, deterministic)
         x = RMSNorm(1e-6, name="merger_norm")(place(x, self.mesh, ROWS))
         x = x.reshape(x.shape[0], -1, c.merge_unit * c.hidden_size)  # [B, S/unit, unit*Dv]

@@ -29,6 +29,7 @@ class VisionBlock(nn.Module):
 
     config: VisionConfig
     mesh: Mesh | None
+    attention: str
 
     @nn.compact
     def __call__(
@@ -42,7 +43,7 @@ class VisionBlock(nn.Module):
         c = self.config
         x, collected = carry
         x = place(x, self.mesh, ROWS)
-        attn = VisionAttention(c.num_heads, c.window_patches, name="attn")
+        attn = VisionAttention(c.num_heads, c.window_patches, self.attention, self.mesh, name="attn")
         x = x + attn(LayerNorm(1e-6, name="norm1")(x), angles, image_ids)
         h = Projection(c.intermediate_size, use_bias=True, name="mlp_in")(LayerNorm(1e-6, name="norm2")(x))
         x = x + Projection(c.hidden_size, use_bias=True, name="mlp_out")(jax.nn.gelu(h, approximate=True))
@@ -81,6 +82,7 @@ class VisionTower(nn.Module):
     dtype: Any
     remat: str
     mesh: Mesh | None
+    attention: str
 
     @nn.compact
     def __call__(self, inputs: VisionInputs, deterministic: bool) -> Float[Array, "B M W"]:
@@ -98,7 +100,7 @@ class VisionTower(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=c.depth,
             unroll=unroll(c.depth),
-        )(c, self.mesh, name="blocks")
+        )(c, self.mesh, self.attention, name="blocks")
         collected = place(jnp.zeros((len(c.deepstack_blocks), *x.shape), x.dtype), self.mesh, None, ROWS)
         (x, collected), _ = blocks((x, collected), jnp.array(slots), angles, inputs.image_ids)
         features = [Merger(c, norm_after=False, name="merger")(x)]

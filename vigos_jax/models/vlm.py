@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from vigos_jax.models.attention import Causal
+from vigos_jax.models.attention_masks import Branches, Causal, Described
 from vigos_jax.models.config import ModelConfig
-from vigos_jax.models.decoder import LayerInputs, pick_visual, segment_mask
+from vigos_jax.models.decoder import LayerInputs, pick_visual
 from vigos_jax.models.families import FAMILIES
 from vigos_jax.models.inputs import TextInputs, VisionInputs
 from vigos_jax.models.kv_cache import Cache, Cached
@@ -33,7 +33,7 @@ class VisionLanguageModel(nn.Module):
       dtype: computation dtype; parameters are cast to it where they are used.
       remat: what a layer keeps for the backward pass: "none" recomputes nothing and keeps all, "dots" keeps the
         projections' outputs, "full" keeps its input alone.
-      attention: implementation for sequences of one causal segment, see `attention.choose`.
+      attention: implementation wherever a mask is described, from `attention.choose`.
       mesh: what hidden states and attention kernels are split over; None for one device.
     """
 
@@ -48,7 +48,7 @@ class VisionLanguageModel(nn.Module):
         """Names the parts as the parameter tree has them."""
         c = self.config
         family = FAMILIES[c.family]
-        self.visual = family.tower(c.vision, self.lora, self.dtype, self.remat, self.mesh)
+        self.visual = family.tower(c.vision, self.lora, self.dtype, self.remat, self.mesh, self.attention)
         self.embedding = self.param("embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size))
         self.layers = family.layers(c, lora=self.lora, attention=self.attention, mesh=self.mesh, remat=self.remat)
         self.norm = RMSNorm(c.rms_eps)
@@ -64,7 +64,7 @@ class VisionLanguageModel(nn.Module):
         text: TextInputs,
         image_embeds: Float[Array, "B M W"],
         *,
-        mask: Bool[Array, "B T T"] | Causal | None = None,
+        mask: Bool[Array, "B T T"] | Described | None = None,
         keep: bool = False,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], Any]:
@@ -73,7 +73,7 @@ class VisionLanguageModel(nn.Module):
         Args:
           text: T tokens per row.
           image_embeds: from `encode_images`.
-          mask: which token attends to which; default `segment_mask(text.segment_ids)`.
+          mask: which token attends to which; default `text_mask(text)`.
           keep: whether to return what decoding needs of these tokens.
           deterministic: false applies the adapter's dropout (needs a "dropout" rng).
 
@@ -88,7 +88,7 @@ class VisionLanguageModel(nn.Module):
             first, *others = jnp.split(image_embeds.astype(self.dtype), 1 + len(c.vision.deepstack_blocks), axis=-1)
             x = jnp.where(text.image_index[:, :, None] >= 0, pick_visual(first, text.image_index), x)
             deepstack = jnp.stack(others) if others else None  # [n, B, M, D]
-        mask = segment_mask(text.segment_ids) if mask is None else mask
+        mask = text_mask(text) if mask is None else mask
         inputs = LayerInputs(self._angles(text), mask, text.image_index, deepstack, keep=keep)
         x, kept = self.layers(x, jnp.arange(c.num_layers), inputs, deterministic)
         return self.norm(place_states(x, self.mesh)), kept
@@ -145,6 +145,13 @@ class VisionLanguageModel(nn.Module):
         """Touches every parameter once, for `init` and `eval_shape`."""
         hidden, _ = self(text, self.encode_images(vision))
         return self.logits(hidden)
+
+
+def text_mask(text: TextInputs) -> Causal | Branches:
+    """Which token attends to which in rows of a prefix and branches; in plain sequences, what comes before it."""
+    if text.branches == 0:
+        return Causal(jnp.sum(text.segment_ids > 0, -1))
+    return Branches(text.segment_ids, most=text.branches)
 
 
 def abstract_variables(model: VisionLanguageModel) -> dict[str, Any]:

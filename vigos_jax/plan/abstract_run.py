@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from vigos_jax.errors import InputError
 from vigos_jax.method.batch import PromptBatch, ScoreBatch, SupervisedTokens
 from vigos_jax.method.losses import ObjectiveConfig
-from vigos_jax.method.roles import TeacherRole, roles_per_token
+from vigos_jax.method.roles import TeacherRole, roles_per_rollout, roles_per_token
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.inputs import TextInputs, VisionInputs
 from vigos_jax.models.published_configs import published_config
@@ -63,7 +63,7 @@ def sizes_of(config, model: ModelConfig, roles: tuple[TeacherRole, ...]) -> Size
             f"config.plan.completion={p.completion} must be at most config.sampling.max_tokens="
             f"{config.sampling.max_tokens}"
         )
-    branches = max(sum(r.applies(is_valid) for r in roles) for is_valid in (True, False))
+    branches = roles_per_rollout(roles)
     return Sizes(
         patches=patches,
         visual=patches // model.vision.merge_unit,
@@ -106,10 +106,10 @@ class AbstractRun:
         """A ShapeDtypeStruct in place of an array that every device holds whole."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.mesh))
 
-    def text(self, rows: int, length: int) -> TextInputs:
-        """Sequences of `length` tokens."""
+    def text(self, rows: int, length: int, *, branches: int | None = None) -> TextInputs:
+        """Sequences of `length` tokens. branches: see `TextInputs`."""
         int32 = functools.partial(self.rows, jnp.int32, rows)
-        return TextInputs(int32(length), int32(3, length), int32(length), int32(length))
+        return TextInputs(int32(length), int32(3, length), int32(length), int32(length), branches)
 
     def vision(self, rows: int) -> VisionInputs:
         """The rows' images."""
@@ -134,8 +134,8 @@ class AbstractRun:
         is_known = shares_vision(self.state.trained)
         return ScoreBatch(
             vision=None if is_known else self.vision(rows),
-            student=self.text(rows, self.sizes.student),
-            teacher=self.text(rows, self.sizes.teacher),
+            student=self.text(rows, self.sizes.student, branches=0),
+            teacher=self.text(rows, self.sizes.teacher, branches=roles_per_rollout(self.objective.roles)),
             supervised=SupervisedTokens(int32, int32, int32, int32, int32, float32, float32),
             image_embeds=self.images(rows) if is_known else None,
         )

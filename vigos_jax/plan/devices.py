@@ -135,7 +135,7 @@ def _gpu_topology(name: str, kind: str) -> Topology:
     try:
         jax.config.update("jax_platforms", "cpu")  # what is computed here and now
         jax.devices()  # plugins are registered when the first backend starts
-        shape = f"{hosts}x{cards}x1"
+        shape = f"{hosts}x1x{cards}"  # NVLink domains, hosts of each, cards of each host
         described = topologies.get_topology_desc(name, "cuda", target_config=target_config(gpu), topology=shape)
     except (RuntimeError, ValueError, NotImplementedError) as e:
         reason = " ".join(str(e).split())[:200]

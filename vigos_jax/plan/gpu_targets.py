@@ -124,7 +124,8 @@ def shape_of(name: str) -> tuple[int, int]:
         )
     if hosts > 1 and not GPUS[kind].network_gbs:
         several = ", ".join(k for k, gpu in GPUS.items() if gpu.network_gbs)
-        raise InputError(f"config.plan.topology={name!r}: {kind} is planned on one host; several hosts: {several}")
+        one_host = f"{kind}:1 to {kind}:{_MOST_ON_A_HOST}"
+        raise InputError(f"config.plan.topology={name!r}: choices: {one_host}, or several hosts of {several}")
     return hosts, cards
 
 

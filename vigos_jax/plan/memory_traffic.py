@@ -69,7 +69,7 @@ def touched(i: Instruction, around: Computation, parsed: Computations) -> Touche
     if i.op == "scatter":  # of n arrays: they, the indices, n updates; what is there is read to be combined with
         updates = sum(operands[len(operands) // 2 + 1 :])
         return Touched(2 * updates + operands[len(operands) // 2], updates)
-    return Touched(sum(operands), written, new)
+    return Touched(sum(dict(zip(i.operands, operands, strict=True)).values()), written, new)
 
 
 def is_marker(i: Instruction) -> bool:

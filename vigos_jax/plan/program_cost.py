@@ -8,7 +8,7 @@ import dataclasses
 import re
 
 from vigos_jax.plan.exchanges import KINDS, Collective, collective, kind_of
-from vigos_jax.plan.hlo import Computation, Computations, Instruction, called, parse, root_of, source, through
+from vigos_jax.plan.hlo import Computation, Computations, Instruction, arrays, called, parse, root_of, source, through
 from vigos_jax.plan.loops import trip_count as trips_of
 from vigos_jax.plan.memory_traffic import converts, is_marker, touched
 
@@ -148,7 +148,8 @@ class _Reader:
 
     def _own(self, i: Instruction, name: str, times: float) -> _Cost:
         """Of one instruction that is a kernel, `times` times."""
-        if is_marker(i) or i.op.endswith("-done") or (self.emulates_16_bits and converts(i, self.parsed)):
+        is_nothing = is_marker(i) or i.op.endswith("-done") or not sum(a.elements for a in arrays(i.shape))
+        if is_nothing or (self.emulates_16_bits and converts(i, self.parsed)):
             return _Cost()
         around = self.parsed[name]
         moved = touched(i, around, self.parsed)

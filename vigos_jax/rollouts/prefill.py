@@ -7,7 +7,7 @@ import flax.struct
 import jax.numpy as jnp
 
 from vigos_jax.method.batch import PromptBatch
-from vigos_jax.models.attention import Causal
+from vigos_jax.models.attention_masks import Causal
 from vigos_jax.models.families import FAMILIES
 from vigos_jax.models.kv_cache import Cache, KeyValues, key_values, slots_axis
 from vigos_jax.models.shapes import Array, Bool, Float, Int, Key
@@ -93,7 +93,7 @@ def prefill(
 def _entries(model: VisionLanguageModel, kept: Any, capacity: int) -> tuple[Any, ...]:
     """Each layer's part of what the prompts' pass kept, keys and values in the cache's layout and with room."""
     c = model.config
-    axis = slots_axis(model.attention, c.head_dim)
+    axis = slots_axis(model.attention, head_dim=c.head_dim, kv_heads=c.num_kv_heads, mesh=model.mesh)
 
     def entry(x: Any) -> Any:
         return key_values(x.k, x.v, axis=axis).padded(capacity) if isinstance(x, KeyValues) else x
