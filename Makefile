@@ -2,6 +2,7 @@
 # make test        lint, then every test that is not marked slow; PYTEST_ARGS='-k spans' narrows it
 # make test-fast   the tests of plain logic: no torch, no training, about a minute
 # make test-slow   the tests marked slow
+# make test-compilers  what the compilers of an H100 and a v5e make of a 3B run, judged by gates; no card is needed
 # make test-matrix the fast tests and two training steps on every Python and jax that constraints/ has a lock of
 # make lint        ruff, and pyrefly over vigos_jax/ and configs/
 # make clean       remove .venv, caches and build outputs; runs/ stays
@@ -19,7 +20,11 @@ FAST := tests/grading tests/report tests/rollouts/test_parse.py tests/test_house
   tests/data/test_sources.py tests/data/test_grouping.py \
   $(addprefix tests/method/test_,spans.py prompts.py roles.py)
 
-.PHONY: demo test test-fast test-slow test-matrix lint clean
+# Judged by compilers alone, without a clock; and the tests that skip where the GPU's compiler is not installed.
+GATES := decode_bytes_h100 decode_kernels_h100 decode_bytes_v5e logits_h100 logits_v5e memory_7b_h100 memory_3b_v5e
+COMPILED := tests/plan/test_gpu.py
+
+.PHONY: demo test test-fast test-slow test-compilers test-matrix lint clean
 
 demo: $(VENV)/installed
 	$(PYTHON) -m vigos_jax.main --config configs/base.py
@@ -36,6 +41,10 @@ test-matrix:
 # pytest exits 5 when nothing was selected: no slow test is no failure.
 test-slow: $(VENV)/installed-test
 	@$(PYTEST) -m slow $(PYTEST_ARGS) || { code=$$?; [ $$code -eq 5 ] && echo 'no slow tests'; }
+
+test-compilers: $(VENV)/installed-compilers
+	JAX_PLATFORMS=cpu $(PYTHON) -m benchmarks --only $(GATES)
+	$(PYTEST) $(COMPILED)
 
 lint: $(VENV)/installed-core
 	$(PYTHON) -m ruff check .
@@ -61,6 +70,11 @@ $(VENV)/installed-core: $(VENV)/installed
 $(VENV)/installed-test: $(VENV)/installed-core
 	@echo 'installing what the tests need into $(VENV)'
 	@$(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/installed-compilers: $(VENV)/installed-test
+	@echo 'installing the compiler for GPUs into $(VENV)'
+	@$(PIP) -e '.[plan-gpu]'
 	@touch $@
 
 clean:

@@ -28,6 +28,7 @@ RUN = [
     "datasets>=4.0",
     "pyarrow>=18",
     "tqdm>=4.66",
+    "qwix>=0.1.8,<0.2",  # codes of a quantised base; brings nothing that is not here
     "math-verify>=0.8",  # compares expressions, in a process of its own
 ]
 

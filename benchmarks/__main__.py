@@ -10,7 +10,7 @@ import json
 import pathlib
 import sys
 
-from benchmarks import decode, demo, heads, padding, teachers, torch_step
+from benchmarks import compiled, decode, demo, heads, padding, teachers, torch_step
 from benchmarks.report import write_readme
 
 ALL = {
@@ -24,6 +24,7 @@ ALL = {
     "torch": torch_step.torch,
     "padding": padding.padding,
     "demo": demo.demo,
+    **compiled.GATES,
 }
 
 

@@ -54,6 +54,7 @@ def get_config() -> ml_collections.ConfigDict:
     # template has it, as answers begin with config.prompts' assistant_prefill.
     config.model.chat_template_kwargs = ConfigDict()
     config.model.dtype = "float32"  # of the frozen base and of computation: float32 | bfloat16
+    config.model.quantization = "none"  # of the frozen base under an adapter: none | int8 | nf4; docs/one_device.md
     config.model.remat = "none"  # recomputed in the backward pass: none | dots (all but matmuls) | full
     config.model.attention = "auto"  # auto (the device's best) | xla | cudnn (GPU from Ampere on) | splash (TPU)
 
@@ -254,7 +255,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.export.after_training = True
 
     config.plan = ConfigDict()  # --mode plan: devices that need not be here; see docs/scaling.md
-    config.plan.topology = "cpu:8"  # a TPU slice like v5e:2x4, v5p:2x2x2, v6e:2x4 | cpu:N, host devices for GPUs
+    # TPUs: v5e:1x1, v5e:2x4, v5p:2x2x2, v6e:2x4 | GPUs: h100:8, h100:2x8 on two hosts, h200:N, a100:N, b200:N, l4:N,
+    # rtx4090:N, t4:N
+    config.plan.topology = "cpu:8"  # cpu:N: host devices, which need no compiler of their own
     # Of one device, in 1e9 bytes, 1e12 operations a second, 1e9 bytes a second. 0 is what is known of the topology;
     # of host devices an A100's: 80, 312, 2039, 300.
     config.plan.memory_gb = 0.0

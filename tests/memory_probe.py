@@ -1,9 +1,10 @@
 """Loads a large random checkpoint, writes it again, and prints how much anonymous memory that took. For a subprocess.
 
-    python tests/memory_probe.py MODEL_FOLDER OUTPUT_FOLDER FSDP
+    python tests/memory_probe.py MODEL_FOLDER OUTPUT_FOLDER FSDP [KIND]
 
 Prints one JSON object, in bytes: `load` and `save`, the most memory above what the parameters held at that moment;
-`shard`, the largest shard of a leaf; `leaf`, the largest leaf; `tensor`, the largest tensor of the files.
+`shard`, the largest shard of a leaf; `leaf`, the largest leaf; `tensor`, the largest tensor of the files. With KIND
+the kernels are quantised and nothing is written: `load`, `held` and `leaf`.
 """
 
 import json
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from configs import base
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.families import tensor_table
+from vigos_jax.models.quantization import quantised_shapes
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.runtime.sharding import make_mesh, tree_shardings
 from vigos_jax.weights import reading, writing
@@ -54,9 +56,9 @@ class Peak:
         self._thread.join()
 
 
-def main(folder: pathlib.Path, output: pathlib.Path, fsdp: int) -> None:
+def main(folder: pathlib.Path, output: pathlib.Path, fsdp: int, kind: str = "none") -> None:
     config = ModelConfig.load(folder)
-    abstract = {"params": abstract_variables(VisionLanguageModel(config))["params"]}
+    abstract = {"params": quantised_shapes(abstract_variables(VisionLanguageModel(config))["params"], kind)}
     shardings = tree_shardings(abstract, make_mesh(data=1, fsdp=fsdp, tensor=1), base.get_config().mesh.rules)
     real = jax.device_put
 
@@ -73,6 +75,9 @@ def main(folder: pathlib.Path, output: pathlib.Path, fsdp: int) -> None:
         jax.device_put = real
     held = sum(s.data.nbytes for x in jax.tree.leaves(params) for s in x.addressable_shards)
     assert load.resident == held, (load.resident, held)
+    if kind != "none":
+        print(json.dumps({"load": load.excess, "held": held, "leaf": max(x.nbytes for x in jax.tree.leaves(params))}))
+        return
     tensors = list(writing.stream_tensors(params, tensor_table(config), config, dtype=jnp.bfloat16))
     with Peak() as save:
         writing.save_sharded(output, tensors, max_shard_bytes=500_000_000)
@@ -92,4 +97,4 @@ def main(folder: pathlib.Path, output: pathlib.Path, fsdp: int) -> None:
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3]))
+    main(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

@@ -240,9 +240,20 @@ def metrics_of(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith(clock)} for row in rows]
 
 
-def write_model(folder: pathlib.Path, *, family: str = "qwen2_5_vl") -> pathlib.Path:
-    """A Hugging Face folder with processor and float32 weights in several shards."""
-    make_processor_folder(folder, text={"tie_word_embeddings": False, "torch_dtype": "bfloat16"}, family=family)
+def write_model(
+    folder: pathlib.Path,
+    *,
+    family: str = "qwen2_5_vl",
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+) -> pathlib.Path:
+    """A Hugging Face folder with processor and float32 weights in several shards.
+
+    Args:
+      text, vision: fields of its config.
+    """
+    text = {"tie_word_embeddings": False, "torch_dtype": "bfloat16"} | (text or {})
+    make_processor_folder(folder, text=text, vision=vision, family=family)
     config = ModelConfig.load(folder)
     params = tiny.random_variables(VisionLanguageModel(config))["params"]
     tensors = writing.file_tensors(params, tensor_table(config), config, dtype=np.float32)

@@ -135,6 +135,7 @@ _TEMPLATE_ARGUMENTS = (
 CHOICES = {
     "distributed": ("off", "auto", "env"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.quantization": ("none", "int8", "nf4"),
     "model.remat": ("none", "dots", "full"),
     "model.attention": ("auto", "xla", "cudnn", "splash"),
     "lora.scope": ("language", "official"),

@@ -23,6 +23,7 @@ from vigos_jax.models.attention import choose, has_fused
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.families import FAMILIES
 from vigos_jax.models.layers import LoraSpec
+from vigos_jax.models.quantization import quantised_shapes
 from vigos_jax.models.tensor_names import LANGUAGE_PROJECTIONS
 from vigos_jax.models.variables import Variables, cast_floats, student_variables
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables, init_variables
@@ -44,7 +45,7 @@ class Session:
     Attributes:
       name: what to call the base model elsewhere: the config's hub id, or the folder's absolute path.
       folder: the base model's local folder.
-      base: the frozen parameters, in the config's dtype.
+      base: the frozen parameters, in the config's dtype or quantised.
       trained: `{"lora": ...}` or `{"params": ...}` in float32, or `{}`: the base is its own student.
     """
 
@@ -205,7 +206,9 @@ def load(config, *, for_training: bool) -> Session:
     is_served = has_fused(mesh.devices.flat[0])
     model = model_of(config, model_config, mesh, platform=jax.default_backend(), is_served=is_served)
     dtype, spec = model.dtype, model.lora
+    check_quantization(config, spec, for_training=for_training)
     abstract = abstract_variables(model)
+    abstract = {**abstract, "params": quantised_shapes(abstract["params"], config.model.quantization)}
     shardings = tree_shardings(abstract, mesh, config.mesh.rules)
     base = reading.load_params(folder, model_config, abstract["params"], dtype=dtype, shardings=shardings["params"])
 
@@ -227,6 +230,16 @@ def load(config, *, for_training: bool) -> Session:
     return Session(
         name, folder, model_config, model, processor, objective, buckets, config.span_rule, mesh, base, trained
     )
+
+
+def check_quantization(config, spec: LoraSpec | None, *, for_training: bool) -> None:
+    """Raises InputError where the base would be quantised and trained: codes take no gradient, and have no average."""
+    kind = config.model.quantization
+    if kind != "none" and for_training and spec is None:
+        raise InputError(
+            f"config.model.quantization={kind} needs an adapter to train, and config.lora.rank=0 trains all weights; "
+            "choices: config.lora.rank above 0, config.model.adapter, config.model.quantization=none"
+        )
 
 
 def check_template(config, processor: Processor, *, for_training: bool) -> None:

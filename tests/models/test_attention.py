@@ -168,6 +168,17 @@ def test_a_dense_mask(kv_heads, limit, monkeypatch):
         _compare(lambda *x: attention(*x, other), mask, arrays, np.ones((B, T), bool))
 
 
+@pytest.mark.parametrize("t", [200, 256])
+def test_splash_takes_any_length(t):
+    """Padded to whole blocks; of windows, whole blocks along the diagonal are computed and no others."""
+    draw = lambda i: jnp.asarray(np.random.default_rng(i).standard_normal((1, t, 1, 16), np.float32))  # noqa: E731
+    arrays, ids = [draw(i) for i in range(3)], np.repeat([1, 2], [150, t - 150])[None]
+    for mask in (Windows(ids, most=2, window=8), Causal(np.array([t - 3]))):
+        used = np.arange(t)[None] < t - 3
+        out, want = (f(*arrays, m) for f, m in ((KERNELS["splash"], mask), (_plain, mask.dense(t))))
+        np.testing.assert_allclose((out - want) * used[..., None, None], 0, atol=1e-4)
+
+
 def test_branches_of_unknown_number_are_xlas():
     left = Branches(np.roll(SEGMENTS, 11, axis=1))  # padding on both sides
     used = left.segment_ids > 0
@@ -201,18 +212,17 @@ def test_no_part_is_larger_than_said(monkeypatch):
         assert (b // ways) % parts.rows == 0
 
 
-@pytest.mark.parametrize("axes", [(2, 2, 2), (1, 2, 4)])
-@pytest.mark.parametrize("name", ["xla", "splash"])
-def test_over_a_mesh(name, axes, monkeypatch):
+@pytest.mark.parametrize("name, axes, kind", [("xla", (1, 2, 4), "branches"), ("splash", (1, 2, 4), "images")])
+def test_over_a_mesh(name, axes, kind, monkeypatch):
     """Rows and heads over devices; 4 ways do not divide 2 key/value heads. XLA takes parts of all devices' rows."""
     monkeypatch.setattr(masked, "PART_BYTES", T * T * (4 * 16 + 1))
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(axes), ("data", "fsdp", "tensor"))
     more = lambda x: np.concatenate([x, x[:1]])  # noqa: E731
-    mask, used = jax.tree.map(more, MASKS["branches"]), more(USED["branches"])
+    mask, used = jax.tree.map(more, MASKS[kind]), more(USED[kind])
     run = functools.partial(over_mesh, KERNELS["splash"], mesh=mesh)
     if name == "xla":
         run = functools.partial(attention, mesh=mesh)
-    _compare(lambda *x: run(*x, mask), more(_oracle("branches")), _arrays(rows=B + 1), used)
+    _compare(lambda *x: run(*x, mask), more(_oracle(kind)), _arrays(rows=B + 1), used)
 
 
 def test_what_cudnn_is_asked(monkeypatch):

@@ -126,7 +126,7 @@ def test_padding_gives_finite_numbers(ours):
         assert np.isfinite(images).all() and np.isfinite(logits).all()
 
 
-STEPS = 5
+STEPS = 2
 
 
 def decoded(pair: Pair, batch: PromptBatch, *, forget: int = 0) -> np.ndarray:
@@ -169,7 +169,7 @@ def last_logits(head: str) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("head", HEADS)
 def test_cached_decode_parity(pairs, batch, head):
-    """All but the last five tokens in one prefill, then one at a time into the cache."""
+    """All but the last two tokens in one prefill, then one at a time into the cache."""
     assert max(parity.worst(decoded(pairs[head], batch), last_logits(head))) <= tm.TOLERANCE
 
 
@@ -288,7 +288,7 @@ def adapted(pairs, tmp_path_factory) -> Adapted:
 
 def worst_adapted(logits, adapted: Adapted) -> float:
     return max(
-        tm.max_difference(row[LENGTH - len(expected) :], expected)
+        tm.max_difference(row[: len(expected)], expected)
         for row, expected in zip(logits, adapted.logits.values(), strict=True)
     )
 
@@ -513,5 +513,5 @@ def test_bfloat16_stays_near_float32(pairs):
     images, logits = make_run(pair.model.clone(dtype=jnp.bfloat16))(variables, sample.vision, sample.text)
     assert images.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
     expected = theirs("tied")["text between images"][1]
-    difference = np.abs(np.asarray(logits)[0, -len(expected) :] - expected)
+    difference = np.abs(np.asarray(logits)[0, : len(expected)] - expected)
     assert tm.TOLERANCE < difference.mean() < 0.1

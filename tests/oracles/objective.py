@@ -7,15 +7,15 @@ takes its arguments in.
 import functools
 import itertools
 
+import jax
 import numpy as np
-from tiny import jit
 
 from vigos_jax.models.inputs import TextInputs, VisionInputs
 
 LENGTH = 72  # all sequences are padded to it on the right: one compiled program
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def _logits(model, variables, vision, text):
     hidden, _ = model.apply(variables, text, model.apply(variables, vision, method="encode_images"))
     return model.apply(variables, hidden, method="logits")[0]

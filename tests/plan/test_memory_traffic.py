@@ -143,6 +143,34 @@ RESULTS = """
 }
 """
 
+INSIDE = """
+%negate (p: bf16[8,64,64]) -> bf16[8,64,64] {
+  %p = bf16[8,64,64]{2,1,0} parameter(0)
+  ROOT %minus = bf16[8,64,64]{2,1,0} negate(%p)
+}
+
+%write (q: bf16[8,64,64], n: s32[], x: bf16[32,64]) -> bf16[8,64,64] {
+  %q = bf16[8,64,64]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %x = bf16[32,64]{1,0} parameter(2)
+  %zero = s32[] constant(0)
+  %rows = bf16[1,32,64]{2,1,0} bitcast(%x)
+  ROOT %new = bf16[8,64,64]{2,1,0} dynamic-update-slice(%q, %rows, %n, %zero, %zero)
+}
+
+%outer (a: bf16[8,64,64], b: bf16[8,64,64], i: s32[], y: bf16[32,64]) -> (bf16[1,64,64], bf16[8,64,64]) {
+  %a = bf16[8,64,64]{2,1,0} parameter(0)
+  %b = bf16[8,64,64]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %y = bf16[32,64]{1,0} parameter(3)
+  %start = s32[] constant(0)
+  %less = bf16[8,64,64]{2,1,0} fusion(%a), kind=kLoop, calls=%negate
+  %one = bf16[1,64,64]{2,1,0} dynamic-slice(%less, %i, %start, %start), dynamic_slice_sizes={1,64,64}
+  %written = bf16[8,64,64]{2,1,0} fusion(%b, %i, %y), kind=kLoop, calls=%write
+  ROOT %both = (bf16[1,64,64]{2,1,0}, bf16[8,64,64]{2,1,0}) tuple(%one, %written)
+}
+"""
+
 TAKE = """
 %take (p: bf16[8,64,64], n: s32[16]) -> bf16[16,64] {
   %p = bf16[8,64,64]{2,1,0} parameter(0)
@@ -206,6 +234,13 @@ CASES = {
         "  ROOT %f = bf16[32,64]{1,0} fusion(%x, %a, %i), kind=kCustom, calls=%product", NESTED,
         (X_BYTES + SLICE + 4) + X_BYTES, 1,
     ),
+    # What an inner fusion computes is sliced, and another one updates in place.
+    "inner fusions of which a part is needed": (
+        "  ROOT %f = (bf16[1,64,64]{2,1,0}, bf16[8,64,64]{2,1,0}) fusion(%a, %b, %i, %x), kind=kLoop, calls=%outer",
+        INSIDE,
+        (SLICE + 4 + X_BYTES) + (SLICE + X_BYTES),
+        1,
+    ),
     # %a is read whole for %minus whatever else is sliced; of %b nothing is read, and the update alone is written.
     "several results, one in place": (
         "  ROOT %f = (bf16[64,64]{1,0}, bf16[8,64,64]{2,1,0}, bf16[8,64,64]{2,1,0}) fusion(%a, %b, %i, %x), "
@@ -236,6 +271,13 @@ CASES = {
     "a copy in two parts": (
         "  %s = (bf16[8,64,64]{2,1,0}, bf16[8,64,64]{2,1,0}, u32[]) copy-start(%a)\n"
         "  ROOT %d = bf16[8,64,64]{2,1,0} copy-done(%s)", "", WHOLE + WHOLE, 1,
+    ),
+    "a copy to on-chip memory in two parts": (
+        "  %s = (bf16[8,64,64]{2,1,0:S(1)}, bf16[8,64,64]{2,1,0}, u32[]{:S(2)}) copy-start(%a)\n"
+        "  ROOT %d = bf16[8,64,64]{2,1,0:S(1)} copy-done(%s)",
+        "",
+        WHOLE,
+        1,
     ),
     "a slice in two parts": (
         "  %s = ((bf16[8,64,64]{2,1,0}, s32[]), bf16[1,64,64]{2,1,0}, u32[]) dynamic-slice-start(%a, %i)\n"

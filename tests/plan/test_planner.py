@@ -142,7 +142,7 @@ def test_programs_are_counted():
     assert p["update"].kernels_per_layer == 0 and p["encode"].floor == 0
     text = report(planned()).splitlines()
     header = next(i for i, line in enumerate(text) if line.split()[:2] == ["program", "kernels"])
-    rows = {line.split()[0]: line.split() for line in text[header + 1 : header + 6]}
+    rows = {line.split()[0]: line.split() for line in text[header + 1 : header + 1 + len(p)]}
     assert rows["decode"][1:3] == [f"{decode.kernels_per_token:.0f}", f"{decode.kernels_per_layer:.1f}"]
     assert rows["encode"][-1] == p["encode"].largest.shape and rows["update"][2] == "-"
     assert any(line.startswith("decode: ") and f"{decode.traffic / decode.floor:.2f} times" in line for line in text)

@@ -104,3 +104,20 @@ def test_memory_beside_the_parameters_is_one_shard(folder, devices):
     assert used["save"] <= 2 * used["tensor"] + SLACK
     assert digests(output) == digests(folder)
     shutil.rmtree(output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 1])
+def test_a_quantised_base_is_read_tensor_by_tensor(folder, devices):
+    """Beside the codes: one leaf of them in the host's memory, and one tensor in float32, a few times over."""
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, ROOT / "tests" / "memory_probe.py", folder, folder, str(devices), "nf4"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    used = json.loads(done.stdout)
+    print(used)
+    files = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    tensor = 4 * 2048 * 11008
+    assert files > 1_900_000_000 and used["held"] < 0.4 * files
+    assert used["load"] <= used["leaf"] + 5 * tensor + SLACK < 0.5 * files

@@ -19,6 +19,7 @@ from vigos_jax.export.model_card import RunFacts, card_text
 from vigos_jax.export.verify import compare
 from vigos_jax.models.families import adapter_table, tensor_table
 from vigos_jax.models.layers import LoraSpec
+from vigos_jax.models.quantization import has_quantised
 from vigos_jax.models.variables import Variables
 from vigos_jax.runtime import hub
 from vigos_jax.runtime.distributed import first_decides, is_first
@@ -26,6 +27,7 @@ from vigos_jax.runtime.progress import say
 from vigos_jax.session import Session
 from vigos_jax.weights import writing
 from vigos_jax.weights.safetensors_file import byte_count, write_file
+from vigos_jax.weights.weight_files import open_weights
 
 # What of a base folder is about text, images and shapes. Copied byte for byte: rewriting these files through a
 # library would change what other programs read. Weights and cards of the base, and whatever else lies there, stay.
@@ -64,7 +66,7 @@ def export(
 
     Returns:
       What `verify.compare` found, where `config.export.check` asks for it or an adapter was merged into
-      bfloat16; else None.
+      bfloat16 beside a base that is not quantised; else None.
 
     Raises:
       InputError: an adapter is asked for where none was trained, the folder exists and is not empty or cannot be
@@ -105,7 +107,9 @@ def _write(
         else:
             writing.save_sharded(temporary, tensors, max_shard_bytes=int(e.max_shard_gb * 2**30))
             first_decides(lambda: _copy_companions(session, temporary, dtype=e.dtype))
-        rounds = e.kind == "merged" and e.dtype == "bfloat16" and lora is not None
+        # A small device that holds the quantised base need not hold the whole model too: only if asked.
+        is_whole = not has_quantised(session.base)
+        rounds = e.kind == "merged" and e.dtype == "bfloat16" and lora is not None and is_whole
         report = compare(session, trained, config, temporary) if e.check or rounds else None
         card = card_text(config, base=session.folder, lora=lora, run=run, report=report)
         first_decides(lambda: (temporary / "README.md").write_text(card, encoding="utf-8"))
@@ -135,7 +139,11 @@ def _tensors(
         return writing.stream_tensors(trained["lora"], adapter_table(config, _spec(session)), config, dtype=np.float32)
     params = trained.get("params", session.base)
     merged = {"lora": trained["lora"], "scale": _spec(session).scale} if "lora" in trained else {}
-    return writing.stream_tensors(params, tensor_table(config), config, dtype=jnp.dtype(dtype), **merged)
+    # An adapter is merged into the original weights: what their codes stand for is further from the model.
+    originals = open_weights(session.folder) if has_quantised(params) else None
+    return writing.stream_tensors(
+        params, tensor_table(config), config, dtype=jnp.dtype(dtype), originals=originals, **merged
+    )
 
 
 def _write_adapter_config(spec: LoraSpec, written: pathlib.Path, *, base: str) -> None:

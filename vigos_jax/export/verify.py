@@ -18,6 +18,7 @@ from vigos_jax.method.batch import PromptBatch
 from vigos_jax.method.packing import Buckets, Row, make_row, pack_prompts, slot_count
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.layers import LoraSpec
+from vigos_jax.models.quantization import has_quantised
 from vigos_jax.models.variables import Variables
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.runtime.sharding import replicated, tree_shardings
@@ -86,10 +87,12 @@ def compare(session: Session, trained: Variables, config, folder: pathlib.Path) 
         "kl_mean": float(kl.mean()),
         "kl_max": float(kl.max()),
     }
-    if not report["kl_mean"] <= LIMITS[dtype] or not np.isfinite(difference).all():
+    # Beside a quantised base the student differs from its merge into the original weights by what quantising costs.
+    limit = LIMITS["bfloat16" if e.kind == "merged" and has_quantised(session.base) else dtype]
+    if not report["kl_mean"] <= limit or not np.isfinite(difference).all():
         raise InputError(
             f"the export must say what the student says: KL(student || reloaded) is {report['kl_mean']:.3g} nats "
-            f"per token, more than {LIMITS[dtype]} for {dtype}; nothing was written to config.export.output"
+            f"per token, more than {limit} for {dtype}; nothing was written to config.export.output"
         )
     if e.kind == "merged" and dtype == "bfloat16" and "lora" in trained:
         report["exact"] = ["config.export.dtype=float32", "config.export.kind=adapter"]

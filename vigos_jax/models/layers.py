@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from vigos_jax.models.attention import attention
 from vigos_jax.models.attention_masks import Images, Windows
+from vigos_jax.models.quantization import QuantisedKernel, is_quantised, matmul
 from vigos_jax.models.shapes import Array, Bool, Float, Int
 
 
@@ -155,8 +156,7 @@ class Projection(nn.Module):
         Args:
           low: from `joined_low_rank`, which this projection's own B then multiplies if it has an adapter.
         """
-        kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
-        y = x @ kernel.astype(x.dtype)
+        y = matmul(x, self._kernel(x.shape[-1]))
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         if low is not None and self.has_variable("lora", "b"):
@@ -173,6 +173,15 @@ class Projection(nn.Module):
         b = self.variable("lora", "b", jnp.zeros, (rank, self.features)).value  # [r, out]
         z = nn.Dropout(self.lora.dropout, deterministic=deterministic)(x)
         return y + low_rank(z, self.lora.scale * a.astype(x.dtype), b.astype(x.dtype))
+
+    def _kernel(self, width: int) -> Float[Array, "D F"] | QuantisedKernel:
+        """The kernel that it is applied with; flax compares an array's shape with the declared one."""
+        given = self.get_variable("params", "kernel")
+        if is_quantised(given):
+            if given.kernel_shape != (width, self.features):
+                raise ValueError(f"a quantised kernel {given.kernel_shape} where {(width, self.features)} is declared")
+            return given
+        return self.param("kernel", nn.initializers.normal(0.02), (width, self.features))
 
 
 def joined_low_rank(module: nn.Module, x: Float[Array, "*batch D"]) -> Float[Array, "*batch R"] | None:

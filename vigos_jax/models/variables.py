@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from vigos_jax.models.quantization import is_quantised
+
 Variables = dict[str, Any]
 
 
@@ -40,5 +42,13 @@ def shares_vision(trained: Variables) -> bool:
 
 
 def cast_floats(tree: Any, dtype: Any) -> Any:
-    """Casts all leaves, for the float32 master weights of full fine-tuning before a decode loop."""
-    return jax.tree.map(lambda x: x.astype(dtype), tree)
+    """Casts all leaves, for the float32 master weights of full fine-tuning before a decode loop.
+
+    Codes and scales of a quantised kernel have dtypes of their own, and keep them.
+    """
+    return jax.tree.map(lambda x: x if is_quantised(x) else x.astype(dtype), tree, is_leaf=is_quantised)
+
+
+def has_dtype(tree: Any, dtype: Any) -> bool:
+    """Whether `cast_floats` would change nothing."""
+    return all(is_quantised(x) or x.dtype == dtype for x in jax.tree.leaves(tree, is_leaf=is_quantised))

@@ -80,6 +80,19 @@ class VisionLanguageModel(nn.Module):
         Returns:
           (hidden [B, T, D], what each layer keeps, stacked, for `Family.layer_of`; None unless asked for).
         """
+        x, inputs = self.enter(text, image_embeds, mask=mask, keep=keep)
+        x, kept = self.layers(x, jnp.arange(self.config.num_layers), inputs, deterministic)
+        return self.norm(place_states(x, self.mesh)), kept
+
+    def enter(
+        self,
+        text: TextInputs,
+        image_embeds: Float[Array, "B M W"],
+        *,
+        mask: Bool[Array, "B T T"] | Described | None = None,
+        keep: bool = False,
+    ) -> tuple[Float[Array, "B T D"], LayerInputs]:
+        """What the first layer starts from, and what every layer reads beside it. Arguments: see `__call__`."""
         c = self.config
         x = self._embedded(text)
         deepstack = None
@@ -89,9 +102,7 @@ class VisionLanguageModel(nn.Module):
             x = jnp.where(text.image_index[:, :, None] >= 0, pick_visual(first, text.image_index), x)
             deepstack = jnp.stack(others) if others else None  # [n, B, M, D]
         mask = text_mask(text) if mask is None else mask
-        inputs = LayerInputs(self._angles(text), mask, text.image_index, deepstack, keep=keep)
-        x, kept = self.layers(x, jnp.arange(c.num_layers), inputs, deterministic)
-        return self.norm(place_states(x, self.mesh)), kept
+        return x, LayerInputs(self._angles(text), mask, text.image_index, deepstack, keep=keep)
 
     def decode(
         self, text: TextInputs, layers: Sequence[Variables], cache: Cache, *, visible: Bool[Array, "B S"]
@@ -172,4 +183,5 @@ def init_variables(model: VisionLanguageModel, key: Key[Array, ""]) -> dict[str,
     )
     zeros = jnp.zeros((1, 1), jnp.int32)
     text = TextInputs(ids=zeros, positions=jnp.zeros((1, 3, 1), jnp.int32), segment_ids=zeros + 1, image_index=zeros)
-    return dict(model.init(key, vision, text, method="init_all"))
+    # A single row divides over no mesh, and no kernel has a part in the parameters.
+    return dict(model.clone(attention="xla").init(key, vision, text, method="init_all"))

@@ -17,11 +17,12 @@ from vigos_jax.method.roles import TeacherRole, roles_per_rollout, roles_per_tok
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.inputs import TextInputs, VisionInputs
 from vigos_jax.models.published_configs import published_config
+from vigos_jax.models.quantization import is_quantised, quantised_shapes
 from vigos_jax.models.variables import shares_vision, student_variables
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.plan.devices import Topology
 from vigos_jax.runtime.sharding import batch_sharding, check_batch, make_mesh, replicated, tree_shardings
-from vigos_jax.session import DEMO_FOLDER, buckets_of, model_of, objective_of
+from vigos_jax.session import DEMO_FOLDER, buckets_of, check_quantization, model_of, objective_of
 from vigos_jax.training.step import TrainState, make_optimizer
 from vigos_jax.weights.reading import load_config
 
@@ -160,8 +161,11 @@ def describe(config, target: Topology) -> AbstractRun:
     # A CPU's choice is XLA's attention.
     model = model_of(config, model_config, mesh, platform=target.platform if target.has_fused_attention else "cpu")
     place = functools.partial(_placed, mesh=mesh, rules=config.mesh.rules)
+    check_quantization(config, model.lora, for_training=True)
     abstract = abstract_variables(model)
-    base = place({"params": abstract["params"]}, dtype=model.dtype)["params"]
+    base = place({"params": quantised_shapes(abstract["params"], config.model.quantization)}, dtype=model.dtype)[
+        "params"
+    ]
     part = "params" if model.lora is None else "lora"
     trained = place({part: abstract[part]}, dtype=jnp.float32)
     tx, _ = make_optimizer(config.optimizer, steps=config.steps)
@@ -175,8 +179,14 @@ def describe(config, target: Topology) -> AbstractRun:
 
 
 def _placed(tree: Any, *, mesh: Any, rules: Any, dtype: Any = None) -> Any:
-    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s)  # noqa: E731
-    return jax.tree.map(place, tree, tree_shardings(tree, mesh, rules))
+    """Shapes with their shardings, in another dtype if asked; a quantised kernel's have their own."""
+
+    def place(x: Any, sharding: Any) -> Any:
+        if is_quantised(x):
+            return jax.tree.map(lambda part, s: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=s), x, sharding)
+        return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding)
+
+    return jax.tree.map(place, tree, tree_shardings(tree, mesh, rules), is_leaf=is_quantised)
 
 
 def device_bytes(tree: Any) -> int:

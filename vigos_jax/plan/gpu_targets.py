@@ -28,7 +28,7 @@ class Gpu:
       l2_mib: L2 cache.
       clock_ghz: boost clock.
       memory_mib: as the driver reports it.
-      usable_gb: of it, in 1e9 bytes, what is left beside the CUDA context, libraries and fragmentation (6 %).
+      usable_gb: of it, in 1e9 bytes, what is left beside the CUDA context, libraries and fragmentation (6 to 8 %).
       bandwidth_gbs: of its memory, in 1e9 bytes a second.
       tflops: 1e12 operations of dense 16-bit matrix products in a second, with float32 accumulation.
       interconnect_gbs: received from the other cards of the host, over NVLink, or over PCIe where there is none.

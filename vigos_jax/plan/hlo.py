@@ -125,8 +125,8 @@ def stored(shape: str) -> float:
 
 
 def elements(shape: str) -> int:
-    """Of the first array: the others of a variadic operation have as many."""
-    return arrays(shape)[0].elements
+    """Of the first array: the others of a variadic operation have as many. 0 for an empty tuple."""
+    return next((a.elements for a in arrays(shape)), 0)
 
 
 def called(i: Instruction, *names: str) -> list[str]:

@@ -154,7 +154,7 @@ def _needs(name: str, parsed: Computations, wanted: Need | None) -> dict[int, Ne
         for output in [inner[o] for o in root.operands] if root.op == "tuple" else [root]:
             is_update = wanted is None and _update(output, inner, parsed) is not None
             _add(needs, output.name, {_IN_PLACE: 0.0} if is_update else {_WHOLE: elements(output.shape)})
-    for i in reversed(inner.values()):
+    for i in reversed(list(inner.values())):
         if i.name in needs and i.op != "parameter":
             for operand, need in _operand_needs(i, needs[i.name], inner, parsed):
                 _add(needs, operand, need)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from vigos_jax.errors import InputError
+from vigos_jax.models.quantization import is_quantised
 from vigos_jax.plan.abstract_run import AbstractRun, describe, device_bytes
 from vigos_jax.plan.devices import Topology, topology
 from vigos_jax.plan.floors import decode_floor
@@ -51,7 +52,8 @@ def plan(config) -> str:
 def compile_plan(config, target: Topology, *, only: tuple[str, ...] = ()) -> Plan:
     """Compiles the programs of one step, all or the named ones and what they build on."""
     run = describe(config, target)
-    count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))  # noqa: E731
+    shape = lambda x: x.kernel_shape if is_quantised(x) else x.shape  # noqa: E731
+    count = lambda tree: sum(math.prod(shape(x)) for x in jax.tree.leaves(tree, is_leaf=is_quantised))  # noqa: E731
     c, shards = run.model.config, run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     heads = c.num_kv_heads // (run.mesh.shape["tensor"] if c.num_kv_heads % run.mesh.shape["tensor"] == 0 else 1)
     slots = run.sizes.prompt + capacity(run)

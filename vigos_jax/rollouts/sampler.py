@@ -20,7 +20,7 @@ from vigos_jax.method.batch import PromptBatch
 from vigos_jax.models.inputs import TextInputs
 from vigos_jax.models.kv_cache import KeyValues
 from vigos_jax.models.shapes import Array, Bool, Float, Int, Key
-from vigos_jax.models.variables import Variables, cast_floats
+from vigos_jax.models.variables import Variables, cast_floats, has_dtype
 from vigos_jax.models.vlm import VisionLanguageModel
 from vigos_jax.rollouts.decode_weights import DecodeWeights, decode_weights, own_layers, reads_stack, unstacked
 from vigos_jax.rollouts.prefill import DecodeState, prefill
@@ -156,7 +156,7 @@ class Sampler:
 
     def ready(self, variables: Variables) -> Variables:
         """The variables in the dtype of the computation; do it once where several batches are sampled."""
-        if all(x.dtype == self._dtype for x in jax.tree.leaves(variables["params"])):
+        if has_dtype(variables["params"], self._dtype):
             return variables
         return {**variables, "params": self._cast(variables["params"])}
 

@@ -169,7 +169,7 @@ def tree_shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Sequence[Any]) -
 
 
 def _spec(name: str, shape: tuple[int, ...], rules: tuple[tuple[re.Pattern[str], P], ...]) -> P:
-    """The partition of the first rule that matches."""
+    """The partition of the first rule that matches. A dimension of size one stays whole, whatever its axis."""
     for pattern, spec in rules:
         if pattern.search(name):
             if len(spec) > len(shape):
@@ -177,7 +177,7 @@ def _spec(name: str, shape: tuple[int, ...], rules: tuple[tuple[re.Pattern[str],
                     f"config.mesh.rules: {pattern.pattern!r} has {len(spec)} axes for {name} {list(shape)}, "
                     f"which has {len(shape)} dimension(s) and needs no more"
                 )
-            return spec
+            return P(*(None if size == 1 else axis for axis, size in zip(spec, shape, strict=False)))
     raise InputError(f"config.mesh.rules: none matches {name}; end them with ('', ()), which leaves the rest whole")
 
 

@@ -3,6 +3,7 @@
 LOCK = ".lock"  # there while a run writes to the folder
 CONFIG = "config.json"  # the run's config; the folder is this config's own
 METRICS = "metrics.jsonl"  # a row per optimizer step
+QUANTIZATION = "quantization.json"  # what quantising the base cost, on the first prompts
 SNAPSHOTS = "report.jsonl"  # rows answered again and again
 PAGE = "report.html"
 EVALUATIONS = "eval.jsonl"  # a row per evaluation during training

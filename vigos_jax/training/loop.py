@@ -32,6 +32,7 @@ from vigos_jax.training.batches import Batch, Batches
 from vigos_jax.training.checkpoints import Checkpoints
 from vigos_jax.training.guards import Health, write_nonfinite
 from vigos_jax.training.periodic_eval import StepEvaluations
+from vigos_jax.training.quantization_cost import quantization_cost
 from vigos_jax.training.run_folder import check_export, check_workdir, export_folder, is_exported, open_workdir
 from vigos_jax.training.run_log import RunLog
 from vigos_jax.training.snapshots import Snapshots
@@ -175,6 +176,10 @@ class Run:
         self._batches = self._closes.enter_context(batches)
         self._log = self._closes.enter_context(RunLog(config, self._workdir, first=self.number))
         self._upcoming = self._batches.next()
+        record = self._workdir / files.QUANTIZATION
+        if config.model.quantization != "none" and first_decides(lambda: not record.exists()):
+            cost = quantization_cost(session, config, self._upcoming.rows)
+            first_decides(lambda: write_json(record, cost))
 
     def step(self) -> None:
         """One optimizer step: rollout, parse, pack, update; its row of metrics.jsonl."""

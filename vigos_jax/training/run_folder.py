@@ -16,7 +16,7 @@ from vigos_jax.training.step import make_optimizer
 _OF_A_RUN = (files.METRICS, files.SNAPSHOTS, files.PAGE, files.EVALUATIONS, files.RESULTS, files.CHECKPOINTS)
 
 _SHOWN = 12  # changes that an error lists
-_BEFORE_THE_FIRST_STEP = (files.METRICS, files.SNAPSHOTS, files.PAGE, files.EVALUATIONS)
+_BEFORE_THE_FIRST_STEP = (files.METRICS, files.QUANTIZATION, files.SNAPSHOTS, files.PAGE, files.EVALUATIONS)
 
 
 def check_workdir(config, workdir: pathlib.Path) -> None:

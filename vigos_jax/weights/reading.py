@@ -11,8 +11,10 @@ import numpy as np
 from vigos_jax.errors import InputError
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.families import tensor_table
+from vigos_jax.models.quantization import is_quantised
 from vigos_jax.models.tensor_names import Path, Tensor, canonical
 from vigos_jax.runtime.progress import say
+from vigos_jax.weights.quantised import read_quantised
 from vigos_jax.weights.safetensors_file import DTYPES
 from vigos_jax.weights.weight_files import WeightFiles, holds_weights, open_weights, read_leaf, some
 
@@ -90,14 +92,18 @@ def check_tensors(
 def read_tree(files: WeightFiles, table: list[Tensor], abstract: Any, where: str, *, dtype: Any, shardings: Any) -> Any:
     """Reads leaf by leaf, and each leaf shard by shard; one error lists all tensors that are not finite."""
     shardings_by_path = dict(leaves(shardings)) if shardings is not None else {}
-    shapes = {path: leaf.shape for path, leaf in leaves(abstract)}
+    wanted = dict(leaves(abstract))
     out: dict[str, Any] = {}
     for row in table:
         node = out
         for key in row.path[:-1]:
             node = node.setdefault(key, {})
-        sharding = shardings_by_path.get(row.path)
-        node[row.path[-1]] = read_leaf(files, row, shapes[row.path], dtype=np.dtype(dtype), sharding=sharding)
+        sharding, leaf = shardings_by_path.get(row.path), wanted[row.path]
+        if is_quantised(leaf):
+            x = read_quantised(files, row, leaf.kernel_shape, kind=leaf.kind, shardings=sharding)
+        else:
+            x = read_leaf(files, row, leaf.shape, dtype=np.dtype(dtype), sharding=sharding)
+        node[row.path[-1]] = x
     if files.not_finite:
         bad = some(sorted(files.not_finite))
         raise InputError(
@@ -107,21 +113,22 @@ def read_tree(files: WeightFiles, table: list[Tensor], abstract: Any, where: str
 
 
 def leaves(tree: Any) -> Iterator[tuple[Path, Any]]:
-    """(path, leaf) of a tree of dicts."""
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    """(path, leaf) of a tree of dicts; a quantised kernel is one leaf."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantised)[0]:
         yield tuple(k.key for k in path), leaf
 
 
 def load_params(folder: pathlib.Path, config: ModelConfig, abstract: Any, *, dtype: Any, shardings: Any = None) -> Any:
     """Reads the base parameters of a Hugging Face folder, each process the bytes of its own devices' shards.
 
-    Beside what the devices hold, host memory holds one shard of one stacked leaf.
+    Beside what the devices hold, host memory holds one shard of one stacked leaf (`quantised`: its codes).
 
     Args:
       folder: holds model.safetensors, or shards and their index; float32, bfloat16 or float16.
       config: of `load_config`.
-      abstract: the `params` tree of shapes from `abstract_variables`.
-      dtype: of the returned leaves.
+      abstract: the `params` tree of shapes from `abstract_variables`, or `quantised_shapes` of it: what is a quantised
+        kernel there is quantised as it is read.
+      dtype: of the returned leaves, but codes and scales.
       shardings: a tree of Shardings like `abstract`, or None for the default device.
 
     Raises:
@@ -129,7 +136,7 @@ def load_params(folder: pathlib.Path, config: ModelConfig, abstract: Any, *, dty
         wrong-shaped tensor. After it, one lists every tensor that is not finite, in the file or when it is rounded.
     """
     files, table = open_weights(folder), tensor_table(config)
-    shapes = {path: leaf.shape for path, leaf in leaves(abstract)}
+    shapes = {path: leaf.kernel_shape if is_quantised(leaf) else leaf.shape for path, leaf in leaves(abstract)}
     ignore = ()
     if config.tie_embeddings and _HEAD in files:
         # Written twice, or under the other name alone, as tools do that keep one of two tensors that share memory.

@@ -14,9 +14,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vigos_jax.models.config import ModelConfig
+from vigos_jax.models.quantization import is_quantised
 from vigos_jax.models.tensor_names import Tensor
+from vigos_jax.weights.quantised import read_layer
 from vigos_jax.weights.reading import leaves
 from vigos_jax.weights.safetensors_file import byte_count, write_file
+from vigos_jax.weights.weight_files import WeightFiles
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,11 +38,20 @@ class FileTensor:
 
 
 def stream_tensors(
-    tree: Any, table: list[Tensor], config: ModelConfig, *, dtype: Any, lora: Any = None, scale: float = 1.0
+    tree: Any,
+    table: list[Tensor],
+    config: ModelConfig,
+    *,
+    dtype: Any,
+    lora: Any = None,
+    scale: float = 1.0,
+    originals: WeightFiles | None = None,
 ) -> Iterator[tuple[str, FileTensor]]:
     """Yields (file name, tensor to be) for every tensor of the table.
 
     Args:
+      originals: the files that quantised kernels of the tree were read from; what is written is the number there, not
+        what the codes stand for.
       lora: adapters of some of the tree's kernels, merged into them: W + scale * A B is added in float32 and rounded
         once, to `dtype`.
     """
@@ -48,7 +60,16 @@ def stream_tensors(
         leaf, module = by_path[row.path], row.path[:-1]
         adapted = row.path[-1] == "kernel" and (*module, "a") in adapters
         adapter = (adapters[*module, "a"], adapters[*module, "b"]) if adapted else None
-        shape = row.shape_in_file(leaf.shape[1:] if row.stacked else leaf.shape, config)
+        leaf_shape = leaf.kernel_shape if is_quantised(leaf) else leaf.shape
+        shape = row.shape_in_file(leaf_shape[1:] if row.stacked else leaf_shape, config)
+        if is_quantised(leaf):
+            if originals is None:
+                raise ValueError(f"{row.path} is quantised, and no files were given to read its numbers from")
+            read = functools.partial(read_layer, originals, row, shape=leaf_shape, dtype=np.float32)
+            for i, name in enumerate(row.names()):
+                make = functools.partial(_make_from_file, read, adapter, i, scale, dtype=np.dtype(dtype), shape=shape)
+                yield name, FileTensor(shape, np.dtype(dtype), make)
+            continue
         for i, name in enumerate(row.names()):
             make = functools.partial(
                 _make, leaf, adapter, i if row.stacked else None, scale,
@@ -63,6 +84,11 @@ def file_tensors(
     """Yields (file name, array) for every tensor of the table."""
     for name, x in stream_tensors(tree, table, config, dtype=dtype):
         yield name, np.asarray(x)
+
+
+def _make_from_file(read, adapter, layer: int, scale: float, *, dtype: np.dtype, shape) -> np.ndarray:
+    taken = None if adapter is None else tuple(x[layer] for x in adapter)
+    return _make(read(layer), taken, None, scale, transposed=True, dtype=dtype, shape=shape)
 
 
 def _make(leaf, adapter, layer: int | None, scale: float, *, transposed: bool, dtype: np.dtype, shape) -> np.ndarray:

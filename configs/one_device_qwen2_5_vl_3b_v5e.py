@@ -1,0 +1,14 @@
+"""ViGOS of Qwen2.5-VL-3B-Instruct on one TPU v5e chip of 16 GB, as Colab has them: a bfloat16 base.
+
+    python -m vigos_jax.main --config configs/one_device_qwen2_5_vl_3b_v5e.py
+
+Settings as `configs/one_device_qwen2_5_vl_3b_12gb.py` has them, the base unquantised. Not evaluated.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.one_device_qwen2_5_vl_3b_12gb import on_one_device
+
+
+def get_config() -> ConfigDict:
+    return on_one_device("Qwen/Qwen2.5-VL-3B-Instruct", quantization="none", topology="v5e:1x1")
