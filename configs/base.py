@@ -62,7 +62,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.lora.rank = 0  # of new adapters; 0 trains all parameters instead
     config.lora.alpha = 128.0  # adapters are scaled by alpha / rank
     config.lora.dropout = 0.05  # of an adapter's input, while training
-    config.lora.scope = "language"  # language: q,k,v,o,gate,up,down of the decoder | official: vision MLPs too
+    # language: q,k,v,o,gate,up,down of the decoder, in_proj_qkv, in_proj_z and out_proj of its linear layers
+    config.lora.scope = "language"  # language | official: vision MLPs too
 
     config.distributed = "off"  # several processes: off | auto (SLURM, Open MPI, TPU pods) | env; docs/multihost.md
 
@@ -80,13 +81,14 @@ def get_config() -> ml_collections.ConfigDict:
         (r"visual/blocks/.*(proj|mlp_out)/kernel", (None, None, "fsdp")),
         (r"visual/.*(kernel|positions)", (None, "fsdp")),
         (r"visual/", ()),
-        (r"layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/kernel", (None, "fsdp", "tensor")),
-        (r"layers/.*(o_proj|down_proj)/kernel", (None, "tensor", "fsdp")),
-        (r"layers/.*/bias", (None, "tensor")),
-        (r"layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/a", (None, "fsdp", None)),
-        (r"layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/b", (None, None, "tensor")),
-        (r"layers/.*(o_proj|down_proj)/a", (None, "tensor", None)),
-        (r"layers/.*(o_proj|down_proj)/b", (None, None, "fsdp")),
+        (r"layers/.*([qkv]_proj|gate_proj|up_proj|in_proj_\w+)/kernel", (None, "fsdp", "tensor")),
+        (r"layers/.*(o_proj|down_proj|out_proj)/kernel", (None, "tensor", "fsdp")),
+        (r"layers/.*/(bias|A_log|dt_bias)", (None, "tensor")),
+        (r"layers/.*/conv", (None, None, "tensor")),
+        (r"layers/.*([qkv]_proj|gate_proj|up_proj|in_proj_\w+)/a", (None, "fsdp", None)),
+        (r"layers/.*([qkv]_proj|gate_proj|up_proj|in_proj_\w+)/b", (None, None, "tensor")),
+        (r"layers/.*(o_proj|down_proj|out_proj)/a", (None, "tensor", None)),
+        (r"layers/.*(o_proj|down_proj|out_proj)/b", (None, None, "fsdp")),
         (r"embedding", ("tensor", "fsdp")),
         (r"lm_head", ("fsdp", "tensor")),
         (r"", ()),

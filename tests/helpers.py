@@ -149,8 +149,8 @@ def make_processor_folder(
         "vision_start_token_id": ids["<|vision_start|>"],
         "vision_end_token_id": ids["<|vision_end|>"],
     }
-    if family == "qwen3_vl":
-        config, vision_config = _as_qwen3(config, vision_config)
+    if family != "qwen2_5_vl":
+        config, vision_config = (_as_qwen3 if family == "qwen3_vl" else _as_qwen3_5)(config, vision_config)
     config |= (text or {}) | {"vision_config": vision_config | (vision or {})}
     _write(path / "config.json", **config)
     return path
@@ -172,6 +172,19 @@ def _as_qwen3(config: dict[str, Any], vision: dict[str, Any]) -> tuple[dict[str,
     dropped = ("window_size", "fullatt_block_indexes", "tokens_per_second")
     kept = {k: v for k, v in vision.items() if k not in dropped}
     return top, kept | own
+
+
+def _as_qwen3_5(config: dict[str, Any], vision: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same sizes as Qwen3.5: a linear layer and a full one, of whose heads a quarter rotates."""
+    top, vision = _as_qwen3(config, vision)
+    text = {k: v for k, v in top["text_config"].items() if k not in ("rope_scaling", "rope_theta")}
+    text |= {"model_type": "qwen3_5_text", "head_dim": 32, "full_attention_interval": 2}
+    text |= {f"linear_num_{part}_heads": n for part, n in (("key", 2), ("value", 4))}
+    text |= {f"linear_{part}_head_dim": 8 for part in ("key", "value")}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.25}
+    text["rope_parameters"] |= {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    top |= {"architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5", "text_config": text}
+    return top, {k: v for k, v in vision.items() if k != "deepstack_visual_indexes"}
 
 
 def _write(path: pathlib.Path, **values: Any) -> None:

@@ -20,6 +20,7 @@ CHECKED = (
         "vigos_jax.models.masked_attention",
         "vigos_jax.models.splash_attention",
         "vigos_jax.models.decoder",
+        "vigos_jax.models.delta_rule",
         "vigos_jax.models.layers",
         "vigos_jax.models.positions",
     ),

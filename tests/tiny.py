@@ -186,10 +186,10 @@ def micro_batches(batch, count: int) -> list:
 
 
 @functools.cache
-def gradient_step(gradient_accumulation_steps: int = 1, roles=ROLES, **options):
+def gradient_step(gradient_accumulation_steps: int = 1, roles=ROLES, model: VisionLanguageModel = MODEL, **options):
     """Compiled train step that moves nothing: (base, trained, batch, average={}) -> (gradient, metrics)."""
     objective = objective_of(options, roles)
-    step = make_train_step(MODEL, KEEP_GRADIENT, objective, **{"use_dropout": False} | options)
+    step = make_train_step(model, KEEP_GRADIENT, objective, **{"use_dropout": False} | options)
 
     @jax.jit
     def run(base, trained, batch, average=None):

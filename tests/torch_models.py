@@ -17,6 +17,8 @@ import torch
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
@@ -116,22 +118,84 @@ def tiny_qwen3_config(*, tied: bool) -> Qwen3VLConfig:
     )
 
 
+def tiny_qwen3_5_config(*, tied: bool, layers: int = 0, **text) -> Qwen3_5Config:
+    """Groups of three linear layers and a full one: 2 of them if tied, else 3; 2 key heads for 4 value heads.
+
+    A quarter of a head of 32 rotates. text: further fields of `text_config`.
+    """
+    return Qwen3_5Config(
+        text_config={
+            "hidden_size": 64,
+            "num_hidden_layers": layers or (8 if tied else 12),
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "intermediate_size": 96,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 8,
+            "vocab_size": VOCAB,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e3,
+                "partial_rotary_factor": 0.25,
+                "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True,
+            },
+            "rms_norm_eps": 1e-3,  # unlike the tower's
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+        }
+        | text,
+        vision_config={
+            "depth": 4,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "intermediate_size": 48,
+            "out_hidden_size": 64,
+            "patch_size": 16,
+            "num_position_embeddings": 36,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        tie_word_embeddings=tied,
+        attn_implementation="eager",
+    )
+
+
 def tiny_model(*, tied: bool, family: str = "qwen2_5_vl", seed: int = 0) -> torch.nn.Module:
     """A float32 model with random weights, in evaluation mode."""
-    return tiny_model_of((tiny_qwen3_config if family == "qwen3_vl" else tiny_config)(tied=tied), seed=seed)
+    configs = {"qwen2_5_vl": tiny_config, "qwen3_vl": tiny_qwen3_config, "qwen3_5": tiny_qwen3_5_config}
+    return tiny_model_of(configs[family](tied=tied), seed=seed)
 
 
-def tiny_model_of(config: Qwen2_5_VLConfig | Qwen3VLConfig, *, seed: int = 0) -> torch.nn.Module:
+CLASSES = {
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+    "qwen3_vl": Qwen3VLForConditionalGeneration,
+    "qwen3_5": Qwen3_5ForConditionalGeneration,
+}
+
+
+def tiny_model_of(config: Qwen2_5_VLConfig | Qwen3VLConfig | Qwen3_5Config, *, seed: int = 0) -> torch.nn.Module:
     """`tiny_model` of another config."""
-    is_qwen3 = isinstance(config, Qwen3VLConfig)
-    model = (Qwen3VLForConditionalGeneration if is_qwen3 else Qwen2_5_VLForConditionalGeneration)(config)
+    model = CLASSES[config.model_type](config)
     model = model.eval().requires_grad_(False)
+    has_offset = config.model_type == "qwen3_5"  # its norms multiply by one more than their weight
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
         if p.ndim == 1 and name.endswith(("norm.weight", "ln_q.weight", "norm1.weight", "norm2.weight")):
             # Signed in the last norm, so that a tied head does not just repeat the token it reads.
-            p.copy_(0.3 * noise if name.endswith("language_model.norm.weight") else 1 + 0.3 * noise)
+            mean = 0 if name.endswith("language_model.norm.weight") else 1
+            offset = int(has_offset and "language_model" in name and "linear_attn" not in name)
+            p.copy_(mean + 0.3 * noise - offset)
+        elif name.endswith(("A_log", "dt_bias")):
+            p.copy_(0.7 * noise - (2 if name.endswith("dt_bias") else 0))  # states that last for some 10 tokens
         elif name.endswith(".bias"):
             p.copy_(0.3 * noise)
         elif "embed_tokens" in name or "pos_embed" in name:

@@ -24,7 +24,6 @@ from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.families import FAMILIES
 from vigos_jax.models.layers import LoraSpec
 from vigos_jax.models.quantization import quantised_shapes
-from vigos_jax.models.tensor_names import LANGUAGE_PROJECTIONS
 from vigos_jax.models.variables import Variables, cast_floats, student_variables
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables, init_variables
 from vigos_jax.runtime import distributed, hub
@@ -141,12 +140,13 @@ def lora_spec(config, model: ModelConfig) -> LoraSpec | None:
         return adapters.adapter_spec(folder, dropout=config.lora.dropout)
     if not config.lora.rank:
         return None
-    vision = FAMILIES[model.family].vision_adapters if config.lora.scope == "official" else ()
+    family = FAMILIES[model.family]
+    vision = family.vision_adapters if config.lora.scope == "official" else ()
     return LoraSpec(
         rank=config.lora.rank,
         scale=config.lora.alpha / config.lora.rank,
         dropout=config.lora.dropout,
-        language=frozenset(LANGUAGE_PROJECTIONS),
+        language=frozenset(family.language_adapters),
         vision=frozenset(vision),
     )
 

@@ -27,6 +27,14 @@ SWITCHED = template(
     "{%- if enable_thinking is defined and enable_thinking is false -%}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif -%}"
 )
 OPENS_UNLESS = template("{%- if enable_thinking -%}{{ '<think>\\n' }}{%- endif -%}{{ effort or '' }}")
+# Qwen3.5: a closed thought unless it is asked for one, small sizes; an open one unless it is told not to, large ones.
+_CLOSED, _OPEN = "{{ '<think>\\n\\n</think>\\n\\n' }}", "{{ '<think>\\n' }}"
+SMALL = template(
+    f"{{%- if enable_thinking is defined and enable_thinking -%}}{_OPEN}{{%- else -%}}{_CLOSED}{{%- endif -%}}"
+)
+LARGE = template(
+    f"{{%- if enable_thinking is defined and not enable_thinking -%}}{_CLOSED}{{%- else -%}}{_OPEN}{{%- endif -%}}"
+)
 
 
 def load(tmp_path, source, **switches) -> Processor:
@@ -47,6 +55,10 @@ def prompt(processor, prefill="<description>"):
         (OPENS_UNLESS, {}, ""),
         (OPENS_UNLESS, {"enable_thinking": True}, "<think>\n"),
         (OPENS_UNLESS, {"effort": "low"}, "low"),
+        (SMALL, {}, "<think>\n\n</think>\n\n"),
+        (SMALL, {"enable_thinking": True}, "<think>\n"),
+        (LARGE, {}, "<think>\n\n</think>\n\n"),
+        (LARGE, {"enable_thinking": True}, "<think>\n"),
     ],
 )
 def test_what_stands_in_front_of_an_answer(tmp_path, source, switches, behind):

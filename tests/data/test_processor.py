@@ -2,10 +2,12 @@
 
 import copy
 import dataclasses
+import functools
 import io
 import json
 import math
 import threading
+import types
 import unicodedata
 
 import numpy as np
@@ -342,6 +344,48 @@ def test_turn_with_a_video(processor):
     assert list(turn.ids) == processor.tokenizer(text)["input_ids"]
     whole = processor.encode_turn(user_text="Why?", grids=[(2, 4, 6)], labels=[""], assistant_prefill="")
     assert whole.ids.count(processor.video_token_id) == 12 and "seconds" not in processor.decode(whole.ids)
+
+
+def test_frames_of_a_video_inside_one_pair(tmp_path):
+    """Qwen3.5: the reference puts the frames in the template's video token's place, whose pair stays around them."""
+    processor = Processor.load(make_processor_folder(tmp_path, family="qwen3_5"))
+    frames = [noise(90, 60, seed=i) for i in range(5)]
+    videos = (*processor.encode_video(frames, fps=4.0), *processor.encode_video(frames[:2], fps=4.0))
+    assert [v.continues for v in videos] == [False, True, True, False]
+    picture = processor.encode_image(noise(60, 60))
+    visuals = [picture, *videos]
+    turn = processor.encode_turn(
+        user_text="Why?",
+        grids=[v.grid for v in visuals],
+        labels=[v.label for v in visuals],
+        continues=[v.continues for v in visuals],
+        assistant_prefill="",
+    )
+
+    def replaced(count: int, grid, fps: float) -> str:
+        """What stands in the place of one video's token."""
+        reference = types.SimpleNamespace(
+            video_processor=types.SimpleNamespace(merge_size=2, temporal_patch_size=2),
+            vision_start_token="<|vision_start|>",
+            vision_end_token="<|vision_end|>",
+            video_token="<|video_pad|>",
+        )
+        reference._calculate_timestamps = functools.partial(Qwen3VLProcessor._calculate_timestamps, reference)
+        metadata = types.SimpleNamespace(fps=fps, frames_indices=list(range(count)))
+        grid = (-(-count // 2), *grid[1:])
+        inputs = {"video_grid_thw": np.array([grid]), "video_metadata": [metadata]}
+        return Qwen3VLProcessor.replace_video_token(reference, inputs, 0)
+
+    pair = "<|vision_start|>{}<|vision_end|>".format
+    text = (
+        "<|im_start|>system\nBe useful.<|im_end|>\n<|im_start|>user\n"
+        + pair("<|image_pad|>" * (picture.grid[1] * picture.grid[2] // 4))
+        + pair(replaced(5, videos[0].grid, 4.0))
+        + pair(replaced(2, videos[0].grid, 4.0))
+        + "Why?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert list(turn.ids) == processor.tokenizer(text)["input_ids"]
+    assert turn.prefix_ids[-2:] == (processor.tokenizer.get_vocab()["<|vision_end|>"],) * 2
 
 
 @pytest.mark.parametrize(

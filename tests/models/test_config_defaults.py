@@ -13,9 +13,10 @@ from transformers import AutoConfig
 
 from vigos_jax.errors import InputError
 from vigos_jax.models.config import ModelConfig
+from vigos_jax.models.delta_config import DeltaConfig
 from vigos_jax.models.published_configs import published_config
 
-QWEN2_5, QWEN3 = "Qwen/Qwen2.5-VL-32B-Instruct", "Qwen/Qwen3-VL-8B-Instruct"
+QWEN2_5, QWEN3, QWEN3_5 = "Qwen/Qwen2.5-VL-32B-Instruct", "Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen3.5-27B"
 # Without these, sizes contradict each other or there is nothing to read: refused, never guessed.
 NEEDED = {
     *("hidden_size", "num_attention_heads", "out_hidden_size", "head_dim", "mrope_section"),
@@ -25,8 +26,12 @@ NEEDED = {
 
 def raw_config(layout: str) -> dict:
     """A published config with every optional field in it, as old and new versions of transformers write it."""
-    raw = copy.deepcopy(published_config(QWEN3 if "qwen3" in layout else QWEN2_5))
-    (raw.get("text_config") or raw)["num_key_value_heads"] = 4  # neither family's default
+    family = layout.split()[0]
+    raw = copy.deepcopy(published_config({"qwen2_5_vl": QWEN2_5, "qwen3_vl": QWEN3, "qwen3_5": QWEN3_5}[family]))
+    (raw.get("text_config") or raw)["num_key_value_heads"] = 8 if family == "qwen3_5" else 4  # no family's default
+    if family == "qwen3_5":  # the number of layers is said once
+        raw["text_config"].pop("layer_types")
+        raw["text_config"]["full_attention_interval"] = 4
     if layout != "qwen2_5_vl flat":
         top = ("architectures", "model_type", "tie_word_embeddings", "text_config", "vision_config")
         text = raw.pop("text_config", None) or {}
@@ -46,6 +51,18 @@ def theirs(raw: dict) -> ModelConfig:
     c = AutoConfig.for_model(values.pop("model_type"), **values)
     text, vision = c.text_config, c.vision_config
     heads, rope = text.num_attention_heads, text.rope_parameters
+    own = {}
+    if raw["model_type"] == "qwen3_5":
+        kinds = [kind.removesuffix("_attention") for kind in text.layer_types]
+        parts = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
+        own = {
+            "norm_offset": 1.0,
+            "attention_gate": True,
+            "layer_pattern": tuple(kinds[:4]),
+            "delta": DeltaConfig(*(getattr(text, f"linear_{part}") for part in parts)),
+            "wraps_videos": True,
+        }
+        assert kinds == kinds[:4] * (len(kinds) // 4)
     return ModelConfig(
         family=raw["model_type"],
         hidden_size=text.hidden_size,
@@ -78,8 +95,9 @@ def theirs(raw: dict) -> ModelConfig:
             deepstack_blocks=tuple(getattr(vision, "deepstack_visual_indexes", ())),
         ),
         qkv_bias=raw["model_type"] == "qwen2_5_vl",
-        qk_norm=raw["model_type"] == "qwen3_vl",
-        mrope_interleaved=raw["model_type"] == "qwen3_vl",
+        qk_norm=raw["model_type"] != "qwen2_5_vl",
+        mrope_interleaved=raw["model_type"] != "qwen2_5_vl",
+        **own,
     )
 
 
@@ -92,7 +110,7 @@ def paths_of(tree: dict, path: tuple = ()):
 
 LAYOUTS = (
     *("qwen2_5_vl flat", "qwen2_5_vl nested", "qwen2_5_vl nested in version 5"),
-    *("qwen3_vl nested", "qwen3_vl nested in version 5"),
+    *("qwen3_vl nested", "qwen3_vl nested in version 5", "qwen3_5 nested"),
 )
 
 

@@ -83,7 +83,7 @@ def test_a_family_from_outside_trains_two_steps(tmp_path, tmp_path_factory):
 
 
 def test_it_is_unknown_without_its_entry(tmp_path):
-    with pytest.raises(InputError, match="model_type 'toy_vl' is not supported; choices: qwen2_5_vl, qwen3_vl$"):
+    with pytest.raises(InputError, match="'toy_vl' is not supported; choices: qwen2_5_vl, qwen3_vl, qwen3_5$"):
         ModelConfig.from_hf({"model_type": "toy_vl"})
 
 

@@ -140,10 +140,10 @@ def decoded(pair: Pair, batch: PromptBatch, *, forget: int = 0) -> np.ndarray:
     first = text.replace(segment_ids=text.segment_ids * (np.arange(LENGTH) < lengths[:, None]))
     images = model.apply({"params": params}, batch.vision, method="encode_images")
     _, kept = model.apply({"params": params}, first, images, mask=Causal(jnp.asarray(lengths)), keep=True)
-    kept = [layer_of(kept, i) for i in range(pair.config.num_layers)]
+    kept = [layer_of(kept, i, pair.config) for i in range(pair.config.num_layers)]
     entries = tuple(key_values(x.k, x.v, axis=2).padded(STEPS) for x in kept)
     cache = Cache(entries, jnp.int32(LENGTH))
-    layers = [{"params": layer_of(params["layers"], i)} for i in range(pair.config.num_layers)]
+    layers = [{"params": layer_of(params["layers"], i, pair.config)} for i in range(pair.config.num_layers)]
 
     @jax.jit
     def step(cache, part):

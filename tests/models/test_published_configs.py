@@ -20,6 +20,12 @@ PARAMETERS = {
     "Qwen/Qwen3-VL-4B-Instruct": 4_437_815_808,
     "Qwen/Qwen3-VL-8B-Instruct": 8_767_123_696,
     "Qwen/Qwen3-VL-32B-Instruct": 33_357_390_064,
+    "Qwen/Qwen3.5-0.8B": 852_985_920,
+    "Qwen/Qwen3.5-2B": 2_213_241_664,
+    "Qwen/Qwen3.5-4B": 4_539_265_536,
+    "Qwen/Qwen3.5-9B": 9_409_813_744,
+    "Qwen/Qwen3.5-27B": 27_356_728_560,
+    "Qwen/Qwen3.6-27B": 27_356_728_560,
 }
 
 

@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
@@ -25,7 +27,8 @@ from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.session import lora_spec
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
-# Parameters of the whole model, and of the paper's adapter for it: rank 64 on seven projections per layer.
+# Parameters of the whole model, and of the paper's adapter for it: rank 64 on seven projections of an attention layer,
+# six of a linear one.
 SIZES = {
     "qwen2_5_vl_3b": (3_754_622_976, 119_734_272),
     "qwen2_5_vl_7b": (8_292_166_656, 161_480_704),
@@ -35,10 +38,17 @@ SIZES = {
     "qwen3_vl_4b": (4_437_815_808, 132_120_576),
     "qwen3_vl_8b": (8_767_123_696, 174_587_904),
     "qwen3_vl_32b": (33_357_390_064, 536_870_912),
+    "qwen3_5_0_8b": (852_985_920, 40_894_464),
+    "qwen3_5_2b": (2_213_241_664, 62_521_344),
+    "qwen3_5_4b": (4_539_265_536, 121_896_960),
+    "qwen3_5_9b": (9_409_813_744, 160_432_128),
+    "qwen3_5_27b": (27_356_728_560, 435_159_040),
+    "qwen3_6_27b": (27_356_728_560, 435_159_040),
 }
 FAMILIES = {
     "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
     "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
+    "qwen3_5": (Qwen3_5Config, Qwen3_5ForConditionalGeneration),
 }
 
 
@@ -58,6 +68,8 @@ def file_shapes(config: ModelConfig, abstract) -> dict[str, tuple[int, ...]]:
             shape = shape[1:]
         if row.layout != "same":
             shape = shape[::-1]
+        if row.layout == "depthwise":
+            shape = (shape[0], 1, shape[1])
         if row.layout == "conv":
             assert shape[1] == v.patch_dim
             shape = (shape[0], v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)

@@ -91,5 +91,5 @@ def test_each_layer_has_its_own_weights():
         "lm_head",
     } & set(variables["params"])
     for i, layer in enumerate(weights.layers):
-        want = layer_of(variables["params"]["layers"], i)
+        want = layer_of(variables["params"]["layers"], i, MODEL.config)
         jax.tree.map(np.testing.assert_array_equal, layer["params"], want)

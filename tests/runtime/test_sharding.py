@@ -20,7 +20,6 @@ from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.families import FAMILIES
 from vigos_jax.models.layers import LoraSpec
 from vigos_jax.models.published_configs import PUBLISHED, published_config
-from vigos_jax.models.tensor_names import LANGUAGE_PROJECTIONS
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.runtime.sharding import (
     AXES,
@@ -176,8 +175,8 @@ def test_rules(path, spec):
 def published_tree(name):
     """Abstract parameters and adapters, the vision tower's among them where it has such projections."""
     config = ModelConfig.from_hf(published_config(name))
-    projections = frozenset(LANGUAGE_PROJECTIONS)
-    lora = LoraSpec(64, 2.0, language=projections, vision=frozenset(FAMILIES[config.family].vision_adapters))
+    family = FAMILIES[config.family]
+    lora = LoraSpec(64, 2.0, language=frozenset(family.language_adapters), vision=frozenset(family.vision_adapters))
     return abstract_variables(VisionLanguageModel(config, lora=lora))
 
 

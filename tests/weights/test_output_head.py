@@ -17,7 +17,7 @@ from vigos_jax.models.config import ModelConfig
 from vigos_jax.plan.abstract_run import model_config_of
 from vigos_jax.weights import reading
 
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
 EMBEDDINGS = ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
 
 

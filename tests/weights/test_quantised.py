@@ -104,7 +104,7 @@ def test_what_is_written_are_the_original_numbers_with_the_adapter(folder, confi
     options = {"dtype": np.float32, "lora": lora, "scale": 2.0}
     table, params = tensor_table(config), load(folder, config, kind)
     expected = dict(writing.stream_tensors(plain, table, config, **options))
-    got = dict(writing.stream_tensors(params, table, config, originals=open_weights(folder), **options))
+    got = dict(writing.stream_tensors(params, table, config, files=open_weights(folder), **options))
     assert got.keys() == expected.keys()
     for name, x in got.items():
         np.testing.assert_allclose(np.asarray(x), np.asarray(expected[name]), atol=1e-6, err_msg=name)

@@ -48,12 +48,14 @@ class EncodedImage:
       grid: (t, h, w).
       label: None for an image; for frames of a video, the text in front of them: a timestamp, or nothing.
       time_step: of frames, M-RoPE positions from one to the next.
+      continues: whether these are further frames of the video in front of them.
     """
 
     patches: np.ndarray
     grid: Grid
     label: str | None = None
     time_step: float = 1.0
+    continues: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +108,7 @@ class Processor:
     merge_size: int  # patches along a side of one visual token
     frames_per_patch: int  # of a video
     tokens_per_second: float  # M-RoPE positions of a video; 0 where timestamps tell its frames apart
+    wraps_videos: bool  # the template's pair of vision tokens stands around all frames of a video
     _image_processor: Any
     _text_tokenizer: tokenizers.Tokenizer  # a private copy in which control tokens are plain text
     _control_ids: dict[str, int]
@@ -147,6 +150,7 @@ class Processor:
             merge_size=model.vision.spatial_merge_size,
             frames_per_patch=model.vision.temporal_patch_size,
             tokens_per_second=model.vision.tokens_per_second,
+            wraps_videos=model.wraps_videos,
             _image_processor=image_processor,
             _text_tokenizer=plain,
             _control_ids=control_ids,
@@ -236,14 +240,17 @@ class Processor:
             return (EncodedImage(one.patches, (groups, h, w), "", self.tokens_per_second * n / fps),)
         last = (len(sizes) - 1) / fps  # also the time of frames that lack for a pair
         times = [(min(i * n / fps, last) + min((i * n + n - 1) / fps, last)) / 2 for i in range(groups)]
-        return tuple(EncodedImage(one.patches, (1, h, w), f"<{time:.1f} seconds>") for time in times)
+        return tuple(
+            EncodedImage(one.patches, (1, h, w), f"<{time:.1f} seconds>", continues=i > 0)
+            for i, time in enumerate(times)
+        )
 
     def encode_video(
         self, frames: Sequence[Image.Image], *, fps: float, wanted: PixelLimits = AS_THE_FOLDER
     ) -> tuple[EncodedImage, ...]:
         """Frames of a video, in pairs (`frames_per_patch`); the last one stands in for those that lack for a pair.
 
-        Qwen2.5-VL reads them as one block whose positions tell the time, Qwen3-VL as blocks of a pair, each behind a
+        Qwen2.5-VL reads them as one block whose positions tell the time, the others as blocks of a pair, each behind a
         timestamp. They are resized as images are, each by the limits.
 
         Args:
@@ -282,7 +289,13 @@ class Processor:
         return self._chat_template.switches
 
     def encode_turn(
-        self, *, user_text: str, grids: Sequence[Grid], assistant_prefill: str, labels: Sequence[str | None] = ()
+        self,
+        *,
+        user_text: str,
+        grids: Sequence[Grid],
+        assistant_prefill: str,
+        labels: Sequence[str | None] = (),
+        continues: Sequence[bool] = (),
     ) -> Turn:
         """Prompt of one user turn: the images, then the text; then the assistant's header and prefill.
 
@@ -290,6 +303,7 @@ class Processor:
           user_text: exactly the text behind the images; may be empty.
           grids: one per image, from `EncodedImage.grid`.
           labels: one per image, from `EncodedImage.label`; () if all are images.
+          continues: one per image, from `EncodedImage.continues`; () if every frame is a video of its own.
           assistant_prefill: forced start of the answer, tokenised by itself; may be empty.
 
         Raises:
@@ -297,7 +311,9 @@ class Processor:
             thought in front of the prefill.
         """
         self._chat_template.check_prefill(self.behind_header, assistant_prefill)
-        head, before, after, tail = self._chat_parts(tuple(labels) or (None,) * len(grids))
+        labels = tuple(labels) or (None,) * len(grids)
+        continues = tuple(continues) if continues and self.wraps_videos else (False,) * len(grids)
+        head, before, after, tail = self._chat_parts(labels, continues)
         counts = iter(t * h * w // self.merge_size**2 for t, h, w in grids)
         prefix: list[int] = []
         for token in head:
@@ -306,13 +322,18 @@ class Processor:
         return Turn(prefix_ids=tuple(prefix), rest_ids=tuple(rest))
 
     @functools.lru_cache(maxsize=64)  # noqa: B019  (processors live as long as the program)
-    def _chat_parts(self, labels: tuple[str | None, ...]) -> tuple[list[int], str, str, list[int]]:
+    def _chat_parts(
+        self, labels: tuple[str | None, ...], continues: tuple[bool, ...]
+    ) -> tuple[list[int], str, str, list[int]]:
         """The model's own template around the text: (ids, template text before, template text after, ids).
 
         Template text that touches the user's is tokenised together with it, the way the model was trained; so is a
         label with what stands before it.
         """
-        content = [{"type": "image" if label is None else "video"} for label in labels]
+        visuals: list[list[str | None]] = []  # labels of an image, or of a video's frames
+        for label, goes_on in zip(labels, continues, strict=True):
+            visuals = [*visuals[:-1], [*visuals[-1], label]] if goes_on else [*visuals, [label]]
+        content = [{"type": "image" if one[0] is None else "video"} for one in visuals]
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": TEXT_MARK}]}]
         chat = self._chat_template.render(messages, add_generation_prompt=True)
         pattern = "(" + "|".join(re.escape(t) for t in sorted(self._control_ids, key=len, reverse=True)) + ")"
@@ -322,7 +343,7 @@ class Processor:
             raise InputError(f"the chat template of {self.folder} must show the user's text once, unchanged")
         before, after = pieces[marked[0]].split(TEXT_MARK)
         first, last = pieces[: marked[0]], pieces[marked[0] + 1 :]
-        wanted = [self.visual_ids[label is not None] for label in labels]
+        wanted = [self.visual_ids[one[0] is not None] for one in visuals]
         places = [i for i, piece in enumerate(first) if self._control_ids.get(piece) in self.visual_ids]
         others = [piece for piece in last if self._control_ids.get(piece) in self.visual_ids]
         if others or [self._control_ids[first[i]] for i in places] != wanted:
@@ -330,8 +351,13 @@ class Processor:
                 f"the chat template of {self.folder} must show one image token per image, before the text, "
                 "and one video token per video"
             )
-        for place, label in zip(places, labels, strict=True):
-            first[place - 3] += label or ""  # in front of <|vision_start|>
+        for place, one in reversed([*zip(places, visuals, strict=True)]):
+            start, end = place - 2, place + 2  # <|vision_start|> and <|vision_end|>
+            if self.wraps_videos and one[0] is not None:
+                block = first[start : end + 1]
+                first[place : place + 1] = [piece for label in one for piece in (label or "", *block)]
+            else:
+                first[start - 1] += one[0] or ""
         return self._template_ids(first), before, after, self._template_ids(last)
 
     def _template_ids(self, pieces: Sequence[str]) -> list[int]:

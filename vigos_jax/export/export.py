@@ -4,6 +4,7 @@ Everything is written into a hidden folder, checked if asked for, brought to the
 Of several processes the first writes; all take part in gathering the tensors, and all stop if one step fails there.
 """
 
+import itertools
 import json
 import pathlib
 import shutil
@@ -20,12 +21,13 @@ from vigos_jax.export.verify import compare
 from vigos_jax.models.families import adapter_table, tensor_table
 from vigos_jax.models.layers import LoraSpec
 from vigos_jax.models.quantization import has_quantised
+from vigos_jax.models.tensor_names import DELTA_PROJECTIONS
 from vigos_jax.models.variables import Variables
 from vigos_jax.runtime import hub
 from vigos_jax.runtime.distributed import first_decides, is_first
 from vigos_jax.runtime.progress import say
 from vigos_jax.session import Session
-from vigos_jax.weights import writing
+from vigos_jax.weights import reading, writing
 from vigos_jax.weights.safetensors_file import byte_count, write_file
 from vigos_jax.weights.weight_files import open_weights
 
@@ -111,7 +113,8 @@ def _write(
         is_whole = not has_quantised(session.base)
         rounds = e.kind == "merged" and e.dtype == "bfloat16" and lora is not None and is_whole
         report = compare(session, trained, config, temporary) if e.check or rounds else None
-        card = card_text(config, base=session.folder, lora=lora, run=run, report=report)
+        family = session.config.family
+        card = card_text(config, base=session.folder, family=family, lora=lora, run=run, report=report)
         first_decides(lambda: (temporary / "README.md").write_text(card, encoding="utf-8"))
     except Exception as e:
         if is_first():
@@ -139,17 +142,16 @@ def _tensors(
         return writing.stream_tensors(trained["lora"], adapter_table(config, _spec(session)), config, dtype=np.float32)
     params = trained.get("params", session.base)
     merged = {"lora": trained["lora"], "scale": _spec(session).scale} if "lora" in trained else {}
-    # An adapter is merged into the original weights: what their codes stand for is further from the model.
-    originals = open_weights(session.folder) if has_quantised(params) else None
-    return writing.stream_tensors(
-        params, tensor_table(config), config, dtype=jnp.dtype(dtype), originals=originals, **merged
-    )
+    table, files = tensor_table(config), open_weights(session.folder)
+    tensors = writing.stream_tensors(params, table, config, dtype=jnp.dtype(dtype), files=files, **merged)
+    return itertools.chain(tensors, writing.copied_tensors(files, reading.carried_names(files, config)))
 
 
 def _write_adapter_config(spec: LoraSpec, written: pathlib.Path, *, base: str) -> None:
     parts = []
     if spec.language:
-        parts.append(rf"language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(sorted(spec.language))})")
+        modules = "self_attn|mlp" + ("|linear_attn" if spec.language.intersection(DELTA_PROJECTIONS) else "")
+        parts.append(rf"language_model\.layers\.\d+\.({modules})\.({'|'.join(sorted(spec.language))})")
     if spec.vision:
         parts.append(rf"visual\.blocks\.\d+\.mlp\.({'|'.join(sorted(spec.vision))})")
     config = {

@@ -7,6 +7,7 @@ from typing import Any
 
 from vigos_jax import __version__
 from vigos_jax.method.prompts import fields
+from vigos_jax.models.families import FAMILIES
 from vigos_jax.models.layers import LoraSpec
 from vigos_jax.runtime import workdir as files
 from vigos_jax.runtime.hub import REPOSITORY
@@ -49,18 +50,25 @@ class RunFacts:
 
 
 def card_text(
-    config, *, base: pathlib.Path, lora: LoraSpec | None, run: RunFacts | None, report: Mapping[str, Any] | None
+    config,
+    *,
+    base: pathlib.Path,
+    family: str,
+    lora: LoraSpec | None,
+    run: RunFacts | None,
+    report: Mapping[str, Any] | None,
 ) -> str:
     """The card of an export as `config.export` describes it.
 
     Args:
       base: the base model's folder, whose own card gives the license.
+      family: the base's, whose license it is where the folder has no card that gives one.
       lora: the student's adapter, if it has one.
       run: None if nothing was trained here.
       report: of `verify.compare`; None if nothing was compared.
     """
     name, is_adapter = _base_name(config.model.path), config.export.kind == "adapter"
-    parts = [f"---\n{_metadata(config, base, is_adapter=is_adapter)}---"]
+    parts = [f"---\n{_metadata(config, base, family, is_adapter=is_adapter)}---"]
     parts.append(f"# {name.rsplit('/', 1)[-1]}, {'post-trained' if run else 'exported'}")
     kind = "A LoRA adapter for" if is_adapter else f"A full checkpoint ({config.export.dtype}) of"
     if run:
@@ -90,7 +98,7 @@ def _is_on_hub(path: str) -> bool:
     return REPOSITORY.fullmatch(path) is not None and not pathlib.Path(path).expanduser().exists()
 
 
-def _metadata(config, base: pathlib.Path, *, is_adapter: bool) -> str:
+def _metadata(config, base: pathlib.Path, family: str, *, is_adapter: bool) -> str:
     """The YAML that the hub reads. A base or data that is not on the hub has no name there."""
     from huggingface_hub import CardData
     from huggingface_hub.repocard import metadata_load
@@ -101,6 +109,8 @@ def _metadata(config, base: pathlib.Path, *, is_adapter: bool) -> str:
     except Exception:  # no front matter of any use: then it gives no license
         known = {}
     data = {k: known[k] for k in _LICENSE if k in known}
+    if not data and FAMILIES[family].license:
+        data["license"] = FAMILIES[family].license
     if _is_on_hub(config.model.path):
         data["base_model"] = config.model.path
     if _is_on_hub(config.data.source):

@@ -9,6 +9,8 @@ from the prefix as if it were alone:
     position  | 0 1 2 ...  p | p+1 p+2 ...                 | p+1 p+2 ...                 | 0 0 0
 
 Each branch holds only what its scored tokens need: its prompt and the student's completion up to the last of them.
+Where a family's layers carry a state along the sequence, branches start at multiples of `ModelConfig.chunk`, behind
+padding, and `models/delta_rule.py` hands each of them the prefix's state.
 """
 
 import dataclasses
@@ -109,10 +111,14 @@ def make_row(
       reference: the answer that a role's template may show; the student's cannot ask for it.
       fields: texts of further columns that a role's template, but not the student's, may show.
     """
-    grids, labels = [image.grid for image in images], [image.label for image in images]
+    visuals: dict[str, Any] = {
+        "grids": [image.grid for image in images],
+        "labels": [image.label for image in images],
+        "continues": [image.continues for image in images],
+    }
 
     def turn(text: str, prefill: str) -> Turn:
-        return processor.encode_turn(user_text=text, grids=grids, labels=labels, assistant_prefill=prefill)
+        return processor.encode_turn(user_text=text, assistant_prefill=prefill, **visuals)
 
     shown = {"problem": problem, "reference": reference} | dict(fields or {})
     return Row(
@@ -132,15 +138,23 @@ def too_long(
 ) -> str | None:
     """The kind of bucket this row cannot fit whatever is sampled for it, or None if it always fits."""
     prompt = len(row.prompt.ids)
-    branches = len(row.prompt.prefix_ids) + max(
-        sum(len(t.rest_ids) + max_completion for r, t in zip(roles, row.teachers, strict=True) if r.applies(valid))
-        for valid in (True, False)
-    )
+    branches = 0
+    for valid in (True, False):
+        length = len(row.prompt.prefix_ids)
+        for role, turn in zip(roles, row.teachers, strict=True):
+            if role.applies(valid):
+                length += _gap(length, config) + len(turn.rest_ids) + max_completion
+        branches = max(branches, length)
     longest = max(prompt + max_completion, branches)
     for kind, n in (("patches", slot_count(row, config)), ("prompt", prompt), ("sequence", longest)):
         if n > max(getattr(buckets, kind)):
             return kind
     return None
+
+
+def _gap(length: int, config: ModelConfig) -> int:
+    """Padding behind `length` tokens, so that a branch may start."""
+    return -length % config.chunk
 
 
 def _vision(rows: Sequence[Row], config: ModelConfig, buckets: Buckets) -> VisionInputs:
@@ -177,7 +191,12 @@ class _Sequence(NamedTuple):
     image_index: np.ndarray
 
 
-_EMPTY = _Sequence(np.zeros(0, np.int32), np.zeros((3, 0), np.int32), np.zeros(0, np.int32), np.zeros(0, np.int32))
+def _padding(n: int) -> _Sequence:
+    zeros = np.zeros(n, np.int32)
+    return _Sequence(zeros, np.zeros((3, n), np.int32), zeros, zeros - 1)
+
+
+_EMPTY = _padding(0)
 
 
 class _Token(NamedTuple):
@@ -345,7 +364,7 @@ def _pack_row(
     prefix = row.prompt.prefix_ids
     parts = [_sequence(row, prefix, config)]
     after_prefix = _after(parts[0].positions)
-    length, tokens = len(prefix), []
+    length, segment, tokens = len(prefix), 1, []
     for r, (role, turn) in enumerate(zip(roles, row.teachers, strict=True)):
         if turn.prefix_ids != prefix:
             raise ValueError(f"role {role.name} does not share the student's header and images")
@@ -358,7 +377,9 @@ def _pack_row(
         branch = np.asarray(turn.rest_ids + tuple(rollout.ids[j] for j in read[: at[scored[-1]]]), np.int32)
         n = len(branch)
         positions = np.broadcast_to(after_prefix + np.arange(n), (3, n))
-        parts.append(_Sequence(branch, positions, np.full(n, len(parts) + 1, np.int32), np.full(n, -1)))
+        gap, segment = _gap(length, config), segment + 1
+        parts += [_padding(gap), _Sequence(branch, positions, np.full(n, segment, np.int32), np.full(n, -1))]
+        length += gap
         for j in scored:
             logp = rollout.logps[j] if rollout.logps is not None else np.nan
             student_at, teacher_at = len(row.prompt.ids) + j - 1, length + len(turn.rest_ids) + at[j] - 1

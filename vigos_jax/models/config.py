@@ -13,9 +13,16 @@ from typing import Any
 
 from vigos_jax.errors import InputError
 from vigos_jax.models.config_fields import Section
+from vigos_jax.models.delta_config import FULL, DeltaConfig, layer_pattern, parse_delta
 from vigos_jax.runtime.files import read_object
 
 MAX_LAYERS = 1024
+# Relatives of supported families that differ in more than their sizes.
+_NAMED = {
+    "qwen3_5_moe": "Qwen3.5-MoE (model_type 'qwen3_5_moe'), whose MLPs are mixtures of experts,",
+    "qwen3_5_text": "Qwen3.5 without its vision tower (model_type 'qwen3_5_text')",
+    "qwen3_vl_moe": "Qwen3-VL-MoE (model_type 'qwen3_vl_moe'), whose MLPs are mixtures of experts,",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +87,26 @@ class ModelConfig:
     qkv_bias: bool = True
     qk_norm: bool = False  # RMSNorm of every query and key head
     mrope_interleaved: bool = False  # see layers.mrope_angles
+    norm_offset: float = 0.0  # added to the weights of the decoder's norms
+    attention_gate: bool = False  # q_proj gives each head a gate beside its query; sigmoid(gate) scales its output
+    layer_pattern: tuple[str, ...] = (FULL,)  # kinds of the layers of one group; the decoder repeats it
+    delta: DeltaConfig | None = None  # of linear layers
+    wraps_videos: bool = False  # frames of a video stand together inside one pair of vision tokens
+
+    @property
+    def groups(self) -> int:
+        """How often the decoder repeats `layer_pattern`."""
+        return self.num_layers // len(self.layer_pattern)
+
+    @property
+    def attention_layers(self) -> int:
+        """Layers that keep keys and values."""
+        return self.groups * self.layer_pattern.count(FULL)
+
+    @property
+    def chunk(self) -> int:
+        """Tokens that packed branches must start at a multiple of: 1 where attention alone reads earlier tokens."""
+        return self.delta.chunk if self.delta is not None else 1
 
     @property
     def visual_ids(self) -> tuple[int, int]:
@@ -101,6 +128,8 @@ class ModelConfig:
     def from_hf(cls, raw: Mapping[str, Any], *, where: str = "config.json") -> "ModelConfig":
         """Converts the parsed `config.json` of a Hugging Face folder, by the parser of its model_type."""
         family = raw.get("model_type")
+        if isinstance(family, str) and family in _NAMED:
+            raise InputError(f"{where}: {_NAMED[family]} is not supported; choices: {', '.join(PARSERS)}")
         if not isinstance(family, str) or family not in PARSERS:
             raise InputError(f"{where}: model_type {family!r} is not supported; choices: {', '.join(PARSERS)}")
         _check_precision(raw, where)
@@ -137,6 +166,7 @@ class DecoderTraits:
       vision_act: the activation of the tower's MLPs.
       may_be_flat: the decoder's fields may lie at the top level; their `tie_word_embeddings` may lie among them.
       has_head_dim: the head size is a field of its own, not the hidden size over the number of heads.
+      is_hybrid: some layers are gated delta rule layers; full ones have an output gate, and part of a head rotates.
     """
 
     parse_vision: Callable[[Section], VisionConfig]
@@ -146,6 +176,9 @@ class DecoderTraits:
     qkv_bias: bool
     qk_norm: bool
     mrope_interleaved: bool
+    norm_offset: float = 0.0
+    is_hybrid: bool = False
+    wraps_videos: bool = False
 
 
 def parse_decoder(raw: Mapping[str, Any], where: str, *, family: str, traits: DecoderTraits) -> ModelConfig:
@@ -155,10 +188,11 @@ def parse_decoder(raw: Mapping[str, Any], where: str, *, family: str, traits: De
         text, rope = _text_and_rope(top, traits)
         vision = top.section("vision_config")
         heads = text.whole("num_attention_heads")
+        num_layers = text.whole("num_hidden_layers", most=MAX_LAYERS)
         config = ModelConfig(
             family=family,
             hidden_size=text.whole("hidden_size"),
-            num_layers=text.whole("num_hidden_layers", most=MAX_LAYERS),
+            num_layers=num_layers,
             num_heads=heads,
             num_kv_heads=heads if text.get("num_key_value_heads") is None else text.whole("num_key_value_heads"),
             head_dim=text.whole("head_dim") if traits.has_head_dim else text.whole("hidden_size") // heads,
@@ -176,8 +210,13 @@ def parse_decoder(raw: Mapping[str, Any], where: str, *, family: str, traits: De
             qkv_bias=traits.qkv_bias,
             qk_norm=traits.qk_norm,
             mrope_interleaved=traits.mrope_interleaved,
+            norm_offset=traits.norm_offset,
+            attention_gate=traits.is_hybrid,
+            layer_pattern=layer_pattern(text, num_layers) if traits.is_hybrid else (FULL,),
+            delta=parse_delta(text) if traits.is_hybrid else None,
+            wraps_videos=traits.wraps_videos,
         )
-        _check_sizes(config)
+        _check_sizes(config, rotary=_rotary_dims(config, text, rope) if traits.is_hybrid else config.head_dim)
         _check_computation(config, text, rope, vision, traits)
     except KeyError as e:
         raise InputError(f"{where}: field {e} is missing, and has no default; the model needs it") from e
@@ -206,6 +245,7 @@ def _check_computation(
     """Raises ValueError where a file asks for a computation that this program does not have."""
     types = text.values.get("layer_types") or []
     other_types = [t for t in (types if isinstance(types, list) else [types]) if t != "full_attention"]
+    other_types = [] if traits.is_hybrid else other_types
     for field, value, choices in (
         ("hidden_act", text.get("hidden_act"), ("silu",)),
         ("vision_config.hidden_act", vision.get("hidden_act"), (traits.vision_act,)),
@@ -221,8 +261,14 @@ def _check_computation(
             raise ValueError(f"{field}={json.dumps(value)} is not supported; choices: {words}")
 
 
-def _check_sizes(config: ModelConfig) -> None:
-    """Raises ValueError where dimensions contradict each other."""
+def _rotary_dims(config: ModelConfig, text: Section, rope: Section) -> int:
+    """Dimensions of a head that rotate."""
+    section = rope if "partial_rotary_factor" in rope.values else text
+    return int(config.head_dim * section.positive("partial_rotary_factor"))
+
+
+def _check_sizes(config: ModelConfig, *, rotary: int) -> None:
+    """Raises ValueError where dimensions contradict each other. rotary: dimensions of a head that rotate."""
     vision = config.vision
     if max(config.visual_ids) >= config.vocab_size:
         raise ValueError(
@@ -234,11 +280,9 @@ def _check_sizes(config: ModelConfig) -> None:
     ):
         if n % parts:
             raise ValueError(f"{what} {n} and {parts}: the first must be a multiple of the second")
-    if 2 * sum(config.mrope_section) != config.head_dim:
-        raise ValueError(
-            f"mrope_section {config.mrope_section} must be three numbers that sum to half the head size "
-            f"{config.head_dim}"
-        )
+    if 2 * sum(config.mrope_section) != rotary:
+        what = "the head size" if rotary == config.head_dim else f"what rotates of the head size {config.head_dim}:"
+        raise ValueError(f"mrope_section {config.mrope_section} must be three numbers that sum to half {what} {rotary}")
     if vision.out_hidden_size != config.hidden_size:
         raise ValueError(
             f"vision_config's out_hidden_size {vision.out_hidden_size} must be the decoder's hidden_size "
@@ -269,9 +313,9 @@ def _qwen2_5_vision(vision: Section) -> VisionConfig:
     )
 
 
-def _qwen3_vision(vision: Section) -> VisionConfig:
+def _qwen3_vision(vision: Section, *, has_deepstack: bool) -> VisionConfig:
     num_positions = vision.whole("num_position_embeddings")
-    blocks = vision.wholes("deepstack_visual_indexes")
+    blocks = vision.wholes("deepstack_visual_indexes") if has_deepstack else ()
     if round(num_positions**0.5) ** 2 != num_positions:
         raise ValueError(f"num_position_embeddings {num_positions} must be a square number")
     if len(set(blocks)) < len(blocks) or not all(i < vision.whole("depth") for i in blocks):
@@ -279,33 +323,31 @@ def _qwen3_vision(vision: Section) -> VisionConfig:
     return VisionConfig(**_common_vision(vision), num_positions=num_positions, deepstack_blocks=blocks)
 
 
+_QWEN2_5 = DecoderTraits(
+    _qwen2_5_vision,
+    vision_act="silu",
+    may_be_flat=True,
+    has_head_dim=False,
+    qkv_bias=True,
+    qk_norm=False,
+    mrope_interleaved=False,
+)
+_QWEN3 = DecoderTraits(
+    functools.partial(_qwen3_vision, has_deepstack=True),
+    vision_act="gelu_pytorch_tanh",
+    may_be_flat=False,
+    has_head_dim=True,
+    qkv_bias=False,
+    qk_norm=True,
+    mrope_interleaved=True,
+)
+_QWEN3_5 = dataclasses.replace(
+    _QWEN3, parse_vision=functools.partial(_qwen3_vision, has_deepstack=False), norm_offset=1.0, is_hybrid=True,
+    wraps_videos=True,
+)  # fmt: skip
 # model_type -> (parsed config.json, its path) -> ModelConfig. Here and not beside the towers: data workers read
 # config.json, too, and need not import flax.
 PARSERS: dict[str, Callable[[Mapping[str, Any], str], ModelConfig]] = {
-    "qwen2_5_vl": functools.partial(
-        parse_decoder,
-        family="qwen2_5_vl",
-        traits=DecoderTraits(
-            _qwen2_5_vision,
-            vision_act="silu",
-            may_be_flat=True,
-            has_head_dim=False,
-            qkv_bias=True,
-            qk_norm=False,
-            mrope_interleaved=False,
-        ),
-    ),
-    "qwen3_vl": functools.partial(
-        parse_decoder,
-        family="qwen3_vl",
-        traits=DecoderTraits(
-            _qwen3_vision,
-            vision_act="gelu_pytorch_tanh",
-            may_be_flat=False,
-            has_head_dim=True,
-            qkv_bias=False,
-            qk_norm=True,
-            mrope_interleaved=True,
-        ),
-    ),
+    name: functools.partial(parse_decoder, family=name, traits=traits)
+    for name, traits in (("qwen2_5_vl", _QWEN2_5), ("qwen3_vl", _QWEN3), ("qwen3_5", _QWEN3_5))
 }

@@ -1,6 +1,7 @@
-"""The decoder that both families share: M-RoPE, grouped heads, SwiGLU, a cache, and DeepStack's visual features."""
+"""The attention layer of all families: M-RoPE, grouped heads, SwiGLU, a cache, and DeepStack's visual features."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +16,7 @@ from vigos_jax.models.attention_masks import Described
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.kv_cache import Cached, KeyValues, attend, key_values
 from vigos_jax.models.layers import (
-    ATTENTION_INPUTS,
-    MLP_INPUTS,
+    JOINED,
     ROWS,
     GatedMLP,
     LoraSpec,
@@ -40,6 +40,7 @@ class LayerInputs(flax.struct.PyTreeNode):
       mask: which token attends to which; `Cached` for one token a row behind a cache.
       image_index: which visual token stands here, -1 for text.
       deepstack: visual features that are added behind layers 0 .. n-1; None where there are none.
+      segment_ids: see `TextInputs`; for layers whose state flows along the sequence.
       keep: static, whether layers return what decoding will need of these tokens.
     """
 
@@ -47,6 +48,7 @@ class LayerInputs(flax.struct.PyTreeNode):
     mask: Bool[Array, "B T T"] | Described | Cached
     image_index: Int[Array, "B T"]
     deepstack: Float[Array, "n B M D"] | None
+    segment_ids: Int[Array, "B T"]
     keep: bool = flax.struct.field(pytree_node=False, default=False)
 
 
@@ -91,18 +93,22 @@ class DecoderLayer(nn.Module):
 
         def heads(x: Float[Array, "B T F"], count: int) -> Float[Array, "B T {count} H"]:
             divides = self.mesh is not None and count % self.mesh.shape["tensor"] == 0
-            x = x.reshape(b, t, count, c.head_dim)
+            x = x.reshape(b, t, count, -1)
             return place(x, self.mesh, ROWS, None, "tensor" if divides else None)
 
         x = place_states(x, self.mesh)
-        h = RMSNorm(c.rms_eps, name="input_norm")(x)
-        low = joined_low_rank(self, h)
-        q = project("q_proj", c.num_heads * c.head_dim, c.qkv_bias)(h, deterministic, low)
+        norm = functools.partial(RMSNorm, c.rms_eps, c.norm_offset)
+        h = norm(name="input_norm")(x)
+        low, width = joined_low_rank(self, h), c.num_heads * c.head_dim * (2 if c.attention_gate else 1)
+        q = project("q_proj", width, c.qkv_bias)(h, deterministic, low)
         k = project("k_proj", c.num_kv_heads * c.head_dim, c.qkv_bias)(h, deterministic, low)
         v = project("v_proj", c.num_kv_heads * c.head_dim, c.qkv_bias)(h, deterministic, low)
         q, k, v = heads(q, c.num_heads), heads(k, c.num_kv_heads), heads(v, c.num_kv_heads)
+        gate = None
+        if c.attention_gate:
+            q, gate = jnp.split(q, 2, axis=-1)
         if c.qk_norm:
-            q, k = RMSNorm(c.rms_eps, name="q_norm")(q), RMSNorm(c.rms_eps, name="k_norm")(k)
+            q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
         q, k = rotate(q, inputs.angles), rotate(k, inputs.angles)
         if isinstance(inputs.mask, Cached):
             assert cached is not None
@@ -111,10 +117,12 @@ class DecoderLayer(nn.Module):
         else:
             kept = KeyValues(k, v, 1) if inputs.keep else None
             out = attention(q, k, v, inputs.mask, implementation=self.attention, mesh=self.mesh)
+        if gate is not None:
+            out = out * jax.nn.sigmoid(gate)
         out = out.reshape(b, t, -1)
         x = place_states(x + project("o_proj", c.hidden_size, False)(out, deterministic), self.mesh)
         mlp = GatedMLP(c.hidden_size, c.intermediate_size, False, self.lora, names, name="mlp")
-        x = x + mlp(RMSNorm(c.rms_eps, name="post_norm")(x), deterministic)
+        x = x + mlp(norm(name="post_norm")(x), deterministic)
         if inputs.deepstack is not None:
             n = inputs.deepstack.shape[0]
 
@@ -143,11 +151,15 @@ def decoder_layers(
 
 def decode_layer(config: ModelConfig, *, lora: LoraSpec | None, attention: str, mesh: Mesh | None, layer: int) -> Any:
     """One layer by itself, as decoding applies it: with a cache, and with adapters from `join_adapters`."""
-    lora = dataclasses.replace(lora, scale=1.0, dropout=0.0) if lora is not None else None  # A is scaled already
-    return DecoderLayer(config, lora, attention, mesh, parent=None)
+    return DecoderLayer(config, decode_lora(lora), attention, mesh, parent=None)
 
 
-def layer_of(stacked: Any, layer: int) -> Any:
+def decode_lora(lora: LoraSpec | None) -> LoraSpec | None:
+    """The spec of adapters from `join_adapters`, whose A are scaled already."""
+    return dataclasses.replace(lora, scale=1.0, dropout=0.0) if lora is not None else None
+
+
+def layer_of(stacked: Any, layer: int, config: ModelConfig) -> Any:
     """One layer's part of parameters, adapters or kept states, which are stacked [L, ...]."""
     return jax.tree.map(lambda x: x[layer], stacked)
 
@@ -161,7 +173,7 @@ def join_adapters(lora: Mapping[str, Any], *, scale: float, dtype: Any) -> dict[
 
     Returns:
       The same tree with A already scaled. Of projections that read the same states A is one array [L, D, n r], the
-      leaf `joined` beside them, in the order of `ATTENTION_INPUTS` and `MLP_INPUTS`; their B is [L, n r, F], zero but
+      leaf `joined` beside them, in the order of `layers.JOINED`; their B is [L, n r, F], zero but
       for the projection's own r rows. So all of them multiply the same low-rank states, and a compiler joins them.
     """
     out: dict[str, Any] = {}
@@ -170,7 +182,7 @@ def join_adapters(lora: Mapping[str, Any], *, scale: float, dtype: Any) -> dict[
             out[name] = {"a": (scale * node["a"]).astype(dtype), "b": node["b"].astype(dtype)}
         else:
             out[name] = join_adapters(node, scale=scale, dtype=dtype)
-    for names in (ATTENTION_INPUTS, MLP_INPUTS):
+    for names in JOINED:
         together = [out[name] for name in names if name in out]
         for i, adapter in enumerate(together):
             rank, after = adapter["b"].shape[-2], len(together) - 1 - i

@@ -9,11 +9,19 @@ from typing import Any
 
 import flax.linen as nn
 
-from vigos_jax.models import qwen2_5_vl, qwen3_vl
+from vigos_jax.models import qwen2_5_vl, qwen3_5, qwen3_vl
 from vigos_jax.models.config import PARSERS, ModelConfig
-from vigos_jax.models.decoder import decode_layer, decoder_layers, join_adapters, layer_of
+from vigos_jax.models.decoder import decode_layer, decoder_layers, layer_of
+from vigos_jax.models.hybrid import hybrid_decode_layer, hybrid_layer_of, hybrid_layers
 from vigos_jax.models.layers import LoraSpec
-from vigos_jax.models.tensor_names import LANGUAGE_PROJECTIONS, MLP_PROJECTIONS, Tensor
+from vigos_jax.models.tensor_names import (
+    DELTA_PROJECTIONS,
+    LANGUAGE_PROJECTIONS,
+    MLP_PROJECTIONS,
+    Path,
+    Tensor,
+    canonical,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +36,10 @@ class Family:
         "official" cover too. They are in `visual/blocks/mlp`.
       layers: the decoder's stack, see `decoder.decoder_layers`.
       decode_layer: one layer of it by itself, see `decoder.decode_layer`.
-      layer_of: (the stack's parameters, adapters or kept states; layer) -> that layer's part.
-      join_adapters: see `decoder.join_adapters`.
+      layer_of: (the stack's parameters, adapters or kept states; layer; config) -> that layer's part.
+      language_adapters: the decoder's projections that new adapters cover.
+      license: of the published models, for the card of an export whose base's folder gives none; "" where sizes differ.
+      carried: beginnings of the names of tensors that no role reads: left alone on import, copied on export.
     """
 
     tower: Callable[..., nn.Module]
@@ -37,13 +47,25 @@ class Family:
     vision_adapters: tuple[str, ...] = ()
     layers: Callable[..., nn.Module] = decoder_layers
     decode_layer: Callable[..., nn.Module] = decode_layer
-    layer_of: Callable[[Any, int], Any] = layer_of
-    join_adapters: Callable[..., dict[str, Any]] = join_adapters
+    layer_of: Callable[[Any, int, ModelConfig], Any] = layer_of
+    language_adapters: tuple[str, ...] = LANGUAGE_PROJECTIONS
+    license: str = ""
+    carried: tuple[str, ...] = ()
 
 
 FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": Family(qwen2_5_vl.VisionTower, qwen2_5_vl.tensors, vision_adapters=MLP_PROJECTIONS),
-    "qwen3_vl": Family(qwen3_vl.VisionTower, qwen3_vl.tensors),
+    "qwen3_vl": Family(qwen3_vl.VisionTower, qwen3_vl.tensors, license="apache-2.0"),
+    "qwen3_5": Family(
+        qwen3_vl.VisionTower,
+        qwen3_5.tensors,
+        layers=hybrid_layers,
+        decode_layer=hybrid_decode_layer,
+        layer_of=hybrid_layer_of,
+        language_adapters=(*LANGUAGE_PROJECTIONS, *DELTA_PROJECTIONS),
+        license="apache-2.0",
+        carried=qwen3_5.CARRIED,
+    ),
 }
 
 
@@ -66,19 +88,26 @@ def tensor_table(config: ModelConfig) -> list[Tensor]:
 
 
 def adapter_table(config: ModelConfig, lora: LoraSpec) -> list[Tensor]:
-    """Every tensor of a PEFT adapter of this shape."""
+    """Every tensor of a PEFT adapter of this shape, the decoder's first."""
     rows: list[Tensor] = []
-    prefix = "base_model.model.model"
-    targets = [
-        (("layers", *(("mlp",) if n in MLP_PROJECTIONS else ()), n),
-         f"{prefix}.language_model.layers.{{i}}.{'mlp' if n in MLP_PROJECTIONS else 'self_attn'}.{n}",
-         config.num_layers)
-        for n in LANGUAGE_PROJECTIONS if n in lora.language
-    ] + [
-        (("visual", "blocks", "mlp", n), f"{prefix}.visual.blocks.{{i}}.mlp.{n}", config.vision.depth)
-        for n in FAMILIES[config.family].vision_adapters if n in lora.vision
-    ]  # fmt: skip
-    for path, name, layers in targets:
-        rows.append(Tensor((*path, "a"), f"{name}.lora_A.weight", layers, "transposed"))
-        rows.append(Tensor((*path, "b"), f"{name}.lora_B.weight", layers, "transposed"))
+    kernels = [row for row in tensor_table(config) if row.path[-1] == "kernel"]
+    for part, names in (("layers", lora.language), ("visual", lora.vision)):
+        for row in kernels:
+            *_, name, _ = row.path
+            if row.path[0] == part and name in names:
+                rows += _adapter_of(row)
     return rows
+
+
+def _adapter_of(kernel: Tensor) -> list[Tensor]:
+    """A and B of one projection, as PEFT names them over the class that transformers loads a family with."""
+    name = canonical(kernel.name).removesuffix(".weight")
+    for ours, theirs in (("model.", "model.language_model."), ("visual.", "model.visual.")):
+        if name.startswith(ours):
+            name = theirs + name.removeprefix(ours)
+            break
+    path: Path = kernel.path[:-1]
+    return [
+        dataclasses.replace(kernel, path=(*path, part), name=f"base_model.model.{name}.lora_{part.upper()}.weight")
+        for part in ("a", "b")
+    ]

@@ -37,8 +37,7 @@ def rematerialised(layer: type[nn.Module], remat: str, layers: int, *, static: t
 ROWS = ("data", "fsdp")  # the mesh axes that a batch lies over
 
 # Projections that read the same states.
-ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
-MLP_INPUTS = ("gate_proj", "up_proj")
+JOINED = (("q_proj", "k_proj", "v_proj"), ("in_proj_qkv", "in_proj_z"), ("gate_proj", "up_proj"))
 
 
 def place(x: Array, mesh: Mesh | None, *axes: str | tuple[str, ...] | None) -> Array:
@@ -78,17 +77,18 @@ class LoraSpec:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale, computed in float32."""
+    """x / rms(x) * (offset + scale), computed in float32."""
 
     eps: float
+    offset: float = 0.0  # 1 where checkpoints hold what is added to a scale of one
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Scales [..., D] to a root mean square of one, in float32."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        scale = self.param("scale", nn.initializers.constant(1 - self.offset), (x.shape[-1],)).astype(jnp.float32)
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
-        return (y * scale.astype(jnp.float32)).astype(x.dtype)
+        return (y * (scale + self.offset if self.offset else scale)).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -254,11 +254,13 @@ def grid_angles(
     return (hw.astype(jnp.float32)[..., None] * frequency).reshape(*hw.shape[:-1], 2 * n)
 
 
-def rotate(x: Float[Array, "B T N H"], angles: Float[Array, "B T H//2"]) -> Float[Array, "B T N H"]:
-    """Rotates pairs (i, i + H/2) of each head by `angles`."""
+def rotate(x: Float[Array, "B T N H"], angles: Float[Array, "B T R"]) -> Float[Array, "B T N H"]:
+    """Rotates pairs (i, i + R) of each head's first 2 R dimensions by `angles`; the rest stay as they are."""
+    r = angles.shape[-1]
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+    a, b = (x[..., i : i + r].astype(jnp.float32) for i in (0, r))
+    rotated = [y.astype(x.dtype) for y in (a * cos - b * sin, b * cos + a * sin)]
+    return jnp.concatenate([*rotated, *([x[..., 2 * r :]] if x.shape[-1] > 2 * r else [])], -1)
 
 
 class VisionAttention(nn.Module):

@@ -1,6 +1,6 @@
 """Kernels of the frozen base in fewer bits: int8 with a scale per output channel, or nf4 in blocks of 64.
 
-Of the decoder's seven projections alone: norms, biases, the embedding, the head and the vision tower, whose widths no
+Of the decoder's large projections alone: norms, biases, the embedding, the head and the vision tower, whose widths no
 block divides, keep the model's dtype. `qwix` makes the codes. Products are ours: a table look-up is a gather, which a
 TPU runs at a small fraction of its memory's speed, so that codes become values by selects that fuse into one pass.
 """
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from vigos_jax.errors import InputError
 from vigos_jax.models.shapes import Array, Float, Num
-from vigos_jax.models.tensor_names import LANGUAGE_PROJECTIONS
+from vigos_jax.models.tensor_names import DELTA_PROJECTIONS, LANGUAGE_PROJECTIONS
 
 BLOCK = 64  # numbers of a column that share a scale in nf4
 _HALF = BLOCK // 2
@@ -60,7 +60,7 @@ def has_quantised(tree: Any) -> bool:
 
 def is_quantisable(path: tuple[str, ...]) -> bool:
     """Whether the leaf at this path of a `params` tree is the kernel of a decoder projection."""
-    return path[0] == "layers" and path[-1] == "kernel" and path[-2] in LANGUAGE_PROJECTIONS
+    return path[0] == "layers" and path[-1] == "kernel" and path[-2] in (*LANGUAGE_PROJECTIONS, *DELTA_PROJECTIONS)
 
 
 def check_width(rows: int, kind: str, *, name: str) -> None:

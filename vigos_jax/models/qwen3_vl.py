@@ -135,6 +135,11 @@ def resample(
 
 def tensors(config: ModelConfig) -> list[Tensor]:
     """The published layout, in file order, but for `lm_head`."""
+    return tower_tensors(config) + decoder_tensors(config, "model.language_model")
+
+
+def tower_tensors(config: ModelConfig) -> list[Tensor]:
+    """The vision tower's tensors."""
     name = "model.visual"
     depth, blocks, file_blocks = config.vision.depth, ("visual", "blocks"), f"{name}.blocks.{{i}}"
     rows = [
@@ -154,4 +159,4 @@ def tensors(config: ModelConfig) -> list[Tensor]:
         rows += layer_norm(("visual", ours, "norm"), f"{name}.{theirs}.norm")
         rows += dense(("visual", ours, "fc1"), f"{name}.{theirs}.linear_fc1")
         rows += dense(("visual", ours, "fc2"), f"{name}.{theirs}.linear_fc2")
-    return rows + decoder_tensors(config, "model.language_model")
+    return rows

@@ -5,9 +5,11 @@ trained: an adapter in a `lora` collection, or, in full fine-tuning, a `params` 
 alone, unless a run says otherwise.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from vigos_jax.models.quantization import is_quantised
 
@@ -41,14 +43,35 @@ def shares_vision(trained: Variables) -> bool:
     return "visual" not in trained.get("lora", {})
 
 
+_ISLANDS = frozenset(("A_log", "gated_norm"))  # of gated delta rule layers
+
+
+def is_float32_island(path: Iterable[str]) -> bool:
+    """Whether the leaf at this path is float32 whatever the dtype of the base.
+
+    The decay of a state is an exponential of an exponential of A_log: its rounding grows along the sequence.
+    """
+    return not _ISLANDS.isdisjoint(path)
+
+
 def cast_floats(tree: Any, dtype: Any) -> Any:
-    """Casts all leaves, for the float32 master weights of full fine-tuning before a decode loop.
+    """Casts all leaves but float32 islands: the master weights of full fine-tuning before a decode loop.
 
     Codes and scales of a quantised kernel have dtypes of their own, and keep them.
     """
-    return jax.tree.map(lambda x: x if is_quantised(x) else x.astype(dtype), tree, is_leaf=is_quantised)
+
+    def cast(path: tuple[Any, ...], x: Any) -> Any:
+        return x if is_quantised(x) else x.astype(_dtype_of(path, dtype))
+
+    return jax.tree_util.tree_map_with_path(cast, tree, is_leaf=is_quantised)
 
 
 def has_dtype(tree: Any, dtype: Any) -> bool:
     """Whether `cast_floats` would change nothing."""
-    return all(is_quantised(x) or x.dtype == dtype for x in jax.tree.leaves(tree, is_leaf=is_quantised))
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantised)
+    return all(is_quantised(x) or x.dtype == _dtype_of(path, dtype) for path, x in leaves)
+
+
+def _dtype_of(path: tuple[Any, ...], dtype: Any) -> Any:
+    is_island = is_float32_island(str(getattr(key, "key", key)) for key in path)
+    return jnp.dtype(jnp.float32 if is_island else dtype)

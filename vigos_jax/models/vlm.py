@@ -1,4 +1,4 @@
-"""The whole model, of either family: a vision tower, a decoder, a head; one parameter tree for every role.
+"""The whole model, of any family: a vision tower, a decoder, a head; one parameter tree for every role.
 
 `apply({"params": base, "lora": adapter}, ...)` is the student, `apply({"params": base}, ...)` every teacher; roles
 differ in the text inputs and masks they pass, never in code. Layers are scanned, so leaves are stacked `[L, ...]`.
@@ -51,7 +51,7 @@ class VisionLanguageModel(nn.Module):
         self.visual = family.tower(c.vision, self.lora, self.dtype, self.remat, self.mesh, self.attention)
         self.embedding = self.param("embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size))
         self.layers = family.layers(c, lora=self.lora, attention=self.attention, mesh=self.mesh, remat=self.remat)
-        self.norm = RMSNorm(c.rms_eps)
+        self.norm = RMSNorm(c.rms_eps, c.norm_offset)
         if not c.tie_embeddings:
             self.lm_head = self.param("lm_head", nn.initializers.normal(0.02), (c.hidden_size, c.vocab_size))
 
@@ -81,7 +81,7 @@ class VisionLanguageModel(nn.Module):
           (hidden [B, T, D], what each layer keeps, stacked, for `Family.layer_of`; None unless asked for).
         """
         x, inputs = self.enter(text, image_embeds, mask=mask, keep=keep)
-        x, kept = self.layers(x, jnp.arange(self.config.num_layers), inputs, deterministic)
+        x, kept = self.layers(x, jnp.arange(self.config.groups), inputs, deterministic)
         return self.norm(place_states(x, self.mesh)), kept
 
     def enter(
@@ -102,7 +102,7 @@ class VisionLanguageModel(nn.Module):
             x = jnp.where(text.image_index[:, :, None] >= 0, pick_visual(first, text.image_index), x)
             deepstack = jnp.stack(others) if others else None  # [n, B, M, D]
         mask = text_mask(text) if mask is None else mask
-        return x, LayerInputs(self._angles(text), mask, text.image_index, deepstack, keep=keep)
+        return x, LayerInputs(self._angles(text), mask, text.image_index, deepstack, text.segment_ids, keep=keep)
 
     def decode(
         self, text: TextInputs, layers: Sequence[Variables], cache: Cache, *, visible: Bool[Array, "B S"]
@@ -121,7 +121,8 @@ class VisionLanguageModel(nn.Module):
           (hidden [B, 1, D], the cache with the new token).
         """
         x, kept = self._embedded(text), []
-        inputs = LayerInputs(self._angles(text), Cached(visible, cache.write_at), text.image_index, None)
+        mask = Cached(visible, cache.write_at)
+        inputs = LayerInputs(self._angles(text), mask, text.image_index, None, text.segment_ids)
         make = functools.partial(FAMILIES[self.config.family].decode_layer, self.config)
         for i, (variables, entry) in enumerate(zip(layers, cache.layers, strict=True)):
             layer = make(lora=self.lora, attention=self.attention, mesh=self.mesh, layer=i)

@@ -17,8 +17,8 @@ from vigos_jax.method.roles import TeacherRole, roles_per_rollout, roles_per_tok
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.inputs import TextInputs, VisionInputs
 from vigos_jax.models.published_configs import published_config
-from vigos_jax.models.quantization import is_quantised, quantised_shapes
-from vigos_jax.models.variables import shares_vision, student_variables
+from vigos_jax.models.quantization import quantised_shapes
+from vigos_jax.models.variables import cast_floats, shares_vision, student_variables
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.plan.devices import Topology
 from vigos_jax.runtime.sharding import batch_sharding, check_batch, make_mesh, replicated, tree_shardings
@@ -65,13 +65,15 @@ def sizes_of(config, model: ModelConfig, roles: tuple[TeacherRole, ...]) -> Size
             f"{config.sampling.max_tokens}"
         )
     branches = roles_per_rollout(roles)
+    branch = p.prompt - visual + p.completion
+    aligned = sum(math.ceil(n / model.chunk) * model.chunk for n in (visual, *[branch] * (branches - 1)))
     return Sizes(
         patches=patches,
         visual=patches // model.vision.merge_unit,
         prompt=buckets.fit("prompt", p.prompt),
         completion=buckets.fit("completion", p.completion),
         student=buckets.fit("sequence", p.prompt + p.completion),
-        teacher=buckets.fit("sequence", visual + branches * (p.prompt - visual + p.completion)),
+        teacher=buckets.fit("sequence", aligned + branch),
     )
 
 
@@ -179,14 +181,11 @@ def describe(config, target: Topology) -> AbstractRun:
 
 
 def _placed(tree: Any, *, mesh: Any, rules: Any, dtype: Any = None) -> Any:
-    """Shapes with their shardings, in another dtype if asked; a quantised kernel's have their own."""
-
-    def place(x: Any, sharding: Any) -> Any:
-        if is_quantised(x):
-            return jax.tree.map(lambda part, s: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=s), x, sharding)
-        return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding)
-
-    return jax.tree.map(place, tree, tree_shardings(tree, mesh, rules), is_leaf=is_quantised)
+    """Shapes with their shardings, in another dtype if asked."""
+    if dtype is not None:
+        tree = jax.eval_shape(functools.partial(cast_floats, dtype=dtype), tree)
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    return jax.tree.map(place, tree, tree_shardings(tree, mesh, rules))
 
 
 def device_bytes(tree: Any) -> int:

@@ -7,16 +7,30 @@ import jax
 from vigos_jax.plan.abstract_run import AbstractRun, device_bytes
 
 
-def decode_floor(run: AbstractRun, *, cache_bytes: int) -> int:
-    """Bytes that one device reads for a decoded token: the decoder, its head, adapters, and the whole cache, once each.
+def cache_bytes(run: AbstractRun, *, slots: int) -> tuple[int, int]:
+    """Bytes on one device of keys and values in `slots` slots a row, and of the states of gated delta rule layers."""
+    c, d, mesh = run.model.config, run.model.config.delta, run.mesh.shape
+    split = lambda heads: heads // mesh["tensor"] if heads % mesh["tensor"] == 0 else heads  # noqa: E731
+    rows = run.config.batch_size // (mesh["data"] * mesh["fsdp"])
+    keys = 2 * c.attention_layers * rows * slots * split(c.num_kv_heads) * c.head_dim * run.model.dtype.itemsize
+    if d is None:
+        return keys, 0
+    state = 4 * split(d.value_heads) * d.key_dim * d.value_dim  # float32
+    return keys, (c.num_layers - c.attention_layers) * rows * state
+
+
+def decode_floor(run: AbstractRun, *, slots: int) -> int:
+    """Bytes that one device moves for a decoded token: decoder, its head, adapters, and the whole cache, once each.
 
     A tied head is the embedding; an embedding that is not the head is read in single rows and left out, as is the
-    tower. Adapters count in the dtype of computation, in which a rollout can hold them.
+    tower. Adapters count in the dtype of computation, in which a rollout can hold them. States of gated delta rule
+    layers are read and written.
     """
     unread = {"visual"} if run.model.config.tie_embeddings else {"visual", "embedding"}
     weights = {name: part for name, part in run.student["params"].items() if name not in unread}
     adapters = {name: part for name, part in run.student.get("lora", {}).items() if name != "visual"}
-    return device_bytes(weights) + device_bytes(_cast(adapters, run.model.dtype)) + cache_bytes
+    keys, states = cache_bytes(run, slots=slots)
+    return device_bytes(weights) + device_bytes(_cast(adapters, run.model.dtype)) + keys + 2 * states
 
 
 def _cast(tree: Any, dtype: Any) -> Any:

@@ -19,7 +19,7 @@ from vigos_jax.errors import InputError
 from vigos_jax.models.quantization import is_quantised
 from vigos_jax.plan.abstract_run import AbstractRun, describe, device_bytes
 from vigos_jax.plan.devices import Topology, topology
-from vigos_jax.plan.floors import decode_floor
+from vigos_jax.plan.floors import cache_bytes, decode_floor
 from vigos_jax.plan.run_programs import capacity, programs_of
 from vigos_jax.plan.table import Plan, report
 
@@ -54,13 +54,11 @@ def compile_plan(config, target: Topology, *, only: tuple[str, ...] = ()) -> Pla
     run = describe(config, target)
     shape = lambda x: x.kernel_shape if is_quantised(x) else x.shape  # noqa: E731
     count = lambda tree: sum(math.prod(shape(x)) for x in jax.tree.leaves(tree, is_leaf=is_quantised))  # noqa: E731
-    c, shards = run.model.config, run.mesh.shape["data"] * run.mesh.shape["fsdp"]
-    heads = c.num_kv_heads // (run.mesh.shape["tensor"] if c.num_kv_heads % run.mesh.shape["tensor"] == 0 else 1)
+    c = run.model.config
     slots = run.sizes.prompt + capacity(run)
-    cache = 2 * c.num_layers * (config.batch_size // shards) * slots * heads * c.head_dim * run.model.dtype.itemsize
     of_decode = {
         "tokens": config.plan.completion,
-        "floor": config.plan.completion * decode_floor(run, cache_bytes=cache),
+        "floor": config.plan.completion * decode_floor(run, slots=slots),
     }
     layers = {"encode": c.vision.depth, "prefill": c.num_layers, "decode": c.num_layers, "gradient": c.num_layers}
     programs = tuple(
@@ -84,7 +82,7 @@ def compile_plan(config, target: Topology, *, only: tuple[str, ...] = ()) -> Pla
         base_bytes=device_bytes(run.base),
         trained_bytes=device_bytes(run.state.trained),
         opt_state_bytes=device_bytes(run.state.opt_state),
-        cache_bytes=cache,
+        cache_bytes=sum(cache_bytes(run, slots=slots)),
         programs=programs,
         notes=_notes(run, target),
     )

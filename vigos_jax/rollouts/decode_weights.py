@@ -9,6 +9,7 @@ from typing import Any
 import flax.struct
 from jax.sharding import Mesh
 
+from vigos_jax.models.decoder import join_adapters
 from vigos_jax.models.families import FAMILIES
 from vigos_jax.models.variables import Variables
 from vigos_jax.models.vlm import VisionLanguageModel
@@ -42,8 +43,7 @@ def own_layers(model: VisionLanguageModel, variables: Variables, *, stacked: boo
     layers, lora = {"params": variables["params"]["layers"]}, {}
     if adapters := variables.get("lora", {}).get("layers"):
         assert model.lora is not None  # adapters are made by its shape
-        join = FAMILIES[model.config.family].join_adapters
-        lora = {"lora": join(adapters, scale=model.lora.scale, dtype=model.dtype)}
+        lora = {"lora": join_adapters(adapters, scale=model.lora.scale, dtype=model.dtype)}
     return lora if stacked else unstacked(model, {**layers, **lora})
 
 
@@ -57,4 +57,4 @@ def decode_weights(variables: Variables, own: Any, *, stacked: bool) -> DecodeWe
 def unstacked(model: VisionLanguageModel, layers: Variables) -> tuple[Variables, ...]:
     """Stacked variables, layer by layer."""
     of = FAMILIES[model.config.family].layer_of
-    return tuple({name: of(x, i) for name, x in layers.items()} for i in range(model.config.num_layers))
+    return tuple({name: of(x, i, model.config) for name, x in layers.items()} for i in range(model.config.num_layers))

@@ -98,4 +98,4 @@ def _entries(model: VisionLanguageModel, kept: Any, capacity: int) -> tuple[Any,
     def entry(x: Any) -> Any:
         return key_values(x.k, x.v, axis=axis).padded(capacity) if isinstance(x, KeyValues) else x
 
-    return tuple(entry(FAMILIES[c.family].layer_of(kept, i)) for i in range(c.num_layers))
+    return tuple(entry(FAMILIES[c.family].layer_of(kept, i, c)) for i in range(c.num_layers))

@@ -56,14 +56,14 @@ def quantization_cost(session: Session, config, rows: Sequence[Row]) -> dict[str
 def _last_states(session: Session, rules: Any, prompts: PromptBatch) -> tuple[Array, Array]:
     """States [B, T, D] behind the last layer, of the original and of the quantised base."""
     model, base = session.model, session.base
-    one_layer = model.clone(config=dataclasses.replace(session.config, num_layers=1))
+    one_layer = model.clone(config=dataclasses.replace(session.config, num_layers=len(session.config.layer_pattern)))
     start, step = jax.jit(functools.partial(_start, model)), jax.jit(functools.partial(_layer, one_layer))
     outside = _without_layers(base)
     x, inputs = start(outside, prompts)
     original = quantised = x
     read = _original_layers(session, rules)
     take = jax.jit(lambda layers, i: jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i, 1), layers))
-    for i in range(session.config.num_layers):
+    for i in range(session.config.groups):
         layer, number = take(base["layers"], i), jnp.array([i])
         quantised = step(outside, layer, number, quantised, inputs)
         original = step(outside, read(i, layer), number, original, inputs)

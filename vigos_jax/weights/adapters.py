@@ -10,7 +10,7 @@ from vigos_jax.errors import InputError
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.families import adapter_table
 from vigos_jax.models.layers import LoraSpec
-from vigos_jax.models.tensor_names import LANGUAGE_PROJECTIONS, MLP_PROJECTIONS
+from vigos_jax.models.tensor_names import DELTA_PROJECTIONS, LANGUAGE_PROJECTIONS, MLP_PROJECTIONS
 from vigos_jax.runtime.files import read_object
 from vigos_jax.weights.reading import check_tensors, leaves, read_tree
 from vigos_jax.weights.weight_files import WeightFiles
@@ -77,14 +77,15 @@ def _adapted_modules(names: Iterable[str], folder: pathlib.Path) -> tuple[frozen
     language, vision = set(), set()
     for name in names:
         module = name.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight").rsplit(".", 1)[-1]
-        if ".language_model.layers." in name and module in LANGUAGE_PROJECTIONS:
+        if ".language_model.layers." in name and module in (*LANGUAGE_PROJECTIONS, *DELTA_PROJECTIONS):
             language.add(module)
         elif ".visual.blocks." in name and ".mlp." in name and module in MLP_PROJECTIONS:
             vision.add(module)
         else:
             raise InputError(
                 f"{folder}: adapter tensor {name} is on a module that cannot carry one here; choices: the decoder's "
-                f"{', '.join(LANGUAGE_PROJECTIONS)}, and {', '.join(MLP_PROJECTIONS)} of Qwen2.5-VL's vision blocks"
+                f"{', '.join(LANGUAGE_PROJECTIONS)}, {', '.join(DELTA_PROJECTIONS)} of Qwen3.5's linear layers, and "
+                f"{', '.join(MLP_PROJECTIONS)} of Qwen2.5-VL's vision blocks"
             )
     if not language | vision:
         raise InputError(f"{folder}/adapter_model.safetensors holds no adapter tensor; it must hold lora_A and lora_B")

@@ -10,9 +10,10 @@ import numpy as np
 
 from vigos_jax.errors import InputError
 from vigos_jax.models.config import ModelConfig
-from vigos_jax.models.families import tensor_table
+from vigos_jax.models.families import FAMILIES, tensor_table
 from vigos_jax.models.quantization import is_quantised
 from vigos_jax.models.tensor_names import Path, Tensor, canonical
+from vigos_jax.models.variables import is_float32_island
 from vigos_jax.runtime.progress import say
 from vigos_jax.weights.quantised import read_quantised
 from vigos_jax.weights.safetensors_file import DTYPES
@@ -60,6 +61,17 @@ def _are_equal(files: WeightFiles, a: str, b: str) -> bool:
     return all(np.array_equal(x[i : i + _ROWS], y[i : i + _ROWS]) for i in range(0, len(x), _ROWS))
 
 
+def carried_names(files: WeightFiles, config: ModelConfig) -> list[str]:
+    """Names of the tensors that no role reads, and an export copies; see `Family.carried`."""
+    return sorted(name for name in files.names() if name.startswith(FAMILIES[config.family].carried))
+
+
+def float32_names(files: WeightFiles, table: list[Tensor]) -> set[str]:
+    """Names of the float32 islands that the files hold in float32: what is written again is float32 there too."""
+    islands = (name for row in table if is_float32_island(row.path) for name in row.names())
+    return {name for name in islands if files.stored(name).dtype == "F32"}
+
+
 def check_tensors(
     files: WeightFiles, table: list[Tensor], shapes: Mapping[Path, tuple[int, ...]], where: str, ignore=()
 ) -> None:
@@ -76,7 +88,7 @@ def check_tensors(
         if stored.dtype not in DTYPES:
             problems.append(f"{name} has dtype {stored.dtype}, not one of {', '.join(DTYPES)}")
         shape = stored.shape
-        flat = (shape[0], int(np.prod(shape[1:]))) if row.layout == "conv" and shape else shape
+        flat = (shape[0], int(np.prod(shape[1:]))) if row.layout in ("conv", "depthwise") and shape else shape
         ours = flat if row.layout == "same" else flat[::-1]
         want = shapes[row.path][1:] if row.stacked else shapes[row.path]
         if ours != want:
@@ -102,7 +114,8 @@ def read_tree(files: WeightFiles, table: list[Tensor], abstract: Any, where: str
         if is_quantised(leaf):
             x = read_quantised(files, row, leaf.kernel_shape, kind=leaf.kind, shardings=sharding)
         else:
-            x = read_leaf(files, row, leaf.shape, dtype=np.dtype(dtype), sharding=sharding)
+            leaf_dtype = np.dtype(np.float32 if is_float32_island(row.path) else dtype)
+            x = read_leaf(files, row, leaf.shape, dtype=leaf_dtype, sharding=sharding)
         node[row.path[-1]] = x
     if files.not_finite:
         bad = some(sorted(files.not_finite))
@@ -128,7 +141,7 @@ def load_params(folder: pathlib.Path, config: ModelConfig, abstract: Any, *, dty
       config: of `load_config`.
       abstract: the `params` tree of shapes from `abstract_variables`, or `quantised_shapes` of it: what is a quantised
         kernel there is quantised as it is read.
-      dtype: of the returned leaves, but codes and scales.
+      dtype: of the returned leaves, but for float32 islands, codes and scales.
       shardings: a tree of Shardings like `abstract`, or None for the default device.
 
     Raises:
@@ -137,12 +150,12 @@ def load_params(folder: pathlib.Path, config: ModelConfig, abstract: Any, *, dty
     """
     files, table = open_weights(folder), tensor_table(config)
     shapes = {path: leaf.kernel_shape if is_quantised(leaf) else leaf.shape for path, leaf in leaves(abstract)}
-    ignore = ()
+    ignore = carried_names(files, config)
     if config.tie_embeddings and _HEAD in files:
         # Written twice, or under the other name alone, as tools do that keep one of two tensors that share memory.
         embedding = _embedding(table)
         if embedding.name in files:
-            ignore = (_HEAD,)
+            ignore.append(_HEAD)
         else:
             table[table.index(embedding)] = dataclasses.replace(embedding, name=_HEAD)
     check_tensors(files, table, shapes, str(folder), ignore)

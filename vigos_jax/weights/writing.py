@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from vigos_jax.errors import InputError
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.quantization import is_quantised
 from vigos_jax.models.tensor_names import Tensor
 from vigos_jax.weights.quantised import read_layer
-from vigos_jax.weights.reading import leaves
-from vigos_jax.weights.safetensors_file import byte_count, write_file
+from vigos_jax.weights.reading import float32_names, leaves
+from vigos_jax.weights.safetensors_file import DTYPES, byte_count, write_file
 from vigos_jax.weights.weight_files import WeightFiles
 
 
@@ -43,19 +44,20 @@ def stream_tensors(
     config: ModelConfig,
     *,
     dtype: Any,
+    files: WeightFiles | None = None,
     lora: Any = None,
     scale: float = 1.0,
-    originals: WeightFiles | None = None,
 ) -> Iterator[tuple[str, FileTensor]]:
     """Yields (file name, tensor to be) for every tensor of the table.
 
     Args:
-      originals: the files that quantised kernels of the tree were read from; what is written is the number there, not
-        what the codes stand for.
+      files: which the tree was read from: float32 islands are written in the dtype they have there, and of quantised
+        kernels the numbers there, not what the codes stand for.
       lora: adapters of some of the tree's kernels, merged into them: W + scale * A B is added in float32 and rounded
         once, to `dtype`.
     """
     by_path, adapters = dict(leaves(tree)), dict(leaves(lora or {}))
+    float32 = float32_names(files, table) if files is not None else set()
     for row in table:
         leaf, module = by_path[row.path], row.path[:-1]
         adapted = row.path[-1] == "kernel" and (*module, "a") in adapters
@@ -63,19 +65,29 @@ def stream_tensors(
         leaf_shape = leaf.kernel_shape if is_quantised(leaf) else leaf.shape
         shape = row.shape_in_file(leaf_shape[1:] if row.stacked else leaf_shape, config)
         if is_quantised(leaf):
-            if originals is None:
+            if files is None:
                 raise ValueError(f"{row.path} is quantised, and no files were given to read its numbers from")
-            read = functools.partial(read_layer, originals, row, shape=leaf_shape, dtype=np.float32)
+            read = functools.partial(read_layer, files, row, shape=leaf_shape, dtype=np.float32)
             for i, name in enumerate(row.names()):
                 make = functools.partial(_make_from_file, read, adapter, i, scale, dtype=np.dtype(dtype), shape=shape)
                 yield name, FileTensor(shape, np.dtype(dtype), make)
             continue
         for i, name in enumerate(row.names()):
+            written = np.dtype(np.float32 if name in float32 else dtype)
             make = functools.partial(
                 _make, leaf, adapter, i if row.stacked else None, scale,
-                transposed=row.layout != "same", dtype=np.dtype(dtype), shape=shape,
+                transposed=row.layout != "same", dtype=written, shape=shape,
             )  # fmt: skip
-            yield name, FileTensor(shape, np.dtype(dtype), make)
+            yield name, FileTensor(shape, written, make)
+
+
+def copied_tensors(files: WeightFiles, names: Iterable[str]) -> Iterator[tuple[str, FileTensor]]:
+    """Yields tensors of other files as they stand there; InputError for a dtype that cannot be written."""
+    for name in names:
+        stored = files.stored(name)
+        if stored.dtype not in DTYPES:
+            raise InputError(f"{stored.path}: {name} has dtype {stored.dtype}; choices: {', '.join(DTYPES)}")
+        yield name, FileTensor(stored.shape, DTYPES[stored.dtype], functools.partial(files.tensor, name))
 
 
 def file_tensors(
