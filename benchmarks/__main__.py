@@ -10,7 +10,7 @@ import json
 import pathlib
 import sys
 
-from benchmarks import compiled, decode, demo, heads, padding, teachers, torch_step
+from benchmarks import compiled, decode, delta_rule, demo, heads, padding, teachers, torch_step
 from benchmarks.report import write_readme
 
 ALL = {
@@ -20,6 +20,9 @@ ALL = {
     "kl_memory": heads.kl_memory,
     "topk": heads.topk,
     "decode": decode.decode,
+    "delta_rule": delta_rule.delta_rule,
+    "delta_rule_backward": delta_rule.delta_rule_backward,
+    "delta_rule_memory": delta_rule.delta_rule_memory,
     "step": teachers.step,
     "torch": torch_step.torch,
     "padding": padding.padding,

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import heads, padding, teachers
+from benchmarks import delta_rule, heads, padding, teachers
 from benchmarks.harness import Result, race
 
 LONG = pytest.param(teachers.step, marks=pytest.mark.slow)
@@ -21,7 +21,9 @@ def optimized(monkeypatch):
     monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=compiled.OPTIMIZED))
 
 
-@pytest.mark.parametrize("benchmark", [teachers.teachers, LONG, heads.kl_memory, padding.padding])
+@pytest.mark.parametrize(
+    "benchmark", [teachers.teachers, LONG, heads.kl_memory, delta_rule.delta_rule_memory, padding.padding]
+)
 def test_gate_holds(benchmark):
     result = benchmark()
     assert result.gate and result.holds, result.line()

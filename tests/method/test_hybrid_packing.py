@@ -19,7 +19,7 @@ from vigos_jax.method.packing import pack_scores, scored_positions, too_long
 from vigos_jax.method.roles import role_table
 from vigos_jax.method.scoring import supervised_states
 from vigos_jax.models import hybrid
-from vigos_jax.models.decoder import segment_mask
+from vigos_jax.models.attention_masks import Branches
 
 CLOSE, FAR = 1e-4, 1e-2
 CONFIG, MODEL, BUCKETS = tiny_hybrid.CONFIG, tiny_hybrid.MODEL, tiny_hybrid.BUCKETS
@@ -192,7 +192,7 @@ def off_by(batch, *, text=None, change=None, monkeypatch=None, **options) -> flo
 def test_fails_without_a_restart(batch):
     """The state and the convolution run on from branch to branch; attention still keeps them apart."""
     one = batch.teacher.replace(segment_ids=np.minimum(batch.teacher.segment_ids, 1))
-    assert off_by(batch, text=one, mask=segment_mask(batch.teacher.segment_ids)) > FAR
+    assert off_by(batch, text=one, mask=Branches(batch.teacher.segment_ids)) > FAR
 
 
 def test_fails_with_the_convolutions_neighbours_in_the_array(batch, monkeypatch):

@@ -16,13 +16,15 @@ import torch_models as tm
 from parity import NOTICEABLE, Pair, make_pair, make_run, pack, worst
 
 from vigos_jax.errors import InputError
-from vigos_jax.models.attention import Causal
+from vigos_jax.models.attention_masks import Causal
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.decoder import LayerInputs
 from vigos_jax.models.families import FAMILIES, adapter_table
 from vigos_jax.models.hybrid import DeltaState, LinearLayer
 from vigos_jax.models.variables import cast_floats
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
+from vigos_jax.rollouts.sampler import Sampler, row_keys
+from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.weights import adapters, writing
 
 LENGTH = 96
@@ -75,8 +77,8 @@ def batch(pairs):
     return pack(list(SAMPLES.values()), pairs["tied"].config, length=LENGTH, slots=256)
 
 
-def worst_logits(logits, head: str, *, at_end: bool = True) -> float:
-    return max(worst(logits, [t for _, t in theirs(head).values()], at_end=at_end))
+def worst_logits(logits, head: str) -> float:
+    return max(worst(logits, [t for _, t in theirs(head).values()]))
 
 
 # -- parity -----------------------------------------------------------------------------------------------------
@@ -84,31 +86,46 @@ def worst_logits(logits, head: str, *, at_end: bool = True) -> float:
 
 @pytest.mark.parametrize("head", MODELS)
 def test_parity(pairs, batch, head):
-    """Visual tokens and logits of every sample in one left-padded batch."""
+    """Visual tokens and logits of every sample in one padded batch."""
     for features, logits in theirs(head).values():
         assert logits.std() >= 1 and (not features.size or features.std() >= 0.5)  # flat ones agree with anything
     images, logits = pairs[head].run({"params": pairs[head].base}, batch.vision, batch.text)
     rows = [list(SAMPLES).index(name) for name in WITH_IMAGES]
-    features = worst(np.asarray(images)[rows], [theirs(head)[name][0] for name in WITH_IMAGES], at_end=False)
+    features = worst(np.asarray(images)[rows], [theirs(head)[name][0] for name in WITH_IMAGES])
     assert max(features) <= tm.TOLERANCE
     assert worst_logits(logits, head) <= tm.TOLERANCE
     assert np.isfinite(images).all() and np.isfinite(logits).all()
 
 
-def test_right_padded_rows(pairs, batch):
-    """As the student's rows are: padded behind, and described by their lengths."""
+def test_rows_described_by_their_lengths(pairs, batch):
+    """As the student's rows and the prompts are; and padded in front instead, as other programs do."""
     pair = pairs["tied"]
     lengths = np.array([len(s.ids) for s in SAMPLES.values()])
-    turn = lambda x: np.stack([np.roll(a, n - LENGTH, -1) for a, n in zip(x, lengths, strict=True)])  # noqa: E731
-    text = jax.tree.map(turn, batch.text)
 
-    @jax.jit
-    def run(base, vision, text):
+    @functools.partial(jax.jit, static_argnames="described")
+    def run(base, vision, text, described):
         images = pair.model.apply({"params": base}, vision, method="encode_images")
-        hidden, _ = pair.model.apply({"params": base}, text, images, mask=Causal(jnp.sum(text.segment_ids > 0, -1)))
+        mask = Causal(jnp.sum(text.segment_ids > 0, -1)) if described else None
+        hidden, _ = pair.model.apply({"params": base}, text, images, mask=mask)
         return pair.model.apply({"params": base}, hidden, method="logits")
 
-    assert worst_logits(run(pair.base, batch.vision, text), "tied", at_end=False) <= tm.TOLERANCE
+    assert worst_logits(run(pair.base, batch.vision, batch.text, True), "tied") <= tm.TOLERANCE
+    turn = lambda x: np.stack([np.roll(a, LENGTH - n, -1) for a, n in zip(x, lengths, strict=True)])  # noqa: E731
+    logits = np.asarray(run(pair.base, batch.vision, jax.tree.map(turn, batch.text), False))
+    front = [np.roll(row, n - LENGTH, 0) for row, n in zip(logits, lengths, strict=True)]
+    assert worst_logits(np.stack(front), "tied") <= tm.TOLERANCE
+
+
+@pytest.mark.parametrize("head", MODELS)
+def test_greedy_tokens_are_those_of_transformers(pairs, batch, head):
+    """States and keys of the prompts, then token by token; both kinds of layers keep what they need."""
+    new_tokens, eos = 12, pairs[head].config.vocab_size - 1
+    sampler = Sampler(pairs[head].model, Sampling(max_tokens=new_tokens, temperature=0.0), eos_ids=[eos])
+    out = sampler({"params": pairs[head].base}, batch, row_keys(0, 0, len(SAMPLES)))
+    for ids, (name, s) in zip(out.ids, SAMPLES.items(), strict=True):
+        options = {"do_sample": False, "max_new_tokens": new_tokens, "eos_token_id": eos, "pad_token_id": 0}
+        expected = reference(head).generate(**s.torch_inputs(), **options)[0, len(s.ids) :].tolist()
+        assert list(ids) == expected, name
 
 
 def test_one_token_goes_on_from_a_state(pairs):
@@ -121,16 +138,17 @@ def test_one_token_goes_on_from_a_state(pairs):
 
     def inputs(real):
         segments = jnp.asarray(real, jnp.int32)
-        return LayerInputs(angles=None, mask=None, image_index=None, deepstack=None, segment_ids=segments)
+        return LayerInputs(angles=None, mask=None, image_index=None, deepstack=None, segment_ids=segments, keep=True)
 
     at = np.arange(12)
-    whole, _ = layer.apply({"params": params}, x, None, inputs(np.ones((3, 12))), True)
+    whole, _ = layer.apply({"params": params}, x, jnp.int32(1), inputs(np.ones((3, 12))), True)
     prefill = inputs(at[:8] < lengths[:, None])
-    out, state = layer.apply({"params": params}, x[:, :8], None, prefill, True)
+    out, state = layer.apply({"params": params}, x[:, :8], jnp.int32(1), prefill, True)
     assert isinstance(state, DeltaState) and state.state.dtype == jnp.float32
     for row, n in enumerate(lengths):
         assert tm.max_difference(out[row, :n], whole[row, :n]) <= 1e-5
-    step = jax.jit(lambda x, state: layer.apply({"params": params}, x, state, inputs(np.ones((3, 1))), True))
+    one = inputs(np.ones((3, 1)))
+    step = jax.jit(lambda x, state: layer.apply({"params": params}, x, jnp.int32(1), one, True, state))
     for i in range(4):
         token = x[np.arange(3), lengths + i][:, None]
         out, state = step(token, state)
@@ -146,7 +164,7 @@ def test_bfloat16_keeps_the_decay_in_float32(pairs, batch):
     assert wide and all("A_log" in name or "gated_norm" in name for name in wide)
     images, logits = make_run(pair.model.clone(dtype=jnp.bfloat16))({"params": base}, batch.vision, batch.text)
     assert images.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
-    differences = np.abs(np.asarray(logits)[0, -12:] - theirs("tied")["no image"][1])
+    differences = np.abs(np.asarray(logits)[0, :12] - theirs("tied")["no image"][1])
     assert tm.TOLERANCE < differences.mean() < 0.2
 
 
@@ -185,7 +203,7 @@ def test_adapter_and_its_gradient(pairs, batch, adapted):
 
     grads, logits = gradient(lora, pair.base, batch)
     expected = [tm.torch_logits(peft_model, [s])[0] for s in SAMPLES.values()]
-    assert max(worst(logits, expected, at_end=True)) <= tm.TOLERANCE
+    assert max(worst(logits, expected)) <= tm.TOLERANCE
     assert worst_logits(logits, "tied") > NOTICEABLE  # it does something
 
     for s, w in zip(SAMPLES.values(), weights, strict=True):

@@ -92,7 +92,8 @@ def recurrent_delta_rule(
     """One sequence a row, a token at a time: `delta_rule_step` along T. Returns outputs and the last state."""
 
     def step(state, token):
-        out, state = delta_rule_step(*token, state)
+        q, k, v, g, beta = token
+        out, state = delta_rule_step(q, k, v, g, beta, state)
         return state, out
 
     state = _zeros(k, v) if state is None else state
@@ -240,7 +241,7 @@ _chunks.defvjp(_chunks_forward, _chunks_backward)
 
 def chunk_for(platform: str) -> int:
     """The fastest chunk on "cpu", "gpu" or "tpu": a CPU gains nothing from large products, a GPU from few steps."""
-    return 16 if platform == "cpu" else CHUNK
+    return 32 if platform == "cpu" else CHUNK
 
 
 def chunked_delta_rule(
@@ -306,10 +307,10 @@ def causal_conv(
         return jnp.pad(x, [(0, 0), (i, 0)] + [(0, 0)] * (x.ndim - 2))[:, :t]
 
     if segment_ids is None:
-        return sum(taps[i] * shifted(u, i).astype(jnp.float32) for i in range(width)).astype(u.dtype)
+        return jnp.asarray(sum(taps[i] * shifted(u, i) for i in range(width))).astype(u.dtype)
     before = [shifted(segment_ids, i) for i in range(width)]
     same = [(segment_ids > 0) & (x == segment_ids) for x in before]
-    out = sum(jnp.where(same[i][..., None], taps[i] * shifted(u, i).astype(jnp.float32), 0) for i in range(width))
+    out = jnp.asarray(sum(jnp.where(same[i][..., None], taps[i] * shifted(u, i), 0) for i in range(width)))
     # Token p of a branch lacks taps p + 1 .. width - 1: they meet the prefix's last tokens.
     prefix = conv_cache(u, segment_ids == _PREFIX, width=width).astype(jnp.float32)
     starts = (segment_ids > _PREFIX) & ~same[1]
