@@ -75,6 +75,8 @@ EXTRAS = {
         "matplotlib>=3.10",
         "scipy>=1.14",
     ],
+    # What python -m benchmarks.trl is against, beside `test`; the next minor may move the methods that it times.
+    "bench": ["trl>=1.16,<1.17"],
     "plan": [LIBTPU],  # the compiler for TPUs, without a TPU
     "plan-gpu": GPU_COMPILER,  # the compiler for GPUs, without a GPU
     "cuda": ["jax[cuda12]"],

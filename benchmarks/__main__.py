@@ -10,7 +10,7 @@ import json
 import pathlib
 import sys
 
-from benchmarks import compiled, decode, delta_rule, demo, heads, padding, teachers, torch_step
+from benchmarks import compiled, decode, delta_rule, demo, heads, padding, teachers, torch_step, trl
 from benchmarks.report import write_readme
 
 ALL = {
@@ -43,6 +43,8 @@ def main() -> int:
         print(results[-1].line(), flush=True)
         if args.json:  # after each: a run that is cut off keeps what it has
             args.json.write_text(json.dumps([r.json() for r in results], indent=2) + "\n")
+    if args.only == list(ALL):
+        print(trl.note())
     if args.readme:
         write_readme(args.readme, results)
     return 0 if all(r.holds for r in results) else 1

@@ -68,7 +68,11 @@ def race(baseline: Callable[[], Any], ours: Callable[[], Any], *, rounds: int = 
 
     for _ in range(warm_up):
         seconds(baseline), seconds(ours)
-    times = [(seconds(baseline), seconds(ours)) for _ in range(rounds)]
+    return race_of([(seconds(baseline), seconds(ours)) for _ in range(rounds)])
+
+
+def race_of(times: Sequence[tuple[float, float]]) -> Race:
+    """The race of (baseline, ours) seconds, a pair a round."""
     a, b = (statistics.median(column) for column in zip(*times, strict=True))
     ratios = [x / y for x, y in times]
     return Race(a, b, a / b, (min(ratios), max(ratios)))

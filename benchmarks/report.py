@@ -10,7 +10,15 @@ import jax
 
 from benchmarks.harness import Result
 
-START, END = "<!-- made by `python -m benchmarks --readme benchmarks/README.md` -->", "<!-- end -->"
+END = "<!-- end -->"
+
+
+def start(module: str) -> str:
+    """The marker in front of the table that a module makes."""
+    return f"<!-- made by `python -m {module} --readme benchmarks/README.md` -->"
+
+
+START = start("benchmarks")
 
 
 def machine() -> str:
@@ -34,9 +42,10 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def write_readme(path: pathlib.Path, results: Sequence[Result]) -> None:
-    """Puts the table between the markers."""
-    text = path.read_text(encoding="utf-8")
-    before, rest = text.split(START)
-    _, after = rest.split(END)
-    path.write_text(f"{before}{START}\n\n{table(results)}\n\n{END}{after}", encoding="utf-8")
+def write_readme(path: pathlib.Path, results: Sequence[Result], *, marker: str = START) -> None:
+    """Puts the table between a marker and the next end."""
+    before, _, rest = path.read_text(encoding="utf-8").partition(marker)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"{path} lacks {marker} with {END} behind it")
+    path.write_text(f"{before}{marker}\n\n{table(results)}\n\n{END}{after}", encoding="utf-8")

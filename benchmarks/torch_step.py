@@ -19,16 +19,19 @@ from vigos_jax.models.families import adapter_table, tensor_table
 from vigos_jax.weights import writing
 
 ROWS = 2
+CONTROL = {
+    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0, "image_token_id": models.IMAGE,
+    "vision_start_token_id": models.VISION_START, "vision_end_token_id": models.VISION_END,
+}  # fmt: skip
 
 
-def _torch_model(config, variables):
-    """transformers' model with peft adapters, holding our weights."""
-    import peft
-    import torch
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+def transformers_config(config, control):
+    """transformers' config of a model of ours. control: ids of control tokens, by their names in config.json."""
+    from transformers import Qwen2_5_VLConfig
 
     v = config.vision
-    settings = Qwen2_5_VLConfig(
+    text_control = {name: control[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return Qwen2_5_VLConfig(
         text_config={
             "hidden_size": config.hidden_size,
             "num_hidden_layers": config.num_layers,
@@ -40,17 +43,23 @@ def _torch_model(config, variables):
                 "rope_type": "default", "rope_theta": config.rope_theta, "mrope_section": list(config.mrope_section),
             },
             "rms_norm_eps": config.rms_eps,
-            "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
+            **text_control,
         },
         vision_config={
             "depth": v.depth, "hidden_size": v.hidden_size, "num_heads": v.num_heads,
             "intermediate_size": v.intermediate_size, "out_hidden_size": v.out_hidden_size,
             "window_size": v.window_size, "fullatt_block_indexes": list(v.full_attention_blocks),
         },
-        image_token_id=models.IMAGE, video_token_id=config.vocab_size - 1,
-        vision_start_token_id=models.VISION_START, vision_end_token_id=models.VISION_END,
+        **{name: id for name, id in control.items() if name not in text_control},
         tie_word_embeddings=True, attn_implementation="sdpa",
     )  # fmt: skip
+
+
+def torch_base(config, variables, settings):
+    """transformers' model with these settings, holding our base weights."""
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
     model = Qwen2_5_VLForConditionalGeneration(settings).requires_grad_(False)
     ours = dict(writing.file_tensors(variables["params"], tensor_table(config), config, dtype=np.float32))
     published = lambda k: k.replace("model.language_model.", "model.").replace("model.visual.", "visual.")  # noqa: E731
@@ -58,6 +67,14 @@ def _torch_model(config, variables):
     state = {own[name]: torch.tensor(x) for name, x in ours.items()}
     state["lm_head.weight"] = state[own["model.embed_tokens.weight"]]
     model.load_state_dict(state)
+    return model
+
+
+def with_adapters(model, config, variables):
+    """transformers' model with peft adapters, holding our adapters' weights."""
+    import peft
+    import torch
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         names = "|".join(sorted(models.LORA.language))
@@ -128,7 +145,9 @@ def torch() -> Result:
 
     ours = jax.jit(jax.value_and_grad(loss))
     rows, rollouts = models.samples(config, models.THIRD, rows=ROWS)
-    step = _torch_step(_torch_model(config, variables), rows, rollouts, b.masks)
+    settings = transformers_config(config, CONTROL | {"video_token_id": config.vocab_size - 1})
+    adapted = with_adapters(torch_base(config, variables, settings), config, variables)
+    step = _torch_step(adapted, rows, rollouts, b.masks)
     theirs, mine = step(), float(ours(trained, base, b.packed)[0])
     assert abs(theirs - mine) < 1e-4 * max(1.0, abs(theirs)), (theirs, mine)
     r = race(step, functools.partial(ours, trained, base, b.packed))

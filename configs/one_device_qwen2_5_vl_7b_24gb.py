@@ -12,4 +12,4 @@ from configs.one_device_qwen2_5_vl_3b_12gb import on_one_device
 
 
 def get_config() -> ConfigDict:
-    return on_one_device("Qwen/Qwen2.5-VL-7B-Instruct", quantization="nf4", memory_gb=24.0)
+    return on_one_device("Qwen/Qwen2.5-VL-7B-Instruct", quantization="nf4", topology="l4:1")

@@ -190,8 +190,9 @@ def html_without(html: str, text: str) -> str:
 
 def test_a_page_runs_no_script_but_its_own():
     """Data stands in one block of JSON, escaped; the page lets nothing run but page.js, by its hash."""
-    (path,) = (ROOT / "vigos_jax").rglob("*.j2")
-    source = path.read_text()
+    paths = sorted((ROOT / "vigos_jax").rglob("*.j2"))
+    assert [path.name for path in paths] == ["chart.html.j2", "page.html.j2"]
+    source = "\n".join(path.read_text() for path in paths)
     assert "Content-Security-Policy" in source and "default-src 'none'" in source
     assert re.findall(r"<script[^>]*>[^<]*", source) == [
         '<script type="application/json" class="browser-data">{{ section.data()|tojson }}',

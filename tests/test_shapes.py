@@ -37,7 +37,6 @@ def test_the_checks_are_on(module):
     "call",
     [
         lambda: layers.rotate(states(B, N, T, H), states(B, T, H // 2)),  # heads and tokens
-        lambda: layers.rotate(states(B, T, N, H), states(B, T, H)),  # an angle per number, not per pair
         lambda: layers.mrope_angles(jnp.zeros((B, T, 3), int), theta=1e4, sections=(1, 1, 2)),
         lambda: attention.attention(*[states(B, T, N, H)] * 3, jnp.ones((T, B, T), bool)),
         lambda: attention.attention(*[states(B, T, N, H)] * 3, jnp.ones((B, T, T))),  # a mask of numbers
@@ -49,6 +48,12 @@ def test_the_checks_are_on(module):
 def test_a_transposed_axis_is_refused(call):
     with pytest.raises(jaxtyping.TypeCheckError):
         call()
+
+
+def test_an_angle_per_number_is_refused():
+    """A part of a head may rotate, but by an angle for each pair."""
+    with pytest.raises(TypeError):
+        layers.rotate(states(B, T, N, H), states(B, T, H))
 
 
 def test_the_same_calls_with_their_axes_in_order():

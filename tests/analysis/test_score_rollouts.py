@@ -204,7 +204,8 @@ def test_it_is_the_divergence_of_plain_forward_passes(world, rollouts, scored):
         ids = list(line["completion_ids"])
         whole = type(row)(images=images, student=type(turn)(turn.prefix_ids, turn.rest_ids + tuple(ids)))
         batch = pack_prompts([whole] * 1, config=loaded.config, buckets=Buckets((64,), (128,), (64,), (384,)))
-        return np.asarray(log_probs(variables, batch))[-len(ids) - 1 : -1]  # [n, V]: predicts each token
+        end = len(whole.student.ids) - 1
+        return np.asarray(log_probs(variables, batch))[end - len(ids) : end]  # [n, V]: predicts each token
 
     for line in (scored[0][0], scored[0][3]):
         row = next(r for r in runs.read_rows(rollouts) if r["id"] == line["id"])

@@ -50,7 +50,7 @@ def pack(samples, roles, config=CONFIG):
     return pack_scores(rows, rollouts, roles=roles, config=config, buckets=BUCKETS)
 
 
-@tiny.jit
+@jax.jit
 def _states(base, trained, batch):
     states = supervised_states(MODEL, base, trained, batch)
     return states.student @ states.student_head.T, states.teacher @ states.student_head.T
@@ -171,8 +171,8 @@ def test_gradients_are_those_of_separate_rows(batch):
         weights = rng.normal(size=(*at.shape, CONFIG.vocab_size)) * (e.role >= 0)[:, :, None]
         return jnp.sum(logits * weights), logits
 
-    grads, logits = tiny.jit(jax.grad(functools.partial(values, batch), has_aux=True))(lora)
-    expected, expected_logits = tiny.jit(jax.grad(alone, has_aux=True))(lora)
+    grads, logits = jax.jit(jax.grad(functools.partial(values, batch), has_aux=True))(lora)
+    expected, expected_logits = jax.jit(jax.grad(alone, has_aux=True))(lora)
     used = e.role >= 0
     assert np.abs(np.asarray(logits - expected_logits)[used]).max() <= CLOSE
     for (path, want), got in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(grads), strict=True):
@@ -182,10 +182,10 @@ def test_gradients_are_those_of_separate_rows(batch):
 
 def off_by(batch, *, text=None, change=None, monkeypatch=None, **options) -> float:
     lora = tiny_hybrid.weights()[1]
-    right = tiny.jit(functools.partial(values, batch))(lora)[1]
+    right = jax.jit(functools.partial(values, batch))(lora)[1]
     if change:
         change(monkeypatch)
-    wrong = tiny.jit(functools.partial(values, batch, text=text, **options))(lora)[1]
+    wrong = jax.jit(functools.partial(values, batch, text=text, **options))(lora)[1]
     return float(np.abs(np.asarray(right - wrong)[batch.supervised.role >= 0]).max())
 
 
@@ -205,7 +205,7 @@ def test_fails_where_branches_are_not_aligned(batch):
     config = dataclasses.replace(CONFIG, delta=dataclasses.replace(CONFIG.delta, chunk=1))
     tight = pack(samples_of(ROLES), ROLES, config)
     lora = tiny_hybrid.weights()[1]
-    right, wrong = (tiny.jit(functools.partial(values, b))(lora)[1] for b in (batch, tight))
+    right, wrong = (jax.jit(functools.partial(values, b))(lora)[1] for b in (batch, tight))
     assert float(np.abs(np.asarray(right - wrong)[batch.supervised.role >= 0]).max()) > FAR
 
 

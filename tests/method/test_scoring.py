@@ -11,9 +11,9 @@ from oracles import objective as oracle
 from tiny import CONFIG, MIXES, MODEL, ROLES, pack
 
 from vigos_jax.method import losses, scoring
-from vigos_jax.models import decoder
+from vigos_jax.models import decoder, layers
 from vigos_jax.models.attention import attention
-from vigos_jax.models.attention_masks import Branches, Causal
+from vigos_jax.models.attention_masks import Branches, Causal, Images, Windows
 from vigos_jax.models.layers import LoraSpec
 from vigos_jax.models.vlm import VisionLanguageModel
 
@@ -332,7 +332,7 @@ def test_fails_when_positions_run_on_from_branch_to_branch():
 
 
 def test_attention_is_told_what_the_rows_are(monkeypatch):
-    """What lets a device's fast attention serve them: the student's lengths, the most branches of a teacher's row."""
+    """What lets a device's fast attention serve them: lengths, the most branches of a row, images and windows."""
     asked = []
 
     def spy(q, k, v, mask, *, implementation, mesh):
@@ -342,9 +342,12 @@ def test_attention_is_told_what_the_rows_are(monkeypatch):
     base, lora = tiny.weights()
     batch = pack(MIXES["mixed"])
     monkeypatch.setattr(decoder, "attention", spy)
+    monkeypatch.setattr(layers, "attention", spy)
     model = MODEL.clone(attention="cudnn")
     jax.eval_shape(
         lambda b: scoring.score_batch(model, base, {"lora": lora}, b, losses.ObjectiveConfig(ROLES, chunk=5)), batch
     )
     student, teacher = batch.student.ids.shape[1], batch.teacher.ids.shape[1]
-    assert set(asked) == {(Causal, None, student, "cudnn"), (Branches, 2, teacher, "cudnn")}
+    slots = batch.vision.image_ids.shape[1]
+    tower = {(Images, slots, slots, "cudnn"), (Windows, slots, slots, "cudnn")}
+    assert set(asked) == {(Causal, None, student, "cudnn"), (Branches, 2, teacher, "cudnn")} | tower

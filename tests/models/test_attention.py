@@ -6,12 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import Mesh
 
 from vigos_jax.errors import InputError
+from vigos_jax.models import decoder
 from vigos_jax.models import masked_attention as masked
 from vigos_jax.models.attention import attention, by_cudnn, by_splash, choose, for_heads, over_mesh
 from vigos_jax.models.attention_masks import Branches, Causal, Images, Windows
+from vigos_jax.models.inputs import TextInputs
+from vigos_jax.models.vlm import abstract_variables
 
 B, T = 3, 128
 LENGTHS = np.array([T, 77, 1], np.int32)
@@ -215,7 +219,7 @@ def test_no_part_is_larger_than_said(monkeypatch):
 @pytest.mark.parametrize("name, axes, kind", [("xla", (1, 2, 4), "branches"), ("splash", (1, 2, 4), "images")])
 def test_over_a_mesh(name, axes, kind, monkeypatch):
     """Rows and heads over devices; 4 ways do not divide 2 key/value heads. XLA takes parts of all devices' rows."""
-    monkeypatch.setattr(masked, "PART_BYTES", T * T * (4 * 16 + 1))
+    monkeypatch.setattr(masked, "PART_BYTES", T * T * (16 + 1))  # one row with the one head of a device
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(axes), ("data", "fsdp", "tensor"))
     more = lambda x: np.concatenate([x, x[:1]])  # noqa: E731
     mask, used = jax.tree.map(more, MASKS[kind]), more(USED[kind])
@@ -223,6 +227,25 @@ def test_over_a_mesh(name, axes, kind, monkeypatch):
     if name == "xla":
         run = functools.partial(attention, mesh=mesh)
     _compare(lambda *x: run(*x, mask), more(_oracle(kind)), _arrays(rows=B + 1), used)
+
+
+def test_prefill_attends_to_its_own_tokens(monkeypatch):
+    """What is kept for the cache is returned beside it: the kernels want as many keys as queries."""
+    asked = []
+    spy = lambda q, k, v, mask, **rest: asked.append((q.shape[1], k.shape[1])) or attention(q, k, v, mask)  # noqa: E731
+    monkeypatch.setattr(decoder, "attention", spy)
+    numbers = lambda *shape: jax.ShapeDtypeStruct((2, *shape), jnp.int32)  # noqa: E731
+    text = TextInputs(numbers(5), numbers(3, 5), numbers(5), numbers(5))
+    variables, images = abstract_variables(tiny.MODEL), jnp.zeros((2, 0, tiny.CONFIG.hidden_size))
+
+    def run(variables, text, keep):
+        return tiny.MODEL.apply(variables, text, images, mask=Causal(np.full(2, 5)), keep=keep)[1]
+
+    asked.clear()  # making the variables asks too
+    kept = jax.eval_shape(functools.partial(run, keep=True), variables, text)
+    assert set(asked) == {(5, 5)}
+    assert kept.k.shape == (tiny.CONFIG.num_layers, 2, 5, tiny.CONFIG.num_kv_heads, tiny.CONFIG.head_dim)
+    assert jax.eval_shape(functools.partial(run, keep=False), variables, text) is None
 
 
 def test_what_cudnn_is_asked(monkeypatch):

@@ -57,7 +57,8 @@ def compiled(devices, implementation, *, transform=jax.grad, **options):
         return jnp.sum((states * wanted[:, :STUDENT]).astype(jnp.float32))
 
     args = (lora, params, vision, text(STUDENT, 0), text(TEACHER, 2))
-    return jax.jit(transform(loss)).trace(*args).lower().compile(options).as_text()
+    with jax.default_matmul_precision("default"):  # not that of a float32 run in the same process
+        return jax.jit(transform(loss)).trace(*args).lower().compile(options).as_text()
 
 
 def largest(text):

@@ -247,3 +247,20 @@ def test_a_split_kernel_gives_the_same_product(kind):
     x = jax.random.normal(jax.random.key(0), (4, 256))
     run = jax.jit(lambda t, x: q.matmul(x, jax.tree.map(lambda a: a[0], t["layers"]["o_proj"]["kernel"])))
     np.testing.assert_allclose(run(split, x), run(tree, x), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_of_a_kernels_size_is_made_outside_the_loop_over_layers(kind):
+    """What does not depend on the layer jax computes before the loop, and keeps."""
+    kernel = q.quantise(jnp.asarray(random_kernel(256, 256)), kind)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x, x]), kernel)
+
+    def loss(scale, stacked):
+        def layer(x, kernel):
+            return q.matmul(x * scale, kernel), None
+
+        return jnp.sum(jax.lax.scan(jax.checkpoint(layer), jnp.ones((2, 256)), stacked)[0] ** 2)
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(1.0, stacked).jaxpr
+    made = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars]
+    assert any(eqn.primitive.name == "scan" for eqn in jaxpr.eqns) and max(made) < 256 * 256

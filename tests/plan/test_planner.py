@@ -15,12 +15,13 @@ import safetensors
 
 from configs import base
 from vigos_jax import main
+from vigos_jax.errors import InputError
 from vigos_jax.models.published_configs import published_config
 from vigos_jax.plan import devices as topologies
 from vigos_jax.plan import planner, run_programs
 from vigos_jax.plan.abstract_run import describe, device_bytes, model_config_of
 from vigos_jax.plan.devices import topology
-from vigos_jax.plan.floors import decode_floor
+from vigos_jax.plan.floors import cache_bytes, decode_floor
 from vigos_jax.plan.planner import compile_plan
 from vigos_jax.plan.program_cost import read_traffic
 from vigos_jax.plan.table import Program, report
@@ -126,7 +127,18 @@ def test_a_token_reads_the_decoder_and_its_head_once(name, layers, d, q, kv, f, 
     layer = d * q + q + 2 * (d * kv + kv) + q * d + 3 * d * f + 2 * d
     adapters = RANK * ((d + q) + 2 * (d + kv) + (q + d) + 3 * (d + f))
     want = layers * (layer + adapters) + d + vocabulary * d
-    assert decode_floor(run, cache_bytes=1000) == 2 * want + 1000
+    assert decode_floor(run, slots=10) == 2 * want + 2 * 32 * layers * 10 * 2 * kv
+
+
+def test_states_are_read_and_written():
+    """Qwen3.5-0.8B: 6 of 24 layers have keys and values, the others a float32 state that each token replaces."""
+    config = importlib.import_module("configs.qwen3_5_0_8b").get_config()
+    config.update_from_flattened_dict({"plan.topology": "cpu:1"})
+    run = describe(config, topology(config.plan))
+    keys, states = cache_bytes(run, slots=10)
+    assert keys == 2 * 6 * 32 * 10 * (2 * 256) * 2 and states == 18 * 32 * 16 * 128 * 128 * 4
+    assert decode_floor(run, slots=10) - decode_floor(run, slots=0) == keys
+    assert decode_floor(run, slots=0) > device_bytes(run.base["layers"]) + 2 * states
 
 
 def test_programs_are_counted():
@@ -328,6 +340,23 @@ def reduced(topology_name, **changes):
         return describe(config, topology(config.plan)), config
 
 
+@pytest.mark.parametrize("kind, bits", [("int8", 8), ("nf4", 4.25)])
+def test_a_quantised_base_is_planned_as_codes_and_scales(kind, bits):
+    plain, _ = reduced("cpu:1")
+    run, _ = reduced("cpu:1", **{"model.quantization": kind})
+    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
+    for name in ("q_proj", "o_proj"):
+        kernel, codes = (r.base["layers"][name]["kernel"] for r in (plain, run))
+        assert size(codes) == pytest.approx(bits / 8 * kernel.size, rel=0.003) and codes.kernel_shape == kernel.shape
+    assert size(run.base["visual"]) == size(plain.base["visual"]) and run.student["params"] is not None
+    assert size(run.student["params"]) == size(run.base) == device_bytes(run.base) < 0.8 * size(plain.base)
+
+
+def test_a_plan_of_all_weights_in_a_few_bits_is_refused():
+    with pytest.raises(InputError, match="quantization=nf4 needs an adapter"):
+        reduced("cpu:1", **{"model.quantization": "nf4", "lora.rank": 0})
+
+
 def dims(name):
     """Sorted dimensions of "bf16[1,2048,64]" without ones."""
     return tuple(sorted(int(d) for d in name.split("[")[1].rstrip("]").split(",") if d not in ("", "1")))
@@ -416,10 +445,9 @@ def test_no_weight_moves_while_tokens_are_sampled():
 
 
 @pytest.mark.slow
-def test_so_it_is_on_a_tpu(monkeypatch):
-    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=TPU))
+def test_so_it_is_on_a_tpu():
     run, config = reduced("v5e:2x4")
     assert run.model.attention == "splash"
-    text = compiled_gradient(run, config, exec_time_optimization_effort=-1.0)
+    text = compiled_gradient(run, config, exec_time_optimization_effort=-1.0, **TPU)
     assert "tpu_custom_call" in text  # the kernel
     assert gradient_faults(run, text) == []

@@ -77,10 +77,10 @@ def test_the_cost_is_that_of_whole_models(run, model):
     prompts = pack_prompts(rows, config=session.config, buckets=session.buckets)
     apply = make_run(VisionLanguageModel(session.config))
     p, q = (
-        jax.nn.log_softmax(apply({"params": params}, prompts.vision, prompts.text)[1])
+        np.asarray(jax.nn.log_softmax(apply({"params": params}, prompts.vision, prompts.text)[1]))
         for params in whole(session, model)
     )
-    kl = np.sum(np.exp(p) * (p - q), -1)[(prompts.text.segment_ids > 0) & (prompts.text.image_index < 0)]
+    kl = np.sum(np.exp(p) * (p - q), -1)[np.asarray((prompts.text.segment_ids > 0) & (prompts.text.image_index < 0))]
     assert cost["tokens"] == kl.size > 60
     assert cost["kl_mean"] == pytest.approx(kl.mean(), rel=1e-3) and cost["kl_max"] == pytest.approx(kl.max(), rel=1e-3)
 

@@ -77,7 +77,8 @@ class Evaluation:
         self._sampling = Sampling(max_tokens=e.max_tokens, temperature=e.temperature, top_k=e.top_k, top_p=e.top_p)
         self._engine = open_engine(session, self._sampling)
         self._session, self._config = session, config
-        self._base = fingerprint_of(session.folder, config.model.dtype)
+        kind = config.model.quantization
+        self._base = fingerprint_of(session.folder, config.model.dtype, *(() if kind == "none" else (kind,)))
 
     def fingerprint(self, trained: Variables) -> str:
         """Tells a student from any other: its base's files, and the bits of what was trained."""

@@ -129,6 +129,7 @@ def _facts(config, name: str, lora: LoraSpec | None, run: RunFacts) -> dict[str,
         trained = f"LoRA of rank {lora.rank}, alpha {alpha:g}, dropout {lora.dropout:g} on {modules}"
     else:
         trained = "all parameters"
+    kind = config.model.quantization
     return {
         "base model": name,
         "data": f"{data} ({config.data.split})",
@@ -139,7 +140,7 @@ def _facts(config, name: str, lora: LoraSpec | None, run: RunFacts) -> dict[str,
         "rollouts": f"temperature {s.temperature:g}, top-p {s.top_p:g}, top-k {s.top_k}, at most {s.max_tokens} tokens",
         "teachers": f"{config.teacher.weights}; spans as in the {config.span_rule} rule; divergence at temperature "
         f"{config.loss.temperature:g}",
-        "computation": config.model.dtype,
+        "computation": config.model.dtype + ("" if kind == "none" else f", the frozen base in {kind}"),
     }
 
 

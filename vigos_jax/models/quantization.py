@@ -10,6 +10,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vigos_jax.errors import InputError
 from vigos_jax.models.shapes import Array, Float, Num
@@ -128,9 +129,13 @@ def quantise(kernel: Float[Array, "I O"], kind: str) -> QuantisedKernel:
 
 def nf4_values(codes: Num[Array, "*shape"]) -> Float[Array, "*shape"]:
     """What 4-bit codes (of any integer dtype) stand for, float32: a tree of selects, a level for each bit."""
-    values: list[Any] = [jnp.float32(v) for v in NF4]
-    for bit in range(4):
-        is_set = (codes >> bit) & 1 == 1
+    bit = (codes & 1).astype(jnp.float32)
+    # The lowest level is arithmetic, exact for these numbers: selects between constants are arrays of constants, of the
+    # kernel's size, which jax moves out of a loop over layers and keeps.
+    pairs = zip(np.asarray(NF4[::2], np.float32), np.asarray(NF4[1::2], np.float32), strict=True)
+    values = [bit * float(high - low) + float(low) for low, high in pairs]
+    for level in (1, 2, 3):
+        is_set = (codes >> level) & 1 == 1
         values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
     return values[0]
 

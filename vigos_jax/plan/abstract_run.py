@@ -161,7 +161,7 @@ def describe(config, target: Topology) -> AbstractRun:
             f"config.model.attention={config.model.attention!r} does not run on {target.name}; choices: auto, xla"
         )
     # A CPU's choice is XLA's attention.
-    model = model_of(config, model_config, mesh, platform=target.platform if target.has_fused_attention else "cpu")
+    model = model_of(config, model_config, mesh, platform=target.platform, is_served=target.has_fused_attention)
     place = functools.partial(_placed, mesh=mesh, rules=config.mesh.rules)
     check_quantization(config, model.lora, for_training=True)
     abstract = abstract_variables(model)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 import re
 import time
@@ -52,7 +53,9 @@ def programs_of(run: AbstractRun, target: Topology, only: tuple[str, ...]) -> It
     if not only or "encode" in only:
         yield _encode(run, target, measure, beside)
     if not only or {"prefill", "weights", "grow", "decode"} & set(only):
-        yield from _rollout(run, target, measure, beside)
+        rollout = _rollout(run, target, measure, beside)
+        # The others build on prefill.
+        yield from rollout if not only or {"weights", "grow", "decode"} & set(only) else itertools.islice(rollout, 1)
     if not only or {"gradient", "update"} & set(only):
         yield from _update(run, measure, beside)
 

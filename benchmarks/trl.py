@@ -1,0 +1,197 @@
+"""Whole optimizer steps against TRL's own DistillationTrainer, in turn, in one process; see benchmarks/README.md.
+
+    python -m benchmarks.trl [--rows N] [--tokens N] [--rounds N] [--small] [--json FILE] [--readme FILE]
+
+Needs `pip install -e '.[test,bench]'`. Exits 1 when a gate fails, 2 without TRL.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+
+import numpy as np
+
+from benchmarks import models, our_step, step_flops
+from benchmarks.distillation_task import Task, make_task
+from benchmarks.harness import Race, Result, race_of
+from benchmarks.report import start, write_readme
+from vigos_jax.method.packing import pack_scores
+
+GATES = {"trl_rollout": 2.5, "trl_step": 1.6}
+COMMAND = "python -m benchmarks.trl"
+INSTALL = "pip install -e '.[test,bench]'"
+
+
+def missing() -> str | None:
+    """One line that says what to install, or None where TRL is installed."""
+    if find_spec("trl"):
+        return None
+    return f"{COMMAND} (gates {', '.join(GATES)}) needs TRL: {INSTALL}"
+
+
+def note() -> str:
+    """One line for whoever runs the other gates."""
+    return missing() or f"{', '.join(GATES)} are measured apart: {COMMAND}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Seconds of each round, (TRL's, ours), and what was compared before the first.
+
+    Attributes:
+      equal_rows: share of rows whose greedy tokens are all equal.
+      losses: of the same completions, TRL's and ours by its definition.
+    """
+
+    rollout: list[tuple[float, float]]
+    update: list[tuple[float, float]]
+    equal_rows: float
+    losses: tuple[float, float]
+
+
+def measure(task: Task, *, rounds: int) -> Measured:
+    """Runs both sides in turn; the first round compiles, is compared, and is not timed."""
+    from benchmarks.trl_step import make_trainer
+
+    ours = our_step.OurStep(task)
+    rollout, update, compared = [], [], []
+
+    def our_turn(trainer, seconds: float) -> None:
+        if not compared:
+            compared.append(compare(ours, trainer.last_completions(), trainer.last_loss()))
+        begin = time.perf_counter()
+        sampled = ours.rollout()
+        middle = time.perf_counter()
+        ours.update(*sampled)
+        end = time.perf_counter()
+        rollout.append((trainer.rollout_seconds, middle - begin))
+        update.append((seconds - trainer.rollout_seconds, end - middle))
+
+    with tempfile.TemporaryDirectory() as folder:
+        make_trainer(task, folder, steps=1 + rounds, after_step=our_turn).train()
+    return Measured(rollout[1:], update[1:], *compared[0])
+
+
+def compare(ours: our_step.OurStep, theirs: dict, loss: float) -> tuple[float, tuple[float, float]]:
+    """Raises AssertionError unless both sides did the same work with the same weights.
+
+    Args:
+      theirs: prompt -> completion of TRL's first step; loss: its loss.
+
+    Returns:
+      `Measured.equal_rows` and `Measured.losses`.
+    """
+    rows, rollouts, _ = ours.rollout()
+    prompts = [row.prompt.ids for row in rows]
+    assert set(prompts) == set(theirs), "the prompts' ids differ"
+    completions = [theirs[prompt] for prompt in prompts]
+    lengths = {len(c) for c in (*completions, *(r.ids for r in rollouts))}
+    assert lengths == {ours.task.completion}, f"completions have {lengths} tokens"
+    # Sums in other orders: a near-tie may fall the other way in a row.
+    equal = float(np.mean([c == r.ids for c, r in zip(completions, rollouts, strict=True)]))
+    assert equal >= 0.75, f"greedy tokens are equal in {equal:.0%} of the rows"
+    mine = ours.loss_of_one_teacher(completions)
+    assert abs(mine - loss) < 1e-4 * max(1.0, abs(loss)), f"losses of the same completions: {loss} and {mine}"
+    return equal, (loss, mine)
+
+
+def results(task: Task, measured: Measured) -> list[Result]:
+    """Rollout, update and whole step; the gates are of the sizes that the README names."""
+    whole = [(a + c, b + d) for (a, b), (c, d) in zip(measured.rollout, measured.update, strict=True)]
+    theirs, mine = step_shapes(task)
+    counted = [step_flops.phases(task.config, models.LORA.rank, shape) for shape in (theirs, mine)]
+    r, ratio = race_of(whole), sum(counted[0].values()) / sum(counted[1].values())
+    versions = ", ".join(f"{x} {version(x)}" for x in ("trl", "transformers", "torch", "peft"))
+    loss, ours = measured.losses
+    detail = (
+        *_seconds(r),
+        ("FLOPs, TRL / ours", f"{ratio:.2f}"),
+        ("FLOPs of TRL's step", step_flops.shares(counted[0])),
+        ("FLOPs of ours", step_flops.shares(counted[1])),
+        (
+            "compared",
+            f"prompts, greedy tokens ({measured.equal_rows:.0%} of the rows), loss {loss:.6f} and {ours:.6f}",
+        ),
+        ("versions", versions),
+    )
+    what = (
+        f"a whole step, {len(task.images)} rows of {theirs.prompt} tokens, {task.completion} sampled; "
+        "TRL has one teacher, ours three"
+    )
+    parts = {"trl_rollout": ("its rollout", measured.rollout), "trl_update": ("its update", measured.update)}
+    out = []
+    for name, (words, times) in parts.items():
+        part = race_of(times)
+        out.append(Result(name, words, part.ratio, GATES.get(name), part.spread, _seconds(part)))
+    return [*out, Result("trl_step", what, r.ratio, GATES["trl_step"], r.spread, detail)]
+
+
+def _seconds(r: Race) -> tuple[tuple[str, str], ...]:
+    return ("TRL", f"{r.baseline:.3f} s"), ("ours", f"{r.ours:.3f} s")
+
+
+def step_shapes(task: Task) -> tuple[step_flops.StepShape, step_flops.StepShape]:
+    """Sizes of a row's step, TRL's and ours; ours as the mean row has it."""
+    side = our_step.OurStep(task)
+    rows = side.rows()
+    blank = (0,) * task.completion
+    rollouts = [our_step.Rollout(blank, our_step.spans(i, task)) for i in range(len(rows))]
+    packed = pack_scores(rows, rollouts, roles=our_step.ROLES, config=task.config, buckets=side.buckets)
+    prompt = round(np.mean([len(row.prompt.ids) for row in rows]))
+    theirs = step_flops.StepShape(
+        patches=len(rows[0].images[0].patches),
+        prompt=prompt,
+        completion=task.completion,
+        encodings=2,  # the student's and the teacher's forward passes have the images again
+        teachers=((0, prompt + task.completion),),
+        supervised=task.completion,
+    )
+    branches = step_flops.branches(packed.teacher.segment_ids[0])
+    supervised = round(np.mean(np.sum(packed.supervised.role >= 0, 1)))
+    return theirs, dataclasses.replace(theirs, encodings=0, teachers=branches, supervised=supervised)
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("rows", 8), ("tokens", 64), ("rounds", 6)):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N")
+    parser.add_argument("--small", action="store_true", help="a tiny model, to try the script; its ratios say nothing")
+    parser.add_argument("--json", type=pathlib.Path, help="file for the results, a list")
+    parser.add_argument("--readme", type=pathlib.Path, help="file whose table is made anew")
+    args = parser.parse_args(argv)
+    for name, least in (("rows", 1), ("tokens", 8), ("rounds", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} {getattr(args, name)} must be at least {least}")
+    if args.small and args.readme:
+        parser.error("--readme is for the full size; leave out --small")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = arguments(argv)
+    if line := missing():
+        print(line, file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        task = make_task(pathlib.Path(folder), small=args.small, rows=args.rows, completion=args.tokens)
+        out = results(task, measure(task, rounds=args.rounds))
+    if args.small:  # at this size a step is mostly calls
+        out = [dataclasses.replace(r, gate=None) for r in out]
+    for r in out:
+        print(r.line(), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps([r.json() for r in out], indent=2) + "\n")
+    if args.readme:
+        write_readme(args.readme, out, marker=start("benchmarks.trl"))
+    return 0 if all(r.holds for r in out) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
