@@ -24,7 +24,6 @@ from vigos_jax.plan.run_programs import capacity, programs_of
 from vigos_jax.plan.table import Plan, report
 
 _GB = 1e9
-_EOS = (0, 1)  # which tokens end a row does not matter to the program
 _ONLY_GRADIENT = ("model.remat", "gradient_accumulation_steps")  # changes that leave all other programs as they are
 
 
