@@ -3,13 +3,16 @@
 # make test-fast   the tests of plain logic: no torch, no training, about a minute
 # make test-slow   the tests marked slow
 # make test-compilers  what the compilers of an H100 and a v5e make of a 3B run, judged by gates; no card is needed
+# make vllm        install vLLM for CPUs into .venv-vllm, 3 GB: Linux, x86-64, python3.11
+# make test-vllm   rollouts by real vLLM servers on this machine: minutes; the other targets leave these tests out
 # make test-matrix the fast tests and two training steps on every Python and jax that constraints/ has a lock of
 # make lint        ruff, and pyrefly over vigos_jax/ and configs/
-# make clean       remove .venv, caches and build outputs; runs/ stays
+# make clean       remove .venv, .venv-vllm, caches and build outputs; runs/ stays
 
 SHELL := bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+VLLM := .venv-vllm
 # The lock of the Python in the venv: constraints/py311-jax0.10.txt for 3.11.
 LOCK ?= $$($(PYTHON) -c 'import glob, sys; print(*glob.glob("constraints/py%d%d-*.txt" % sys.version_info[:2]))')
 PIP = $(PYTHON) -m pip --quiet --disable-pip-version-check install -c $(LOCK)
@@ -24,7 +27,7 @@ FAST := tests/grading tests/report tests/rollouts/test_parse.py tests/test_house
 GATES := decode_bytes_h100 decode_kernels_h100 decode_bytes_v5e logits_h100 logits_v5e memory_7b_h100 memory_3b_v5e
 COMPILED := tests/plan/test_gpu.py tests/models/test_attention_compiled.py
 
-.PHONY: demo test test-fast test-slow test-compilers test-matrix lint clean
+.PHONY: demo test test-fast test-slow test-compilers vllm test-vllm test-matrix lint clean
 
 demo: $(VENV)/installed
 	$(PYTHON) -m vigos_jax.main --config configs/base.py
@@ -40,11 +43,17 @@ test-matrix:
 
 # pytest exits 5 when nothing was selected: no slow test is no failure.
 test-slow: $(VENV)/installed-test
-	@$(PYTEST) -m slow $(PYTEST_ARGS) || { code=$$?; [ $$code -eq 5 ] && echo 'no slow tests'; }
+	@$(PYTEST) -m slow --ignore=tests/vllm $(PYTEST_ARGS) || { code=$$?; [ $$code -eq 5 ] && echo 'no slow tests'; }
 
 test-compilers: $(VENV)/installed-compilers
 	JAX_PLATFORMS=cpu $(PYTHON) -m benchmarks --only $(GATES)
 	$(PYTEST) $(COMPILED)
+
+vllm: $(VLLM)/installed
+
+# One process: a server has both cores.
+test-vllm: $(VENV)/installed-test $(VLLM)/installed
+	JAX_PLATFORMS=cpu $(PYTHON) -m pytest -q tests/vllm $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-core
 	$(PYTHON) -m ruff check .
@@ -77,6 +86,10 @@ $(VENV)/installed-compilers: $(VENV)/installed-test
 	@$(PIP) -e '.[plan-gpu]'
 	@touch $@
 
+$(VLLM)/installed: $(addprefix tests/vllm/,install.sh requirements.txt vllm.txt torchvision_operators.py)
+	@echo 'installing vLLM into $(VLLM)'
+	@tests/vllm/install.sh $(VLLM)
+
 clean:
-	rm -rf $(VENV) .venv-matrix build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .jax_cache
+	rm -rf $(VENV) $(VLLM) .venv-matrix build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .jax_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -60,6 +60,7 @@ def make_processor_folder(
     vision: dict[str, Any] | None = None,
     chat_template: str = CHAT_TEMPLATE,
     family: str = "qwen2_5_vl",
+    head_dim: int = 16,
 ) -> pathlib.Path:
     """Writes a tiny folder of a family without weights: config, tokenizer, image and generation settings.
 
@@ -70,6 +71,7 @@ def make_processor_folder(
       vocab_padding: embedding rows beyond the tokenizer's, as published models have.
       min_pixels, max_pixels: what the image processor resizes to.
       text, vision: fields that replace those of config.json and of its vision_config.
+      head_dim: of both; the models have two heads.
     """
     path = pathlib.Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -114,10 +116,10 @@ def make_processor_folder(
     )
     vision_config = {
         "depth": 2,
-        "hidden_size": 32,
+        "hidden_size": 2 * head_dim,
         "num_heads": 2,
         "intermediate_size": 48,
-        "out_hidden_size": 32,
+        "out_hidden_size": 2 * head_dim,
         "patch_size": 14,
         "temporal_patch_size": 2,
         "spatial_merge_size": 2,
@@ -130,7 +132,7 @@ def make_processor_folder(
     config = {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
-        "hidden_size": 32,
+        "hidden_size": 2 * head_dim,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "hidden_act": "silu",
@@ -139,7 +141,7 @@ def make_processor_folder(
         "vocab_size": tokenizer.get_vocab_size() + vocab_padding,
         "max_position_embeddings": 4096,
         "rope_theta": 1e6,
-        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+        "rope_scaling": {"type": "mrope", "mrope_section": [n * head_dim // 16 for n in (2, 3, 3)]},
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": True,
         "bos_token_id": ids["<|endoftext|>"],
@@ -161,7 +163,8 @@ def _as_qwen3(config: dict[str, Any], vision: dict[str, Any]) -> tuple[dict[str,
     outer = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id", "tie_word_embeddings")
     text = {k: v for k, v in config.items() if k not in (*outer, "architectures", "model_type")}
     text["rope_scaling"] = text["rope_scaling"] | {"rope_type": "default", "mrope_interleaved": True}
-    top = {k: config[k] for k in outer} | {"text_config": text | {"head_dim": 16, "model_type": "qwen3_vl_text"}}
+    text |= {"head_dim": config["hidden_size"] // config["num_attention_heads"], "model_type": "qwen3_vl_text"}
+    top = {k: config[k] for k in outer} | {"text_config": text}
     top |= {"architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl"}
     own = {
         "patch_size": 16,

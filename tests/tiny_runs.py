@@ -246,14 +246,16 @@ def write_model(
     family: str = "qwen2_5_vl",
     text: dict[str, Any] | None = None,
     vision: dict[str, Any] | None = None,
+    head_dim: int = 16,
 ) -> pathlib.Path:
     """A Hugging Face folder with processor and float32 weights in several shards.
 
     Args:
       text, vision: fields of its config.
+      head_dim: of both.
     """
     text = {"tie_word_embeddings": False, "torch_dtype": "bfloat16"} | (text or {})
-    make_processor_folder(folder, text=text, vision=vision, family=family)
+    make_processor_folder(folder, text=text, vision=vision, family=family, head_dim=head_dim)
     config = ModelConfig.load(folder)
     params = tiny.random_variables(VisionLanguageModel(config))["params"]
     tensors = writing.file_tensors(params, tensor_table(config), config, dtype=np.float32)
