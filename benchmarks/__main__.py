@@ -10,7 +10,7 @@ import json
 import pathlib
 import sys
 
-from benchmarks import compiled, decode, delta_rule, demo, heads, padding, teachers, torch_step, trl
+from benchmarks import compiled, decode, delta_rule, demo, engines, heads, padding, teachers, torch_step, trl
 from benchmarks.report import write_readme
 
 ALL = {
@@ -27,6 +27,7 @@ ALL = {
     "torch": torch_step.torch,
     "padding": padding.padding,
     "demo": demo.demo,
+    "engines": engines.engines,
     **compiled.GATES,
 }
 

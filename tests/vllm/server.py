@@ -24,7 +24,7 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv-vllm"
-START_SECONDS, STOP_SECONDS = 300, 20
+START_SECONDS, STOP_SECONDS = 600, 20
 # What its kernels for attention on a CPU have: no tiny model with smaller heads.
 LEAST_HEAD_DIM = 32
 ENVIRONMENT = {
@@ -39,8 +39,8 @@ FLAGS = (
     *("--host", "127.0.0.1", "--max-model-len", "512", "--enforce-eager", "--dtype", "float32"),
     *("--generation-config", "vllm", "--enable-scale-out"),
     *("--enable-lora", "--max-lora-rank", "16", "--max-loras", "2", "--max-cpu-loras", "8"),
-    "--enable-tower-connector-lora",
 )
+TOWER = ("--enable-tower-connector-lora",)  # adapters of the vision tower, which are dropped without a word otherwise
 
 
 def missing() -> str | None:
@@ -61,7 +61,7 @@ class Server:
 
     model: pathlib.Path
     log: pathlib.Path
-    flags: tuple[str, ...] = ()
+    flags: tuple[str, ...] = TOWER
     port: int = 0
     process: subprocess.Popen | None = None
 
@@ -155,7 +155,7 @@ def tail(log: pathlib.Path, *, lines: int = 40) -> str:
 
 
 @contextlib.contextmanager
-def serving(model: pathlib.Path, *, logs: pathlib.Path, flags: tuple[str, ...] = ()) -> Iterator[Server]:
+def serving(model: pathlib.Path, *, logs: pathlib.Path, flags: tuple[str, ...] = TOWER) -> Iterator[Server]:
     """A server that answers, and is gone afterwards.
 
     Args:
