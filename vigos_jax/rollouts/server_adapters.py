@@ -73,29 +73,25 @@ class Adapters:
                 "config.rollout.engine: servers take adapters, and this student has all weights trained; choices: "
                 "config.lora.rank above 0, config.rollout.engine=native (for config.eval: config.eval.engine=native)"
             )
-        if "lora" in trained:
-            student = self._write(trained["lora"], step)
-            self._students.append(student)
-            self.load(student)
-            self.current = student
-        else:
-            self.current = Student(self._base, None, step)
-        self.retire()
-
-    def retire(self) -> None:
-        """Unloads and deletes the students that nobody will use again."""
+        self.current = self.add(trained["lora"], step=step) if "lora" in trained else self.base(step=step)
         for student in [s for s in self._students if s is not self.current and not s.users]:
-            self._students.remove(student)
-            self.unload(student)
+            self.remove(student)
 
-    def load(self, student: Student) -> None:
-        """Loads it on every server of every process."""
+    def base(self, *, step: int = 0) -> Student:
+        """The base without an adapter."""
+        return Student(self._base, None, step)
+
+    def add(self, lora: Any, *, step: int) -> Student:
+        """An adapter on every server of every process."""
+        student = self._write(lora, step)
+        self._students.append(student)
 
         def load_all() -> None:
             for server in self._pool.servers:
                 self._pool.retried(lambda s: self.ensure(s, student), server)
 
         together(load_all)
+        return student
 
     def ensure(self, server: Server, student: Student) -> None:
         """Loads a student on one server, where it may be already; Unwell if the server is."""
@@ -110,8 +106,9 @@ class Adapters:
                 raise EngineFailed(self._why(server, student, str(e))) from e
             raise
 
-    def unload(self, student: Student) -> None:
+    def remove(self, student: Student) -> None:
         """Takes it from the servers, then deletes its folder; a server that does not answer forgets it by itself."""
+        self._students.remove(student)
         for server in self._pool.servers:
             try:
                 server.request("POST", self._dialect.unload, {"lora_name": student.name})

@@ -73,6 +73,7 @@ class Server:
     Attributes:
       url: its base, without a slash at the end.
       busy: calls that it is answering.
+      failures: calls in a row that it did not answer.
       well_at: when it may be asked again, by `time.monotonic`; in the past for one that is well.
     """
 
@@ -82,7 +83,7 @@ class Server:
         self._host, self._is_tls = parts.netloc, parts.scheme == "https"
         self._path = parts.path.rstrip("/")
         self._open: set[socket.socket] = set()
-        self.busy, self.well_at = 0, 0.0
+        self.busy, self.failures, self.well_at = 0, 0, 0.0
 
     def request(self, method: str, path: str, body: Any = None, *, timeout: float | None = None) -> tuple[str, Any]:
         """(text of the reply, its JSON or None where it is none) of a request that was answered with 200.
@@ -171,8 +172,8 @@ class ServerPool:
 
     def __init__(self, servers: Sequence[Server], *, concurrency: int, retries: int, health: Callable[[Server], Any]):
         self.servers = tuple(servers)
-        self._retries, self._health = retries, health
-        self._guard = threading.Lock()
+        self._concurrency, self._retries, self._health = concurrency, retries, health
+        self._guard = threading.Condition()
         self._is_cut = threading.Event()
         self._told: set[str] = set()
         self._threads = concurrent.futures.ThreadPoolExecutor(concurrency * len(self.servers), "rollout")
@@ -233,46 +234,60 @@ class ServerPool:
         raise ServersLost(f"{reason}; it did not answer {self._retries + 1} times (config.rollout.retries)")
 
     def _attempts(self, call: Callable[[Server, int], T], number: int) -> T | Failed:
-        reason = ""
+        reason, server = "", None
         for attempt in range(self._retries + 1):
-            if self._is_cut.is_set():
-                return Failed("it was ended")
-            server = self._take()
+            server = self._take(avoided=server)
+            if server is None:
+                break
             try:
                 result = call(server, number)
-                server.well_at = 0.0
+                server.failures, server.well_at = 0, 0.0
                 return result
             except Rejected as e:
                 return Failed(f"{server.url} answers {e}")
             except Unwell as e:
-                reason, wait = str(e), max(e.wait, _backoff(attempt))
+                reason, asked = str(e), e.wait
             finally:
                 with self._guard:
                     server.busy -= 1
-            self._note(server, reason, wait)
+                    self._guard.notify()
+            wait = self._note(server, reason, asked)
             if attempt < self._retries and not any(s.well_at <= time.monotonic() for s in self.servers):
                 self._pause(wait)
         if not self._is_cut.is_set() and not any(map(self._is_well, self.servers)):
             names = ", ".join(s.url for s in self.servers)
             raise ServersLost(f"no server of config.rollout.urls answers ({names}); the last said: {reason}")
-        return Failed(reason)
+        return Failed(reason or "it was ended")
 
-    def _take(self) -> Server:
-        """The least busy server of those that are well, or of all where none is."""
-        with self._guard:
-            now = time.monotonic()
-            well = [s for s in self.servers if s.well_at <= now] or self.servers
-            server = min(well, key=lambda s: s.busy)
-            server.busy += 1
-            return server
+    def _take(self, *, avoided: Server | None) -> Server | None:
+        """The least busy server of those that are well, or of all where none is, once it has room; None after `cut`.
 
-    def _note(self, server: Server, reason: str, wait: float) -> None:
+        Args:
+          avoided: which has just failed the call: taken only where it is the last.
+        """
         with self._guard:
-            server.well_at = time.monotonic() + wait
+            while not self._is_cut.is_set():
+                now = time.monotonic()
+                well = [s for s in self.servers if s.well_at <= now] or self.servers
+                server = min([s for s in well if s is not avoided] or well, key=lambda s: s.busy)
+                if server.busy < self._concurrency:
+                    server.busy += 1
+                    return server
+                self._guard.wait(_POLL_SECONDS)
+        return None
+
+    def _note(self, server: Server, reason: str, asked: float) -> float:
+        """Keeps a server that failed out of the way for a while; returns the seconds."""
+        with self._guard:
+            wait = max(asked, _backoff(server.failures))
+            if server.well_at <= time.monotonic():  # calls that fail together are one failure
+                server.failures += 1
+                server.well_at = time.monotonic() + wait
             is_new = server.url not in self._told
             self._told.add(server.url)
         if is_new and not self._is_cut.is_set():
             say(f"warning: {reason}; asked again in {wait:.0f} s")
+        return wait
 
     def _pause(self, seconds: float) -> None:
         self._is_cut.wait(seconds)
@@ -331,7 +346,7 @@ def health_of(path: str) -> Callable[[Server], Any]:
 
 
 def _backoff(attempt: int) -> float:
-    return min(_FIRST_WAIT * 2**attempt, _LONGEST_WAIT)
+    return min(_FIRST_WAIT * 2.0 ** min(attempt, 30), _LONGEST_WAIT)
 
 
 def _seconds(text: str | None) -> float:

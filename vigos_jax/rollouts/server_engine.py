@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vigos_jax.method.packing import Row
@@ -33,10 +34,12 @@ from vigos_jax.rollouts.server_client import (
 from vigos_jax.rollouts.server_images import png_uri
 from vigos_jax.rollouts.server_protocol import DIALECTS, Answer, Prompt, Rules, check_answer
 from vigos_jax.rollouts.server_start import base_name, served_by
-from vigos_jax.runtime.distributed import process
+from vigos_jax.runtime.distributed import exchange, process
+from vigos_jax.runtime.sharding import path_string
 from vigos_jax.session import Session
 
 Array = jax.Array
+_LEAST_MOVE = 0.05  # of a log-probability; bfloat16 alone moves it by less
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,6 +78,8 @@ class ServerEngine:
         folder = r.adapter_dir or (workdir / "adapters" if workdir is not None else "")
         place = pathlib.Path(folder).expanduser().absolute() if folder else None
         self._adapters = Adapters(session, self._dialect, self._pool, folder=place, base=base)
+        self._has_vision = session.model.lora is not None and bool(session.model.lora.vision)
+        self._unproved: Any = None  # an adapter of the vision tower, of which nobody knows whether servers apply it
 
     def prepare(self, rows: Sequence[Row]) -> list[Prompt | str | None]:
         """What is sent for each row, why it cannot be sent, or None for a bad row."""
@@ -83,11 +88,15 @@ class ServerEngine:
     def sync(self, trained: Variables, *, step: int = 0) -> None:
         """Loads the student's adapter on the servers, under a new name."""
         self._adapters.publish(trained, step=step)
+        if self._has_vision and "lora" in trained:
+            self._unproved = trained["lora"]
 
     def start(self, prepared: list[Prompt | str | None], keys: Array) -> Ticket:
         """Sends a batch's requests, to be answered by the present student. Arguments as of `sample`."""
         if refused := [p for p in prepared if isinstance(p, str)]:
             prepared = [None] * len(prepared)  # nothing is sampled; `finish` tells all processes
+        if self._unproved is not None:
+            self._prove_vision(prepared)
         seeds = row_seeds(keys)[self._session.own_rows(len(keys))]
         rows = tuple(i for i, prompt in enumerate(prepared) if prompt is not None)
         student = self._adapters.current
@@ -96,7 +105,7 @@ class ServerEngine:
         def call(server: Server, number: int) -> Answer | Failed:
             i = rows[number]
             prompt: Any = prepared[i]
-            return self._ask(server, prompt, int(seeds[i]), student)
+            return self._ask(server, prompt, int(seeds[i]), student, self._sampling)
 
         def refuse(server: Server, number: int) -> Answer | Failed:
             raise EngineFailed(refused[0])
@@ -141,12 +150,10 @@ class ServerEngine:
             raise ServersLost(f"config.rollout.urls: all {len(reasons)} rows of a batch failed; one said: {reasons[0]}")
         return answers
 
-    def _ask(self, server: Server, prompt: Prompt, seed: int, student: Student) -> Answer | Failed:
+    def _ask(self, server: Server, prompt: Prompt, seed: int, student: Student, sampling: Sampling) -> Answer | Failed:
         """One row's request, and again after the adapter was loaded, where the server does not know it."""
-        d = self._dialect
-        body = d.request(
-            prompt, student.name, student.is_adapter, self._sampling, seed, self._session.processor.eos_ids
-        )
+        d, ends = self._dialect, self._session.processor.eos_ids
+        body = d.request(prompt, student.name, student.is_adapter, sampling, seed, ends)
         try:
             reply = server.ask("POST", d.generate, body)
         except Rejected as e:
@@ -158,16 +165,48 @@ class ServerEngine:
             answer = d.read(reply)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
             raise Unwell(f"{server.url}: the reply has another shape: {e!r}") from e
-        reason = check_answer(answer, prompt, self._rules(student), url=server.url)
+        reason = check_answer(answer, prompt, self._rules(student, sampling), url=server.url)
         return answer if reason is None else Failed(reason)
 
-    def _rules(self, student: Student) -> Rules:
+    def _prove_vision(self, prepared: Sequence[Prompt | str | None]) -> None:
+        """Shows once that every server applies adapters of the vision tower: some drop them and say nothing.
+
+        An adapter of the tower alone, strong enough to blind it, must move the first token of a row with an image.
+        """
+        prompt = next((p for p in prepared if isinstance(p, Prompt) and p.images), None)
+        if not all(exchange(prompt is not None)):
+            return
+        probe = self._adapters.add(vision_probe(self._unproved), step=0)
+
+        def compare() -> None:
+            for server in self._pool.servers:
+                base, blind = (self._first_token(server, prompt, s) for s in (self._adapters.base(), probe))
+                if base.ids == blind.ids and abs(base.logps[0] - blind.logps[0]) < _LEAST_MOVE:
+                    raise EngineFailed(
+                        f"{server.url} does not apply adapters of the vision tower (config.lora.scope=official): start "
+                        "vLLM with --enable-tower-connector-lora; choices: config.lora.scope=language"
+                    )
+
+        try:
+            together(compare)
+        finally:
+            self._adapters.remove(probe)
+        self._unproved, self._has_vision = None, False
+
+    def _first_token(self, server: Server, prompt: Any, student: Student) -> Answer:
+        greedy = Sampling(max_tokens=1, temperature=0.0)
+        answer = self._pool.retried(lambda s: self._ask(s, prompt, 0, student, greedy), server)
+        if isinstance(answer, Failed):
+            raise EngineFailed(f"the check of the vision tower's adapters failed: {answer.reason}")
+        return answer
+
+    def _rules(self, student: Student, sampling: Sampling) -> Rules:
         p = self._session.processor
         return Rules(
             names=frozenset((student.name,)) if student.is_adapter else self._base_names,
             stop_ids=p.eos_ids,
             vocab_size=self._session.config.vocab_size,
-            max_tokens=self._sampling.max_tokens,
+            max_tokens=sampling.max_tokens,
             pads=frozenset() if self._dialect.keeps_pads else frozenset((p.image_token_id,)),
         )
 
@@ -193,6 +232,19 @@ def one_pad_each(ids: Sequence[int], counts: Sequence[int], *, pad: int) -> tupl
         out.append(ids[i])
         i += next(left) if ids[i] == pad else 1
     return tuple(out)
+
+
+def vision_probe(lora: Any) -> Any:
+    """An adapter of the same shapes that changes the vision tower alone, and much."""
+
+    def draw(path: tuple[Any, ...], x: Array) -> Array:
+        name = path_string(path)
+        if not name.endswith("/b"):
+            return x
+        b = 0.5 * jax.random.normal(jax.random.key(0), x.shape) if "visual/" in name else jnp.zeros(x.shape)
+        return jax.device_put(b, x.sharding)
+
+    return jax.tree_util.tree_map_with_path(draw, lora)
 
 
 def row_seeds(keys: Array) -> np.ndarray:

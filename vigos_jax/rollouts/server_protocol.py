@@ -129,9 +129,7 @@ def _vllm_request(
 def _vllm_answer(reply: Mapping[str, Any]) -> Answer:
     (choice,) = reply["choices"]
     content = (choice["logprobs"] or {}).get("content") or []
-    told = [entry["token_id"] for entry in content if "token_id" in entry]
-    if told and told != list(choice["token_ids"]):
-        raise ValueError("its log-probabilities are of other tokens")
+    _check_same(choice["token_ids"], [entry["token_id"] for entry in content])
     return Answer(
         ids=_ids(choice["token_ids"]),
         logps=_logps(entry["logprob"] for entry in content),
@@ -181,13 +179,19 @@ def _sglang_answer(reply: Mapping[str, Any]) -> Answer:
     pairs = meta["output_token_logprobs"]
     prompt_ids = reply.get("prompt_token_ids", meta.get("prompt_token_ids"))
     reason = meta["finish_reason"]
+    _check_same(reply["output_ids"], [pair[1] for pair in pairs])
     return Answer(
-        ids=_ids(pair[1] for pair in pairs),
+        ids=_ids(reply["output_ids"]),
         logps=_logps(pair[0] for pair in pairs),
         prompt_ids=None if prompt_ids is None else _ids(prompt_ids),
         reason=str(reason["type"] if isinstance(reason, Mapping) else reason),
         model=None,
     )
+
+
+def _check_same(ids: Sequence[int], scored: Sequence[int]) -> None:
+    if any(a != b for a, b in zip(ids, scored, strict=False)):
+        raise ValueError("its log-probabilities are of other tokens")
 
 
 def _ids(values: Any) -> tuple[int, ...]:

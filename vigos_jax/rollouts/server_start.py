@@ -36,7 +36,7 @@ def served_by(server: Server, dialect: Dialect, name: str) -> Served:
         listed = server.ask("GET", dialect.models, timeout=_SECONDS)["data"]
         bases = {entry["id"]: entry for entry in listed if entry.get("parent") is None}
     except (Unwell, Rejected) as e:
-        raise EngineFailed(f"config.rollout.urls: {server.url} must be a server that is well: {e}") from e
+        raise EngineFailed(f"config.rollout.urls must be servers that are well: {e}") from e
     except (KeyError, TypeError, AttributeError) as e:
         raise EngineFailed(f"config.rollout.urls: {server.url}{dialect.models} lists no models: {e!r}") from e
     if name not in bases:
@@ -87,4 +87,4 @@ def _probe(server: Server, path: str, needed: str) -> None:
             raise EngineFailed(f"{server.url} has no {path}: start it with {needed}") from e
     except Unwell as e:
         if not e.status:
-            raise EngineFailed(f"config.rollout.urls: {server.url} must be a server that is well: {e}") from e
+            raise EngineFailed(f"config.rollout.urls must be servers that are well: {e}") from e

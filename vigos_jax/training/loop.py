@@ -276,7 +276,9 @@ class Run:
             if is_last and rows.bad:
                 say(rows.summary())
         saved = f"saved at step {number} of {config.steps}"
-        if unwell:
+        if self._lost:
+            self.ending = InputError(f"{self._lost}; {saved}; the same command goes on")
+        elif unwell:
             self.ending = InputError(f"{unwell}; {saved}")
         elif signals:
             self.ending = Stopped(f"{signals[0]}: stopped, {saved}; the same command goes on")
@@ -289,7 +291,7 @@ class Run:
                     self._evaluations.at(number, self.state.trained)
         except EngineFailed as e:
             self._save()
-            self.ending = InputError(f"{e}; {saved}")
+            self.ending = InputError(f"{e}; {saved}; the same command goes on")
 
     def _save(self) -> None:
         """A checkpoint of the present step, unless there is one; before the first step there is nothing to keep."""
