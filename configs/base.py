@@ -159,6 +159,18 @@ def get_config() -> ml_collections.ConfigDict:
     config.sampling.micro_batch = 0  # rows whose images and prompts are computed at once; 0: as memory allows
     config.sampling.decode_batch = 0  # rows that are decoded at once; 0: all; fewer need less memory
 
+    config.rollout = ConfigDict()  # who samples: docs/servers.md
+    config.rollout.engine = "native"  # native: this package's sampler | vllm | sglang: servers at config.rollout.urls
+    config.rollout.urls = ()  # base addresses, like ("http://localhost:8000",); each process of a run takes its share
+    config.rollout.model = ""  # the name that the servers serve the base under; "" is config.model.path as written
+    config.rollout.concurrency = 32  # requests at a time to each server
+    config.rollout.timeout = 600.0  # seconds of one request
+    config.rollout.retries = 4  # further attempts of a request, each on a server that is well
+    config.rollout.key_env = ""  # environment variable that holds the servers' key; "" for none
+    config.rollout.adapter_dir = ""  # folder that the servers see under the same path; "" is WORKDIR/adapters
+    config.rollout.sync_every = 1  # optimizer steps between the adapters that servers get; native: 1
+    config.rollout.max_staleness = 0  # optimizer steps that rollouts may lag behind; 0 is on-policy; native: 0
+
     config.optimizer = ConfigDict()  # AdamW
     config.optimizer.learning_rate = 3e-4
     config.optimizer.schedule = "constant"  # constant | linear (to 0 at the last step)
@@ -190,6 +202,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.guards.completion_tokens = (2.0, 1e9)
     config.guards.entropy = (1e-3, 1e9)  # nats per supervised token
     config.guards.stop = False  # save and end the run then, instead of warning only
+    # Largest mean |log p of the sampler - of the student| per supervised token; a step above it ends the run, saved.
+    # 0: no bound for the native engine; for servers 1e-3 in float32 on-policy without lora.dropout, else 0.1.
+    config.guards.sampler_gap = 0.0
 
     config.demo_eval = ConfigDict()  # before and after a run on the demo
     config.demo_eval.questions = 1000  # questions of each kind (conflict, prior); 0 for no evaluation
@@ -197,6 +212,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.demo_eval.seed = 42
 
     config.eval = ConfigDict()  # --mode eval and config.eval_every: the paper's protocol (Table A.V)
+    config.eval.engine = "native"  # who answers: native | rollout: config.rollout's engine
     config.eval.tasks = ("demo",)  # names of vigos_jax/evaluation/tasks
     names = ("mm_vet", "mmmu", "mmmu_pro", "mmmu_pro_vision", "mathverse", "mathvista", "mmsi", "realworldqa")
     names = (*names, "cv_bench", "vilp_f", "vilp_p", "vlind", "demo")

@@ -43,73 +43,51 @@ _SEED, _FRACTION = Range(least=0, most=2**31 - 1), Range(least=0, most=1)
 # A field's type is that of its default in configs/base.py. Here are the numbers that may not be everything; the mesh's
 # sizes are checked against its devices.
 RANGES = {
-    "seed": _SEED,
-    "steps": _POSITIVE,
-    "batch_size": _POSITIVE,
-    "gradient_accumulation_steps": _POSITIVE,
-    "checkpoint_every": _POSITIVE,
-    "keep_checkpoints": _POSITIVE,
-    "log_every": _POSITIVE,
-    "eval_every": _COUNT,
-    "report.rows": _COUNT,
-    "report.every": _POSITIVE,
-    "lora.rank": _COUNT,
+    **dict.fromkeys(
+        (
+            "steps batch_size gradient_accumulation_steps checkpoint_every keep_checkpoints log_every report.every "
+            "data.window data.max_images loss.chunk sampling.max_tokens rollout.concurrency rollout.sync_every "
+            "demo_eval.batch_size eval.samples eval.max_tokens eval.demo_questions eval.batch_size eval.judge.batch "
+            "eval.judge.concurrency score.batch_size preview.rows diagnose.wrong_answers diagnose.batch_size "
+            "guards.max_skipped guards.window plan.patches plan.prompt plan.completion"
+        ).split(),
+        _POSITIVE,
+    ),
+    **dict.fromkeys(
+        (
+            "eval_every report.rows lora.rank data.workers data.max_pixels data.min_pixels optimizer.warmup_steps "
+            "sampling.top_k sampling.micro_batch sampling.decode_batch rollout.retries rollout.max_staleness "
+            "demo_eval.questions eval.limit eval.top_k eval.judge.retries preview.shown export.step"
+        ).split(),
+        _COUNT,
+    ),
+    **dict.fromkeys(
+        "seed demo_eval.seed eval.seed diagnose.seed".split(),
+        _SEED,
+    ),
+    **dict.fromkeys(
+        "data.max_bad_fraction teacher.ema_rate sampling.min_p".split(),
+        _FRACTION,
+    ),
     "lora.alpha": Range(least=0),
     "lora.dropout": Range(least=0, most=0.999),
-    "data.workers": _COUNT,
-    "data.window": _POSITIVE,
-    "data.max_images": _POSITIVE,
-    "data.max_pixels": _COUNT,
-    "data.min_pixels": _COUNT,
-    "data.max_bad_fraction": _FRACTION,
     "optimizer.learning_rate": Range(least=0),
-    "optimizer.warmup_steps": _COUNT,
     "optimizer.b1": Range(least=0, most=0.999999),
     "optimizer.b2": Range(least=0, most=0.999999),
     "optimizer.eps": Range(least=0),
     "optimizer.weight_decay": Range(least=0),
     "optimizer.max_grad_norm": Range(above=0),
-    "teacher.ema_rate": _FRACTION,
     "loss.temperature": Range(least=1e-6),
-    "loss.chunk": _POSITIVE,
-    "sampling.max_tokens": _POSITIVE,
     "sampling.temperature": Range(least=0),
-    "sampling.top_k": _COUNT,
     "sampling.top_p": Range(above=0, most=1),
-    "sampling.min_p": _FRACTION,
     "sampling.repetition_penalty": Range(above=0),
-    "sampling.micro_batch": _COUNT,
-    "sampling.decode_batch": _COUNT,
-    "demo_eval.questions": _COUNT,
-    "demo_eval.batch_size": _POSITIVE,
-    "demo_eval.seed": _SEED,
-    "eval.limit": _COUNT,
-    "eval.samples": _POSITIVE,
+    "rollout.timeout": Range(least=0.1),
     "eval.temperature": Range(least=0),
-    "eval.top_k": _COUNT,
     "eval.top_p": Range(above=0, most=1),
-    "eval.max_tokens": _POSITIVE,
-    "eval.seed": _SEED,
-    "eval.demo_questions": _POSITIVE,
-    "eval.batch_size": _POSITIVE,
-    "eval.judge.batch": _POSITIVE,
-    "eval.judge.concurrency": _POSITIVE,
     "eval.judge.timeout": Range(least=0.1),
-    "eval.judge.retries": _COUNT,
-    "score.batch_size": _POSITIVE,
-    "preview.rows": _POSITIVE,
-    "preview.shown": _COUNT,
     "diagnose.rows": Range(least=2),
-    "diagnose.wrong_answers": _POSITIVE,
-    "diagnose.batch_size": _POSITIVE,
-    "diagnose.seed": _SEED,
-    "guards.max_skipped": _POSITIVE,
-    "guards.window": _POSITIVE,
-    "export.step": _COUNT,
+    "guards.sampler_gap": Range(least=0),
     "export.max_shard_gb": Range(above=0),
-    "plan.patches": _POSITIVE,
-    "plan.prompt": _POSITIVE,
-    "plan.completion": _POSITIVE,
     "plan.memory_gb": Range(least=0),
     "plan.tflops": Range(least=0),
     "plan.bandwidth_gbs": Range(least=0),
@@ -119,7 +97,7 @@ RANGES = {
 _PATHS = (  # texts in which ~ is a home; or names on the hub
     *("compilation_cache", "model.path", "model.adapter", "data.source", "data.image_folder", "score.rollouts"),
     *("score.output", "diagnose.rollouts", "diagnose.wrong_answers_file", "diagnose.output", "eval.output"),
-    *("preview.output", "generate.image", "export.output", "plan.output", "plan.programs"),
+    *("preview.output", "generate.image", "export.output", "plan.output", "plan.programs", "rollout.adapter_dir"),
 )
 _MAY_BE_NAMES = ("model.path", "data.source", "eval.sources.")  # of the hub, or of a demo
 # Sections that are handed on whole, so that a field too many would be an argument too many.
@@ -143,6 +121,8 @@ CHOICES = {
     "teacher.weights": ("frozen", "ema", "live"),
     "loss.reduction": ("tokens", "sequences"),
     "optimizer.schedule": ("constant", "linear"),
+    "rollout.engine": ("native", "vllm", "sglang"),
+    "eval.engine": ("native", "rollout"),
     "eval.prompt": ("structured", "plain"),
     "eval.judge.mode": ("off", "on_failure", "always"),
     "export.kind": ("merged", "adapter"),
@@ -154,9 +134,11 @@ _PROMPT_FIELDS = ("user", "assistant_prefill")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 # They say what to do with a run, or where, not what the run is.
 _MODE_SECTIONS = (
-    *("eval", "eval_every", "score", "diagnose", "preview", "generate", "export", "guards", "plan"),
+    *("eval", "eval_every", "score", "diagnose", "preview", "generate", "export", "guards", "plan", "rollout"),
     *("compilation_cache", "mesh", "distributed", "report", "log"),
 )
+# Of `rollout`, only how far rollouts lag behind is a part of what the run is; the rest says who samples, and where.
+_OF_THE_RUN = ("rollout.sync_every", "rollout.max_staleness")
 
 
 def get(config: ConfigDict, field: str) -> Any:
@@ -197,6 +179,7 @@ def validate(config: ConfigDict) -> None:
         for check in (_check_renamed, _check_fields, _check_sections, _check_buckets, _check_prompts, _check_guards):
             check(config)
         _check_eval(config)
+        _check_rollout(config)
         _check_data(config)
         _check_template(config)
     except (KeyError, AttributeError) as e:
@@ -252,6 +235,19 @@ def _check_eval(config: ConfigDict) -> None:
     for task, source in _section(config, "eval.sources").items():
         _check_type(f"eval.sources.{task}", source, "")
         _check_home(f"eval.sources.{task}", source)
+
+
+def _check_rollout(config: ConfigDict) -> None:
+    r = config["rollout"]
+    if r["key_env"] and not _VARIABLE.fullmatch(r["key_env"]):  # not shown: it may be the key itself
+        raise InputError("config.rollout.key_env must be the name of an environment variable, like VLLM_KEY")
+    if not all(isinstance(url, str) for url in r["urls"]):
+        raise InputError(f"config.rollout.urls={r['urls']!r} must be addresses, like ('http://localhost:8000',)")
+    if r["engine"] == "native" and (r["sync_every"], r["max_staleness"]) != (1, 0):
+        raise InputError(
+            f"config.rollout.sync_every={r['sync_every']} and .max_staleness={r['max_staleness']} must be 1 and 0 for "
+            "config.rollout.engine=native: it samples with the run's own weights, on the run's own devices"
+        )
 
 
 def _check_data(config: ConfigDict) -> None:
@@ -377,7 +373,7 @@ def read_json(path: pathlib.Path) -> ConfigDict:
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """What makes two configs different runs, as "field: old -> new" lines."""
     a, b = (dict(flatten(json.loads(to_json(c)))) for c in (old, new))
-    fields = [f for f in sorted(a.keys() | b.keys()) if f.split(".")[0] not in _MODE_SECTIONS]
+    fields = [f for f in sorted(a.keys() | b.keys()) if f.split(".")[0] not in _MODE_SECTIONS or f in _OF_THE_RUN]
     # By value and by text: 1 is 1.0, and a nan in the file equals itself.
     differ = [f for f in fields if a.get(f) != b.get(f) and repr(a.get(f)) != repr(b.get(f))]
     differ = [f for f in differ if f not in _PATHS or not same_place(str(a.get(f)), str(b.get(f)))]

@@ -179,7 +179,7 @@ def _config_of_run(config, workdir: pathlib.Path | None):
     if workdir is None:
         return config
     saved = read_json(workdir / files.CONFIG)
-    modes = ("preview", "generate", "score", "diagnose", "eval", "eval_every", "export", "plan")
+    modes = ("preview", "generate", "score", "diagnose", "eval", "eval_every", "export", "plan", "rollout")
     for section in (*modes, "mesh", "distributed", "report", "log"):
         saved[section] = config[section]
     return saved
@@ -204,11 +204,13 @@ def _data(config, workdir: pathlib.Path | None) -> int:
 
 
 def _generate(config, workdir: pathlib.Path | None) -> int:
+    from vigos_jax.rollouts.engines import check_engine, engine_of
     from vigos_jax.rollouts.generate import stream
     from vigos_jax.training.checkpoints import load_student
 
+    check_engine(config, trains=False)
     student = load_student(config, workdir)
-    for piece in stream(student.session, student.trained, config):
+    for piece in stream(student.session, student.trained, config, open_engine=engine_of(config, workdir)):
         print(piece, end="", flush=True)
     print()
     return 0
@@ -227,12 +229,16 @@ def _score(config, workdir: pathlib.Path | None) -> int:
 
 def _diagnose(config, workdir: pathlib.Path | None) -> int:
     from vigos_jax.analysis.diagnose import diagnose, output_of
+    from vigos_jax.rollouts.engines import check_engine, engine_of
     from vigos_jax.training.checkpoints import load_student
 
     output = output_of(config, workdir)
     with _writing("diagnose.output", output, workdir):
+        if not config.diagnose.rollouts:
+            check_engine(config, trains=False)
         student = load_student(config, workdir)
         options = {"teacher_params": student.teacher_params, "output": output}
+        options["open_engine"] = engine_of(config, workdir)
         text, bad_lines = diagnose(student.session, student.trained, config, **options)
     return _told(text, bad_lines)
 
@@ -253,11 +259,15 @@ def _told(text: str, bad_lines: list[str]) -> int:
 def _eval(config, workdir: pathlib.Path | None) -> int:
     from vigos_jax.evaluation.benchmark import output_of
     from vigos_jax.evaluation.report import evaluate
+    from vigos_jax.rollouts.engines import check_engine, engine_of
     from vigos_jax.training.checkpoints import load_student
 
     with _writing("eval.output", output_of(config, workdir), workdir):
+        check_engine(config, trains=False, for_evaluation=True)
         student = load_student(config, workdir)
-        table, is_complete = evaluate(student.session, student.trained, config, workdir=workdir, step=student.step)
+        options = {"workdir": workdir, "step": student.step}
+        options["open_engine"] = engine_of(config, workdir, for_evaluation=True)
+        table, is_complete = evaluate(student.session, student.trained, config, **options)
     print(table)
     return 0 if is_complete else 1
 

@@ -27,7 +27,7 @@ from vigos_jax.method.scoring import score_batch, teacher_logps
 from vigos_jax.models.variables import Variables
 from vigos_jax.report import page
 from vigos_jax.rollouts.engine import EngineFactory, NativeEngine
-from vigos_jax.rollouts.parse import Case, Reader, first_image, parse, pieces, read_cases, spans_json
+from vigos_jax.rollouts.parse import FAILED, Case, Reader, first_image, parse, pieces, read_cases, spans_json
 from vigos_jax.rollouts.sample_rows import sample_rows
 from vigos_jax.rollouts.sampler import row_keys
 from vigos_jax.rollouts.sampling import Sampling
@@ -145,7 +145,8 @@ def _sample(
             keys = row_keys(config.diagnose.seed, 0, size, first_row=first)
             rollouts = parse(session, own, sample_rows(engine, session, own, keys))
             for i, example, row, rollout in zip(numbers, examples, own, rollouts, strict=True):
-                yield Case(i, example, row, rollout, example.bad_reason)
+                reason = FAILED if rollout is None and example.bad_reason is None else example.bad_reason
+                yield Case(i, example, row, rollout, reason)
 
 
 def _checked(cases: Iterator[Case], name, bad_lines: list[str], counts: Counter) -> Iterator[Case]:

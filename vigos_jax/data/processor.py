@@ -169,6 +169,12 @@ class Processor:
         return self.image_token_id, self.video_token_id
 
     @property
+    def normalization(self) -> tuple[np.ndarray, np.ndarray, float]:
+        """(mean [3], std [3], scale) of patches: (scale * pixel - mean) / std."""
+        p = self._image_processor
+        return np.asarray(p.image_mean, np.float32), np.asarray(p.image_std, np.float32), float(p.rescale_factor)
+
+    @property
     def merge_unit(self) -> int:
         """Pixels along a side of one visual token."""
         return self.patch_size * self.merge_size

@@ -24,7 +24,7 @@ from vigos_jax.method.packing import Row
 from vigos_jax.method.prompts import fill
 from vigos_jax.method.spans import find_spans
 from vigos_jax.rollouts.engine import Engine
-from vigos_jax.rollouts.parse import prompt_pixels, prompt_row
+from vigos_jax.rollouts.parse import FAILED, prompt_pixels, prompt_row
 from vigos_jax.rollouts.sample_rows import sample_rows
 from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.runtime.distributed import exchange, first_decides
@@ -172,6 +172,7 @@ class Asker:
         # By question and sample, not by place: the same answer whatever is sampled beside it.
         names = [f"{self.task.name}/{job.question.id}/{job.sample}" for job in batch] + [""] * (size - len(batch))
         sampled = sample_rows(self.engine, self.session, asked, named_keys(self.config.eval.seed, names))
+        errors = {i: FAILED for i in range(len(batch)) if sampled.failure(i) is not None} | errors
         return [errors.get(i, list(sampled.ids[i])) for i in range(len(batch))]
 
     def _record(self, job: Job, ids: Sequence[int]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from vigos_jax.grading.rules import grade
 from vigos_jax.method.packing import Row, make_row
 from vigos_jax.method.spans import Spans, find_spans
 from vigos_jax.models.variables import Variables
-from vigos_jax.rollouts.engine import Engine, EngineFactory, NativeEngine
+from vigos_jax.rollouts.engine import Engine, EngineFactory, EngineFailed, NativeEngine
 from vigos_jax.rollouts.sample_rows import sample_rows
 from vigos_jax.rollouts.sampler import row_keys
 from vigos_jax.rollouts.sampling import Sampling
@@ -74,6 +74,8 @@ def answer_items(
     for first in bar(range(0, len(items), size), title=title):
         keys = row_keys(options.seed, first, size)
         sampled = sample_rows(engine, session, rows[first : first + size], keys)
+        if reason := next(filter(None, sampled.failed), None):  # an empty answer would count as a wrong one
+            raise EngineFailed(f"an answer could not be sampled: {reason}")
         for ids, item in zip(sampled.ids, items[first : first + size], strict=True):
             spans = find_spans(session.processor.token_bytes(ids), rule=session.span_rule)
             text = session.processor.decode([i for i in ids if i not in session.processor.eos_ids])

@@ -12,23 +12,22 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from vigos_jax.errors import InputError
 from vigos_jax.export import folder
 from vigos_jax.export.model_card import RunFacts, card_text
 from vigos_jax.export.verify import compare
-from vigos_jax.models.families import adapter_table, tensor_table
+from vigos_jax.models.families import tensor_table
 from vigos_jax.models.layers import LoraSpec
 from vigos_jax.models.quantization import has_quantised
-from vigos_jax.models.tensor_names import DELTA_PROJECTIONS
 from vigos_jax.models.variables import Variables
 from vigos_jax.runtime import hub
 from vigos_jax.runtime.distributed import first_decides, is_first
 from vigos_jax.runtime.progress import say
 from vigos_jax.session import Session
 from vigos_jax.weights import reading, writing
-from vigos_jax.weights.safetensors_file import byte_count, write_file
+from vigos_jax.weights.adapters import adapter_tensors, write_adapter
+from vigos_jax.weights.safetensors_file import byte_count
 from vigos_jax.weights.weight_files import open_weights
 
 # What of a base folder is about text, images and shapes. Copied byte for byte: rewriting these files through a
@@ -101,11 +100,7 @@ def _write(
     temporary = pathlib.Path(first_decides(lambda: str(folder.prepare(output, size=size))))
     try:
         if e.kind == "adapter":
-            if is_first():
-                write_file(temporary / "adapter_model.safetensors", tensors)
-            else:
-                writing.gather(tensors)
-            first_decides(lambda: _write_adapter_config(_spec(session), temporary, base=session.name))
+            write_adapter(temporary, trained["lora"], session.config, _spec(session), base=session.name)
         else:
             writing.save_sharded(temporary, tensors, max_shard_bytes=int(e.max_shard_gb * 2**30))
             first_decides(lambda: _copy_companions(session, temporary, dtype=e.dtype))
@@ -138,36 +133,13 @@ def _tensors(
     session: Session, trained: Variables, *, kind: str, dtype: str
 ) -> Iterator[tuple[str, writing.FileTensor]]:
     config = session.config
-    if kind == "adapter":  # always float32: rounded, it would be another one
-        return writing.stream_tensors(trained["lora"], adapter_table(config, _spec(session)), config, dtype=np.float32)
+    if kind == "adapter":
+        return iter(adapter_tensors(trained["lora"], config, _spec(session)))
     params = trained.get("params", session.base)
     merged = {"lora": trained["lora"], "scale": _spec(session).scale} if "lora" in trained else {}
     table, files = tensor_table(config), open_weights(session.folder)
     tensors = writing.stream_tensors(params, table, config, dtype=jnp.dtype(dtype), files=files, **merged)
     return itertools.chain(tensors, writing.copied_tensors(files, reading.carried_names(files, config)))
-
-
-def _write_adapter_config(spec: LoraSpec, written: pathlib.Path, *, base: str) -> None:
-    parts = []
-    if spec.language:
-        modules = "self_attn|mlp" + ("|linear_attn" if spec.language.intersection(DELTA_PROJECTIONS) else "")
-        parts.append(rf"language_model\.layers\.\d+\.({modules})\.({'|'.join(sorted(spec.language))})")
-    if spec.vision:
-        parts.append(rf"visual\.blocks\.\d+\.mlp\.({'|'.join(sorted(spec.vision))})")
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": spec.rank,
-        "lora_alpha": spec.scale * spec.rank,
-        "lora_dropout": spec.dropout,
-        "target_modules": rf".*({'|'.join(parts)})",
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-    }
-    (written / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _copy_companions(session: Session, written: pathlib.Path, *, dtype: str) -> None:

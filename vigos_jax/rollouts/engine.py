@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import jax
 
+from vigos_jax.errors import InputError
 from vigos_jax.method.packing import Row, pack_prompts
 from vigos_jax.models.variables import Variables
 from vigos_jax.rollouts.sampler import Completions, Sampler
@@ -21,17 +22,23 @@ Array = jax.Array
 _TOKENS_PER_PIECE = 8  # of a stream
 
 
+class EngineFailed(InputError):
+    """An engine cannot sample. A run saves what it has done; the same command goes on when the reason is gone."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampled:
     """What an engine gives for a batch.
 
     Attributes:
       completions: of this process's rows.
+      step: optimizer steps that the weights have taken which sampled them.
       images: [B, M, D], all rows' visual tokens by the student's tower, if the engine has them at hand: whoever shares
         the tower need not compute them again. None where it has not.
     """
 
     completions: Completions
+    step: int = 0
     images: Array | None = None
 
 
@@ -51,11 +58,14 @@ class Engine(Protocol):
 
         Args:
           step: optimizer steps that the weights have taken.
+
+        Raises:
+          EngineFailed: in all processes.
         """
         ...
 
     def sample(self, prepared: Any, keys: Array) -> Sampled:
-        """One completion per row.
+        """One completion per row; raises EngineFailed in all processes, or Stopped for a signal.
 
         Args:
           keys: a random key for each row of the global batch, [B]: a row's completion depends on nothing else but
@@ -88,6 +98,7 @@ class NativeEngine:
             memory=device_memory(session.mesh),
         )
         self._student: Variables = {}
+        self._step = 0
 
     def prepare(self, rows: Sequence[Row]) -> Any:
         """The rows' prompts and images, packed, on the mesh."""
@@ -97,11 +108,12 @@ class NativeEngine:
     def sync(self, trained: Variables, *, step: int = 0) -> None:
         """Casts float32 master weights once; an adapter stays beside the base."""
         self._student = self._sampler.ready(self._session.student(trained))
+        self._step = step
 
     def sample(self, prepared: Any, keys: Array) -> Sampled:
         """Completions, and the visual tokens they were made from."""
         images = self._sampler.encode(self._student, prepared)
-        return Sampled(self._sampler(self._student, prepared, keys, images), images)
+        return Sampled(self._sampler(self._student, prepared, keys, images), self._step, images)
 
     def stream(self, prepared: Any, keys: Array) -> Iterator[Completions]:
         """Completions a few tokens at a time."""

@@ -67,6 +67,8 @@ def _answer(
         prepared = engine.prepare([row] * copies)
         yield config.prompts.student.assistant_prefill
         for completions in engine.stream(prepared, row_keys(config.seed, 0, copies)):
+            if reason := completions.failure(0):
+                raise InputError(f"the answer could not be sampled: {reason}")
             text = session.processor.decode([i for i in completions.ids[0] if i not in session.processor.eos_ids])
             # A character may be split between pieces; hold it back until it is whole.
             ready = text.rstrip("\ufffd")

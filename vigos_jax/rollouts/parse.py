@@ -25,6 +25,7 @@ from vigos_jax.runtime.files import finite_or_none
 from vigos_jax.session import Session, buckets_of, check_template, objective_of, resolve_model
 
 _PARTS = ("description", "reasoning", "answer")
+FAILED = "rollout_failed"  # in place of a bad row's reason: the row is good, but could not be sampled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,10 +172,13 @@ def prompt_row(visuals: Sequence[Visual], session: Session, config, *, problem: 
 
 
 def parse(session: Session, rows: Sequence[Row], sampled: Completions) -> list[Rollout | None]:
-    """The sampler's completions with their spans; None for bad rows."""
+    """The sampler's completions with their spans; None for bad rows and for those whose sampling failed."""
     spans = [find_spans(session.processor.token_bytes(ids), rule=session.span_rule) for ids in sampled.ids]
     parts = zip(rows, sampled.ids, spans, sampled.logps, strict=True)
-    return [Rollout(ids, where, logps) if row.student else None for row, ids, where, logps in parts]
+    return [
+        Rollout(ids, where, logps) if row.student and sampled.failure(i) is None else None
+        for i, (row, ids, where, logps) in enumerate(parts)
+    ]
 
 
 def read_cases(source: JsonlSource, session: Session, config) -> Iterator[Case]:
@@ -240,7 +244,7 @@ def records(session: Session, examples: Sequence[Example], rollouts: Sequence[Ro
     for example, rollout in zip(examples, rollouts, strict=True):
         row: dict[str, Any] = {"id": example.id}
         if rollout is None:
-            out.append(row | {"bad_reason": example.bad_reason})
+            out.append(row | {"bad_reason": example.bad_reason or FAILED})
             continue
         row |= {"problem": example.problem, "answer": example.reference, "completion_ids": list(rollout.ids)}
         row |= {"completion": session.processor.decode(rollout.ids), "is_valid": rollout.spans.is_valid}

@@ -23,8 +23,8 @@ def sample_rows(engine: Engine, session: Session, rows: Sequence[Row], keys: jax
     padded = [*rows, *[Row()] * (size - len(rows))]
     own = session.own_rows(size)
     sampled = engine.sample(engine.prepare([padded[i] for i in own]), keys).completions
-    parts = exchange(list(zip(own, sampled.ids, sampled.logps, strict=True)))
+    failed = map(sampled.failure, range(len(own)))
+    parts = exchange(list(zip(own, sampled.ids, sampled.logps, failed, strict=True)))
     # Several processes may hold a row.
-    by_row = {i: (tuple(ids), tuple(logps)) for part in parts for i, ids, logps in part}
-    ids, logps = zip(*(by_row[i] for i in range(len(rows))), strict=True) if rows else ((), ())
-    return Completions(ids, logps)
+    by_row = {i: (tuple(ids), tuple(logps), why) for part in parts for i, ids, logps, why in part}
+    return Completions(*zip(*(by_row[i] for i in range(len(rows))), strict=True)) if rows else Completions((), ())

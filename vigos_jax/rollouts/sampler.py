@@ -31,10 +31,21 @@ from vigos_jax.runtime.sharding import read_rows
 
 @dataclasses.dataclass(frozen=True)
 class Completions:
-    """Sampled completions on the host: per row the token ids (with the end token, if sampled) and their logps."""
+    """Sampled completions on the host.
+
+    Attributes:
+      ids: per row the token ids, with the end token, if sampled.
+      logps: their log-probabilities, of the model's own distribution: no temperature, no penalties, nothing cut off.
+      failed: per row why it has no completion, None where it has one; () where all have.
+    """
 
     ids: tuple[tuple[int, ...], ...]
     logps: tuple[tuple[float, ...], ...]
+    failed: tuple[str | None, ...] = ()
+
+    def failure(self, row: int) -> str | None:
+        """Why a row has no completion."""
+        return self.failed[row] if self.failed else None
 
 
 def _decode(

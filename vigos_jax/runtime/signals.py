@@ -10,6 +10,12 @@ from typing import Any
 from vigos_jax.errors import Stopped
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_in_place: list["Interrupt"] = []  # whose contexts last
+
+
+def asked() -> str:
+    """Name of the signal that the `Interrupt` in place has noted; "" for none. For what waits inside a step."""
+    return _in_place[-1].asked if _in_place else ""
 
 
 class Interrupt:
@@ -27,9 +33,11 @@ class Interrupt:
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():
             self._before = {s: signal.signal(s, self._note) for s in _SIGNALS}
+        _in_place.append(self)
         return self
 
     def __exit__(self, *exc: object) -> None:
+        _in_place.remove(self)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

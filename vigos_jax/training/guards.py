@@ -19,6 +19,7 @@ class Health:
     Args:
       guards: `config.guards`.
       saved: `state()` of the run this one goes on from.
+      largest_gap: of `sampler_gap_bound`.
 
     Attributes:
       skipped: steps of the run so far that changed nothing, as their loss or gradient was not finite.
@@ -26,7 +27,8 @@ class Health:
       news: what the last step brought, as lines: new alerts, and that it was skipped.
     """
 
-    def __init__(self, guards: ConfigDict, saved: Mapping[str, Any] | None = None):
+    def __init__(self, guards: ConfigDict, saved: Mapping[str, Any] | None = None, *, largest_gap: float = math.inf):
+        self._largest_gap, self._wide_gap = largest_gap, ""
         saved = saved or {"skipped": 0, "in_a_row": 0, "recent": []}
         self._guards = guards
         self.skipped: int = saved["skipped"]
@@ -45,6 +47,12 @@ class Health:
         self.skipped += int(row["skipped"])
         seen = {name: float(row[name]) for name in guarded(self._guards) if math.isfinite(row.get(name, math.nan))}
         self._recent = [*self._recent, seen][-self._guards["window"] :]
+        gap = float(row.get("sampler_logp_gap", 0.0))
+        if gap > self._largest_gap:
+            self._wide_gap = (
+                f"step {row['step']}: sampler_logp_gap is {gap:.4g}, and must be at most {self._largest_gap:g} "
+                "(config.guards.sampler_gap): what sampled is not the student that is trained; see docs/servers.md"
+            )
         before, self.alerts = self.alerts, self._outside()
         self.news = [text for name, text in self.alerts.items() if name not in before]
         if row["skipped"]:
@@ -70,7 +78,22 @@ class Health:
                 f"{self._in_a_row} steps in a row had a loss or gradient that is not finite and changed nothing; their "
                 f"rows and rollouts are in {folder}; choices: a lower learning rate, model.dtype=float32, other data"
             )
+        if self._wide_gap:
+            return self._wide_gap
         return "; ".join(self.alerts.values()) if self._guards["stop"] else ""
+
+
+def sampler_gap_bound(config: ConfigDict) -> float:
+    """The largest `sampler_logp_gap` that a run goes on with: `config.guards.sampler_gap`, which says what 0 is.
+
+    The student's dropout and its steps ahead of the sampler are part of the gap, as is the rounding of bfloat16.
+    """
+    r, bound = config.rollout, config.guards.sampler_gap
+    if bound or r.engine == "native":
+        return bound or math.inf
+    is_exact = config.model.dtype == "float32" and not config.lora.dropout
+    is_exact &= r.sync_every == 1 and r.max_staleness == 0
+    return 1e-3 if is_exact else 0.1
 
 
 def write_nonfinite(folder: pathlib.Path, row: Mapping[str, float], records: Sequence[Mapping[str, Any]]) -> None:

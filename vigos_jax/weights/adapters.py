@@ -1,5 +1,6 @@
-"""LoRA adapters of PEFT folders: what they adapt, and their weights."""
+"""LoRA adapters as PEFT folders, read and written: what they adapt, and their weights."""
 
+import json
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -11,8 +12,11 @@ from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.families import adapter_table
 from vigos_jax.models.layers import LoraSpec
 from vigos_jax.models.tensor_names import DELTA_PROJECTIONS, LANGUAGE_PROJECTIONS, MLP_PROJECTIONS
+from vigos_jax.runtime.distributed import first_decides, is_first
 from vigos_jax.runtime.files import read_object
+from vigos_jax.weights import writing
 from vigos_jax.weights.reading import check_tensors, leaves, read_tree
+from vigos_jax.weights.safetensors_file import write_file
 from vigos_jax.weights.weight_files import WeightFiles
 
 # What would change the forward pass without a trace in the tensors, or ask for more than this program does.
@@ -99,3 +103,46 @@ def load_adapter(folder: pathlib.Path, config: ModelConfig, lora: LoraSpec, abst
     files = WeightFiles([folder / "adapter_model.safetensors"])
     check_tensors(files, table, shapes, str(folder))
     return read_tree(files, table, abstract, str(folder), dtype=np.float32, shardings=shardings)
+
+
+def adapter_tensors(lora: Any, config: ModelConfig, spec: LoraSpec) -> list[tuple[str, writing.FileTensor]]:
+    """(name, tensor) of a PEFT folder's file: always float32; rounded, it would be another adapter."""
+    return list(writing.stream_tensors(lora, adapter_table(config, spec), config, dtype=np.float32))
+
+
+def write_adapter(folder: pathlib.Path, lora: Any, config: ModelConfig, spec: LoraSpec, *, base: str) -> None:
+    """Writes a PEFT folder. Of several processes the first writes, and all must call this.
+
+    Args:
+      folder: there already.
+      base: name of the base model, for whoever reads the folder.
+    """
+    tensors = adapter_tensors(lora, config, spec)
+    if is_first():
+        write_file(folder / "adapter_model.safetensors", tensors)
+    else:
+        writing.gather(tensors)
+    first_decides(lambda: _write_adapter_config(spec, folder, base=base))
+
+
+def _write_adapter_config(spec: LoraSpec, written: pathlib.Path, *, base: str) -> None:
+    parts = []
+    if spec.language:
+        modules = "self_attn|mlp" + ("|linear_attn" if spec.language.intersection(DELTA_PROJECTIONS) else "")
+        parts.append(rf"language_model\.layers\.\d+\.({modules})\.({'|'.join(sorted(spec.language))})")
+    if spec.vision:
+        parts.append(rf"visual\.blocks\.\d+\.mlp\.({'|'.join(sorted(spec.vision))})")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": spec.rank,
+        "lora_alpha": spec.scale * spec.rank,
+        "lora_dropout": spec.dropout,
+        "target_modules": rf".*({'|'.join(parts)})",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    (written / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
