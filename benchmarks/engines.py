@@ -8,7 +8,6 @@ import time
 from typing import Any
 
 import numpy as np
-from vigos_jax.rollouts.engines import engine_of
 
 from benchmarks.distillation_task import Task, make_task
 from benchmarks.harness import Result, race_of
@@ -17,6 +16,7 @@ from tests.vllm import server as vllm
 from vigos_jax import session
 from vigos_jax.method.packing import Row
 from vigos_jax.models.families import tensor_table
+from vigos_jax.rollouts.engines import engine_of
 from vigos_jax.rollouts.sampler import row_keys
 from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.weights import writing

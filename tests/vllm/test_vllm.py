@@ -11,15 +11,15 @@ import pytest
 import server as vllm
 import tiny_runs as runs
 from PIL import Image
-from vigos_jax.rollouts.engines import engine_of
-from vigos_jax.rollouts.server_adapters import Adapters
 
 from vigos_jax import session
 from vigos_jax.rollouts import server_protocol
+from vigos_jax.rollouts.engines import engine_of
 from vigos_jax.rollouts.parse import Reader
 from vigos_jax.rollouts.sample_rows import sample_rows
 from vigos_jax.rollouts.sampler import row_keys
 from vigos_jax.rollouts.sampling import Sampling
+from vigos_jax.rollouts.server_adapters import Adapters
 from vigos_jax.training import loop
 from vigos_jax.weights import reading
 
