@@ -110,7 +110,8 @@ class PolicyServer(http.server.ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def bodies(self, path: str) -> list[Any]:
-        return [body for at, body in self.seen if at == path]
+        """Of the requests to a path, but for those that ask only whether it is there."""
+        return [body for at, body in self.seen if at == path and body]
 
     def handle_error(self, request, client_address):
         """A client that hung up is no news."""
