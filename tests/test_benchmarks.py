@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import delta_rule, heads, padding, teachers
+from benchmarks import delta_rule, engines, heads, padding, teachers
 from benchmarks.harness import Result, race
 
 LONG = pytest.param(teachers.step, marks=pytest.mark.slow)
@@ -60,6 +60,13 @@ def test_the_readme_is_made_between_its_markers(tmp_path):
     text = path.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| `good` | **2.00** | 1.90 - 2.10 | 1.5 | fast<br>floor: 1 s |" in text
+
+
+def test_without_vllm_one_line_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr(engines.vllm, "VENV", tmp_path)
+    result = engines.engines()
+    assert result.holds and result.ratio is None
+    assert len(result.line().splitlines()) == 1 and "make vllm" in result.line()
 
 
 def test_names_are_listed():

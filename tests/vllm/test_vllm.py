@@ -270,6 +270,7 @@ def test_a_stale_adapter_is_caught(served, tmp_path, capsys):
     assert runs.saved_state(tmp_path / "run", len(found))
 
 
+@pytest.mark.parametrize("served", FAMILIES[:1], indirect=True, scope="module")  # each start takes half a minute
 def test_a_server_that_restarts(served, tmp_path, capsys):
     """Once between an adapter's loading and its use, in which the run goes on; then it stays away, and the run ends."""
     real, workdir = Adapters.publish, tmp_path / "run"
