@@ -168,8 +168,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.rollout.retries = 4  # further attempts of a request, each on a server that is well
     config.rollout.key_env = ""  # environment variable that holds the servers' key; "" for none
     config.rollout.adapter_dir = ""  # folder that the servers see under the same path; "" is WORKDIR/adapters
-    config.rollout.sync_every = 1  # optimizer steps between the adapters that servers get; native: 1
     config.rollout.max_staleness = 0  # optimizer steps that rollouts may lag behind; 0 is on-policy; native: 0
+    config.rollout.sync_every = 1  # optimizer steps between new adapters, at most max_staleness + 1; native: 1
 
     config.optimizer = ConfigDict()  # AdamW
     config.optimizer.learning_rate = 3e-4

@@ -46,11 +46,14 @@ class ModelPolicy:
     def __init__(self, session: Session, *, batch: int):
         self.processor, self._session, self._batch = session.processor, session, batch
         self._engines: dict[Sampling, NativeEngine] = {}
+        self._read: dict[pathlib.Path, Any] = {}
 
     def answer(self, row: Row, adapter: pathlib.Path | None, sampling: Sampling, seed: int, ends: Sequence[int]):
         assert tuple(ends) == self._session.processor.eos_ids
         engine = self._engines.setdefault(sampling, NativeEngine(self._session, sampling))
-        engine.sync({} if adapter is None else {"lora": self._lora(adapter)})
+        if adapter is not None and adapter not in self._read:
+            self._read[adapter] = self._lora(adapter)
+        engine.sync({} if adapter is None else {"lora": self._read[adapter]})
         keys = jnp.broadcast_to(jax.random.key(seed), (self._batch,))
         completions = engine.sample(engine.prepare([row, *[Row()] * (self._batch - 1)]), keys).completions
         return list(completions.ids[0]), list(completions.logps[0])

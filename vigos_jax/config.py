@@ -248,6 +248,11 @@ def _check_rollout(config: ConfigDict) -> None:
             f"config.rollout.sync_every={r['sync_every']} and .max_staleness={r['max_staleness']} must be 1 and 0 for "
             "config.rollout.engine=native: it samples with the run's own weights, on the run's own devices"
         )
+    if r["sync_every"] > r["max_staleness"] + 1:
+        raise InputError(
+            f"config.rollout.sync_every={r['sync_every']} must be at most config.rollout.max_staleness + 1 = "
+            f"{r['max_staleness'] + 1}: rollouts would lag behind by {r['sync_every'] - 1} steps"
+        )
 
 
 def _check_data(config: ConfigDict) -> None:

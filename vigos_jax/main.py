@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import sys
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -237,7 +238,7 @@ def _diagnose(config, workdir: pathlib.Path | None) -> int:
         if not config.diagnose.rollouts:
             check_engine(config, trains=False)
         student = load_student(config, workdir)
-        options = {"teacher_params": student.teacher_params, "output": output}
+        options: dict[str, Any] = {"teacher_params": student.teacher_params, "output": output}
         options["open_engine"] = engine_of(config, workdir)
         text, bad_lines = diagnose(student.session, student.trained, config, **options)
     return _told(text, bad_lines)
@@ -265,7 +266,7 @@ def _eval(config, workdir: pathlib.Path | None) -> int:
     with _writing("eval.output", output_of(config, workdir), workdir):
         check_engine(config, trains=False, for_evaluation=True)
         student = load_student(config, workdir)
-        options = {"workdir": workdir, "step": student.step}
+        options: dict[str, Any] = {"workdir": workdir, "step": student.step}
         options["open_engine"] = engine_of(config, workdir, for_evaluation=True)
         table, is_complete = evaluate(student.session, student.trained, config, **options)
     print(table)

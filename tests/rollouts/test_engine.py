@@ -38,6 +38,12 @@ class FakeEngine:
     def sync(self, trained, *, step=0):
         self.log.append(("sync", step))
 
+    def start(self, prepared, keys):
+        return prepared, keys
+
+    def finish(self, ticket):
+        return self.sample(*ticket)
+
     def sample(self, prepared, keys):
         self.log.append("sample")
         count = len(prepared)

@@ -284,6 +284,46 @@ def test_an_adapter_needs_a_folder_and_all_weights_are_refused(loaded, policy, t
                 made.sync({"params": loaded.base})
 
 
+class SeeingPolicy(FakePolicy):
+    """Answers by what the tower's adapter is, if it applies it."""
+
+    def __init__(self, processor, *, applies):
+        super().__init__(processor)
+        self._applies = applies
+
+    def answer(self, row, adapter, sampling, seed, ends):
+        strength = 0.0
+        if adapter is not None and self._applies:
+            tensors = safetensors.numpy.load_file(adapter / "adapter_model.safetensors")
+            own = [np.abs(x).mean() for name, x in tensors.items() if ".visual." in name and ".lora_B." in name]
+            others = [np.abs(x).max() for name, x in tensors.items() if ".visual." not in name and ".lora_B." in name]
+            strength = float(np.mean(own)) if max(others) == 0 else 0.0
+        if sampling.max_tokens == 1:
+            assert sampling.temperature == 0.0 and row.images
+            return [5], [-0.5 - strength]
+        return super().answer(row, adapter, sampling, seed, ends)
+
+
+def test_servers_must_apply_adapters_of_the_vision_tower(rows, tmp_path):
+    config = demo_config()
+    config.lora.scope = "official"
+    official = session.load(config, for_training=True)
+    sees, is_blind = (SeeingPolicy(official.processor, applies=applies) for applies in (True, False))
+    with serving(sees) as server, engine_on(official, server, workdir=tmp_path) as made:
+        made.sync(official.trained, step=0)
+        made.sample(made.prepare([Row()] * 8), KEYS)  # no image, no proof
+        assert len(server.bodies(LOAD["vllm"])) == 1
+        for _ in range(2):
+            assert made.sample(made.prepare(rows), KEYS).completions.failed == (None,) * 8
+        assert len(server.bodies(LOAD["vllm"])) == 2  # once
+        assert len(server.adapters) == len(list((tmp_path / "adapters").iterdir())) == 1
+    with serving(is_blind) as server, engine_on(official, server, workdir=tmp_path) as made:
+        made.sync(official.trained, step=0)
+        with pytest.raises(EngineFailed, match="--enable-tower-connector-lora"):
+            made.sample(made.prepare(rows), KEYS)
+        assert len(server.adapters) == 1  # the probe is gone
+
+
 # -- the start ---------------------------------------------------------------------------------------------------
 
 
@@ -310,6 +350,7 @@ def test_servers_are_looked_at_before_anything_is_loaded(policy, capsys):
         refuse("NOT_THERE", server, **{"rollout.key_env": "NOT_THERE"})
         refuse("unknown; choices: native, vllm, sglang", server, engine="tgi")
         refuse("must be 1 and 0", engine="native", **{"rollout.max_staleness": 2})
+        refuse("sync_every=3 must be at most .* = 2", server, **{"rollout.sync_every": 3, "rollout.max_staleness": 1})
         refuse("must be addresses", server, **{"rollout.urls": (1,)})
         url = server.url
     refuse("must be servers that are well.*refused", url)

@@ -13,8 +13,11 @@ from policy_server import FakePolicy, ModelPolicy, PolicyServer, refused, servin
 from tiny_runs import STEPS
 
 from vigos_jax import session
+from vigos_jax.data.processor import Turn
+from vigos_jax.method.packing import Row
 from vigos_jax.rollouts import server_client
 from vigos_jax.rollouts.engine import NativeEngine, Sampled
+from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.rollouts.server_engine import ServerEngine
 from vigos_jax.training import loop
 
@@ -34,7 +37,7 @@ def world(tmp_path_factory):
 
 
 def options(url, **fields):
-    fields = {"engine": "vllm", "urls": f"('{url}',)", "model": "base", "retries": 3, "timeout": 20.0} | fields
+    fields = {"engine": "vllm", "urls": f"('{url}',)", "model": "base", "retries": 3, "timeout": 100.0} | fields
     return ["--config.lora.dropout=0.0", *(f"--config.rollout.{k}={v}" for k, v in fields.items())]
 
 
@@ -45,21 +48,25 @@ def policy(world):
     exec(compile(world.config.read_text(), "<config>", "exec"), names)
     config = names["get_config"]()
     config.lora.dropout = 0.0
-    return ModelPolicy(session.load(config, for_training=True), batch=BATCH)
+    policy = ModelPolicy(session.load(config, for_training=True), batch=BATCH)
+    # Compiled before a request waits for it.
+    row, ends = Row((), Turn((1, 2), ())), policy.processor.eos_ids
+    policy.answer(row, None, Sampling(**config.sampling), 0, ends)
+    return policy
 
 
 @pytest.fixture(scope="module")
 def served(world, policy, tmp_path_factory):
     """(workdir, sampled batches) of a run that nothing disturbs."""
     workdir, sampled = tmp_path_factory.mktemp("served") / "run", []
-    real = ServerEngine.sample
+    real = ServerEngine.finish
 
-    def sample(self, prepared, keys):
-        sampled.append(real(self, prepared, keys))
+    def finish(self, ticket):
+        sampled.append(real(self, ticket))
         return sampled[-1]
 
     with serving(policy) as server, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ServerEngine, "sample", sample)
+        patch.setattr(ServerEngine, "finish", finish)
         assert world.run(f"--workdir={workdir}", *options(server.url)) == 0
         assert not server.adapters and len(server.bodies(GENERATE)) == STEPS * BATCH
     assert not list((workdir / "adapters").iterdir())
@@ -180,3 +187,31 @@ def test_generate_asks_the_server(world, policy, tmp_path, capsys):
     url = server.url
     assert world.run("--mode=generate", *arguments, *options(url)) == 2
     assert "must be servers that are well" in capsys.readouterr().err
+
+
+def test_rollouts_of_the_next_step_are_under_way_during_an_update(world, policy, tmp_path, monkeypatch):
+    """One step behind at most: each batch but the first is asked for before the update that is before its own."""
+    events, real = [], loop.RolloutQueue.take
+
+    def take(self, trained, *, step):
+        out = real(self, trained, step=step)
+        events.append((step, len(server.bodies("/v1/load_lora_adapter")), self._next))
+        return out
+
+    monkeypatch.setattr(loop.RolloutQueue, "take", take)
+    limit = "--config.guards.sampler_gap=9.0"
+    with serving(policy) as server:
+        command = [f"--workdir={tmp_path / 'run'}", *options(server.url, max_staleness=1), limit]
+        assert world.run(*command, "--config.steps=3") == 0
+        names = [body["model"] for body in server.bodies(GENERATE)]
+    rows = runs.metrics_of(tmp_path / "run")
+    assert [row["rollout_staleness"] for row in rows] == [0, 1, 1]
+    assert [next_one for _, _, next_one in events] == [2, 3, 3]
+    steps = [int(name.rpartition("-")[2]) for name in names]
+    assert sorted(steps) == [0] * 2 * BATCH + [1] * BATCH and rows[0]["sampler_logp_gap"] < 1e-4
+    # Each step's rollouts are scored by a student that is one update ahead.
+    assert all(row["sampler_logp_gap"] > 1e-3 for row in rows[1:])
+    # A run that goes on asks again for what was under way, with the weights it has.
+    with serving(policy) as server:
+        assert world.run(*command[:1], *options(server.url, max_staleness=1), limit, "--config.steps=4") == 0
+    assert [row["rollout_staleness"] for row in runs.metrics_of(tmp_path / "run")] == [0, 1, 1, 0]

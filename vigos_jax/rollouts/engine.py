@@ -64,6 +64,14 @@ class Engine(Protocol):
         """
         ...
 
+    def start(self, prepared: Any, keys: Array) -> Any:
+        """Begins what `sample` does, with the student of the last `sync`; arguments as there. What `finish` takes."""
+        ...
+
+    def finish(self, ticket: Any) -> Sampled:
+        """What `sample` gives, of a batch that was started; raises as it does."""
+        ...
+
     def sample(self, prepared: Any, keys: Array) -> Sampled:
         """One completion per row; raises EngineFailed in all processes, or Stopped for a signal.
 
@@ -109,6 +117,14 @@ class NativeEngine:
         """Casts float32 master weights once; an adapter stays beside the base."""
         self._student = self._sampler.ready(self._session.student(trained))
         self._step = step
+
+    def start(self, prepared: Any, keys: Array) -> tuple[Any, Array]:
+        """Nothing yet: the devices are the run's own."""
+        return prepared, keys
+
+    def finish(self, ticket: tuple[Any, Array]) -> Sampled:
+        """Samples with the present student."""
+        return self.sample(*ticket)
 
     def sample(self, prepared: Any, keys: Array) -> Sampled:
         """Completions, and the visual tokens they were made from."""

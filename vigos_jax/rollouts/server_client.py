@@ -224,11 +224,12 @@ class ServerPool:
 
     def retried(self, call: Callable[[Server], T], server: Server) -> T:
         """The result of a call to this very server; ServersLost when all attempts met an `Unwell`."""
+        reason = ""
         for attempt in range(self._retries + 1):
             try:
                 return call(server)
             except Unwell as e:
-                reason = e
+                reason = str(e)
                 if attempt < self._retries:
                     self._pause(max(e.wait, _backoff(attempt)))
         raise ServersLost(f"{reason}; it did not answer {self._retries + 1} times (config.rollout.retries)")
@@ -313,6 +314,7 @@ def _read(reply: http.client.HTTPResponse, timeout: float) -> bytes:
 
 def split_url(url: Any) -> urllib.parse.SplitResult:
     """The parts of a server's address; InputError unless it is one."""
+    parts = urllib.parse.urlsplit("")
     try:
         parts = urllib.parse.urlsplit(url if isinstance(url, str) else "")
         is_good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

@@ -17,10 +17,10 @@ from vigos_jax.export.model_card import RunFacts
 from vigos_jax.method.packing import Rollout
 from vigos_jax.models.variables import shares_vision
 from vigos_jax.report.run_page import write_run_page
-from vigos_jax.rollouts.engine import EngineFactory, EngineFailed, Sampled
+from vigos_jax.rollouts.engine import EngineFactory, EngineFailed
 from vigos_jax.rollouts.engines import check_engine, engine_of
 from vigos_jax.rollouts.parse import FAILED, parse, records, rollout_counts, rollout_metrics
-from vigos_jax.rollouts.sampler import Completions, row_keys
+from vigos_jax.rollouts.sampler import Completions
 from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.runtime import workdir as files
 from vigos_jax.runtime.distributed import exchange, first_decides, is_first
@@ -35,6 +35,7 @@ from vigos_jax.training.checkpoints import Checkpoints
 from vigos_jax.training.guards import Health, sampler_gap_bound, write_nonfinite
 from vigos_jax.training.periodic_eval import StepEvaluations
 from vigos_jax.training.quantization_cost import quantization_cost
+from vigos_jax.training.rollout_queue import RolloutQueue
 from vigos_jax.training.run_folder import check_export, check_workdir, export_folder, is_exported, open_workdir
 from vigos_jax.training.run_log import RunLog
 from vigos_jax.training.snapshots import Snapshots
@@ -143,7 +144,6 @@ class Run:
         self._one_tower = shares_vision(session.trained)
         self._sick = workdir / files.SKIPPED
         self._shown = ("loss", *(f"{r.name}/loss" for r in session.roles), "valid_rate", "accuracy")
-        self._is_synced = False
         self._lost = ""  # why the engine cannot sample
         self.number = 0
         self.ending: Stopped | InputError | None = None
@@ -189,10 +189,11 @@ class Run:
         batches = Batches(config, session, self._source, prepare=self._engine.prepare, first=self.number)
         self._batches = self._closes.enter_context(batches)
         self._log = self._closes.enter_context(RunLog(config, self._workdir, first=self.number))
-        self._upcoming = self._batches.next()
+        self._rollouts = RolloutQueue(config, self._engine, self._batches, first=self.number)
         record = self._workdir / files.QUANTIZATION
         if config.model.quantization != "none" and first_decides(lambda: not record.exists()):
-            cost = quantization_cost(session, config, self._upcoming.rows)
+            assert self._rollouts.upcoming is not None  # the run is not over
+            cost = quantization_cost(session, config, self._rollouts.upcoming.rows)
             first_decides(lambda: write_json(record, cost))
 
     def step(self) -> None:
@@ -200,12 +201,13 @@ class Run:
 
         Where the engine cannot sample, or a signal ends its work, nothing has happened: `keep` saves and ends the run.
         """
-        config, session, batch = self._config, self._session, self._upcoming
-        if batch is None:
+        config, session = self._config, self._session
+        if self.number >= config.steps:
             raise ValueError(f"the run is over after {config.steps} steps")
-        self._log.begin("rollout", batch.prompts)
+        upcoming = self._rollouts.upcoming
+        self._log.begin("rollout", upcoming and upcoming.prompts)
         try:
-            sampled = self._sample(batch)
+            batch, sampled = self._rollouts.take(self.state.trained, step=self.number)
         except EngineFailed as e:
             self._lost = str(e)
             return
@@ -225,16 +227,9 @@ class Run:
         # The devices are at work: time to grade what was sampled, and to read and pack what comes next.
         counts = self._batches.total(rollout_counts(session, batch.examples, rollouts))
         self.number += 1
-        self._upcoming = self._batches.next() if self.number < config.steps else None
+        self._rollouts.read()
         values = {k: float(v) for k, v in jax.device_get(values).items()}
         self._record(batch, rollouts, counts, values | {"rollout_staleness": self.number - 1 - sampled.step})
-
-    def _sample(self, batch: Batch) -> Sampled:
-        if self.number % self._config.rollout.sync_every == 0 or not self._is_synced:
-            self._engine.sync(self.state.trained, step=self.number)
-            self._is_synced = True
-        keys = row_keys(self._config.seed, self.number, self._config.batch_size)
-        return self._engine.sample(batch.prompts, keys)
 
     def _count(self, batch: Batch, sampled: Completions) -> None:
         """Counts the rows that cannot be used, and those that could not be sampled; InputError for too many."""

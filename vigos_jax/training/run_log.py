@@ -101,7 +101,7 @@ class RunLog:
             self._programs = self._compiled.programs
         self._phases.append((phase, time.monotonic()))
         shapes = (phase, *(x.shape for x in jax.tree.leaves(arrays) if hasattr(x, "shape")))
-        if arrays is not None and shapes not in self._met:
+        if len(shapes) > 1 and shapes not in self._met:
             self._met.add(shapes)
             self._progress.note(f"compiling the {phase} (shapes not met before)")
 
