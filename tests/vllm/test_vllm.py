@@ -76,7 +76,7 @@ def write_images(folder: pathlib.Path) -> dict[str, list[str]]:
     exif = turned.getexif()
     exif[0x0112] = 6  # a quarter turn
     turned.save(folder / "turned.jpg", exif=exif)
-    Image.fromarray(noise[:, :31, :3]).save(folder / "narrow.png")
+    Image.fromarray(noise[:, :37, :3]).save(folder / "narrow.png")
     files = {name: [f"{name}.png"] for name in ("see-through", "narrow")} | {"turned": ["turned.jpg"]}
     return files | {"two images": ["0.png", "narrow.png"], "control tokens": ["1.png"]}
 
@@ -250,6 +250,16 @@ def test_vision_adapters(served, tmp_path):
     assert served.run(f"--workdir={tmp_path / 'run'}", *options) == 0
     rows = runs.metrics_of(tmp_path / "run")
     assert len(rows) == 3 and max(row["sampler_logp_gap"] for row in rows) < CLOSE
+
+
+def test_rollouts_ahead_of_updates(served, tmp_path):
+    """Of the adapter before: a step is sampled while the one in front of it is trained on; then both are unloaded."""
+    options = ["--config.rollout.max_staleness=1", "--config.steps=4"]
+    assert served.run(f"--workdir={tmp_path / 'run'}", *options) == 0
+    rows = runs.metrics_of(tmp_path / "run")
+    assert [row["rollout_staleness"] for row in rows] == [0, 1, 1, 1]
+    assert rows[0]["sampler_logp_gap"] < CLOSE < min(row["sampler_logp_gap"] for row in rows[1:])
+    assert served.server.names() == [str(served.world.model)]
 
 
 def test_a_stale_adapter_is_caught(served, tmp_path, capsys):
