@@ -43,7 +43,8 @@ FOLDER = pathlib.Path(__file__).resolve().parent
 # The files that take longest, longest first. Several processes share the tests file by file: a long file that starts
 # last keeps one busy while the others have nothing left. A file that is not named here takes below half a minute.
 LONGEST = (
-    *("training/test_loop.py", "models/test_qwen3_vl.py", "method/test_goldens.py", "training/test_step.py"),
+    *("training/test_loop.py", "training/test_served_run.py", "models/test_qwen3_vl.py", "method/test_goldens.py"),
+    *("training/test_step.py", "rollouts/test_server_engine.py"),
     *("export/test_folders.py", "method/test_properties.py", "plan/test_planner.py", "data/test_bad_rows.py"),
     *("method/test_scoring.py", "rollouts/test_sampler.py", "training/test_snapshots.py"),
     *("analysis/test_score_rollouts.py", "runtime/test_sharding.py", "models/test_attention.py"),

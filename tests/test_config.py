@@ -293,3 +293,14 @@ def test_switches_of_a_chat_template():
 def test_a_prompt_is_a_text():
     with pytest.raises(InputError, match="config.prompts.reasoning.user=3 must be a text"):
         validate(changed(prompts__reasoning__user=3))
+
+
+def test_who_samples_is_not_what_a_run_is_but_how_far_behind_is(tmp_path):
+    config = base.get_config()
+    (tmp_path / "config.json").write_text(to_json(config))
+    saved = read_json(tmp_path / "config.json")
+    del saved["rollout"]  # of a version that had no servers
+    config.rollout.engine, config.rollout.urls = "vllm", ("http://localhost:8000",)
+    assert differences(saved, config) == []
+    config.rollout.max_staleness = 2
+    assert differences(saved, config) == ["rollout.max_staleness: 0 -> 2"]

@@ -138,7 +138,8 @@ _MODE_SECTIONS = (
     *("compilation_cache", "mesh", "distributed", "report", "log"),
 )
 # Of `rollout`, only how far rollouts lag behind is a part of what the run is; the rest says who samples, and where.
-_OF_THE_RUN = ("rollout.sync_every", "rollout.max_staleness")
+# The values are those of runs by versions that had no such fields.
+_OF_THE_RUN = {"rollout.sync_every": 1, "rollout.max_staleness": 0}
 
 
 def get(config: ConfigDict, field: str) -> Any:
@@ -377,7 +378,7 @@ def read_json(path: pathlib.Path) -> ConfigDict:
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """What makes two configs different runs, as "field: old -> new" lines."""
-    a, b = (dict(flatten(json.loads(to_json(c)))) for c in (old, new))
+    a, b = (_OF_THE_RUN | dict(flatten(json.loads(to_json(c)))) for c in (old, new))
     fields = [f for f in sorted(a.keys() | b.keys()) if f.split(".")[0] not in _MODE_SECTIONS or f in _OF_THE_RUN]
     # By value and by text: 1 is 1.0, and a nan in the file equals itself.
     differ = [f for f in fields if a.get(f) != b.get(f) and repr(a.get(f)) != repr(b.get(f))]

@@ -34,6 +34,7 @@ from vigos_jax.rollouts.server_client import (
 from vigos_jax.rollouts.server_images import png_uri
 from vigos_jax.rollouts.server_protocol import DIALECTS, Answer, Prompt, Rules, check_answer
 from vigos_jax.rollouts.server_start import base_name, served_by
+from vigos_jax.runtime import workdir as files
 from vigos_jax.runtime.distributed import exchange, process
 from vigos_jax.runtime.sharding import path_string
 from vigos_jax.session import Session
@@ -75,7 +76,7 @@ class ServerEngine:
         served = together(lambda: [served_by(server, self._dialect, base) for server in servers])
         self._base_names = frozenset(name for one in served for name in one.names)
         self._context = min(one.context for one in served)
-        folder = r.adapter_dir or (workdir / "adapters" if workdir is not None else "")
+        folder = r.adapter_dir or (workdir / files.ADAPTERS if workdir is not None else "")
         place = pathlib.Path(folder).expanduser().absolute() if folder else None
         self._adapters = Adapters(session, self._dialect, self._pool, folder=place, base=base)
         self._has_vision = session.model.lora is not None and bool(session.model.lora.vision)

@@ -215,7 +215,7 @@ DIALECTS = {
         request=_vllm_request,
         read=_vllm_answer,
         keeps_pads=True,
-        is_unknown=lambda status, message: status == 404,
+        is_unknown=lambda status, message: status == 404 and message != "Not Found",  # that is a route's
         probes=(
             ("/inference/v1/generate", "--enable-scale-out"),
             ("/v1/load_lora_adapter", "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"),

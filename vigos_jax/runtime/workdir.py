@@ -13,6 +13,7 @@ DIAGNOSIS = "diagnose"  # folder of `--mode diagnose`
 CHECKPOINTS = "checkpoints"
 BROKEN_CHECKPOINTS = "checkpoints-broken"
 SKIPPED = "nonfinite"  # rows and rollouts of the steps whose loss or gradient was not finite
+ADAPTERS = "adapters"  # the student's, while inference servers use them
 EXPORTED = "exported.json"  # what lies in the folder of the run's export, wherever that is
 EXPORT = "export"  # the Hugging Face folder at the end of a run
 TENSORBOARD = "tensorboard"
