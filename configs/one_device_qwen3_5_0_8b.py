@@ -1,0 +1,14 @@
+"""ViGOS of Qwen3.5-0.8B on one small device, as Colab has them: a TPU v5e chip, a T4 or an L4, a bfloat16 base.
+
+    python -m vigos_jax.main --config configs/one_device_qwen3_5_0_8b.py
+
+Settings as `configs/one_device_qwen2_5_vl_3b_12gb.py` has them, the base unquantised. Not evaluated.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.one_device_qwen2_5_vl_3b_12gb import on_one_device
+
+
+def get_config() -> ConfigDict:
+    return on_one_device("Qwen/Qwen3.5-0.8B", quantization="none", topology="v5e:1x1")
