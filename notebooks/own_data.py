@@ -153,7 +153,8 @@ if MODEL == "tiny":
     small = copy.deepcopy(published_config("Qwen/Qwen3.5-0.8B"))
     small |= {name: value for name, value in demo.items() if name.endswith("_token_id")}
     text, vision = small["text_config"], small["vision_config"]
-    text |= {"vocab_size": demo["vocab_size"], "hidden_size": 64, "intermediate_size": 128}
+    text |= {name: demo[name] for name in ("vocab_size", "eos_token_id")}
+    text |= {"hidden_size": 64, "intermediate_size": 128}
     text |= {"num_hidden_layers": 4, "layer_types": text["layer_types"][:4], "num_attention_heads": 4, "head_dim": 32}
     text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
     text |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
