@@ -155,7 +155,7 @@ if MODEL == "tiny":
     text, vision = small["text_config"], small["vision_config"]
     text |= {name: demo[name] for name in ("vocab_size", "eos_token_id")}
     text |= {"hidden_size": 64, "intermediate_size": 128}
-    text |= {"num_hidden_layers": 4, "layer_types": text["layer_types"][:4], "num_attention_heads": 4, "head_dim": 32}
+    text |= {"num_hidden_layers": 2, "layer_types": text["layer_types"][2:4], "num_attention_heads": 4, "head_dim": 32}
     text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
     text |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
     text["rope_parameters"]["mrope_section"] = [2, 1, 1]
