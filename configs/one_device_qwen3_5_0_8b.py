@@ -1,4 +1,4 @@
-"""ViGOS of Qwen3.5-0.8B on one small device, as Colab has them: a TPU v5e chip, a T4 or an L4, a bfloat16 base.
+"""ViGOS of Qwen3.5-0.8B on one small device, planned for a TPU v5e chip as Colab has them: a bfloat16 base.
 
     python -m vigos_jax.main --config configs/one_device_qwen3_5_0_8b.py
 

@@ -1,8 +1,9 @@
-"""ViGOS of Qwen3.5-2B on one small device, as Colab has them: a TPU v5e chip, a T4 or an L4, a bfloat16 base.
+"""ViGOS of Qwen3.5-2B on one small device, meant for a TPU v5e chip as Colab has them: a bfloat16 base.
 
     python -m vigos_jax.main --config configs/one_device_qwen3_5_2b.py
 
-Settings as `configs/one_device_qwen2_5_vl_3b_12gb.py` has them, the base unquantised. Not evaluated.
+Settings as `configs/one_device_qwen2_5_vl_3b_12gb.py` has them, the base unquantised. Not evaluated, and
+not compiled yet: see `--mode plan`.
 """
 
 from ml_collections import ConfigDict
