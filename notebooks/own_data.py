@@ -18,8 +18,8 @@
 #
 # From rows of your own to a trained checkpoint, by the commands you would type in a terminal. The model has 0.85
 # billion parameters, 1.7 GB in bfloat16: by `--mode plan` the run takes 6 of the 16 GB of a TPU v5e chip or a T4, as
-# Colab has them. (None was at hand to measure it.) To try the notebook on a CPU first, set `MODEL = "tiny"`: random weights of
-# the same architecture, which answer nonsense but go through every step.
+# Colab has them. (None was at hand to measure it.) To try the notebook on a CPU first, set `MODEL = "tiny"`: random
+# weights of the same architecture, which answer nonsense but go through every step.
 
 # %%
 import os
