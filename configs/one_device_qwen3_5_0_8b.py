@@ -1,4 +1,4 @@
-"""ViGOS of Qwen3.5-0.8B on one small device, a TPU v5e chip or a T4 as Colab has them: a bfloat16 base.
+"""ViGOS of Qwen3.5-0.8B on one small device, a TPU v5e chip, T4 or L4 as Colab has them: a bfloat16 base.
 
     python -m vigos_jax.main --config configs/one_device_qwen3_5_0_8b.py
 
@@ -9,6 +9,7 @@ A T4 has no bfloat16 units and computes in float32: expect several times the sec
 |---|---|---|---|---|---|---|
 | v5e:1x1 | 3.8 | 5.8 | 4.2 | 3.4 | 16.9 | 8 |
 | t4:1 | 3.1 | 5.3 | 5.9 | 3.9 | 15.1 | 55 |
+| l4:1 | 3.3 | 5.5 | 5.9 | 3.3 | 22.7 | 26 |
 """
 
 from ml_collections import ConfigDict
