@@ -24,7 +24,8 @@ FAST := tests/grading tests/report tests/rollouts/test_parse.py tests/test_house
   $(addprefix tests/method/test_,spans.py prompts.py roles.py)
 
 # Judged by compilers alone, without a clock; and the tests that skip where the GPU's compiler is not installed.
-GATES := decode_bytes_h100 decode_kernels_h100 decode_bytes_v5e logits_h100 logits_v5e memory_7b_h100 memory_3b_v5e
+GATES := decode_bytes_h100 decode_kernels_h100 decode_bytes_v5e decode_bytes_qwen3_5_h100 logits_h100 logits_v5e \
+  memory_7b_h100 memory_3b_v5e
 COMPILED := tests/plan/test_gpu.py tests/models/test_attention_compiled.py
 
 .PHONY: demo test test-fast test-slow test-compilers vllm test-vllm test-matrix lint clean

@@ -303,7 +303,7 @@ display(HTML(
 # %% [markdown]
 # ## 7. Where to go from here
 #
-# - [own_data.ipynb](own_data.ipynb): your own rows and a Qwen2.5-VL checkpoint, on a GPU or TPU. -
+# - [own_data.ipynb](own_data.ipynb): your own rows and a Qwen3.5 checkpoint, on a GPU or TPU. -
 # [palr.ipynb](palr.ipynb): where the answer leaks into a teacher's correction, and where it cannot. -
 # [export.ipynb](export.ipynb): the trained student in transformers. This run has left a full Hugging Face checkpoint
 # in   `runs/quickstart/export` already.

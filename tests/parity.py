@@ -1,8 +1,9 @@
 """A torch model and ours with the same weights, and how far apart they are. For tests only."""
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ from vigos_jax.method.batch import PromptBatch
 from vigos_jax.method.packing import Buckets, Row, pack_prompts
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
+from vigos_jax.rollouts.sampler import Sampler, row_keys
+from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.weights import reading
 
 NOTICEABLE = 1000 * tm.TOLERANCE  # a broken feature must show at least this much
@@ -63,6 +66,54 @@ def worst(ours: np.ndarray, theirs: Sequence[np.ndarray]) -> list[float]:
     """Largest difference of each row, at any position; rows of ours are padded at their end."""
     rows = zip(np.asarray(ours), theirs, strict=True)
     return [tm.max_difference(a[: len(b)], b) for a, b in rows]
+
+
+class Reference:
+    """What torch models give for samples, each run alone and without padding."""
+
+    def __init__(self, samples: Mapping[str, tm.Sample], model: Callable[[str], torch.nn.Module]):
+        """model: by head, always the same one."""
+        self.samples, self.model = samples, model
+        self.outputs = functools.cache(self._outputs)
+
+    def _outputs(self, head: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """(visual tokens, logits) by sample."""
+        none, model = np.zeros((0, 0), np.float32), self.model(head)
+        return {
+            name: (tm.torch_images(model, s) if s.images else none, tm.torch_logits(model, [s])[0])
+            for name, s in self.samples.items()
+        }
+
+    def worst_logits(self, logits: np.ndarray, head: str) -> dict[str, float]:
+        expected = [logits for _, logits in self.outputs(head).values()]
+        return dict(zip(self.samples, worst(logits, expected), strict=True))
+
+    def worst_features(self, images: np.ndarray, head: str) -> dict[str, float]:
+        """Of the samples with images."""
+        rows = [i for i, s in enumerate(self.samples.values()) if s.images]
+        names = [list(self.samples)[i] for i in rows]
+        expected = [self.outputs(head)[name][0] for name in names]
+        return dict(zip(names, worst(np.asarray(images)[rows], expected), strict=True))
+
+    def check(self, pair: Pair, batch: PromptBatch, head: str) -> np.ndarray:
+        """Visual tokens, which are returned, and logits of every sample in one padded batch."""
+        for features, logits in self.outputs(head).values():
+            assert logits.std() >= 1 and (not features.size or features.std() >= 0.5)  # flat ones agree with anything
+        images, logits = pair.run({"params": pair.base}, batch.vision, batch.text)
+        assert max(self.worst_features(images, head).values()) <= tm.TOLERANCE
+        assert max(self.worst_logits(logits, head).values()) <= tm.TOLERANCE
+        assert np.isfinite(images).all() and np.isfinite(logits).all()
+        return images
+
+    def check_greedy_tokens(self, pair: Pair, batch: PromptBatch, head: str) -> None:
+        """Prefill, then token by token."""
+        new_tokens, eos = 12, tm.VOCAB - 1
+        sampler = Sampler(pair.model, Sampling(max_tokens=new_tokens, temperature=0.0), eos_ids=[eos])
+        out = sampler({"params": pair.base}, batch, row_keys(0, 0, len(self.samples)))
+        for ids, (name, s) in zip(out.ids, self.samples.items(), strict=True):
+            options = {"do_sample": False, "max_new_tokens": new_tokens, "eos_token_id": eos, "pad_token_id": 0}
+            expected = self.model(head).generate(**s.torch_inputs(), **options)[0, len(s.ids) :].tolist()
+            assert list(ids) == expected, name
 
 
 def check_packed_row(pair: Pair) -> None:

@@ -212,7 +212,7 @@ def test_own_data(tmp_path):
     assert len(rows_of(tmp_path / "data" / "train.jsonl")) == len(list((tmp_path / "data").glob("*.png"))) == 48
     config = json.loads((tmp_path / "runs" / "mine" / "config.json").read_text())
     assert (config["model"]["path"], config["data"]["source"], config["lora"]["rank"]) == (
-        str(tmp_path / "tiny-qwen2_5_vl"),
+        str(tmp_path / "tiny-qwen3_5"),
         str(tmp_path / "data" / "train.jsonl"),
         4,
     )
@@ -222,9 +222,9 @@ def test_own_data(tmp_path):
     assert len(pictures(notebook)) == 2  # the rows and the curves
     assert printed(notebook).count("<description>") == 2  # the base's answer and the student's
     # The export is the trained model, not the base.
-    folders = tmp_path / "tiny-qwen2_5_vl", tmp_path / "my_model"
+    folders = tmp_path / "tiny-qwen3_5", tmp_path / "my_model"
     base, student = (safetensors.numpy.load_file(folder / "model.safetensors") for folder in folders)
-    assert base.keys() == student.keys() and ModelConfig.load(tmp_path / "my_model").family == "qwen2_5_vl"
+    assert base.keys() == student.keys() and ModelConfig.load(tmp_path / "my_model").family == "qwen3_5"
     assert any(not np.array_equal(base[name], student[name]) for name in base)
 
 

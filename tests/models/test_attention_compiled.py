@@ -94,6 +94,18 @@ def test_on_eight_v5e():
     assert largest(text) < PAIRS
 
 
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the compiler for TPUs is not installed")
+def test_heads_of_256_on_a_v5e():
+    """Qwen3.5's: all three kernels fit into on-chip memory."""
+    one = jax.sharding.SingleDeviceSharding(devices_of("v5e:2x4")[0])
+    q, kv = (jax.ShapeDtypeStruct((1, 2048, n, 256), jnp.bfloat16, sharding=one) for n in (2, 1))
+    mask = Causal(jax.ShapeDtypeStruct((1,), jnp.int32, sharding=one))
+    loss = lambda q, k, v, mask: jnp.sum(attention(q, k, v, mask, implementation="splash"))  # noqa: E731
+    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, kv, kv, mask).lower().compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 3  # forward, and a backward pass of two
+    assert largest(text) < 2048 * 2048
+
+
 def test_logits_would_be_found():
     assert largest(compiled(jax.devices(), "xla", transform=lambda f: f)) >= PAIRS
 

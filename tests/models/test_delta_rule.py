@@ -14,6 +14,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5 as theirs
 from vigos_jax.models import delta_rule as module
 from vigos_jax.models.delta_rule import (
     CHUNK,
+    StepState,
     causal_conv,
     causal_conv_step,
     chunked_delta_rule,
@@ -37,7 +38,7 @@ def _arrays(t, b=2, seed=0):
 
 
 def _written_out(q, k, v, g, beta):
-    """The rule in float64, one row, head and token at a time. Returns outputs and the last state."""
+    """The rule in float64, one row, head and token at a time. Returns outputs and the last state, [B, N, Hv, H]."""
     q, k, v, g, beta = (np.asarray(x, np.float64) for x in (q, k, v, g, beta))
     q, k = (x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6) for x in (q, k))
     b, t, n, _ = v.shape
@@ -51,7 +52,7 @@ def _written_out(q, k, v, g, beta):
                 error = beta[i, at, j] * (v[i, at, j] - s.T @ k[i, at, of])
                 state[i, j] = s + np.outer(k[i, at, of], error)
                 out[i, at, j] = state[i, j].T @ q[i, at, of] / np.sqrt(k.shape[-1])
-    return out, state
+    return out, np.swapaxes(state, 2, 3)
 
 
 def _close(got, want, tolerance=1e-5):
@@ -111,11 +112,11 @@ def test_a_rule_without_decay_differs(plain):
 
 def test_steps_of_one_token(plain):
     arrays, out, last = plain
-    step, state = jax.jit(delta_rule_step), jnp.zeros(last.shape, jnp.float32)
+    step, state = jax.jit(delta_rule_step), StepState.of(jnp.zeros(last.shape, jnp.float32))
     for at in range(8):
         got, state = step(*(x[:, at] for x in arrays), state)
         _close(got, out[:, at])
-    rest, state = recurrent(*(x[:, 8:] for x in arrays), state=state)
+    rest, state = recurrent(*(x[:, 8:] for x in arrays), state=state.formed())
     _close(rest, out[:, 8:])
     _close(state, last)
 
@@ -172,7 +173,7 @@ def test_a_neumann_inverse_fails_on_near_equal_keys(monkeypatch):
 
 def _weights_of(arrays):
     rng = np.random.default_rng(4)
-    return rng.standard_normal(arrays[2].shape, np.float32), rng.standard_normal((2, N, H, HV), np.float32)
+    return rng.standard_normal(arrays[2].shape, np.float32), rng.standard_normal((2, N, HV, H), np.float32)
 
 
 def _slopes(function, arrays):
@@ -204,7 +205,7 @@ def test_transformers(plain, name):
     want, want_state = getattr(theirs, name)(*_torch(arrays), **OPTIONS)
     got = chunked(*arrays)
     _close(got.out, want.numpy())
-    _close(got.state, want_state.numpy())
+    _close(got.state, want_state.mT.numpy())
 
 
 def test_gradients_of_transformers(plain):
@@ -212,7 +213,7 @@ def test_gradients_of_transformers(plain):
     tensors = _torch(arrays, requires_grad=True)
     out, last = theirs.torch_chunk_gated_delta_rule(*tensors, **OPTIONS)
     weigh, weigh_state = _torch(_weights_of(arrays))
-    want = torch.autograd.grad((out * weigh).sum() + (last * weigh_state).sum(), tensors)
+    want = torch.autograd.grad((out * weigh).sum() + (last.mT * weigh_state).sum(), tensors)
     _relative(_slopes(chunked, arrays), [x.numpy() for x in want])
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch_models as tm
-from parity import NOTICEABLE, Pair, make_pair, make_run, pack, worst
+from parity import NOTICEABLE, Pair, Reference, make_pair, make_run, pack, worst
 
 from vigos_jax.errors import InputError
 from vigos_jax.models.attention_masks import Causal
@@ -23,8 +23,6 @@ from vigos_jax.models.families import FAMILIES, adapter_table
 from vigos_jax.models.hybrid import DeltaState, LinearLayer
 from vigos_jax.models.variables import cast_floats
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
-from vigos_jax.rollouts.sampler import Sampler, row_keys
-from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.weights import adapters, writing
 
 LENGTH = 96
@@ -38,7 +36,6 @@ SAMPLES = {
     "video": sample([3, tm.Video((3, 4, 6)), 4], seed=5),
     "image and video": sample([2, tm.SMALL, 3, tm.Video((2, 6, 4)), 4], seed=6),
 }
-WITH_IMAGES = [name for name in SAMPLES if name != "no image"]
 # Groups of four in a short stack; groups of two in a stack that is compiled as a loop, with as many key as value heads.
 MODELS = {
     "tied": {"config": tm.tiny_qwen3_5_config(tied=True), "seed": 0},
@@ -56,15 +53,7 @@ def reference(head: str) -> torch.nn.Module:
     return tm.tiny_model_of(MODELS[head]["config"], seed=MODELS[head]["seed"])
 
 
-@functools.cache
-def theirs(head: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """(visual tokens, logits) by sample, each run alone and without padding."""
-    none = np.zeros((0, 0), np.float32)
-    model = reference(head)
-    return {
-        name: (tm.torch_images(model, s) if s.images else none, tm.torch_logits(model, [s])[0])
-        for name, s in SAMPLES.items()
-    }
+REFERENCE = Reference(SAMPLES, reference)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +67,7 @@ def batch(pairs):
 
 
 def worst_logits(logits, head: str) -> float:
-    return max(worst(logits, [t for _, t in theirs(head).values()]))
+    return max(REFERENCE.worst_logits(logits, head).values())
 
 
 # -- parity -----------------------------------------------------------------------------------------------------
@@ -86,15 +75,7 @@ def worst_logits(logits, head: str) -> float:
 
 @pytest.mark.parametrize("head", MODELS)
 def test_parity(pairs, batch, head):
-    """Visual tokens and logits of every sample in one padded batch."""
-    for features, logits in theirs(head).values():
-        assert logits.std() >= 1 and (not features.size or features.std() >= 0.5)  # flat ones agree with anything
-    images, logits = pairs[head].run({"params": pairs[head].base}, batch.vision, batch.text)
-    rows = [list(SAMPLES).index(name) for name in WITH_IMAGES]
-    features = worst(np.asarray(images)[rows], [theirs(head)[name][0] for name in WITH_IMAGES])
-    assert max(features) <= tm.TOLERANCE
-    assert worst_logits(logits, head) <= tm.TOLERANCE
-    assert np.isfinite(images).all() and np.isfinite(logits).all()
+    REFERENCE.check(pairs[head], batch, head)
 
 
 def test_rows_described_by_their_lengths(pairs, batch):
@@ -118,14 +99,8 @@ def test_rows_described_by_their_lengths(pairs, batch):
 
 @pytest.mark.parametrize("head", MODELS)
 def test_greedy_tokens_are_those_of_transformers(pairs, batch, head):
-    """States and keys of the prompts, then token by token; both kinds of layers keep what they need."""
-    new_tokens, eos = 12, pairs[head].config.vocab_size - 1
-    sampler = Sampler(pairs[head].model, Sampling(max_tokens=new_tokens, temperature=0.0), eos_ids=[eos])
-    out = sampler({"params": pairs[head].base}, batch, row_keys(0, 0, len(SAMPLES)))
-    for ids, (name, s) in zip(out.ids, SAMPLES.items(), strict=True):
-        options = {"do_sample": False, "max_new_tokens": new_tokens, "eos_token_id": eos, "pad_token_id": 0}
-        expected = reference(head).generate(**s.torch_inputs(), **options)[0, len(s.ids) :].tolist()
-        assert list(ids) == expected, name
+    """Both kinds of layers keep what they need."""
+    REFERENCE.check_greedy_tokens(pairs[head], batch, head)
 
 
 def test_one_token_goes_on_from_a_state(pairs):
@@ -144,7 +119,7 @@ def test_one_token_goes_on_from_a_state(pairs):
     whole, _ = layer.apply({"params": params}, x, jnp.int32(1), inputs(np.ones((3, 12))), True)
     prefill = inputs(at[:8] < lengths[:, None])
     out, state = layer.apply({"params": params}, x[:, :8], jnp.int32(1), prefill, True)
-    assert isinstance(state, DeltaState) and state.state.dtype == jnp.float32
+    assert isinstance(state, DeltaState) and state.state.before.dtype == jnp.float32
     for row, n in enumerate(lengths):
         assert tm.max_difference(out[row, :n], whole[row, :n]) <= 1e-5
     one = inputs(np.ones((3, 1)))
@@ -164,7 +139,7 @@ def test_bfloat16_keeps_the_decay_in_float32(pairs, batch):
     assert wide and all("A_log" in name or "gated_norm" in name for name in wide)
     images, logits = make_run(pair.model.clone(dtype=jnp.bfloat16))({"params": base}, batch.vision, batch.text)
     assert images.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
-    differences = np.abs(np.asarray(logits)[0, :12] - theirs("tied")["no image"][1])
+    differences = np.abs(np.asarray(logits)[0, :12] - REFERENCE.outputs("tied")["no image"][1])
     assert tm.TOLERANCE < differences.mean() < 0.2
 
 

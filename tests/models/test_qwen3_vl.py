@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import torch_models as tm
-from parity import NOTICEABLE, Pair, check_packed_row, make_pair, make_run, pack, worst
+from parity import NOTICEABLE, Pair, Reference, check_packed_row, make_pair, make_run, pack, worst
 
 from vigos_jax.errors import InputError
 from vigos_jax.models import decoder, layers, positions, qwen3_vl
@@ -22,8 +21,6 @@ from vigos_jax.models.config import PARSERS, ModelConfig
 from vigos_jax.models.families import FAMILIES
 from vigos_jax.models.tensor_names import MLP_PROJECTIONS
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
-from vigos_jax.rollouts.sampler import Sampler, row_keys
-from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.weights import adapters
 
 HEADS = ("tied", "untied")
@@ -38,28 +35,13 @@ SAMPLES = {
     "video": sample([3, tm.Video((3, 4, 6)), 4], seed=5),
     "image and video": sample([2, tm.SMALL, 3, tm.Video((2, 6, 4)), 4], seed=6),
 }
-WITH_IMAGES = [name for name in SAMPLES if name != "no image"]
-
-
-@functools.cache
-def reference(head: str) -> torch.nn.Module:
-    return tm.cached_model(tied=head == "tied", family="qwen3_vl")
-
-
-@functools.cache
-def theirs(head: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """(visual tokens, logits) by sample, each run alone and without padding."""
-    none = np.zeros((0, 0), np.float32)
-    model = reference(head)
-    return {
-        name: (tm.torch_images(model, s) if s.images else none, tm.torch_logits(model, [s])[0])
-        for name, s in SAMPLES.items()
-    }
+REFERENCE = Reference(SAMPLES, lambda head: tm.cached_model(tied=head == "tied", family="qwen3_vl"))
+worst_logits, worst_features = REFERENCE.worst_logits, REFERENCE.worst_features
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> dict[str, Pair]:
-    return {head: make_pair(reference(head), tmp_path_factory.mktemp(head)) for head in HEADS}
+    return {head: make_pair(REFERENCE.model(head), tmp_path_factory.mktemp(head)) for head in HEADS}
 
 
 @pytest.fixture(scope="module")
@@ -67,42 +49,20 @@ def batch(pairs):
     return pack(list(SAMPLES.values()), pairs["tied"].config, length=LENGTH, slots=256)
 
 
-def worst_logits(logits, head: str) -> dict[str, float]:
-    return dict(zip(SAMPLES, worst(logits, [t for _, t in theirs(head).values()]), strict=True))
-
-
-def worst_features(images, head: str) -> dict[str, float]:
-    rows = [list(SAMPLES).index(name) for name in WITH_IMAGES]
-    expected = [theirs(head)[name][0] for name in WITH_IMAGES]
-    return dict(zip(WITH_IMAGES, worst(np.asarray(images)[rows], expected), strict=True))
-
-
 # -- parity -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_parity(pairs, batch, head):
-    """Visual tokens with their DeepStack features, and logits, of every sample in one padded batch."""
-    for features, logits in theirs(head).values():
-        assert logits.std() >= 1 and (not features.size or features.std() >= 0.5)  # flat ones agree with anything
-    images, logits = pairs[head].run({"params": pairs[head].base}, batch.vision, batch.text)
+    """DeepStack's features stand beside the visual tokens."""
+    images = REFERENCE.check(pairs[head], batch, head)
     assert images.shape[-1] == 64 * (1 + len(pairs[head].config.vision.deepstack_blocks))
-    assert max(worst_features(images, head).values()) <= tm.TOLERANCE
-    assert max(worst_logits(logits, head).values()) <= tm.TOLERANCE
-    assert np.isfinite(images).all() and np.isfinite(logits).all()
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_greedy_tokens_are_those_of_transformers(pairs, batch, head):
-    """Prefill with DeepStack into the cache, then token by token."""
-    new_tokens = 12
-    sampler = Sampler(pairs[head].model, Sampling(max_tokens=new_tokens, temperature=0.0), eos_ids=[tm.VOCAB - 1])
-    out = sampler({"params": pairs[head].base}, batch, row_keys(0, 0, len(SAMPLES)))
-    for ids, (name, s) in zip(out.ids, SAMPLES.items(), strict=True):
-        inputs = s.torch_inputs()
-        options = {"do_sample": False, "max_new_tokens": new_tokens, "eos_token_id": tm.VOCAB - 1, "pad_token_id": 0}
-        expected = reference(head).generate(**inputs, **options)[0, len(s.ids) :].tolist()
-        assert list(ids) == expected, name
+    """DeepStack goes into the cache."""
+    REFERENCE.check_greedy_tokens(pairs[head], batch, head)
 
 
 def test_a_packed_row_equals_its_branches_alone(pairs):
@@ -129,7 +89,7 @@ def test_remat_and_bfloat16(pairs, batch):
     base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), pair.base)
     images, logits = make_run(pair.model.clone(dtype=jnp.bfloat16))({"params": base}, batch.vision, batch.text)
     assert images.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
-    differences = np.abs(np.asarray(logits)[0, :12] - theirs("tied")["no image"][1])
+    differences = np.abs(np.asarray(logits)[0, :12] - REFERENCE.outputs("tied")["no image"][1])
     assert tm.TOLERANCE < differences.mean() < 0.1
 
 

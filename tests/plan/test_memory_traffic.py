@@ -219,6 +219,27 @@ SOFTMAX = """
 }
 """
 
+REDUCE = """
+%both (a: f32[], b: f32[], c: f32[], d: f32[]) -> (f32[], f32[]) {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  %c = f32[] parameter(2)
+  %d = f32[] parameter(3)
+  %ac = f32[] add(%a, %c)
+  %bd = f32[] add(%b, %d)
+  ROOT %t = (f32[], f32[]) tuple(%ac, %bd)
+}
+
+%sums (p: bf16[8,64,64]) -> ((f32[8,64], f32[8,64]), f32[8,64,64]) {
+  %p = bf16[8,64,64]{2,1,0} parameter(0)
+  %wide = f32[8,64,64]{2,1,0} convert(%p)
+  %less = f32[8,64,64]{2,1,0} negate(%wide)
+  %zero = f32[] constant(0)
+  %two = (f32[8,64]{1,0}, f32[8,64]{1,0}) reduce(%wide, %less, %zero, %zero), dimensions={2}, to_apply=%both
+  ROOT %all = ((f32[8,64]{1,0}, f32[8,64]{1,0}), f32[8,64,64]{2,1,0}) tuple(%two, %less)
+}
+"""
+
 ASYNC = """
 %copied (p: bf16[8,64,64]) -> bf16[8,64,64] {
   %p = bf16[8,64,64]{2,1,0} parameter(0)
@@ -266,6 +287,11 @@ CASES = {
     "softmax with a slice of a bias": (
         "  ROOT %f = bf16[32,64]{1,0} fusion(%x, %a), kind=kCustom, calls=%softmax", SOFTMAX,
         (X_BYTES + X_BYTES) + X_BYTES, 1,
+    ),
+    "a reduction with two results, and what it reduces": (
+        "  ROOT %f = ((f32[8,64]{1,0}, f32[8,64]{1,0}), f32[8,64,64]{2,1,0}) fusion(%a), kind=kInput, calls=%sums",
+        REDUCE,
+        WHOLE + (2 * 8 * 64 * 4 + 2 * WHOLE), 1,
     ),
     # The start names its operand beside its result.
     "a copy in two parts": (

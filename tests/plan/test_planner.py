@@ -131,12 +131,13 @@ def test_a_token_reads_the_decoder_and_its_head_once(name, layers, d, q, kv, f, 
 
 
 def test_states_are_read_and_written():
-    """Qwen3.5-0.8B: 6 of 24 layers have keys and values, the others a float32 state that each token replaces."""
+    """Qwen3.5-0.8B: 6 of 24 layers have keys and values; each token replaces the others' state and inputs."""
     config = importlib.import_module("configs.qwen3_5_0_8b").get_config()
     config.update_from_flattened_dict({"plan.topology": "cpu:1"})
     run = describe(config, topology(config.plan))
     keys, states = cache_bytes(run, slots=10)
-    assert keys == 2 * 6 * 32 * 10 * (2 * 256) * 2 and states == 18 * 32 * 16 * 128 * 128 * 4
+    assert keys == 2 * 6 * 32 * 10 * (2 * 256) * 2
+    assert states == 18 * 32 * (16 * 128 * 128 * 4 + 3 * 3 * 2048 * 2)
     assert decode_floor(run, slots=10) - decode_floor(run, slots=0) == keys
     assert decode_floor(run, slots=0) > device_bytes(run.base["layers"]) + 2 * states
 

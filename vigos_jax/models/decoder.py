@@ -27,7 +27,7 @@ from vigos_jax.models.layers import (
     place_states,
     rematerialised,
     rotate,
-    unroll,
+    scanned,
 )
 from vigos_jax.models.shapes import Array, Bool, Float, Int
 
@@ -138,15 +138,8 @@ def decoder_layers(
     config: ModelConfig, *, lora: LoraSpec | None, attention: str, mesh: Mesh | None, remat: str
 ) -> nn.Module:
     """All layers, scanned: `(x, layer numbers, LayerInputs, deterministic)` to `x, what each keeps, stacked`."""
-    stack = nn.scan(
-        rematerialised(DecoderLayer, remat, config.num_layers, static=(4,)),
-        variable_axes={"params": 0, "lora": 0},
-        split_rngs={"params": True, "dropout": True},
-        in_axes=(0, nn.broadcast, nn.broadcast),
-        length=config.num_layers,
-        unroll=unroll(config.num_layers),
-    )
-    return stack(config, lora, attention, mesh)
+    layer = rematerialised(DecoderLayer, remat, config.num_layers, static=(4,))
+    return scanned(layer, config.num_layers, shared=2)(config, lora, attention, mesh)
 
 
 def decode_layer(config: ModelConfig, *, lora: LoraSpec | None, attention: str, mesh: Mesh | None, layer: int) -> Any:

@@ -1,6 +1,7 @@
 """The gated delta rule: token by token, in chunks, and the short convolution in front of it.
 
-Per value head, with the state S [H, Hv] in float32 (rows: key features, columns: value features):
+Per value head, with the state S [H, Hv] in float32 (rows: key features, columns: value features), which is held as its
+transpose [Hv, H], so that a token's sums over key features read it in order:
 
     S~_t = exp(g_t) S_{t-1}     e_t = beta_t (v_t - S~_t^T k_t)     S_t = S~_t + k_t e_t^T     o_t = S_t^T q_t
 
@@ -41,8 +42,8 @@ class Delta(NamedTuple):
     """
 
     out: Float[Array, "B T N Hv"]
-    state: Float[Array, "B N H Hv"]
-    prefix_state: Float[Array, "B N H Hv"]
+    state: Float[Array, "B N Hv H"]
+    prefix_state: Float[Array, "B N Hv H"]
 
 
 def _normalized(q: Float[Array, "*X H"], k: Float[Array, "*X H"]) -> tuple[Float[Array, "*X H"], Float[Array, "*X H"]]:
@@ -52,8 +53,35 @@ def _normalized(q: Float[Array, "*X H"], k: Float[Array, "*X H"]) -> tuple[Float
     return q * q.shape[-1] ** -0.5, k
 
 
-def _zeros(k: Float[Array, "B T K H"], v: Float[Array, "B T N Hv"]) -> Float[Array, "B N H Hv"]:
-    return jnp.zeros((v.shape[0], v.shape[2], k.shape[3], v.shape[3]), jnp.float32)
+def _zeros(k: Float[Array, "B T K H"], v: Float[Array, "B T N Hv"]) -> Float[Array, "B N Hv H"]:
+    return jnp.zeros((v.shape[0], v.shape[2], v.shape[3], k.shape[3]), jnp.float32)
+
+
+class StepState(NamedTuple):
+    """The state behind a token, S = decay * before + key error^T, which the next token forms when it reads `before`.
+
+    Formed at once it would be read a second time: the error is known only when the whole state has been read.
+
+    Attributes:
+      before: S of the token before it.
+      decay, key, error: the token's; 1, 0 and 0 where S is `before`. All are float32.
+    """
+
+    before: Float[Array, "B N Hv H"]
+    decay: Float[Array, "B N"]
+    key: Float[Array, "B N H"]
+    error: Float[Array, "B N Hv"]
+
+    @classmethod
+    def of(cls, state: Float[Array, "B N Hv H"]) -> "StepState":
+        """Of a state that is there."""
+        return cls(
+            state, jnp.ones_like(state[..., 0, 0]), jnp.zeros_like(state[..., 0, :]), jnp.zeros_like(state[..., 0])
+        )
+
+    def formed(self) -> Float[Array, "B N Hv H"]:
+        """S."""
+        return self.decay[..., None, None] * self.before + self.error[..., None] * self.key[:, :, None]
 
 
 def delta_rule_step(
@@ -62,22 +90,30 @@ def delta_rule_step(
     v: Float[Array, "B N Hv"],
     g: Float[Array, "B N"],
     beta: Float[Array, "B N"],
-    state: Float[Array, "B N H Hv"],
-) -> tuple[Float[Array, "B N Hv"], Float[Array, "B N H Hv"]]:
+    state: StepState,
+) -> tuple[Float[Array, "B N Hv"], StepState]:
     """One token: its output in v's dtype, and the state behind it.
 
-    Sums of elementwise products: a matrix product with one row is no faster, and these are exact float32 everywhere.
+    One pass forms the state and takes S^T k and S^T q from it; o is exp(g) S^T q + e (k^T q). Sums of elementwise
+    products: a matrix product with two rows is no faster, and these are exact float32 everywhere.
 
     Args:
       q, k: before their normalization.
       g: logarithm of the decay, at most 0. Padding has g = beta = 0, which leaves the state alone.
-      state: float32.
     """
-    q, k = (jnp.repeat(x, v.shape[1] // k.shape[1], axis=1)[..., None] for x in _normalized(q, k))
-    state = state * jnp.exp(g.astype(jnp.float32))[..., None, None]
-    error = beta.astype(jnp.float32)[..., None] * (v.astype(jnp.float32) - jnp.sum(state * k, -2))
-    state = state + k * error[..., None, :]
-    return jnp.sum(state * q, -2).astype(v.dtype), state
+    q, k = (jnp.repeat(x, v.shape[1] // k.shape[1], axis=1) for x in _normalized(q, k))  # [B, N, H]
+    decay = jnp.exp(g.astype(jnp.float32))
+    before = state.formed()
+    of_k, of_q = _sums(before * k[:, :, None], before * q[:, :, None])  # [B, N, Hv]
+    error = beta.astype(jnp.float32)[..., None] * (v.astype(jnp.float32) - decay[..., None] * of_k)
+    out = decay[..., None] * of_q + error * jnp.sum(k * q, -1, keepdims=True)
+    return out.astype(v.dtype), StepState(before, decay, k, error)
+
+
+def _sums(a: Float[Array, "*X H"], b: Float[Array, "*X H"]) -> tuple[Float[Array, "*X"], Float[Array, "*X"]]:
+    """Both sums over the last axis by one reduction: of two, each would read the state anew."""
+    zero = jnp.float32(0)
+    return jax.lax.reduce((a, b), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), (a.ndim - 1,))
 
 
 def recurrent_delta_rule(
@@ -87,8 +123,8 @@ def recurrent_delta_rule(
     g: Float[Array, "B T N"],
     beta: Float[Array, "B T N"],
     *,
-    state: Float[Array, "B N H Hv"] | None = None,
-) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N H Hv"]]:
+    state: Float[Array, "B N Hv H"] | None = None,
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N Hv H"]]:
     """One sequence a row, a token at a time: `delta_rule_step` along T. Returns outputs and the last state."""
 
     def step(state, token):
@@ -96,9 +132,9 @@ def recurrent_delta_rule(
         out, state = delta_rule_step(q, k, v, g, beta, state)
         return state, out
 
-    state = _zeros(k, v) if state is None else state
-    state, out = jax.lax.scan(step, state, tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, beta)))
-    return jnp.moveaxis(out, 0, 1), state
+    first = StepState.of(_zeros(k, v) if state is None else state)
+    last, out = jax.lax.scan(step, first, tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, beta)))
+    return jnp.moveaxis(out, 0, 1), last.formed()
 
 
 def _inverse(a: Float[Array, "*X C C"]) -> Float[Array, "*X C C"]:
@@ -161,12 +197,12 @@ def _chunk(state, q, k, v, g, beta):
     decay = jnp.exp(jnp.where(at[:, None] >= at, total - jnp.swapaxes(total, -1, -2), -jnp.inf))
     both = jnp.concatenate([k, q], -2)
     inside = _einsum("bnid,bnjd->bnij", both, k)
-    before = _einsum("bnid,bndv->bniv", both, state)
+    before = _einsum("bnid,bnvd->bniv", both, state)
     since = jnp.exp(total)
     error = _solve(jnp.tril(beta * decay * inside[..., :c, :], -1), beta * (v - since * before[..., :c, :]))
     out = since * before[..., c:, :] + _einsum("bnij,bnjv->bniv", decay * inside[..., c:, :], error)
     last = total[..., -1:, :]
-    state = jnp.exp(last) * state + _einsum("bncd,bncv->bndv", k * jnp.exp(last - total), error)
+    state = jnp.exp(last) * state + _einsum("bncv,bncd->bnvd", error, k * jnp.exp(last - total))
     return state, jnp.swapaxes(out, 1, 2).astype(dtype)
 
 
@@ -328,6 +364,6 @@ def causal_conv_step(
     Args:
       cache: inputs of the W = Width - 1 tokens before, oldest first; `conv_cache`.
     """
-    inputs = jnp.concatenate([cache, u[:, None].astype(cache.dtype)], 1)
-    out = jnp.sum(inputs.astype(jnp.float32) * w.astype(jnp.float32).T, 1)
-    return out.astype(u.dtype), inputs[:, 1:]
+    taps = w.astype(jnp.float32).T
+    out = jnp.sum(cache.astype(jnp.float32) * taps[:-1], 1) + u.astype(jnp.float32) * taps[-1]
+    return out.astype(u.dtype), jnp.concatenate([cache[:, 1:], u[:, None].astype(cache.dtype)], 1)

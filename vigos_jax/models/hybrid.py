@@ -13,6 +13,7 @@ from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.decoder import DecoderLayer, LayerInputs, decode_layer, decode_lora
 from vigos_jax.models.delta_config import FULL, DeltaConfig
 from vigos_jax.models.delta_rule import (
+    StepState,
     causal_conv,
     causal_conv_step,
     chunk_for,
@@ -31,7 +32,7 @@ from vigos_jax.models.layers import (
     place,
     place_states,
     rematerialised,
-    unroll,
+    scanned,
 )
 from vigos_jax.models.shapes import Array, Bool, Float, Int
 
@@ -41,11 +42,10 @@ class DeltaState(flax.struct.PyTreeNode):
 
     Attributes:
       conv: inputs of the convolution at the last tokens, oldest first; zeros in front of the sequence.
-      state: float32.
     """
 
     conv: Float[Array, "B W F"]
-    state: Float[Array, "B N H Hv"]
+    state: StepState
 
 
 class GatedDeltaRule(nn.Module):
@@ -94,7 +94,9 @@ class GatedDeltaRule(nn.Module):
         low = joined_low_rank(self, h)
         u = project("in_proj_qkv", d.channels)(h, deterministic, low)
         z = heads(project("in_proj_z", d.width)(h, deterministic, low), d.value_dim)
-        b, a = (project(f"in_proj_{part}", d.value_heads)(h).astype(jnp.float32) for part in "ba")
+        # Apart from the wide products of one token: a GPU's compiler would join all in every step, copying the kernels.
+        alone = h if before is None else jax.lax.optimization_barrier(h)
+        b, a = (project(f"in_proj_{part}", d.value_heads)(alone).astype(jnp.float32) for part in "ba")
         rate = -jnp.exp(per_head("A_log", _log_rate))
         decay = jnp.where(real, rate * jax.nn.softplus(a + per_head("dt_bias", nn.initializers.ones)), 0)  # [B, T, Hv]
         beta = jnp.where(real, jax.nn.sigmoid(b), 0)
@@ -115,8 +117,8 @@ class GatedDeltaRule(nn.Module):
         return project("out_proj", self.config.hidden_size)(out, deterministic), DeltaState(conv=conv, state=state)
 
     def _rule(
-        self, tokens: tuple[Array, ...], segment_ids: Int[Array, "B T"] | None, before: Float[Array, "B N H Hv"] | None
-    ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N H Hv"]]:
+        self, tokens: tuple[Array, ...], segment_ids: Int[Array, "B T"] | None, before: StepState | None
+    ) -> tuple[Float[Array, "B T N Hv"], StepState]:
         """Outputs and the last state of q, k, v, log decay and beta; before: the state in front of one token."""
         q, k, v, decay, beta = tokens
         if before is not None:
@@ -125,7 +127,7 @@ class GatedDeltaRule(nn.Module):
         platform = self.mesh.devices.flat[0].platform if self.mesh is not None else jax.default_backend()
         chunk = chunk_for(platform)
         out, state, _ = chunked_delta_rule(q, k, v, decay, beta, segment_ids=segment_ids, chunk=chunk)
-        return out, state
+        return out, StepState.of(state)
 
 
 def _log_rate(key, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
@@ -198,15 +200,7 @@ def hybrid_layers(
     config: ModelConfig, *, lora: LoraSpec | None, attention: str, mesh: Mesh | None, remat: str
 ) -> nn.Module:
     """All layers, scanned: `(x, group numbers, LayerInputs, deterministic)` to `x, what each keeps, stacked`."""
-    stack = nn.scan(
-        Group,
-        variable_axes={"params": 0, "lora": 0},
-        split_rngs={"params": True, "dropout": True},
-        in_axes=(0, nn.broadcast, nn.broadcast),
-        length=config.groups,
-        unroll=unroll(config.groups),
-    )
-    return stack(config, lora, attention, mesh, remat)
+    return scanned(Group, config.groups, shared=2)(config, lora, attention, mesh, remat)
 
 
 def hybrid_decode_layer(

@@ -34,6 +34,22 @@ def rematerialised(layer: type[nn.Module], remat: str, layers: int, *, static: t
     return nn.remat(layer, static_argnums=static, prevent_cse=unroll(layers) > 1, policy=policy)
 
 
+def scanned(layer: type[nn.Module], length: int, *, shared: int) -> type[nn.Module]:
+    """A stack of one kind of layer as a loop, with leaves [length, ...].
+
+    Args:
+      layer: of states, of its own part of an array [length, ...], and of `shared` arguments that are every layer's.
+    """
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0, "lora": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0, *[nn.broadcast] * shared),
+        length=length,
+        unroll=unroll(length),
+    )
+
+
 ROWS = ("data", "fsdp")  # the mesh axes that a batch lies over
 
 # Projections that read the same states.

@@ -19,7 +19,7 @@ from vigos_jax.models.layers import (
     grid_angles,
     place,
     rematerialised,
-    unroll,
+    scanned,
 )
 from vigos_jax.models.shapes import Array, Bool, Float, Int
 from vigos_jax.models.tensor_names import Tensor, decoder_tensors, dense
@@ -69,14 +69,8 @@ class VisionTower(nn.Module):
         x = Projection(c.hidden_size, name="patch_embed")(inputs.patches.astype(self.dtype))  # [B, S, Dv]
         angles = grid_angles(inputs.hw, head_dim=c.hidden_size // c.num_heads)
         is_full = jnp.array([i in c.full_attention_blocks for i in range(c.depth)])
-        blocks = nn.scan(
-            rematerialised(VisionBlock, self.remat, c.depth, static=(5,)),
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=c.depth,
-            unroll=unroll(c.depth),
-        )(c, self.lora, self.mesh, self.attention, name="blocks")
+        block = rematerialised(VisionBlock, self.remat, c.depth, static=(5,))
+        blocks = scanned(block, c.depth, shared=3)(c, self.lora, self.mesh, self.attention, name="blocks")
         x, _ = blocks(x, is_full, angles, inputs.image_ids, deterministic)
         x = RMSNorm(1e-6, name="merger_norm")(place(x, self.mesh, ROWS))
         x = x.reshape(x.shape[0], -1, c.merge_unit * c.hidden_size)  # [B, S/unit, unit*Dv]

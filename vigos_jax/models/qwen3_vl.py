@@ -18,7 +18,7 @@ from vigos_jax.models.layers import (
     grid_angles,
     place,
     rematerialised,
-    unroll,
+    scanned,
 )
 from vigos_jax.models.shapes import Array, Float, Int, Num
 from vigos_jax.models.tensor_names import Tensor, decoder_tensors, dense, layer_norm
@@ -93,14 +93,8 @@ class VisionTower(nn.Module):
         x = x + resample(table, inputs.hw, inputs.grid).astype(x.dtype)  # [B, S, Dv]
         angles = grid_angles(inputs.hw, head_dim=c.hidden_size // c.num_heads)
         slots = [c.deepstack_blocks.index(i) if i in c.deepstack_blocks else -1 for i in range(c.depth)]
-        blocks = nn.scan(
-            rematerialised(VisionBlock, self.remat, c.depth),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
-            length=c.depth,
-            unroll=unroll(c.depth),
-        )(c, self.mesh, self.attention, name="blocks")
+        block = rematerialised(VisionBlock, self.remat, c.depth)
+        blocks = scanned(block, c.depth, shared=2)(c, self.mesh, self.attention, name="blocks")
         collected = place(jnp.zeros((len(c.deepstack_blocks), *x.shape), x.dtype), self.mesh, None, ROWS)
         (x, collected), _ = blocks((x, collected), jnp.array(slots), angles, inputs.image_ids)
         features = [Merger(c, norm_after=False, name="merger")(x)]

@@ -81,6 +81,7 @@ def _fusion(i: Instruction, around: Computation, parsed: Computations) -> Touche
     inner = parsed[called(i)[0]]
     root = root_of(inner)
     outputs = [inner[name] for name in root.operands] if root.op == "tuple" else [root]
+    outputs = [x for x in outputs for _ in arrays(x.shape)]  # a reduction may have several results
     written, new = 0.0, []
     for result, output in zip(arrays(i.shape), outputs, strict=False):
         update = _update(output, inner, parsed)
