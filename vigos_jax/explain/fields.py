@@ -78,9 +78,10 @@ def _walk(node: ConfigDict, prefix: str, comments: dict[str, str], out: list[Fie
             if name not in NAMED:
                 _walk(value, f"{name}.", comments, out)
         else:
-            section = prefix.rstrip(".")  # whose comment is that of entries which it was made with
+            if name not in comments:  # made with its section, whose comment is its own
+                section = prefix.rstrip(".")
+                meaning, advice = comments[section], ADVICE.get(section, "")
             shown = {"default": _written(value), "type": config_lib.TYPES[type(value)], "allowed": _allowed(name)}
-            meaning, advice = meaning or comments.get(section, ""), advice or ADVICE.get(section, "")
             out.append(Field(name, meaning, advice=advice, **shown))
 
 
