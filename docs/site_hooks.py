@@ -25,6 +25,7 @@ _FETCHED = re.compile(
     re.I,
 )
 _IMPORTED = re.compile(r"(?:url\(|@import )[\"']?(?:https?:)?//[^)]*")  # by a style sheet
+_SOURCE = '<details class="mkdocstrings-source">'
 _FORMULA = re.compile(r'<(div|span) class="arithmatex">(.*?)</\1>', re.S)
 
 
@@ -55,7 +56,9 @@ def _first_line(package: str) -> str:
 def cli_page() -> str:
     """The command line's own help, and how a field is explained."""
     return (
-        f"# Command line\n\n```text\n{main.HELP}```\n\nExit codes are explained in "
+        "---\nhide: [toc]\n---\n\n# Command line\n\n"
+        f'<div class="help" markdown>\n\n```text\n{main.HELP}```\n\n</div>\n\n'
+        "Exit codes are explained in "
         "[Troubleshooting](troubleshooting.md#exit-codes), fields of a config in [Config fields](config.md).\n\n"
         "Other programs of the package:\n\n"
         "| | |\n|---|---|\n"
@@ -94,13 +97,14 @@ def on_files(files, config):
 
 
 def on_page_content(content, **_):
-    """Turns formulas into MathML, which browsers render themselves."""
+    """Turns formulas into MathML, which browsers render themselves, and keeps source code out of the search."""
 
     def formula(match: re.Match) -> str:
         latex = html.unescape(match[2]).strip()
         display = "block" if latex.startswith(r"\[") else "inline"
         return latex2mathml.converter.convert(latex[2:-2].strip(), display=display)
 
+    content = content.replace(_SOURCE, f"{_SOURCE[:-1]} data-search-exclude>")
     return _FORMULA.sub(formula, content)
 
 
