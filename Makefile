@@ -47,8 +47,9 @@ test-compilers: $(VENV)/installed-compilers
 	JAX_PLATFORMS=cpu $(PYTHON) -m benchmarks --only $(GATES)
 	$(PYTEST) $(COMPILED)
 
+# Not --quiet: warnings would pass.
 docs: $(VENV)/installed-docs
-	NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(PYTHON) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(PYTHON) -m mkdocs build --strict
 	@echo 'site/index.html'
 
 lint: $(VENV)/installed-core

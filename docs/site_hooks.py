@@ -97,7 +97,7 @@ def on_files(files, config):
 
 
 def on_page_content(content, **_):
-    """Turns formulas into MathML, which browsers render themselves, and keeps source code out of the search."""
+    """Formulas as MathML, which browsers render themselves; source code left out of search; intervals on one line."""
 
     def formula(match: re.Match) -> str:
         latex = html.unescape(match[2]).strip()
@@ -105,7 +105,7 @@ def on_page_content(content, **_):
         return latex2mathml.converter.convert(latex[2:-2].strip(), display=display)
 
     content = content.replace(_SOURCE, f"{_SOURCE[:-1]} data-search-exclude>")
-    return _FORMULA.sub(formula, content)
+    return _FORMULA.sub(formula, content.replace(" ± ", "&nbsp;±&nbsp;"))
 
 
 def on_post_page(output, page, **_):

@@ -61,7 +61,7 @@ def test_entries_that_a_section_is_made_with_have_its_meaning():
         (["# Two", "# lines.", "config.a = (", "    1,", ")"], "Two lines."),
         (
             ["# A list:", "#   x  first", "#   y  second", "# and more", "config.a = 1"],
-            "A list:\n- `x`: first\n- `y`: second\n\nand more.",
+            "A list:\n\n- `x`: first\n- `y`: second\n\nand more.",
         ),
         (["config.a = 1  # WORKDIR/a"], "WORKDIR/a."),
     ],

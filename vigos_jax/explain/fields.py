@@ -112,7 +112,7 @@ def _named(section: str, defaults: dict[str, Any]) -> list[Field]:
     meanings, types = _attributes(TeacherRole), {f.name: f.type for f in dataclasses.fields(TeacherRole)}
     out = []
     for field in NAMED[section]:
-        kind = config_lib.TYPES.get(types[field], config_lib.TYPES[tuple])
+        kind = config_lib.TYPES.get(types[field], "a list of names")
         default = repr(defaults[field]) if field in defaults else "required"
         number = "above 0 and below 1" if field == "beta" else "at least 0" if types[field] is float else ""
         allowed = ", ".join(_ROLE_CHOICES.get(field, ())) or number
@@ -158,7 +158,7 @@ def _joined(lines: list[str]) -> str:
     out = ""
     for line in lines:
         if line.startswith("   "):
-            out += f"\n- `{line.split()[0]}`: {' '.join(line.split()[1:])}"
+            out += ("\n" if "\n- " in out else "\n\n") + f"- `{line.split()[0]}`: {' '.join(line.split()[1:])}"
         else:
             out += ("\n\n" if "\n" in out.rsplit("\n\n", 1)[-1] else " ") + line.strip()
     return out.strip()
