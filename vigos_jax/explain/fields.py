@@ -109,7 +109,8 @@ def _allowed(name: str) -> str:
 
 def _named(section: str, defaults: dict[str, Any]) -> list[Field]:
     """The fields of an entry of `config.roles` or `config.prompts`; their meanings stand at `TeacherRole`."""
-    meanings, types = _attributes(TeacherRole), {f.name: f.type for f in dataclasses.fields(TeacherRole)}
+    meanings = _attributes(TeacherRole)
+    types: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(TeacherRole)}
     out = []
     for field in NAMED[section]:
         kind = config_lib.TYPES.get(types[field], "a list of names")
