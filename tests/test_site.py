@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import yaml
+from browser import dump, needs_browser
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GENERATED = {"config.md", "cli.md", "contributing.md", "changelog.md", "security.md", "API_PAGES"}
@@ -80,3 +81,24 @@ def test_every_module_has_its_api_page(hooks):
 def test_formulas_become_mathml(hooks):
     out = hooks.on_page_content(r'<p><span class="arithmatex">\(p &lt; q_t\)</span></p>')
     assert out.startswith("<p><math") and "&#x0003C;" in out and "arithmatex" not in out
+
+
+# The site itself, where `make docs` has built it; .ci/run runs these behind it.
+
+INDEX = ROOT / "site" / "index.html"
+needs_site = pytest.mark.skipif(not INDEX.exists(), reason="make docs builds the site")
+
+
+@needs_site
+@needs_browser
+@pytest.mark.parametrize("name", ["index.html", "config.html", "method.html", "api/method.html"])
+def test_a_page_opens_from_disk_without_complaint(name, tmp_path):
+    document, console = dump(INDEX.parent / name, tmp_path)
+    assert console == "" and "md-content" in document
+
+
+@needs_site
+@needs_browser
+def test_search_works_from_disk(tmp_path):
+    document, console = dump(INDEX, tmp_path, query="?q=repetition_penalty")
+    assert console == "" and re.search(r'href="[^"]*config.html[^"]*#samplingrepetition_penalty"', document)
