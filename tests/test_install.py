@@ -41,7 +41,7 @@ def distributions(tmp_path_factory):
     """(sdist of this tree, wheel of the unpacked sdist)."""
     folder = tmp_path_factory.mktemp("build")
     tree = folder / "tree"
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "runs", "build", "dist", "*.egg-info")
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "runs", "build", "dist", "site", "*.egg-info")
     shutil.copytree(ROOT, tree, ignore=ignored)
     sdist = build("sdist", tree, folder)
     with tarfile.open(sdist) as archive:
