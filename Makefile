@@ -25,7 +25,7 @@ FAST := tests/grading tests/report tests/rollouts/test_parse.py tests/test_house
 GATES := decode_bytes_h100 decode_kernels_h100 decode_bytes_v5e logits_h100 logits_v5e memory_7b_h100 memory_3b_v5e
 COMPILED := tests/plan/test_gpu.py tests/models/test_attention_compiled.py
 
-.PHONY: demo test test-fast test-slow test-compilers test-matrix docs lint clean
+.PHONY: demo test test-fast test-slow test-compilers test-matrix lint clean
 
 demo: $(VENV)/installed
 	$(PYTHON) -m vigos_jax.main --config configs/base.py
@@ -39,18 +39,13 @@ test-fast: $(VENV)/installed-core
 test-matrix:
 	@tests/matrix.sh
 
-# pytest exits 5 when nothing was selected: no slow test is not a failure.
+# pytest exits 5 when nothing was selected: that is not a failure.
 test-slow: $(VENV)/installed-test
 	@$(PYTEST) -m slow $(PYTEST_ARGS) || { code=$$?; [ $$code -eq 5 ] && echo 'no slow tests'; }
 
 test-compilers: $(VENV)/installed-compilers
 	JAX_PLATFORMS=cpu $(PYTHON) -m benchmarks --only $(GATES)
 	$(PYTEST) $(COMPILED)
-
-# Not --quiet: warnings would pass.
-docs: $(VENV)/installed-docs
-	NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(PYTHON) -m mkdocs build --strict
-	@echo 'site/index.html'
 
 lint: $(VENV)/installed-core
 	$(PYTHON) -m ruff check .
@@ -83,10 +78,17 @@ $(VENV)/installed-compilers: $(VENV)/installed-test
 	@$(PIP) -e '.[plan-gpu]'
 	@touch $@
 
+clean:
+	rm -rf $(VENV) .venv-matrix build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .jax_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf site
+
+# Not --quiet: warnings would pass.
+.PHONY: docs
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(PYTHON) -m mkdocs build --strict
+	@echo 'site/index.html'
+
 $(VENV)/installed-docs: $(VENV)/installed
 	@$(PIP) -e '.[docs]'
 	@touch $@
-
-clean:
-	rm -rf $(VENV) .venv-matrix build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .jax_cache
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
