@@ -83,6 +83,18 @@ def test_formulas_become_mathml(hooks):
     assert out.startswith("<p><math") and "&#x0003C;" in out and "arithmatex" not in out
 
 
+def test_a_code_block_keeps_its_language_alone(hooks):
+    text = "```python config run\nx = 1\n```\n\n```json\n{}\n```\n"
+    assert hooks.on_page_markdown(text) == text.replace(" config run", "")
+
+
+def test_lists_begin_behind_a_blank_line():
+    """Python-Markdown shows them as text otherwise; GitHub does not mind."""
+    for path in [*(ROOT / "docs").glob("*.md"), *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "SECURITY"))]:
+        text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+        assert not re.findall(r"^(?![-#|\d ]).+\n(?:-|1\.) .*$", text, re.M), path.name
+
+
 # The site itself, where `make docs` has built it; .ci/run runs these behind it.
 
 INDEX = ROOT / "site" / "index.html"
