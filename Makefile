@@ -6,6 +6,7 @@
 # make vllm        install vLLM for CPUs into .venv-vllm, 3 GB: Linux, x86-64, python3.11
 # make test-vllm   rollouts by real vLLM servers on this machine: minutes; the other targets leave these tests out
 # make test-matrix the fast tests and two training steps on every Python and jax that constraints/ has a lock of
+# make docs        the documentation's site, in site/; a warning fails
 # make lint        ruff, and pyrefly over vigos_jax/ and configs/
 # make clean       remove .venv, .venv-vllm, caches and build outputs; runs/ stays
 
@@ -42,7 +43,7 @@ test-fast: $(VENV)/installed-core
 test-matrix:
 	@tests/matrix.sh
 
-# pytest exits 5 when nothing was selected: no slow test is no failure.
+# pytest exits 5 when nothing was selected: that is not a failure.
 test-slow: $(VENV)/installed-test
 	@$(PYTEST) -m slow --ignore=tests/vllm $(PYTEST_ARGS) || { code=$$?; [ $$code -eq 5 ] && echo 'no slow tests'; }
 
@@ -94,3 +95,14 @@ $(VLLM)/installed: $(addprefix tests/vllm/,install.sh requirements.txt vllm.txt 
 clean:
 	rm -rf $(VENV) $(VLLM) .venv-matrix build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .jax_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf site
+
+# Not --quiet: warnings would pass.
+.PHONY: docs
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(PYTHON) -m mkdocs build --strict
+	@echo 'site/index.html'
+
+$(VENV)/installed-docs: $(VENV)/installed
+	@$(PIP) -e '.[docs]'
+	@touch $@

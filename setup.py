@@ -84,6 +84,9 @@ EXTRAS = {
     "study": ["matplotlib>=3.10", "scipy>=1.14"],  # python -m vigos_jax.miniature.study
     "notebooks": ["matplotlib>=3.10", "ipykernel>=7", "jupytext>=1.17"],
     "judge": ["openai>=2"],  # the client of any server that speaks its protocol
+    # make docs. Pinned: a page must look the same tomorrow.
+    "docs": ["mkdocs==1.6.1", "mkdocs-material==9.8.2", "mkdocstrings-python==2.0.11", "latex2mathml==3.81.1"],
+    "release": ["build>=1.3", "twine>=6.1"],  # CONTRIBUTING.md's checklist
     "tracking": ["tensorboard>=2.21", "wandb>=0.31"],
 }
 
@@ -91,6 +94,8 @@ setup(
     name="vigos-jax",
     version=VERSION,
     description="Visually grounded on-policy self-distillation (ViGOS) for vision-language models, in JAX",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     classifiers=[f"Programming Language :: Python :: {version}" for version in ("3.11", "3.12", "3.13")],

@@ -28,12 +28,12 @@ FORMAT = (
 
 def get_config() -> ml_collections.ConfigDict:
     config = ConfigDict()
-    config.seed = 0  # of everything random: data order, rollouts, adapter initialisation, dropout
+    config.seed = 0  # seed of data order, rollouts, adapter initialisation and dropout
     config.steps = 80  # optimizer steps of the whole run
     config.batch_size = 32  # rows of a global batch, over all devices and micro-batches
     config.gradient_accumulation_steps = 1  # micro-batches a step's gradient is summed over; they are formed by length
     config.checkpoint_every = 20  # optimizer steps between checkpoints; the last step is always saved
-    config.keep_checkpoints = 2  # newest ones kept
+    config.keep_checkpoints = 2  # checkpoints kept, the newest ones
     config.eval_every = 0  # optimizer steps between evaluations by config.eval, rows of eval.jsonl; 0 for none
     config.log_every = 10  # steps between progress lines where there is no terminal
 
@@ -41,29 +41,30 @@ def get_config() -> ml_collections.ConfigDict:
     config.report.rows = 32  # the data's first (on the demo: its evaluation's), at most batch_size; 0 for none
     config.report.every = 20  # optimizer steps between their answers, each about as long as a step, and drawings
 
-    config.log = ConfigDict()  # who else gets the rows of metrics.jsonl; needs the extra `tracking`
-    config.log.tensorboard = False  # event files in WORKDIR/tensorboard
+    config.log = ConfigDict()  # experiment trackers: they get every row of metrics.jsonl and need the extra `tracking`
+    config.log.tensorboard = False  # write event files to WORKDIR/tensorboard
     config.log.wandb = ""  # a project of Weights & Biases; "" for none. WANDB_MODE=offline keeps it in WORKDIR/wandb.
 
     config.compilation_cache = "~/.cache/vigos_jax"  # folder of compiled programs, for the next run; "" keeps none
 
-    config.model = ConfigDict()
+    config.model = ConfigDict()  # the base model
     config.model.path = "demo"  # Hugging Face folder or hub id; "demo" is the model shipped with the package
     config.model.adapter = ""  # PEFT LoRA folder to start the student from; "" for none
     # Switches of the folder's chat template, by its own names, like enable_thinking=False; that is the default where a
     # template has it, as answers begin with config.prompts' assistant_prefill.
     config.model.chat_template_kwargs = ConfigDict()
-    config.model.dtype = "float32"  # of the frozen base and of computation: float32 | bfloat16
-    config.model.quantization = "none"  # of the frozen base under an adapter: none | int8 | nf4; docs/one_device.md
-    config.model.remat = "none"  # recomputed in the backward pass: none | dots (all but matmuls) | full
+    config.model.dtype = "float32"  # dtype of the frozen base and of computation: float32 | bfloat16
+    config.model.quantization = "none"  # codes of the base under an adapter: none | int8 | nf4; docs/one_device.md
+    config.model.remat = "none"  # what the backward pass recomputes: none | dots (all but matmuls) | full
     config.model.attention = "auto"  # auto (the device's best) | xla | cudnn (GPU from Ampere on) | splash (TPU)
 
-    config.lora = ConfigDict()
-    config.lora.rank = 0  # of new adapters; 0 trains all parameters instead
+    config.lora = ConfigDict()  # adapters of the student
+    config.lora.rank = 0  # rank of new adapters; 0 trains all parameters instead
     config.lora.alpha = 128.0  # adapters are scaled by alpha / rank
-    config.lora.dropout = 0.05  # of an adapter's input, while training
-    # language: q,k,v,o,gate,up,down of the decoder, in_proj_qkv, in_proj_z and out_proj of its linear layers
-    config.lora.scope = "language"  # language | official: vision MLPs too
+    config.lora.dropout = 0.05  # dropout of an adapter's input, while training
+    # What gets an adapter. language: q,k,v,o,gate,up,down of the decoder, in_proj_qkv, in_proj_z and out_proj of its
+    # linear layers | official: the vision tower's MLPs too.
+    config.lora.scope = "language"
 
     config.distributed = "off"  # several processes: off | auto (SLURM, Open MPI, TPU pods) | env; docs/multihost.md
 
@@ -94,22 +95,24 @@ def get_config() -> ml_collections.ConfigDict:
         (r"", ()),
     )
 
-    config.data = ConfigDict()
+    config.data = ConfigDict()  # the training rows, docs/data.md
     config.data.source = "demo"  # demo | a .jsonl | a .parquet | a folder of .parquet | a hub data set (owner/name)
-    config.data.split = "train"  # of a hub data set or folder
-    config.data.shuffle = True  # anew in every epoch
+    config.data.split = "train"  # split of a hub data set or folder
+    config.data.shuffle = True  # a new order in every epoch
     config.data.workers = 0  # processes that read and encode; 0 for threads of the main one. Same batches.
     config.data.window = 1  # batches whose rows are grouped by size among themselves, against padding; 1 for none
-    config.data.columns = ConfigDict(dict.fromkeys(("problem", "answer", "images", "id", "options"), ""))
     # Where a row has them: a column or a path into one, like "messages.0.content"; "" finds the usual names, and
     # conversations of one turn. What was found is said at the start; --mode data shows it.
+    config.data.columns = ConfigDict(dict.fromkeys(("problem", "answer", "images", "id", "options"), ""))
     config.data.options_template = ""  # appends a row's options to the question, "{letter}. {option}" for each; "" none
-    config.data.image_folder = ""  # that paths of images start at and may lead into; "" is the source's own
-    config.data.max_pixels = 0  # larger images are made smaller; 0 is the model folder's limit. What does not fit the
-    config.data.min_pixels = 0  # buckets is made smaller still. Smaller images are enlarged; 0 as above
+    config.data.image_folder = ""  # folder that paths of images start at and may lead into; "" is the source's own
+    # Larger images are made smaller; 0 is the model folder's limit. What does not fit config.buckets is made smaller
+    # still.
+    config.data.max_pixels = 0
+    config.data.min_pixels = 0  # smaller images are enlarged; 0 is the model folder's limit
     config.data.fields = ()  # further columns of texts that roles' prompts may show as {NAME}
-    config.data.max_images = 1  # rows with more are bad rows
-    config.data.max_bad_fraction = 0.05  # unusable rows (skipped and counted) above which the run stops
+    config.data.max_images = 1  # images of a row; rows with more are bad rows
+    config.data.max_bad_fraction = 0.05  # share of unusable rows (skipped and counted) above which the run stops
     config.data.blank_images = False  # demo only: grey images, a control that must learn nothing
 
     # Prompts. `user` is exactly the text after the image in the user turn; {problem} and {reference} are filled in,
@@ -134,9 +137,9 @@ def get_config() -> ml_collections.ConfigDict:
     #   divergence  forward_kl is KL(teacher || student), reverse_kl is KL(student || teacher), jsd lies between
     #   weight      lambda; 0 leaves the role out
     #   clip        largest value one token contributes; 0 for no clip
-    # The paper clips at 0.05, for 1,488 steps at 5e-6. The demo takes 80 steps at 3e-4 and needs the gradient of the
-    # tokens that a clip would silence: with 0.05, two of four runs (150-200 steps at 5e-4 to 8e-4) lost the format.
     # and, seldom needed: clip_per, first_clip, last_clip, beta, reads (see TeacherRole in vigos_jax/method/roles.py).
+    # The paper clips at 0.05, for 1,488 steps at 5e-6. The demo takes 80 steps at 3e-4 and needs the gradient of the
+    # tokens that a clip would silence.
     config.roles = ConfigDict()
     config.roles.perception = role(("description",), "valid", "forward_kl", weight=1.0, clip=0.0)
     config.roles.reasoning = role(("reasoning", "answer"), "valid", "forward_kl", weight=1.0, clip=0.0)
@@ -144,18 +147,18 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.span_rule = "paper"  # how description, reasoning and answer are found: paper | released (the authors' code)
 
-    config.teacher = ConfigDict()
+    config.teacher = ConfigDict()  # the teachers' parameters
     config.teacher.weights = "frozen"  # frozen: the initial ones | ema: a moving average | live: the student's own
     config.teacher.ema_rate = 0.01  # how far the average moves towards the student after each step
 
-    config.sampling = ConfigDict()  # of the rollouts
-    config.sampling.max_tokens = 48  # longest completion
-    config.sampling.temperature = 1.1  # 0 is greedy
-    config.sampling.top_k = 20  # 0 keeps all tokens
-    config.sampling.top_p = 0.95  # 1 keeps all tokens
-    config.sampling.min_p = 0.0  # 0 keeps all tokens
-    config.sampling.repetition_penalty = 1.0  # over prompt and completion; 1 is off
-    config.sampling.presence_penalty = 0.0  # over the completion; 0 is off
+    config.sampling = ConfigDict()  # how rollouts are sampled
+    config.sampling.max_tokens = 48  # tokens of the longest completion
+    config.sampling.temperature = 1.1  # divides the logits; 0 is greedy
+    config.sampling.top_k = 20  # sample among the k likeliest tokens; 0 keeps all
+    config.sampling.top_p = 0.95  # sample among the fewest tokens that hold this probability; 1 keeps all
+    config.sampling.min_p = 0.0  # drop tokens below this share of the likeliest's probability; 0 keeps all
+    config.sampling.repetition_penalty = 1.0  # on tokens of prompt and completion; 1 is off
+    config.sampling.presence_penalty = 0.0  # on tokens of the completion; 0 is off
     config.sampling.micro_batch = 0  # rows whose images and prompts are computed at once; 0: as memory allows
     config.sampling.decode_batch = 0  # rows that are decoded at once; 0: all; fewer need less memory
 
@@ -172,19 +175,19 @@ def get_config() -> ml_collections.ConfigDict:
     config.rollout.sync_every = 1  # optimizer steps between new adapters, at most max_staleness + 1; native: 1
 
     config.optimizer = ConfigDict()  # AdamW
-    config.optimizer.learning_rate = 3e-4
-    config.optimizer.schedule = "constant"  # constant | linear (to 0 at the last step)
-    config.optimizer.warmup_steps = 5
-    config.optimizer.b1 = 0.9
-    config.optimizer.b2 = 0.999
-    config.optimizer.eps = 1e-8
-    config.optimizer.weight_decay = 0.0
-    config.optimizer.max_grad_norm = 1.0
+    config.optimizer.learning_rate = 3e-4  # after the warm-up
+    config.optimizer.schedule = "constant"  # learning rate after the warm-up: constant | linear (to 0 at the last step)
+    config.optimizer.warmup_steps = 5  # steps over which the learning rate rises from 0
+    config.optimizer.b1 = 0.9  # decay of the mean of gradients
+    config.optimizer.b2 = 0.999  # decay of the mean of their squares
+    config.optimizer.eps = 1e-8  # added to the root of the latter
+    config.optimizer.weight_decay = 0.0  # times the learning rate, taken from every weight in each step
+    config.optimizer.max_grad_norm = 1.0  # a gradient of a larger global norm is scaled down to it
 
-    config.loss = ConfigDict()
+    config.loss = ConfigDict()  # the objective, beside config.roles
     config.loss.temperature = 1.0  # divides all logits in the divergence
     config.loss.reduction = "tokens"  # a role's mean is over its tokens | sequences: over rollouts' means of tokens
-    config.loss.chunk = 32  # entries per row whose logits exist at a time: less memory, more passes
+    config.loss.chunk = 32  # supervised tokens per row whose logits exist at a time: less memory, more passes
 
     # Sizes that arrays are padded to. Fewer sizes mean fewer compilations, more sizes less padding.
     config.buckets = ConfigDict()
@@ -196,10 +199,10 @@ def get_config() -> ml_collections.ConfigDict:
     # A step whose loss or gradient is not finite changes nothing; its rows and rollouts go to WORKDIR/nonfinite.
     # A policy that collapses shows it: where a mean over the last steps leaves its bounds, a warning says so.
     config.guards = ConfigDict()
-    config.guards.max_skipped = 5  # such steps in a row that end the run
-    config.guards.window = 20  # steps that the following are averaged over
-    config.guards.valid_rate = (0.0, 1.0)  # lowest and highest
-    config.guards.completion_tokens = (2.0, 1e9)
+    config.guards.max_skipped = 5  # steps in a row, skipped as not finite, that end the run
+    config.guards.window = 20  # steps over which the means below are taken
+    config.guards.valid_rate = (0.0, 1.0)  # share of valid rollouts, lowest and highest
+    config.guards.completion_tokens = (2.0, 1e9)  # mean length of a completion
     config.guards.entropy = (1e-3, 1e9)  # nats per supervised token
     config.guards.stop = False  # save and end the run then, instead of warning only
     # Largest mean |log p of the sampler - of the student| per supervised token; a step above it ends the run, saved.
@@ -208,8 +211,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.demo_eval = ConfigDict()  # before and after a run on the demo
     config.demo_eval.questions = 1000  # questions of each kind (conflict, prior); 0 for no evaluation
-    config.demo_eval.batch_size = 250
-    config.demo_eval.seed = 42
+    config.demo_eval.batch_size = 250  # questions answered at a time
+    config.demo_eval.seed = 42  # seed of questions and answers
 
     config.eval = ConfigDict()  # --mode eval and config.eval_every: the paper's protocol (Table A.V)
     config.eval.engine = "native"  # who answers: native | rollout: config.rollout's engine
@@ -219,28 +222,29 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval.sources = ConfigDict(dict.fromkeys(names, ""))  # a folder or hub data set instead of the task's own
     config.eval.limit = 0  # rows of each task, evenly spread over it; 0 for all
     config.eval.samples = 5  # answers per question; greedy, and for ViLP and VLind, it is one
-    config.eval.temperature = 1.0  # 0 is greedy
-    config.eval.top_p = 0.9
-    config.eval.top_k = 20
-    config.eval.max_tokens = 48  # longest answer; the paper's is 4096
-    config.eval.seed = 42
-    config.eval.prompt = "structured"  # structured: the student's own | plain: the same-prompt control
+    config.eval.temperature = 1.0  # divides the logits; 0 is greedy
+    config.eval.top_p = 0.9  # as config.sampling.top_p
+    config.eval.top_k = 20  # as config.sampling.top_k
+    config.eval.max_tokens = 48  # tokens of the longest answer; the paper's is 4096
+    config.eval.seed = 42  # seed of the answers
+    config.eval.prompt = "structured"  # structured: the student's own | plain: the next field, the same-prompt control
+    # The text after the image where config.eval.prompt is "plain".
     config.eval.plain_prompt = "{problem}\nThink step by step, then give the final answer in \\boxed{}."
     config.eval.demo_questions = 250  # questions of each kind of the demo
     config.eval.batch_size = 32  # answers sampled at a time
-    config.eval.output = ""  # folder; "" is WORKDIR/eval
+    config.eval.output = ""  # folder for answers and report; "" is WORKDIR/eval
     config.eval.judge = ConfigDict()  # a server that speaks OpenAI's protocol, for what rules cannot decide
-    config.eval.judge.mode = "off"  # off | on_failure: what a rule calls wrong | always
-    config.eval.judge.url = ""  # its base, like http://localhost:8000/v1
-    config.eval.judge.model = ""
+    config.eval.judge.mode = "off"  # what the judge is asked: off | on_failure: what a rule calls wrong | always
+    config.eval.judge.url = ""  # the server's base address, like http://localhost:8000/v1
+    config.eval.judge.model = ""  # the model's name at the server
     config.eval.judge.key_env = "OPENAI_API_KEY"  # environment variable that holds the key
     config.eval.judge.batch = 8  # answers per call
     config.eval.judge.concurrency = 8  # calls at a time
     config.eval.judge.timeout = 60.0  # seconds of one call
-    config.eval.judge.retries = 4  # further attempts; what fails then stays unjudged
+    config.eval.judge.retries = 4  # further attempts of a call; what fails then stays unjudged
 
     config.score = ConfigDict()  # --mode score
-    config.score.rollouts = ""  # .jsonl of rollouts, see README.md
+    config.score.rollouts = ""  # .jsonl of rollouts, see docs/files.md
     config.score.output = ""  # folder for scores.jsonl and summary.json
     config.score.batch_size = 8  # rows scored at a time
 
@@ -249,43 +253,42 @@ def get_config() -> ml_collections.ConfigDict:
     config.diagnose.rows = 200  # rows to sample rollouts for; on the demo, images that contradict the prior
     config.diagnose.wrong_answers = 4  # wrong answers shown to each role in turn, at most
     config.diagnose.wrong_answers_file = ""  # .jsonl of {"id", "wrong_answers": [...]}
-    config.diagnose.output = ""  # folder; "" is WORKDIR/diagnose
+    config.diagnose.output = ""  # folder for palr.jsonl and its page; "" is WORKDIR/diagnose
     config.diagnose.batch_size = 16  # rows scored at a time
-    config.diagnose.seed = 42  # of rollouts, choice of wrong answers and bootstrap
+    config.diagnose.seed = 42  # seed of rollouts, choice of wrong answers and bootstrap
 
     config.preview = ConfigDict()  # --mode data: how the rows of config.data are understood
-    config.preview.rows = 200  # that are read: the run's first batches
-    config.preview.shown = 3  # that are shown as the student and each teacher will read them
+    config.preview.rows = 200  # rows that are read: the run's first batches
+    config.preview.shown = 3  # rows that are shown as the student and each teacher will read them
     config.preview.output = ""  # folder for data.html; "" is WORKDIR, if that is given
 
     config.generate = ConfigDict()  # --mode generate
     config.generate.image = ""  # image file
-    config.generate.question = ""
+    config.generate.question = ""  # the question about it
 
     config.export = ConfigDict()  # --mode export, and the end of a run
-    config.export.output = ""  # folder; "" is WORKDIR/export at the end of a run
+    config.export.output = ""  # the Hugging Face folder; "" is WORKDIR/export at the end of a run
     config.export.kind = "merged"  # merged: full checkpoint | adapter: PEFT LoRA
     config.export.dtype = "float32"  # of a merged export: float32 | bfloat16, which rounds, and says what that costs
-    config.export.step = 0  # of the checkpoint that --mode export takes; 0 is the newest
-    config.export.max_shard_gb = 5.0
+    config.export.step = 0  # step of the checkpoint that --mode export takes; 0 is the newest
+    config.export.max_shard_gb = 5.0  # largest file of weights, in 1e9 bytes
     config.export.check = False  # load what was written again and compare; needs memory for the weights once more
     config.export.push_to = ""  # owner/name on the hub, made private; the token is HF_TOKEN's. "" pushes nothing
-    config.export.after_training = True
+    config.export.after_training = True  # export when a run has finished
 
     config.plan = ConfigDict()  # --mode plan: devices that need not be here; see docs/scaling.md
-    # TPUs: v5e:1x1, v5e:2x4, v5p:2x2x2, v6e:2x4 | GPUs: h100:8, h100:2x8 on two hosts, h200:N, a100:N, b200:N, l4:N,
-    # rtx4090:N, t4:N
+    # The devices. TPUs: v5e:1x1, v5e:2x4, v5p:2x2x2, v6e:2x4 | GPUs: h100:8, h100:2x8 on two hosts, h200:N, a100:N,
+    # b200:N, l4:N, rtx4090:N, t4:N
     config.plan.topology = "cpu:8"  # cpu:N: host devices, which need no compiler of their own
-    # Of one device, in 1e9 bytes, 1e12 operations a second, 1e9 bytes a second. 0 is what is known of the topology;
-    # of host devices an A100's: 80, 312, 2039, 300.
-    config.plan.memory_gb = 0.0
-    config.plan.tflops = 0.0  # of 16-bit matrix products
-    config.plan.bandwidth_gbs = 0.0  # of its memory
-    config.plan.interconnect_gbs = 0.0  # received from other devices, over all links
-    config.plan.patches = 36  # of a row's images; these three are rounded up to config.buckets
-    config.plan.prompt = 48  # tokens, the visual ones among them
-    config.plan.completion = 48  # tokens
-    config.plan.effort = -1.0  # of the compiler, for speed: 0 as a run has it; -1 takes a tenth of the time for TPUs
+    # 0 here and in the next three is what is known of the topology; of host devices an A100's: 80, 312, 2039, 300.
+    config.plan.memory_gb = 0.0  # memory of one device, in 1e9 bytes
+    config.plan.tflops = 0.0  # 1e12 operations a second of one device, in 16-bit matrix products
+    config.plan.bandwidth_gbs = 0.0  # 1e9 bytes a second of its memory
+    config.plan.interconnect_gbs = 0.0  # 1e9 bytes a second received from other devices, over all links
+    config.plan.patches = 36  # patches of a row's images, rounded up to config.buckets
+    config.plan.prompt = 48  # prompt tokens of a row, the visual ones among them, rounded up to config.buckets
+    config.plan.completion = 48  # completion tokens of a row, rounded up to config.buckets
+    config.plan.effort = -1.0  # the compiler's, for speed: 0 as in a run; -1 takes a tenth of the time for TPUs
     config.plan.advise = True  # where it does not fit, compile changes until one does; each takes as long again
     config.plan.output = ""  # file for the numbers, as JSON; "" for none
     config.plan.programs = ""  # folder for the compiled programs, as text; "" for none

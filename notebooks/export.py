@@ -134,12 +134,12 @@ plt.show()
 # adapter on top must say it too.
 
 # %%
-items[0].pil_image.save("picture.png")
+items[0].pil_image.save("cat.png")
 question = shlex.quote(items[0].question)
 said = io.StringIO()
 with contextlib.redirect_stdout(said):
     vigos("--mode generate --config.model.path=my_merged --config.sampling.temperature=0 "
-          f"--config.generate.image=picture.png --config.generate.question={question}")  # fmt: skip
+          f"--config.generate.image=cat.png --config.generate.question={question}")  # fmt: skip
 print("vigos_jax    ", said.getvalue().strip())
 print("transformers ", answers[0].strip())
 assert said.getvalue().strip() == answers[0].strip()

@@ -316,7 +316,7 @@ display(HTML(
 #
 # def get_config():
 #     config = qwen2_5_vl_3b.get_config()
-#     config.data.source = "mine.jsonl"  # rows {"problem": ..., "answer": ..., "images": ["picture.png"]}
+#     config.data.source = "mine.jsonl"  # rows {"problem": ..., "answer": ..., "images": ["cat.png"]}
 #     return config
 # ```
 #

@@ -178,7 +178,7 @@ def test_a_misspelling_is_found(text):
     [
         "`--config.sampling.max_tokens=3` `config.roles.mine.weight` `config.prompts.mine.user` `config.FIELD`",
         "`vigos_jax/method/losses.py` `metrics.jsonl` `losses.weighted_loss` `find_spans()` `config.json` `my_run.py`",
-        "# Some heading\n[data](data.md#wrong-answers-configdiagnosewrong_answers_file) [here](#some-heading)",
+        "# Some heading\n[data](files.md#wrong-answers-configdiagnosewrong_answers_file) [here](#some-heading)",
         "`python -m vigos_jax.main --config configs/base.py --mode eval -v --workdir x`",
     ],
 )
@@ -242,11 +242,11 @@ def test_a_config_trains(world, tmp_path, kind, code):
     assert row["loss"] > 0 and sum(row[f"{name}/tokens"] for name in names) > 0
 
 
-# The metrics that docs/data.md lists.
+# The metrics that docs/files.md lists.
 
 
 def documented_keys() -> set[str]:
-    text = (ROOT / "docs" / "data.md").read_text()
+    text = (ROOT / "docs" / "files.md").read_text()
     section = text.split("### metrics.jsonl")[1].split("###")[0]
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     return {key for row in rows for key in CODE.findall(row)}
@@ -258,7 +258,7 @@ def test_the_metrics_are_those_that_are_written(world, tmp_path_factory):
     names = "|".join(base.get_config().roles)
     written = {key for row in runs.read_rows(workdir / "metrics.jsonl") for key in row}
     general = {re.sub(r"^invalid/.*", "invalid/REASON", re.sub(rf"^({names})/", "ROLE/", key)) for key in written}
-    assert general - documented_keys() == set(), "docs/data.md lacks these"
+    assert general - documented_keys() == set(), "docs/files.md lacks these"
     # A tiny random model has no valid rollout, nor a part of one.
     absent = {"length/description", "length/reasoning", "length/answer", "leak_rate"}
     assert documented_keys() - general <= absent, "nothing writes these"

@@ -1,5 +1,6 @@
 """What `pip install` brings works without the repository: from an empty folder, with the wheel alone on the path."""
 
+import importlib.util
 import pathlib
 import shutil
 import site
@@ -40,7 +41,7 @@ def distributions(tmp_path_factory):
     """(sdist of this tree, wheel of the unpacked sdist)."""
     folder = tmp_path_factory.mktemp("build")
     tree = folder / "tree"
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "runs", "build", "dist", "*.egg-info")
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "runs", "build", "dist", "site", "*.egg-info")
     shutil.copytree(ROOT, tree, ignore=ignored)
     sdist = build("sdist", tree, folder)
     with tarfile.open(sdist) as archive:
@@ -89,8 +90,22 @@ def test_the_sdist_can_be_built_tested_and_read(distributions):
         names = {n.partition("/")[2] for n in archive.getnames()}
     wanted = {"README.md", "LICENSE", "CHANGELOG.md", "Makefile", "setup.py", "pyproject.toml"}
     wanted |= files_of(ROOT / "tests") | files_of(ROOT / "docs") | files_of(ROOT / "notebooks")
-    wanted |= files_of(ROOT / "constraints")
+    wanted |= files_of(ROOT / "constraints") | {"mkdocs.yml", "CITATION.cff", "SECURITY.md"}
     assert PACKAGED | wanted <= names
+
+
+def test_the_package_index_can_show_it(distributions):
+    with zipfile.ZipFile(distributions[1]) as wheel:
+        (name,) = [n for n in wheel.namelist() if n.endswith(".dist-info/METADATA")]
+        metadata = wheel.read(name).decode()
+    head, _, body = metadata.partition("\n\n")
+    assert "Description-Content-Type: text/markdown" in head and f"\nVersion: {__version__}\n" in head
+    assert body.startswith("# vigos_jax")
+    if importlib.util.find_spec("twine") is None:
+        pytest.skip("twine is not installed (pip install -e '.[release]')")
+    command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, distributions)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("PASSED") == 2, done.stdout + done.stderr
 
 
 def test_help_and_version(start):

@@ -2,10 +2,10 @@
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import pathlib
 import re
+import runpy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,7 +16,7 @@ from vigos_jax.runtime.files import unique_keys
 from vigos_jax.runtime.hub import REPOSITORY
 from vigos_jax.runtime.paths import absolute, absolute_if_local, same_place
 
-_DEFAULTS_FILE = pathlib.Path(__file__).resolve().parents[1] / "configs" / "base.py"
+DEFAULTS_FILE = pathlib.Path(__file__).resolve().parents[1] / "configs" / "base.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +40,10 @@ class Range:
 
 _COUNT, _POSITIVE = Range(least=0), Range(least=1)
 _SEED, _FRACTION = Range(least=0, most=2**31 - 1), Range(least=0, most=1)
-# A field's type is that of its default in configs/base.py. Here are the numbers that may not be everything; the mesh's
-# sizes are checked against its devices.
+# A field's type is that of its default in configs/base.py.
+TYPES = {bool: "True or False", int: "a whole number", float: "a finite number"}
+TYPES |= {str: "a text", tuple: "a list, like (1, 2)"}
+# Numbers that have bounds; the mesh's sizes are checked against its devices.
 RANGES = {
     **dict.fromkeys(
         (
@@ -151,17 +153,15 @@ def get(config: ConfigDict, field: str) -> Any:
     return config
 
 
+def default_config() -> ConfigDict:
+    """That of configs/base.py beside this package, whatever `configs` may mean in the folder where a program starts."""
+    return runpy.run_path(str(DEFAULTS_FILE))["get_config"]()
+
+
 @functools.cache
 def _defaults() -> dict[str, Any]:
-    """Every field of configs/base.py that it names itself, with its default.
-
-    The file beside this package, whatever `configs` may mean in the folder where a program is started.
-    """
-    spec = importlib.util.spec_from_file_location("vigos_jax_defaults", _DEFAULTS_FILE)
-    assert spec is not None and spec.loader is not None  # a file's path always gives both
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return {f: v for f, v in flatten(module.get_config().to_dict()) if not f.startswith(_NAMED_BY_USERS)}
+    """Every field of configs/base.py that it names itself, with its default."""
+    return {f: v for f, v in flatten(default_config().to_dict()) if not f.startswith(_NAMED_BY_USERS)}
 
 
 def _section(config: ConfigDict, field: str) -> ConfigDict:
@@ -285,15 +285,15 @@ def _check_template(config: ConfigDict) -> None:
 def _check_type(field: str, value: Any, default: Any) -> None:
     """A field has the type of its default; a whole number will do where the default is a fraction."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # not for NaN
-    is_good, what = {
-        bool: (isinstance(value, bool), "True or False"),
-        int: (is_number and isinstance(value, int), "a whole number"),
-        float: (is_number, "a finite number"),
-        str: (isinstance(value, str), "a text"),
-        tuple: (isinstance(value, list | tuple), "a list, like (1, 2)"),
+    is_good = {
+        bool: isinstance(value, bool),
+        int: is_number and isinstance(value, int),
+        float: is_number,
+        str: isinstance(value, str),
+        tuple: isinstance(value, list | tuple),
     }[type(default)]
     if not is_good:
-        raise InputError(f"config.{field}={value!r} must be {what}")
+        raise InputError(f"config.{field}={value!r} must be {TYPES[type(default)]}")
 
 
 def _check_home(field: str, value: str) -> None:

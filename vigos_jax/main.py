@@ -30,9 +30,11 @@ from vigos_jax.runtime import workdir as files  # noqa: E402
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(\s.*\n)*")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # or not to be written to
 VERBOSE = ("-v", "--v", "--verbose")
+HELP_FLAGS = ("--help", "-h", "-help", "--helpfull")
 SEVERAL = ("train", "export")  # modes that several processes may run together
 HELP = """\
 usage: python -m vigos_jax.main --config FILE [--mode MODE] [--workdir DIR] [--config.FIELD=VALUE ...]
+       python -m vigos_jax.main --help [FIELD]
 
 modes
   train     (default) post-train a model; goes on where an earlier run in the same workdir stopped; with more
@@ -52,7 +54,8 @@ modes
             nothing is loaded: --config.plan.topology=v5e:2x4 (or cpu:8) --config.plan.output=FILE.json
 
 --config names a file of yours, or one that is shipped: configs/NAME.py is taken from the installed package where there
-is no such file in the current folder. Every field is listed with its meaning in configs/base.py.
+is no such file in the current folder. --help FIELD says what a field means, what it may be and when to change it, as in
+--help sampling.max_tokens; --help SECTION, as in --help sampling, lists a section. configs/base.py has all of them.
 --workdir is where a training run keeps its files (default runs/NAME for configs/NAME.py). The other modes read the
 trained student and the config from it if it is given; without it they use config.model.path and config.model.adapter.
 -v (--verbose) shows what other libraries log and warn of; --version prints the version.
@@ -62,7 +65,7 @@ examples
   python -m vigos_jax.main --config configs/base.py
   python -m vigos_jax.main --config configs/base.py --config.steps=10 --workdir /tmp/short
   python -m vigos_jax.main --config configs/base.py --mode generate --workdir runs/base \\
-      --config.generate.image=picture.png --config.generate.question='what color are the bananas ?'
+      --config.generate.image=cat.png --config.generate.question='what color are the bananas ?'
   python -m vigos_jax.main --config configs/base.py --mode export --workdir runs/base --config.export.output=/tmp/hf
 
 exit codes: 0 done (or stopped by a signal and saved), 1 done but some rows were bad, or not all could be printed (or,
@@ -311,15 +314,28 @@ MODES = {
 }
 
 
+def _help(arguments: list[str]) -> str | None:
+    """What --help prints: of the fields that stand behind it, else of the program. None where it is not asked for."""
+    at = next((i for i, argument in enumerate(arguments) if argument in HELP_FLAGS), None)
+    if at is None:
+        return None
+    names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments[at + 1 :]))
+    if not names:
+        return HELP
+    from vigos_jax.explain.render import explain
+
+    return "\n".join(map(explain, names))
+
+
 def main(argv: list[str]) -> int:
     """Runs the command line `argv` (program name first) and returns the exit code."""
-    if any(a in ("--help", "-h", "-help", "--helpfull") for a in argv[1:]):
-        print(HELP, end="")
-        return 0
     if "--version" in argv[1:]:
         print(f"vigos_jax {__version__}")
         return 0
     try:
+        if (help_text := _help(argv[1:])) is not None:
+            print(help_text, end="")
+            return 0
         config, mode, workdir = _parse(argv)
         if mode != "train":
             config = _config_of_run(config, workdir)

@@ -209,16 +209,16 @@ def test_no_part_is_larger_than_said(monkeypatch):
         (32, 4096, 4096, 16, None), (32, 1344, 2304, 16, mesh), (1, 65536, 65536, 64, None), (6, 300, 300, 12, mesh),
     ]:  # fmt: skip
         parts = masked.parts_of(b, t, s, n, itemsize=2, mesh=over)
-        ways, tensor = (4, 2) if over and b % 4 == 0 else (2, 2) if over else (1, 1)
-        assert parts.ways == ways
-        queries = b // ways // parts.rows * -(-t // parts.queries)
+        shards, tensor = (4, 2) if over and b % 4 == 0 else (2, 2) if over else (1, 1)
+        assert parts.shards == shards
+        queries = b // shards // parts.rows * -(-t // parts.queries)
         assert queries * s * (n // tensor * 12 + 1) <= masked.PART_BYTES + s * n * 12  # a part has whole queries
-        assert (b // ways) % parts.rows == 0
+        assert (b // shards) % parts.rows == 0
 
 
 @pytest.mark.parametrize("name, axes, kind", [("xla", (1, 2, 4), "branches"), ("splash", (1, 2, 4), "images")])
 def test_over_a_mesh(name, axes, kind, monkeypatch):
-    """Rows and heads over devices; 4 ways do not divide 2 key/value heads. XLA takes parts of all devices' rows."""
+    """Rows and heads over devices; 4 shards do not divide 2 key/value heads. XLA takes parts of all devices' rows."""
     monkeypatch.setattr(masked, "PART_BYTES", T * T * (16 + 1))  # one row with the one head of a device
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(axes), ("data", "fsdp", "tensor"))
     more = lambda x: np.concatenate([x, x[:1]])  # noqa: E731

@@ -122,7 +122,7 @@ def _parts(content: object) -> tuple[str, tuple[Any, ...], int]:
         images += [] if held is None else [held]
     if images and len(images) != len(places):
         raise BadChat("chat_not_understood", f"{len(images)} of {len(places)} image parts hold an image")
-    # Images in front of the text or behind it are no part of a sentence; some texts say themselves where they stand.
+    # Images in front of the text or behind it are not part of a sentence; some texts say themselves where they stand.
     are_inside = any(0 < place < len(texts) for place in places) and not count_markers("".join(texts))
     if are_inside:
         for place in reversed(places):

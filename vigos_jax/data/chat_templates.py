@@ -84,7 +84,7 @@ def open_chat_template(root: pathlib.Path, tokenizer: Any, switches: Mapping[str
 
     Args:
       switches: variables that the template reads. Where it has enable_thinking and this does not, that is False: a
-        forced start of the answer is no thought.
+        forced start of the answer is not a thought.
 
     Raises:
       InputError: there is no template, or it does not mention one of the switches.

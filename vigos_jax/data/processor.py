@@ -188,7 +188,7 @@ class Processor:
         return [self._bytes_of.get(int(i), b"") for i in ids]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `token_bytes`; bytes that are no UTF-8 become U+FFFD."""
+        """The text of `token_bytes`; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.token_bytes(ids)).decode("utf-8", errors="replace")
 
     def limits(self, wanted: PixelLimits = AS_THE_FOLDER) -> PixelLimits:

@@ -50,7 +50,7 @@ def reference_of(answer: Any, options: Sequence[str], *, first: int = 0) -> Refe
 
 
 def _list_text(values: Any) -> Any:
-    """A box or a point as one text, "[1, 2.5]"; what is no list of numbers as it was."""
+    """A box or a point as one text, "[1, 2.5]"; what is not a list of numbers as it was."""
     if not all(isinstance(v, numbers.Real) and not isinstance(v, bool) for v in values):
         return values
     return "[" + ", ".join(map(clean_reference, values)) + "]"

@@ -46,7 +46,7 @@ class Thing:
     def replace(self, attribute: str, value: str) -> "Thing":
         """The same thing with another value of one attribute; ValueError if there is no such value."""
         if value not in ATTRIBUTES[attribute]:
-            raise ValueError(f"{value!r} is no {attribute}; choices: {ATTRIBUTES[attribute]}")
+            raise ValueError(f"{value!r} is not a {attribute}; choices: {ATTRIBUTES[attribute]}")
         return Thing(**{**self.__dict__, attribute: value})
 
 

@@ -63,7 +63,7 @@ def export(
       trained: what lies over the base; `{}` for the base itself.
       output: the folder; not there yet, or empty.
       run: the training behind it, for the model card.
-      record: file of a `folder.Record`, that a run knows its export by.
+      record: file of a `folder.Record`, by which a run finds its export again.
 
     Returns:
       What `verify.compare` found, where `config.export.check` asks for it or an adapter was merged into

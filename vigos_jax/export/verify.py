@@ -27,7 +27,7 @@ from vigos_jax.weights import adapters, reading
 
 # Question and answer: the logits of an answer's tokens are compared too.
 PROMPTS = (
-    ("What shape is in the middle of the picture?", "A square on a ramp of grey.</description> <think> It has four"),
+    ("What shape is in the middle of the image?", "A square on a ramp of grey.</description> <think> It has four"),
     ("Which color is the square?\nA. red\nB. green", "The square is red.</description> <think> So the answer is A."),
     ("1 + 2 = ?", "There are no numbers in it.</description> <think> 1 + 2 is 3. </think> \\boxed{3}"),
 )

@@ -201,7 +201,7 @@ def _content(reply: Any) -> str:
 def parse_verdicts(text: str, *, count: int) -> list[bool] | None:
     """The verdicts of a reply's last JSON object that has them; None unless they are `count` booleans.
 
-    Prose and code fences around it do not matter; what a model thinks before (`<think>`) is no part of its reply.
+    Prose and code fences around it do not matter; what a model thinks before (`<think>`) is not part of its reply.
     """
     verdicts = _last_verdicts(_THOUGHT.sub("", text)[-_LONGEST_REPLY:])
     is_good = isinstance(verdicts, list) and len(verdicts) == count and all(type(v) is bool for v in verdicts)

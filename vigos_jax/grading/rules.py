@@ -79,7 +79,7 @@ def _by_algebra(ours: Reading, theirs: Reading, math: MathGrader | None) -> bool
 def _is_option(ours: Reading, theirs: Reading, options: Sequence[str], math: MathGrader | None) -> bool:
     texts = [read(option) for option in options]
     right = named_option(theirs, texts)
-    if right is None:  # the reference names several options together, or is no option
+    if right is None:  # the reference names several options together, or is not an option
         letters = letter_set(theirs, texts)
         return agree(ours, theirs) or (letters is not None and letter_set(ours, texts) == letters)
     named = named_option(ours, texts)

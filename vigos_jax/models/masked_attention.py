@@ -20,12 +20,12 @@ class Parts(NamedTuple):
     """How attention is taken apart.
 
     Attributes:
-      ways: over how many devices the rows lie; every part has rows of all of them.
+      shards: over how many devices the rows lie; every part has rows of all of them.
       rows: parts over the rows of a device.
       queries: parts over the queries of such a part.
     """
 
-    ways: int
+    shards: int
     rows: int
     queries: int
 
@@ -37,15 +37,15 @@ def parts_of(b: int, t: int, s: int, n: int, *, itemsize: int, mesh: Mesh | None
       b, t, s, n: rows, queries, keys, query heads.
       itemsize: bytes of a number in the products.
     """
-    ways, tensor = (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]) if mesh is not None else (1, 1)
-    ways = math.gcd(ways, b)
+    shards, tensor = (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]) if mesh is not None else (1, 1)
+    shards = math.gcd(shards, b)
     heads = n // math.gcd(n, tensor)
     # Logits and their gradient in float32, both again in the products' dtype; a boolean for all heads.
     row = t * s * (heads * (8 + 2 * itemsize) + 1)
     most = max(1, PART_BYTES // max(row, 1))
-    here = b // ways
+    here = b // shards
     size = next(n for n in range(min(most, here), 0, -1) if here % n == 0)
-    return Parts(ways, here // size, min(t, math.ceil(size * row / PART_BYTES)))
+    return Parts(shards, here // size, min(t, math.ceil(size * row / PART_BYTES)))
 
 
 def masked_attention(
@@ -121,11 +121,11 @@ def _over_rows(function: Any, parts: Parts, arrays: tuple) -> Any:
         return function(*arrays)
 
     def split(x):  # [B, ...] -> [parts, rows of a part from every device, ...]
-        x = x.reshape(parts.ways, parts.rows, -1, *x.shape[1:]).swapaxes(0, 1)
+        x = x.reshape(parts.shards, parts.rows, -1, *x.shape[1:]).swapaxes(0, 1)
         return x.reshape(parts.rows, -1, *x.shape[3:])
 
     def join(x):
-        x = x.reshape(parts.rows, parts.ways, -1, *x.shape[2:]).swapaxes(0, 1)
+        x = x.reshape(parts.rows, parts.shards, -1, *x.shape[2:]).swapaxes(0, 1)
         return x.reshape(-1, *x.shape[3:])
 
     return jax.tree.map(join, jax.lax.map(lambda x: function(*x), jax.tree.map(split, arrays)))

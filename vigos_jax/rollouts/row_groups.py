@@ -22,7 +22,7 @@ def shards_of(mesh: Mesh | None) -> int:
 
 
 def group_count(rows: int, most: int, *, mesh: Mesh | None) -> int:
-    """The fewest groups of equal size with at most `most` rows, or one row of each shard; 0 is no limit."""
+    """The fewest groups of equal size with at most `most` rows, or one row of each shard; 0 for no limit."""
     each = rows // shards_of(mesh)
     if not most:
         return 1

@@ -1,4 +1,4 @@
-"""Records that are never lost and never made twice: a .jsonl to which each is appended under a key of its content."""
+"""Append-only JSON Lines, keyed by a hash of the content: a record survives a kill and is not made twice."""
 
 import hashlib
 import json

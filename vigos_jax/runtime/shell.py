@@ -21,7 +21,7 @@ _UNWRITTEN = 1  # done, and not all of it could be said
 
 
 class Output(io.TextIOWrapper):
-    """stdout or stderr that never ends the work that writes to it, but where its reader has left.
+    """stdout or stderr that never ends the work that writes to it, except by a broken pipe.
 
     Attributes:
       error: why something could not be written, None if all could.

@@ -55,7 +55,7 @@ class Checkpoints:
         except Exception as e:
             if error is None:
                 raise self._unwritten(e) from e
-            say(str(self._unwritten(e)))  # what comes first counts
+            say(str(self._unwritten(e)))  # keep the original exception
 
     @property
     def folder(self) -> pathlib.Path:

@@ -1,4 +1,4 @@
-"""Whether a run is well: steps whose numbers are not finite, and signs that a policy collapses."""
+"""Run-health checks: steps whose numbers are not finite, and signs that a policy collapses."""
 
 import json
 import math

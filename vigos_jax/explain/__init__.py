@@ -1,0 +1,1 @@
+"""What every field of a config means, for `--help FIELD` and for the documentation."""
