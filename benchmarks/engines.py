@@ -90,7 +90,7 @@ def _session(model: pathlib.Path, url: str) -> tuple[session.Session, Any]:
     config = base.get_config()
     config.model.path, config.rollout.urls = str(model), (url,)
     config.lora.rank, config.lora.alpha = 16, 32.0
-    config.buckets.patches, config.buckets.completion = (96,), (48, 96, 144, 192)
+    config.buckets.patches, config.buckets.completion = (128,), (48, 96, 144, 192)
     loaded = session.load(config, for_training=True)
     processor = dataclasses.replace(loaded.processor, eos_ids=(*loaded.processor.eos_ids, *ENDS))
     return dataclasses.replace(loaded, processor=processor), config
