@@ -1,7 +1,8 @@
 # make demo        install what running needs, train the demo (minutes on 2 cores), print base vs trained
-# make test        lint, then every test that is not marked slow; PYTEST_ARGS='-k spans' narrows it
+# make test        lint, then every test that is not marked slow or stress; PYTEST_ARGS='-k spans' narrows it
 # make test-fast   the tests of plain logic: no torch, no training, about a minute
 # make test-slow   the tests marked slow
+# make test-stress the tests marked stress: kills, hundreds of steps, a whole study; before a release
 # make test-compilers  what the compilers of an H100 and a v5e make of a 3B run, judged by gates; no card is needed
 # make vllm        install vLLM for CPUs into .venv-vllm, 3 GB: Linux, x86-64, python3.11
 # make test-vllm   rollouts by real vLLM servers on this machine: minutes; the other targets leave these tests out
@@ -29,16 +30,16 @@ GATES := decode_bytes_h100 decode_kernels_h100 decode_bytes_v5e decode_bytes_qwe
   memory_7b_h100 memory_3b_v5e
 COMPILED := tests/plan/test_gpu.py tests/models/test_attention_compiled.py
 
-.PHONY: demo test test-fast test-slow test-compilers vllm test-vllm test-matrix lint clean
+.PHONY: demo test test-fast test-slow test-stress test-compilers vllm test-vllm test-matrix lint clean
 
 demo: $(VENV)/installed
 	$(PYTHON) -m vigos_jax.main --config configs/base.py
 
 test: lint $(VENV)/installed-test
-	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+	$(PYTEST) -m 'not slow and not stress' $(PYTEST_ARGS)
 
 test-fast: $(VENV)/installed-core
-	$(PYTEST) -m 'not slow' $(FAST) $(PYTEST_ARGS)
+	$(PYTEST) -m 'not slow and not stress' $(FAST) $(PYTEST_ARGS)
 
 test-matrix:
 	@tests/matrix.sh
@@ -46,6 +47,9 @@ test-matrix:
 # pytest exits 5 when nothing was selected: that is not a failure.
 test-slow: $(VENV)/installed-test
 	@$(PYTEST) -m slow --ignore=tests/vllm $(PYTEST_ARGS) || { code=$$?; [ $$code -eq 5 ] && echo 'no slow tests'; }
+
+test-stress: $(VENV)/installed-test
+	$(PYTEST) -m stress $(PYTEST_ARGS)
 
 test-compilers: $(VENV)/installed-compilers
 	JAX_PLATFORMS=cpu $(PYTHON) -m benchmarks --only $(GATES)

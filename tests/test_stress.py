@@ -1,4 +1,4 @@
-"""The scripts of tests/stress that fit into CI."""
+"""The scripts of tests/stress that take minutes; the others are for hours."""
 
 import os
 import pathlib
@@ -20,12 +20,12 @@ def script(name: str, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_twenty_kills():
     said = script("kills", "--kills=20")
     assert "20 kills survived" in said and "the same to the bit" in said
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_memory_and_programs_stay_as_they_are_over_500_steps():
     assert "programs compiled after step 50: 0" in script("soak", "--steps=500")

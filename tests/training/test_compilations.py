@@ -41,7 +41,7 @@ def declared_programs(buckets: Mapping[str, Sequence[int]], *, max_tokens: int) 
     }
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_two_hundred_steps_of_mixed_sizes(tmp_path_factory, tmp_path):
     world = runs.make_world(tmp_path_factory)
     rng = np.random.default_rng(0)
