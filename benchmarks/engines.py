@@ -22,8 +22,8 @@ from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.weights import writing
 
 ROWS, LONGEST, ROUNDS = 32, 192, 5
-# These ordinary tokens end a completion too: the lengths of random weights' completions are then spread over the range.
-ENDS = tuple(range(100, 116))
+# A random model repeats itself: only hot, and with ends all over its 1024 tokens, are its completions' lengths mixed.
+TEMPERATURE, ENDS = 4.0, tuple(range(0, 1024, 32))
 
 
 def engines() -> Result:
@@ -36,10 +36,12 @@ def engines() -> Result:
         tensors = writing.file_tensors(
             task.variables["params"], tensor_table(task.config), task.config, dtype=np.float32
         )
+        task.settings.architectures = ["Qwen2_5_VLForConditionalGeneration"]  # or vLLM takes it for an encoder
+        task.settings.save_pretrained(folder / "model")
         writing.save_sharded(folder / "model", tensors, max_shard_bytes=2**30)
         server = stack.enter_context(vllm.serving(folder / "model", logs=folder))
         loaded, config = _session(folder / "model", server.url)
-        sampling, rows = Sampling(max_tokens=LONGEST), _rows(task)
+        sampling, rows = Sampling(max_tokens=LONGEST, temperature=TEMPERATURE), _rows(task)
         turns = {}
         for kind in ("vllm", "native"):
             config.rollout.engine = kind

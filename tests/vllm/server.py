@@ -38,6 +38,8 @@ ENVIRONMENT = {
 FLAGS = (
     *("--host", "127.0.0.1", "--max-model-len", "512", "--enforce-eager", "--dtype", "float32"),
     *("--generation-config", "vllm", "--enable-scale-out"),
+    # 32 prompts of any length at once: a seeded request whose prompt is read in pieces ends vLLM 0.32 on a CPU.
+    *("--max-num-batched-tokens", "16384"),
     *("--enable-lora", "--max-lora-rank", "16", "--max-loras", "2", "--max-cpu-loras", "8"),
 )
 TOWER = ("--enable-tower-connector-lora",)  # adapters of the vision tower, which are dropped without a word otherwise
