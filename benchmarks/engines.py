@@ -33,9 +33,8 @@ def engines() -> Result:
         folder = pathlib.Path(name)
         (folder / "model").mkdir()
         task = make_task(folder / "model", small=True, rows=ROWS, completion=LONGEST)
-        tensors = writing.file_tensors(
-            task.variables["params"], tensor_table(task.config), task.config, dtype=np.float32
-        )
+        params = task.variables["params"] | {"embedding": HEAD * task.variables["params"]["embedding"]}
+        tensors = writing.file_tensors(params, tensor_table(task.config), task.config, dtype=np.float32)
         task.settings.architectures = ["Qwen2_5_VLForConditionalGeneration"]  # or vLLM takes it for an encoder
         task.settings.save_pretrained(folder / "model")
         writing.save_sharded(folder / "model", tensors, max_shard_bytes=2**30)

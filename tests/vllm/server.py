@@ -76,7 +76,8 @@ class Server:
         self.port = self.port or free_port()
         # Not from this folder's parent: a folder named vllm there would be imported instead.
         own = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "XLA_", "JAX_", "VLLM_"))}
-        command = [VENV / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server"]
+        command = ["setpriv", "--pdeathsig", "TERM"]  # no server outlives a test run that was killed
+        command += [VENV / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server"]
         command += ["--model", self.model, "--port", str(self.port), *FLAGS, *self.flags]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
