@@ -14,7 +14,7 @@ import pathlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -217,15 +217,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         p = body["sampling_params"]
         assert p["ignore_eos"] and not p["min_tokens"] and not p["frequency_penalty"] and p["logprobs"] == 0
-        sampling = Sampling(
-            max_tokens=p["max_tokens"],
-            temperature=p["temperature"],
-            top_k=max(p["top_k"], 0),
-            top_p=p["top_p"],
-            min_p=p["min_p"],
-            repetition_penalty=p["repetition_penalty"],
-            presence_penalty=p["presence_penalty"],
-        )
+        sampling = sampling_of(p, max_tokens=p["max_tokens"])
         images = [part["url"] for part in body.get("content_parts", ())]
         self._answer(body["token_ids"], images, name, sampling, p["seed"], p["stop_token_ids"], self._as_vllm)
 
@@ -236,14 +228,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         p = body["sampling_params"]
         assert not p["ignore_eos"] and body["return_logprob"] and p["repetition_penalty"] == 1.0
-        sampling = Sampling(
-            max_tokens=p["max_new_tokens"],
-            temperature=p["temperature"],
-            top_k=max(p["top_k"], 0),
-            top_p=p["top_p"],
-            min_p=p["min_p"],
-            presence_penalty=p["presence_penalty"],
-        )
+        sampling = sampling_of(p, max_tokens=p["max_new_tokens"])
         images, ends = body.get("image_data", ()), p["stop_token_ids"]
         self._answer(body["input_ids"], images, name, sampling, p["sampling_seed"], ends, self._as_sglang)
 
@@ -299,6 +284,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         self.wfile.write(data)
+
+
+def sampling_of(p: Mapping[str, Any], *, max_tokens: int) -> Sampling:
+    """The sampling of a request; a server's -1 for top_k is 0 here."""
+    names = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty")
+    return Sampling(max_tokens=max_tokens, top_k=max(p["top_k"], 0), **{name: p[name] for name in names})
 
 
 def encode(uri: str, processor: Processor) -> EncodedImage:

@@ -10,6 +10,7 @@ import tiny_runs as runs
 from configs import base
 from vigos_jax import session
 from vigos_jax.analysis.diagnose import diagnose
+from vigos_jax.errors import InputError
 from vigos_jax.evaluation.benchmark import Evaluation
 from vigos_jax.models.variables import teacher_params_of
 from vigos_jax.rollouts.engine import NativeEngine, Sampled
@@ -133,6 +134,15 @@ def test_the_other_modes_do_too(engines, tmp_path, loaded):
     said = "".join(stream(loaded, {}, config, open_engine=open_engine))
     assert said.count("one red apple") == 2  # the quick look's two questions
     assert len(made) == 4 and made[1].log[-1] == made[2].log[-1] == made[3].log[-1] == "close"
+
+
+def test_an_answer_that_could_not_be_sampled_is_said(engines, loaded, monkeypatch):
+    _, open_engine = engines
+    failed = Completions(((),), ((),), ("http://localhost:1 answers 400: too long",))
+    monkeypatch.setattr(FakeEngine, "stream", lambda self, prepared, keys: iter([failed]))
+    config = demo_config()
+    with pytest.raises(InputError, match="could not be sampled: http://localhost:1 answers 400: too long; see"):
+        list(stream(loaded, {}, config, open_engine=open_engine))
 
 
 def test_the_native_engine_is_the_sampler(loaded):

@@ -68,7 +68,7 @@ def _answer(
         yield config.prompts.student.assistant_prefill
         for completions in engine.stream(prepared, row_keys(config.seed, 0, copies)):
             if reason := completions.failure(0):
-                raise InputError(f"the answer could not be sampled: {reason}")
+                raise InputError(f"the answer could not be sampled: {reason}; see the log of the server, or try again")
             text = session.processor.decode([i for i in completions.ids[0] if i not in session.processor.eos_ids])
             # A character may be split between pieces; hold it back until it is whole.
             ready = text.rstrip("\ufffd")
