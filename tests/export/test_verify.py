@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 import tiny_runs as runs
 
-from vigos_jax.export import export as export_module
+from vigos_jax.weights import adapters, writing
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,8 +57,7 @@ def test_a_rounded_merge_always_says_its_kl(world, run, tmp_path, capsys):
 @pytest.mark.parametrize("kind", ["merged", "adapter"])
 def test_what_was_written_wrong_is_found(world, run, tmp_path, monkeypatch, capsys, kind):
     """One projection of one layer doubled on its way to the disk."""
-    name = {"merged": "save_sharded", "adapter": "write_file"}[kind]
-    owner = export_module.writing if kind == "merged" else export_module
+    owner, name = {"merged": (writing, "save_sharded"), "adapter": (adapters, "write_file")}[kind]
     write = getattr(owner, name)
 
     def write_wrong(path, tensors, **options):
