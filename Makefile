@@ -46,7 +46,7 @@ test-matrix:
 
 # pytest exits 5 when nothing was selected: that is not a failure.
 test-slow: $(VENV)/installed-test
-	@$(PYTEST) -m slow --ignore=tests/vllm $(PYTEST_ARGS) || { code=$$?; [ $$code -eq 5 ] && echo 'no slow tests'; }
+	@$(PYTEST) -m slow --ignore=tests/vllm_server $(PYTEST_ARGS) || { code=$$?; [ $$code -eq 5 ] && echo 'no slow tests'; }
 
 test-stress: $(VENV)/installed-test
 	$(PYTEST) -m stress $(PYTEST_ARGS)
@@ -59,7 +59,7 @@ vllm: $(VLLM)/installed
 
 # One process: a server has both cores.
 test-vllm: $(VENV)/installed-test $(VLLM)/installed
-	JAX_PLATFORMS=cpu $(PYTHON) -m pytest -q tests/vllm $(PYTEST_ARGS)
+	JAX_PLATFORMS=cpu $(PYTHON) -m pytest -q tests/vllm_server $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-core
 	$(PYTHON) -m ruff check .
@@ -92,9 +92,9 @@ $(VENV)/installed-compilers: $(VENV)/installed-test
 	@$(PIP) -e '.[plan-gpu]'
 	@touch $@
 
-$(VLLM)/installed: $(addprefix tests/vllm/,install.sh requirements.txt vllm.txt torchvision_operators.py)
+$(VLLM)/installed: $(addprefix tests/vllm_server/,install.sh requirements.txt vllm.txt torchvision_operators.py)
 	@echo 'installing vLLM into $(VLLM)'
-	@tests/vllm/install.sh $(VLLM)
+	@tests/vllm_server/install.sh $(VLLM)
 
 clean:
 	rm -rf $(VENV) $(VLLM) .venv-matrix build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .jax_cache

@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.distillation_task import Task, make_task
 from benchmarks.harness import Result, race_of
 from configs import base
-from tests.vllm import server as vllm
+from tests.vllm_server import server as vllm
 from vigos_jax import session
 from vigos_jax.method.packing import Row
 from vigos_jax.models.families import tensor_table

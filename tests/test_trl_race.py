@@ -99,10 +99,15 @@ def test_sizes_and_gates(task, sampled, monkeypatch):
     assert prefix == (0, len(rows[0].prompt.prefix_ids)) and ours.encodings == 0
     assert (perception, reasoning) == (len(turns[0].rest_ids) + 2, len(turns[1].rest_ids) + TOKENS - 1)
     assert ours.supervised == TOKENS
-    measured = trl.Measured([(4.0, 2.0), (5.0, 2.0), (6.0, 2.0)], [(2.0, 2.0)] * 3, 1.0, (0.5, 0.5))
+    measured = trl.Measured([(4.0, 2.0), (5.0, 2.0), (6.0, 2.0)], [(2.0, 2.0)] * 3, 1.0, (0.5, 0.5), product_rate=1e9)
     monkeypatch.setattr(trl, "version", lambda name: "1.2")
     results = {r.name: r for r in trl.results(task, measured)}
-    assert [(r.ratio, r.gate) for r in results.values()] == [(2.5, 2.5), (1.0, None), (1.75, 1.6)]
+    assert [(r.ratio, r.gate) for r in results.values()] == [(2.5, 1.1), (1.0, None), (1.75, 1.1)]
+    counted = step_flops.phases(task.config, 64, ours)
+    rollout = len(task.images) * sum(counted[phase] for phase in ("encode", "prefill", "decode"))
+    detail = dict(results["trl_rollout"].detail)
+    assert detail["ours"] == f"2.00 s, {rollout / 2 / 1e9:.0f} GFLOP/s"
+    assert detail["at most"].startswith(f"{5.0 / (rollout / 1e9):.2f},")
     assert results["trl_rollout"].holds and "trl 1.2" in results["trl_step"].line()
 
 
@@ -159,4 +164,4 @@ def test_trl_does_the_same_work(task):
     one = dataclasses.replace(task, images=task.images[:2], questions=task.questions[:2], answers=task.answers[:2])
     measured = trl.measure(one, rounds=1)  # which compares prompts, tokens and losses
     assert measured.equal_rows == 1.0 and len(measured.rollout) == len(measured.update) == 1
-    assert min(*measured.rollout[0], *measured.update[0]) > 0
+    assert min(*measured.rollout[0], *measured.update[0], measured.product_rate) > 0

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes a venv with a vLLM for CPUs: tests/vllm/install.sh VENV. About 3 GB, and minutes. Python 3.11, Linux, x86-64.
+# Makes a venv with a vLLM for CPUs: tests/vllm_server/install.sh VENV. About 3 GB, and minutes. Python 3.11, Linux, x86-64.
 # Apart from the project's own venv, since vLLM needs an older transformers. VENV/installed is there once it is whole.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)

@@ -9,7 +9,7 @@ import pathlib
 import sys
 
 LOADS_OPERATORS = "from . import extension"
-MARK = "# declared by tests/vllm"
+MARK = "# declared by tests/vllm_server"
 DECLARATIONS = f"""
 if not extension._has_ops():  {MARK}
     import torch
