@@ -123,8 +123,8 @@ def results(task: Task, measured: Measured) -> list[Result]:
             ("ours", f"{race.ours:.2f} s, {b / race.ours / 1e9:.0f} GFLOP/s"),
             (
                 "at most",
-                f"{race.baseline * measured.product_rate / b:.2f}, if ours ran at the {measured.product_rate / 1e9:.0f} "
-                "GFLOP/s of a plain product",
+                f"{race.baseline * measured.product_rate / b:.2f}, if ours ran at the "
+                f"{measured.product_rate / 1e9:.0f} GFLOP/s of a plain product",
             ),
         )
 
