@@ -85,7 +85,7 @@ def delta_rule() -> Result:
     ours, plain = compiled(functools.partial(_chunked, chunk=CHUNK), *arrays), compiled(_recurrent, *arrays)
     r = _race(ours, arrays, backward=False)
     recurrent = race(lambda: plain(*arrays), lambda: ours(*arrays), rounds=3).baseline
-    return Result("delta_rule", _what("forward"), r.ratio, 3.0, r.spread, _detail(r, recurrent))
+    return Result("delta_rule", _what("forward"), r.ratio, 1.5, r.spread, _detail(r, recurrent))
 
 
 def delta_rule_backward() -> Result:
@@ -95,7 +95,7 @@ def delta_rule_backward() -> Result:
     r = _race(ours, arrays, backward=True)
     recurrent = race(lambda: plain(*arrays), lambda: ours(*arrays), rounds=3).baseline
     what = _what("forward and backward")
-    return Result("delta_rule_backward", what, r.ratio, 3.0, r.spread, _detail(r, recurrent))
+    return Result("delta_rule_backward", what, r.ratio, 1.5, r.spread, _detail(r, recurrent))
 
 
 def delta_rule_memory() -> Result:

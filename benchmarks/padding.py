@@ -59,4 +59,5 @@ def padding() -> Result:
         ("the order left as it is", say(plain)),
     )
     what = f"useful / processed tokens of student and teachers, {ROWS} rows of mixed sizes, B = {BATCH}"
-    return Result("padding", what, grouped["all"], 0.85, None, detail)
+    # Buckets a fifth apart lose a tenth where lengths are spread evenly, so 0.9 is the most for equal rows in a batch.
+    return Result("padding", what, grouped["all"], 0.83, None, detail)

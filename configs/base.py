@@ -137,6 +137,7 @@ def get_config() -> ml_collections.ConfigDict:
     #   divergence  forward_kl is KL(teacher || student), reverse_kl is KL(student || teacher), jsd lies between
     #   weight      lambda; 0 leaves the role out
     #   clip        largest value one token contributes; 0 for no clip
+    #   image       original | none | blank | crop | resized | other | shuffled: what the teacher sees; docs/roles.md
     # and, seldom needed: clip_per, first_clip, last_clip, beta, reads (see TeacherRole in vigos_jax/method/roles.py).
     # The paper clips at 0.05, for 1,488 steps at 5e-6. The demo takes 80 steps at 3e-4 and needs the gradient of the
     # tokens that a clip would silence.
@@ -321,6 +322,10 @@ def role(  # noqa: PLR0913  (a row of the table, written out)
     last_clip: float = 0.0,
     beta: float = 0.5,
     reads: str = "completion",
+    image: str = "original",
+    image_column: str = "",
+    image_margin: float = 0.0,
+    image_pixels: int = 0,
 ) -> ConfigDict:
     """One row of a role table, with the paper's clip unless another is given; see vigos_jax/method/roles.py."""
     return ConfigDict(
@@ -335,5 +340,9 @@ def role(  # noqa: PLR0913  (a row of the table, written out)
             "last_clip": last_clip,
             "beta": beta,
             "reads": reads,
+            "image": image,
+            "image_column": image_column,
+            "image_margin": image_margin,
+            "image_pixels": image_pixels,
         }
     )

@@ -18,7 +18,7 @@ from vigos_jax.errors import InputError
 from vigos_jax.method.batch import ScoreBatch
 from vigos_jax.method.losses import ObjectiveConfig
 from vigos_jax.method.packing import Buckets, Rollout, Row, pack_scores
-from vigos_jax.method.roles import TeacherRole, role_table
+from vigos_jax.method.roles import TeacherRole, role_table, views_of
 from vigos_jax.models.attention import choose, has_fused
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.families import FAMILIES
@@ -151,10 +151,22 @@ def lora_spec(config, model: ModelConfig) -> LoraSpec | None:
     )
 
 
+def view_columns(config) -> tuple[str, ...]:
+    """The columns of the data that the images of roles come from."""
+    views = views_of(objective_of(config).roles)
+    return tuple(dict.fromkeys(view.column for view in views if view.column))
+
+
 def open_source(config) -> Any:
-    """The rows of `config.data`; InputError if they cannot be used, or lack a column that prompts show."""
+    """The rows of `config.data`; InputError if they cannot be used, or lack a column that a role shows."""
+    columns = view_columns(config)
     if config.data.source != "demo":
-        return load_source(config.data)
+        return load_source(config.data, columns=columns)
+    if columns:
+        raise InputError(
+            f"config.roles reads {', '.join(columns)} (image_column), which the demo's rows lack; choices of a role's "
+            "image on the demo: original, none, blank, resized, shuffled"
+        )
     if config.data.fields:
         fields = ", ".join(config.data.fields)
         raise InputError(

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 
+from vigos_jax.data.views import ImageView
 from vigos_jax.errors import InputError
 from vigos_jax.method.roles import (
     CLIP_PER,
@@ -16,6 +17,7 @@ from vigos_jax.method.roles import (
     TeacherRole,
     role_table,
     roles_per_token,
+    views_of,
 )
 
 
@@ -134,8 +136,10 @@ def test_optional_fields():
     assert set(REQUIRED_FIELDS) == set(ROLES["reasoning"])
     role = role_table(ROLES, PROMPTS)[1]
     optional = {"clip_per": "token", "first_clip": 0.0, "last_clip": 0.0, "beta": 0.5, "reads": "completion"}
+    optional |= {"image": "original", "image_column": "", "image_margin": 0.0, "image_pixels": 0}
     assert {f: getattr(role, f) for f in ENTRY_FIELDS if f not in REQUIRED_FIELDS} == optional
     other = {"clip_per": "entry", "first_clip": 0.1, "last_clip": 0.2, "beta": 0.3, "reads": "scored"}
+    other |= {"image": "crop", "image_column": "box", "image_margin": 0.5}
     role = role_table(changed(**other), PROMPTS)[1]
     assert {f: getattr(role, f) for f in other} == other
 
@@ -256,3 +260,33 @@ def test_the_student_sees_the_problem_alone():
 def test_scores_are_a_list(scores):
     with pytest.raises(InputError, match="config.roles.perception.scores=.* must be a list of spans"):
         role_table(ROLES | {"perception": ROLES["perception"] | {"scores": scores}}, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (
+            {"image": "cropped"},
+            "image='cropped' is unknown; choices: original, none, blank, crop, resized, other, shuffled",
+        ),
+        ({"image": "crop"}, "image_column='' must be a column of the data"),
+        ({"image": "other", "image_column": 3}, "image_column=3 must be a column of the data"),
+        ({"image_column": "box"}, "image_column='box' must be '', as image='original' reads no column"),
+        ({"image": "crop", "image_column": "box", "image_margin": -0.1}, "image_margin=-0.1 must be from 0 to 100"),
+        ({"image": "crop", "image_column": "box", "image_margin": float("nan")}, "image_margin=nan must be"),
+        ({"image": "blank", "image_margin": 0.1}, "image_margin=0.1 must be from 0 to 100, and 0 without a crop"),
+        ({"image": "resized"}, "image_pixels=0 must be a whole number above 0"),
+        ({"image": "resized", "image_pixels": 10.5}, "image_pixels=10.5 must be a whole number above 0"),
+        ({"image": "resized", "image_pixels": True}, "image_pixels=True must be"),
+        ({"image_pixels": 100}, "image_pixels=100 must be 0, as image='original' keeps the run's own limits"),
+    ],
+)
+def test_images_of_a_role(fields, message):
+    assert refusal(changed(**fields)).startswith(f"config.roles.reasoning.{message}")
+
+
+def test_roles_that_see_the_same_share_a_view():
+    table = role_table(changed(image="crop", image_column="box", image_margin=1), PROMPTS)
+    crop = ImageView("crop", "box", 1.0)
+    assert views_of(table) == (ImageView(), crop) and views_of(table[1:2]) == (crop,)
+    assert views_of((table[1], table[1], table[0])) == (ImageView(), crop), "the row's own images first"

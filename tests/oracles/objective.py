@@ -140,7 +140,7 @@ def objective(model, base, trained, samples, roles, *, teacher_params=None, temp
             prompt = turn.prefix_ids + turn.rest_ids
             read = at if role.reads == "scored" else range(len(rollout.ids))
             ids = tuple(rollout.ids[j] for j in read)
-            q = np.asarray(logits(model, teacher, row.images, prompt + ids))[len(prompt) - 1 :]
+            q = np.asarray(logits(model, teacher, row.images_of(role.view), prompt + ids))[len(prompt) - 1 :]
             q, p_at = q[np.arange(len(at)) if role.reads == "scored" else at], p[at]
             kl = divergence(role, log_softmax(p_at / temperature), log_softmax(q / temperature))
             log_p, log_q = log_softmax(p_at), log_softmax(q)

@@ -34,7 +34,7 @@ from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.runtime import workdir as files
 from vigos_jax.runtime.files import check_own, write_json
 from vigos_jax.runtime.progress import bar, say
-from vigos_jax.session import Session, open_source
+from vigos_jax.session import Session, open_source, view_columns
 
 MAX_SHOWN = 40  # rollouts on the page
 ANSWER_COLOR, IMAGE_COLOR = (220, 70, 50), (50, 110, 220)
@@ -121,7 +121,7 @@ def _cases(
     """(source, its rows that are used, their rollouts, row number -> its name): of a file, or of the student."""
     d = config.diagnose
     if d.rollouts:
-        source = rollouts_source(d.rollouts, "diagnose.rollouts", fields=config.data.fields)
+        source = rollouts_source(d.rollouts, "diagnose.rollouts", fields=(*config.data.fields, *view_columns(config)))
         return source, len(source), read_cases(source, session, config), lambda i: f"{source.path}:{source.line(i)}"
     source = open_source(config).for_diagnosis(count=d.rows, seed=config.demo_eval.seed)
     rows = min(d.rows, len(source))

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from vigos_jax.data.bad_rows import BadRows
-from vigos_jax.data.examples import Example, images_of_row
+from vigos_jax.data.examples import Example
 from vigos_jax.data.images import BadImage, read_image
 from vigos_jax.data.loader import order_of, row_numbers
 from vigos_jax.data.sources import Source
+from vigos_jax.data.visuals import images_of_row
 from vigos_jax.method.packing import Row, slot_count
 from vigos_jax.report import page
 from vigos_jax.rollouts.parse import Reader

@@ -21,7 +21,7 @@ from vigos_jax.models.variables import Variables
 from vigos_jax.rollouts.parse import Case, read_cases, spans_json
 from vigos_jax.runtime.files import check_own, write_json
 from vigos_jax.runtime.progress import bar
-from vigos_jax.session import Session
+from vigos_jax.session import Session, view_columns
 
 
 def token_lists(
@@ -94,7 +94,9 @@ def score_rollouts(
       InputError: no such file, or no usable row.
     """
     output = output_of(config)
-    source = rollouts_source(config.score.rollouts, "score.rollouts", fields=config.data.fields)
+    source = rollouts_source(
+        config.score.rollouts, "score.rollouts", fields=(*config.data.fields, *view_columns(config))
+    )
     size = session.whole_batch(config.score.batch_size)
     objective = session.objective
 

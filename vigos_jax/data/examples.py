@@ -1,12 +1,11 @@
 """Rows of a source as Examples: their images and texts, read and checked. A row that cannot be used says why."""
 
+import contextlib
 import dataclasses
 import decimal
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from vigos_jax.data.cleaning import clean_problem
 from vigos_jax.data.images import BadImage, image_size
@@ -14,9 +13,19 @@ from vigos_jax.data.markers import MarkerMismatch, numbers_as_words
 from vigos_jax.data.processor import AS_THE_FOLDER, EncodedImage, PixelLimits, Processor
 from vigos_jax.data.references import reference_of, with_options
 from vigos_jax.data.sources import raw_row
-from vigos_jax.data.visuals import TooLong, Visual, fitting, frames_of, is_video
+from vigos_jax.data.views import ImageView, ViewOfRow, view_of
+from vigos_jax.data.visuals import (
+    TooLong,
+    Visual,
+    fitting,
+    frames_of,
+    images_of_row,
+    is_video,
+    layouts,
+    read_visuals,
+)
 from vigos_jax.grading.choice import option_index
-from vigos_jax.grading.options import first_number, parse_literal, parse_options, parse_references
+from vigos_jax.grading.options import first_number, parse_options, parse_references
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,6 +33,7 @@ class Example:
     """One row, ready for the model; a bad one has no images and empty texts.
 
     Attributes:
+      views: the images of roles that see others, by view.
       options: texts of options A, B, ... of a multiple-choice row; () without any.
       alternatives: further references, each as right as `reference`, which alone is shown to teachers.
       shrunk: whether its images were made smaller than its limits say, so that the row fits the buckets.
@@ -36,6 +46,7 @@ class Example:
     problem: str = ""  # cleaned
     reference: str = ""  # cleaned reference answer
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)  # texts of further columns
+    views: Mapping[ImageView, tuple[EncodedImage, ...]] = dataclasses.field(default_factory=dict)
     options: tuple[str, ...] = ()
     alternatives: tuple[str, ...] = ()
     shrunk: bool = False
@@ -49,6 +60,7 @@ class Example:
         return f"{self.place}, id {self.id!r}" + (f": {self.bad_detail}" if self.bad_detail else "")
 
 
+_OTHER_ROWS = 16  # looked at for another image, before a row is bad
 _ANSWERS = (str, int, float, decimal.Decimal, type(None))
 
 
@@ -71,6 +83,7 @@ class Encoder:
     Attributes:
       max_images: more images and videos than this make a row bad.
       fields: further columns of texts that prompts show; a row without one of them is bad.
+      views: that roles have of a row besides its own images; a row that cannot give one of them is bad.
       image_roots: folders that images may lie in, beside the source's own; see `read_image`.
       options_template: what a row's options are appended to the question with, "{letter}. {option}" for each; "" leaves
         the question as it is.
@@ -81,6 +94,7 @@ class Encoder:
     processor: Processor
     max_images: int
     fields: tuple[str, ...] = ()
+    views: tuple[ImageView, ...] = ()
     image_roots: tuple[str, ...] = ()
     options_template: str = ""
     pixels: PixelLimits = AS_THE_FOLDER
@@ -100,13 +114,19 @@ class Encoder:
                 raise BadRow(row["bad_reason"], str(row.get("bad_detail") or ""))
             if own.get("bad_reason"):
                 raise BadRow(own["bad_reason"], own["bad_detail"])
-            return self._example(row, own, roots)
+            return self._example(row, own, roots, lambda: self._other_rows_images(source, index, roots))
         except (BadRow, BadImage) as e:
             place = source.place(index) if hasattr(source, "place") else f"row {index}"
             detail = " ".join(str(e).removeprefix(f"{e.kind}: ").split())
             return Example(own["id"], bad_reason=e.kind, bad_detail=detail, place=place)
 
-    def _example(self, row: Mapping[str, Any], own: Mapping[str, Any], roots: Sequence[str]) -> Example:
+    def _example(
+        self,
+        row: Mapping[str, Any],
+        own: Mapping[str, Any],
+        roots: Sequence[str],
+        others: Callable[[], Iterator[tuple[Visual, ...]]],
+    ) -> Example:
         items = images_of_row(own)
         if not items:
             raise BadRow("no_image")
@@ -119,12 +139,26 @@ class Encoder:
             raise BadRow("text_not_unicode")
         if len(items) > self.max_images:
             raise BadRow("too_many_images", f"{len(items)} images; config.data.max_images is {self.max_images}")
-        visuals = [Visual.read(item, image_roots=roots, least_side=self.processor.merge_unit) for item in items]
+        reading = {"image_roots": roots, "least_side": self.processor.merge_unit}
+        visuals = read_visuals(items, **reading)
+        shown = [ViewOfRow(v, view_of(v, visuals, row.get(v.column), others, **reading)) for v in self.views]
+        if more := next((v for v in shown if len(v.visuals) > self.max_images), None):
+            raise BadRow("too_many_images", f"{len(more.visuals)} in {more.view.column}; at most {self.max_images}")
         fields = {name: _field(row, name) for name in self.fields}
-        example = Example(own["id"], (), problem, answer[0], fields, options, answer[1:])
-        pixels = self.pixels if self.too_long is None else self._fitting(example, visuals, self.too_long)
+        example = Example(own["id"], (), problem, answer[0], fields, options=options, alternatives=answer[1:])
+        pixels = self.pixels if self.too_long is None else self._fitting(example, visuals, shown, self.too_long)
         images = tuple(image for v in visuals for image in v.encode(self.processor, pixels))
-        return dataclasses.replace(example, images=images, shrunk=pixels != self.pixels)
+        views = {v.view: v.encode(self.processor, pixels) for v in shown}
+        return dataclasses.replace(example, images=images, views=views, shrunk=pixels != self.pixels)
+
+    def _other_rows_images(self, source: Any, index: int, roots: Sequence[str]) -> Iterator[tuple[Visual, ...]]:
+        """Those of the rows from half the source away on, since neighbours often share an image; a few at most."""
+        for step in range(min(_OTHER_ROWS, len(source) - 1)):
+            other = (index + max(1, len(source) // 2) + step) % len(source)
+            items = images_of_row(raw_row(source[other], other)) if other != index else []
+            if 0 < len(items) <= self.max_images:
+                with contextlib.suppress(BadImage):
+                    yield read_visuals(items, image_roots=roots, least_side=self.processor.merge_unit)
 
     def _options(self, problem: str, options: object, answer: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """(the row's options, its references); BadRow if they cannot be used.
@@ -152,12 +186,18 @@ class Encoder:
         return texts, reference.texts if are_shown or index is None else (texts[index],)
 
     def _fitting(
-        self, example: Example, visuals: Sequence[Visual], too_long: Callable[[Example], str | None]
+        self,
+        example: Example,
+        visuals: Sequence[Visual],
+        shown: Sequence[ViewOfRow],
+        too_long: Callable[[Example], str | None],
     ) -> PixelLimits:
         """The limits under which the row fits; BadRow if it cannot."""
 
-        def reason(images: tuple[EncodedImage, ...]) -> str | None:
-            return too_long(dataclasses.replace(example, images=images))
+        def reason(limits: PixelLimits) -> str | None:
+            images = layouts(visuals, self.processor, limits)
+            views = {v.view: v.layout(self.processor, limits) for v in shown}
+            return too_long(dataclasses.replace(example, images=images, views=views))
 
         try:
             return fitting(visuals, self.processor, self.pixels, reason)
@@ -197,15 +237,6 @@ def _short(value: object) -> str:
 def is_unicode(text: str) -> bool:
     """False for half a surrogate pair, which JSON can hold and no tokenizer takes."""
     return re.search("[\ud800-\udfff]", text) is None
-
-
-def images_of_row(row: Mapping[str, Any]) -> list[object]:
-    """A source's row's images, undecoded; a text may be the literal of a list of paths."""
-    images = row.get("images")
-    if isinstance(images, str) and images.lstrip().startswith("["):
-        images = parse_literal(images) or images
-    items = list(images) if isinstance(images, list | tuple | np.ndarray) else [images]
-    return [item for item in items if item is not None and not (isinstance(item, str) and not item.strip())]
 
 
 def row_size(

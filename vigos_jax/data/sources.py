@@ -201,15 +201,18 @@ def _read(columns: Columns, row: Mapping[str, Any], index: int, fields: Sequence
 _FILES = {".jsonl": JsonlSource, ".ndjson": JsonlSource, ".json": JsonSource}
 
 
-def load_source(data) -> TableSource | JsonlSource | JsonSource:
+def load_source(data, *, columns: Sequence[str] = ()) -> TableSource | JsonlSource | JsonSource:
     """Opens `data.source` of `config.data`: one of SOURCE_CHOICES; InputError if it cannot be used.
+
+    Args:
+      columns: that must be there, besides `data.fields`.
 
     `data.split` is the split of a hub data set or folder; a single file is taken whole, whatever it says.
     Parquet and hub data sets pass through the `datasets` library's cache on disk.
     """
     name = data.source
     path = pathlib.Path(name).expanduser()
-    options = {"mapping": data.columns, "fields": data.fields}
+    options = {"mapping": data.columns, "fields": tuple(dict.fromkeys((*data.fields, *columns)))}
     kind = _FILES.get(path.suffix.lower())
     if name and kind is not None and path.is_file():
         source = kind(path, **options)

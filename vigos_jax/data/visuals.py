@@ -9,6 +9,7 @@ from PIL import Image
 
 from vigos_jax.data.images import BadImage, read_image
 from vigos_jax.data.processor import EncodedImage, PixelLimits, Processor
+from vigos_jax.grading.options import parse_literal
 
 MIN_FPS, MAX_FPS = 1e-3, 1e3  # of a video's frames
 
@@ -74,6 +75,20 @@ class Visual:
         return processor.encode_video(self.frames, fps=self.fps, wanted=pixels)
 
 
+def images_of_row(row: Mapping[str, Any]) -> list[object]:
+    """A source's row's images, undecoded; a text may be the literal of a list of paths."""
+    images = row.get("images")
+    if isinstance(images, str) and images.lstrip().startswith("["):
+        images = parse_literal(images) or images
+    items = list(images) if isinstance(images, list | tuple | np.ndarray) else [images]
+    return [item for item in items if item is not None and not (isinstance(item, str) and not item.strip())]
+
+
+def read_visuals(items: Sequence[object], *, image_roots: Sequence[str], least_side: int) -> tuple[Visual, ...]:
+    """Each item, decoded; BadImage as of `Visual.read`."""
+    return tuple(Visual.read(item, image_roots=image_roots, least_side=least_side) for item in items)
+
+
 def is_video(item: object) -> TypeGuard[Mapping[str, Any]]:
     """Whether an item of a row is a video."""
     return isinstance(item, Mapping) and item.get("frames") is not None
@@ -103,36 +118,37 @@ class Outline:
         return (processor.image_layout(*self.size, pixels),)
 
 
+def layouts(visuals: Sequence[Visual | Outline], processor: Processor, limits: PixelLimits) -> tuple[EncodedImage, ...]:
+    """Every image's layout under these limits."""
+    return tuple(image for v in visuals for image in v.layout(processor, limits))
+
+
 def fitting(
     visuals: Sequence[Visual | Outline],
     processor: Processor,
     wanted: PixelLimits,
-    reason: Callable[[tuple[EncodedImage, ...]], str | None],
+    reason: Callable[[PixelLimits], str | None],
 ) -> PixelLimits:
     """The wanted limits if a row fits with them, else those of the largest images with which it does.
 
     The upper limit is the same for all images of the row: small ones keep their size.
 
     Args:
-      reason: why a row with these images, which have no patches, does not fit; None if it does.
+      reason: why a row whose images are resized by these limits does not fit; None if it does.
 
     Raises:
       TooLong: it does not fit with the smallest images either.
     """
-
-    def of(limits: PixelLimits) -> str | None:
-        return reason(tuple(image for v in visuals for image in v.layout(processor, limits)))
-
-    kind = of(wanted)
+    kind = reason(wanted)
     if kind is None:
         return wanted
     limits = processor.limits(wanted)
     token = processor.merge_unit**2  # pixels
     small, large = -(-limits.least // token), limits.most // token  # the one fits, the other does not
-    if of(PixelLimits(limits.least, small * token)) is not None:
+    if reason(PixelLimits(limits.least, small * token)) is not None:
         raise TooLong(kind, f"images of {', '.join(f'{w} x {h}' for v in visuals for w, h in v.sizes[:1])} pixels")
     while large - small > 1:
         middle = (small + large) // 2
-        fits = of(PixelLimits(limits.least, middle * token)) is None
+        fits = reason(PixelLimits(limits.least, middle * token)) is None
         small, large = (middle, large) if fits else (small, middle)
     return PixelLimits(limits.least, small * token)

@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vigos_jax import config as config_lib
+from vigos_jax.data.views import KINDS
 from vigos_jax.explain.advice import ADVICE
 from vigos_jax.method.divergences import DIVERGENCES
 from vigos_jax.method.roles import CLIP_PER, CONDITIONS, ENTRY_FIELDS, READS, SPANS, TeacherRole
@@ -28,6 +29,7 @@ _ROLE_CHOICES = {
     "divergence": tuple(DIVERGENCES),
     "clip_per": CLIP_PER,
     "reads": READS,
+    "image": KINDS,
 }
 
 

@@ -14,7 +14,7 @@ class SupervisedTokens(flax.struct.PyTreeNode):
     Attributes:
       role: index into the role table, -1 for an unused slot.
       student_at: place in the student's sequence whose output predicts the token.
-      teacher_at: the same in the packed teacher sequence.
+      teacher_at: the same in the teachers' packed sequences, those of `ScoreBatch.views` behind `ScoreBatch.teacher`.
       position: the token's place in the completion.
       token: its id.
       sampled_logp: log-probability under the sampler, NaN where the rollout came from elsewhere.
@@ -30,19 +30,33 @@ class SupervisedTokens(flax.struct.PyTreeNode):
     clip: Float[Array, "B E"]
 
 
+class ViewBatch(flax.struct.PyTreeNode):
+    """The branches of roles that see other images than the student, behind those.
+
+    Attributes:
+      vision: None where they see none.
+    """
+
+    vision: VisionInputs | None
+    text: TextInputs
+
+
 class ScoreBatch(flax.struct.PyTreeNode):
     """Everything the objective needs: images, the student's sequences, the teachers' branches, the supervised tokens.
 
     Attributes:
+      teacher: branches of the roles that see the student's images; None if there is no such role.
+      views: branches of the others, one for each further view of `roles.views_of`.
       vision: None where `image_embeds` serve student and teachers.
       image_embeds: visual tokens that are known already; else None.
     """
 
     vision: VisionInputs | None
     student: TextInputs
-    teacher: TextInputs
+    teacher: TextInputs | None
     supervised: SupervisedTokens
     image_embeds: Float[Array, "B M W"] | None = None
+    views: tuple[ViewBatch, ...] = ()
 
 
 class PromptBatch(flax.struct.PyTreeNode):

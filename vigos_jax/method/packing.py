@@ -9,27 +9,37 @@ from the prefix as if it were alone:
     position  | 0 1 2 ...  p | p+1 p+2 ...                 | p+1 p+2 ...                 | 0 0 0
 
 Each branch holds only what its scored tokens need: its prompt and the student's completion up to the last of them.
+Roles that see other images than the student (`data.views`) are branches of a sequence of their own, one for each view.
 Where a family's layers carry a state along the sequence, branches start at multiples of `ModelConfig.chunk`, behind
 padding, and `models/delta_rule.py` hands each of them the prefix's state.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
 from vigos_jax.data.processor import EncodedImage, Processor, Turn
+from vigos_jax.data.views import ORIGINAL, ImageView
 from vigos_jax.errors import InputError
-from vigos_jax.method.batch import PromptBatch, ScoreBatch, SupervisedTokens
+from vigos_jax.method.batch import PromptBatch, ScoreBatch, SupervisedTokens, ViewBatch
 from vigos_jax.method.prompts import fill
-from vigos_jax.method.roles import TeacherRole, roles_per_rollout, roles_per_token
+from vigos_jax.method.roles import TeacherRole, roles_per_rollout, roles_per_token, views_of
+from vigos_jax.method.sequences import (
+    EMPTY,
+    TokenSequence,
+    host,
+    next_position,
+    padded_text,
+    padded_vision,
+    padding,
+    token_sequence,
+)
 from vigos_jax.method.spans import Spans
 from vigos_jax.models.config import ModelConfig
-from vigos_jax.models.inputs import TextInputs, VisionInputs
-from vigos_jax.models.positions import mrope_positions, vision_layout
-
-T = TypeVar("T")
+from vigos_jax.models.inputs import VisionInputs
+from vigos_jax.models.positions import vision_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +74,21 @@ class Row:
     """One sample as the model reads it: its images, the student's turn and one turn per role of the table.
 
     A row without turns (`student` is None) is a bad row that keeps its slot in the batch.
+
+    Attributes:
+      views: the images of roles that see others.
     """
 
     images: tuple[EncodedImage, ...] = ()
     student: Turn | None = None
     teachers: tuple[Turn, ...] = ()
+    views: Mapping[ImageView, tuple[EncodedImage, ...]] = dataclasses.field(default_factory=dict)
+
+    def images_of(self, view: ImageView) -> tuple[EncodedImage, ...]:
+        """What a role with this view sees; a bad row has nothing to see."""
+        if view == ORIGINAL:
+            return self.images
+        return self.views[view] if view.is_read and self.student is not None else ()
 
     @property
     def prompt(self) -> Turn:
@@ -93,7 +113,7 @@ class Rollout:
     logps: tuple[float, ...] | None = None
 
 
-def make_row(
+def make_row(  # noqa: PLR0913  (what a sample and its prompts are made of)
     images: tuple[EncodedImage, ...],
     *,
     problem: str,
@@ -102,6 +122,7 @@ def make_row(
     roles: tuple[TeacherRole, ...] = (),
     reference: str = "",
     fields: Mapping[str, str] | None = None,
+    views: Mapping[ImageView, tuple[EncodedImage, ...]] | None = None,
 ) -> Row:
     """Writes out the prompts of a sample.
 
@@ -110,27 +131,28 @@ def make_row(
       roles: the teachers; none for a row that is only answered.
       reference: the answer that a role's template may show; the student's cannot ask for it.
       fields: texts of further columns that a role's template, but not the student's, may show.
+      views: the images of roles that see others.
     """
-    visuals: dict[str, Any] = {
-        "grids": [image.grid for image in images],
-        "labels": [image.label for image in images],
-        "continues": [image.continues for image in images],
-    }
 
-    def turn(text: str, prefill: str) -> Turn:
-        return processor.encode_turn(user_text=text, assistant_prefill=prefill, **visuals)
+    def turn(seen: tuple[EncodedImage, ...], text: str, prefill: str) -> Turn:
+        return processor.encode_turn(
+            user_text=text,
+            assistant_prefill=prefill,
+            grids=[image.grid for image in seen],
+            labels=[image.label for image in seen],
+            continues=[image.continues for image in seen],
+        )
 
     shown = {"problem": problem, "reference": reference} | dict(fields or {})
-    return Row(
-        images=images,
-        student=turn(fill(student["user"], problem=problem), student["assistant_prefill"]),
-        teachers=tuple(turn(fill(r.user, **shown), r.assistant_prefill) for r in roles),
-    )
+    question = turn(images, fill(student["user"], problem=problem), student["assistant_prefill"])
+    row = Row(images=images, student=question, views=views or {})
+    turns = [turn(row.images_of(r.view), fill(r.user, **shown), r.assistant_prefill) for r in roles]
+    return dataclasses.replace(row, teachers=tuple(turns))
 
 
-def slot_count(row: Row, config: ModelConfig) -> int:
-    """Window slots of a row's images, what `Buckets.patches` counts."""
-    return len(vision_layout([i.grid for i in row.images], config.vision).source)
+def slot_count(row: Row, config: ModelConfig, view: ImageView = ORIGINAL) -> int:
+    """Window slots of a row's images under a view, what `Buckets.patches` counts."""
+    return len(vision_layout([i.grid for i in row.images_of(view)], config.vision).source)
 
 
 def too_long(
@@ -138,15 +160,17 @@ def too_long(
 ) -> str | None:
     """The kind of bucket this row cannot fit whatever is sampled for it, or None if it always fits."""
     prompt = len(row.prompt.ids)
-    branches = 0
-    for valid in (True, False):
-        length = len(row.prompt.prefix_ids)
-        for role, turn in zip(roles, row.teachers, strict=True):
-            if role.applies(valid):
-                length += _gap(length, config) + len(turn.rest_ids) + max_completion
-        branches = max(branches, length)
-    longest = max(prompt + max_completion, branches)
-    for kind, n in (("patches", slot_count(row, config)), ("prompt", prompt), ("sequence", longest)):
+    longest = prompt + max_completion
+    for view in views_of(roles):
+        for valid in (True, False):
+            length = 0
+            for role, turn in zip(roles, row.teachers, strict=True):
+                if role.view == view and role.applies(valid):
+                    length = length or len(turn.prefix_ids)
+                    length += _gap(length, config) + len(turn.rest_ids) + max_completion
+            longest = max(longest, length)
+    slots = max(slot_count(row, config, view) for view in (ORIGINAL, *views_of(roles)))
+    for kind, n in (("patches", slots), ("prompt", prompt), ("sequence", longest)):
         if n > max(getattr(buckets, kind)):
             return kind
     return None
@@ -157,46 +181,9 @@ def _gap(length: int, config: ModelConfig) -> int:
     return -length % config.chunk
 
 
-def _vision(rows: Sequence[Row], config: ModelConfig, buckets: Buckets) -> VisionInputs:
-    v = config.vision
-    layouts = [vision_layout([i.grid for i in row.images], v) for row in rows]
-    slots = buckets.fit("patches", max(len(x.source) for x in layouts))
-    slots = -(-max(slots, 1) // v.window_patches) * v.window_patches  # whole windows
-    b = len(rows)
-    patches = np.zeros((b, slots, v.patch_dim), np.float32)
-    image_ids = np.zeros((b, slots), np.int32)
-    hw, grid = np.zeros((b, slots, 2), np.int32), np.zeros((b, slots, 2), np.int32)
-    token_unit = np.zeros((b, slots // v.merge_unit), np.int32)
-    for i, (row, x) in enumerate(zip(rows, layouts, strict=True)):
-        if not row.images:
-            continue
-        n, used = len(x.source), x.source >= 0
-        patches[i, :n][used] = np.concatenate([image.patches for image in row.images])[x.source[used]]
-        image_ids[i, :n], hw[i, :n], grid[i, :n] = x.image_ids, x.hw, x.grid
-        token_unit[i, : len(x.token_unit)] = x.token_unit
-    return host(VisionInputs, patches=patches, image_ids=image_ids, hw=hw, grid=grid, token_unit=token_unit)
-
-
-def host(struct: Callable[..., T], **arrays: Any) -> T:
-    """A struct of device arrays with numpy arrays in their place, until it is put on the mesh."""
-    return struct(**arrays)
-
-
-class _Sequence(NamedTuple):
-    """One row of `TextInputs`, without its batch and its padding: [t], positions [3, t]."""
-
-    ids: np.ndarray
-    positions: np.ndarray
-    segment_ids: np.ndarray
-    image_index: np.ndarray
-
-
-def _padding(n: int) -> _Sequence:
-    zeros = np.zeros(n, np.int32)
-    return _Sequence(zeros, np.zeros((3, n), np.int32), zeros, zeros - 1)
-
-
-_EMPTY = _padding(0)
+def _vision(rows: Sequence[Row], view: ImageView, config: ModelConfig, buckets: Buckets) -> VisionInputs:
+    slots = buckets.fit("patches", max(slot_count(row, config, view) for row in rows))
+    return padded_vision([row.images_of(view) for row in rows], slots, config.vision)
 
 
 class _Token(NamedTuple):
@@ -214,20 +201,6 @@ class _Token(NamedTuple):
 _UNUSED = _Token(-1, 0, 0, 0, 0, np.nan, np.inf)
 
 
-def _text(sequences: Sequence[_Sequence], length: int, *, branches: int | None = None) -> TextInputs:
-    """Pads sequences to `length`. branches: see `TextInputs`."""
-    b = len(sequences)
-    ids, segments = np.zeros((b, length), np.int32), np.zeros((b, length), np.int32)
-    positions, image_index = np.zeros((b, 3, length), np.int32), np.full((b, length), -1, np.int32)
-    for i, row in enumerate(sequences):
-        n = len(row.ids)
-        ids[i, :n], positions[i, :, :n], segments[i, :n] = row.ids, row.positions, row.segment_ids
-        image_index[i, :n] = row.image_index
-    return host(
-        TextInputs, ids=ids, positions=positions, segment_ids=segments, image_index=image_index, branches=branches
-    )
-
-
 def _supervised(rows: Sequence[Sequence[_Token]], length: int) -> SupervisedTokens:
     """Pads each row's tokens to `length`."""
     columns = {}
@@ -239,40 +212,14 @@ def _supervised(rows: Sequence[Sequence[_Token]], length: int) -> SupervisedToke
     return host(SupervisedTokens, **columns)
 
 
-def _sequence(row: Row, prompt: Sequence[int], config: ModelConfig, completion: Sequence[int] = ()) -> _Sequence:
-    """A prompt and its completion.
-
-    Only the prompt's image tokens stand for images: one that was sampled is a token like any other.
-    """
-    positions = mrope_positions(
-        prompt,
-        [i.grid for i in row.images],
-        visual_ids=config.visual_ids,
-        merge_size=config.vision.spatial_merge_size,
-        time_steps=[i.time_step for i in row.images],
-    )
-    is_image = np.isin(np.asarray(prompt, np.int32), config.visual_ids)
-    image_index = np.where(is_image, np.cumsum(is_image) - 1, -1)
-    after, n = _after(positions), len(completion)
-    ids = np.asarray((*prompt, *completion), np.int32)
-    positions = np.concatenate([positions, np.broadcast_to(after + np.arange(n), (3, n))], 1)
-    image_index = np.concatenate([image_index, np.full(n, -1)])
-    return _Sequence(ids, positions, np.ones(len(ids), np.int32), image_index)
-
-
-def _after(positions: np.ndarray) -> int:
-    """Where text goes on behind a sequence with these positions that ends with text."""
-    return int(positions[0, -1]) + 1 if positions.size else 0
-
-
 def pack_prompts(rows: Sequence[Row], *, config: ModelConfig, buckets: Buckets) -> PromptBatch:
     """Student prompts: plain causal rows, padded at the end as all others are."""
-    sequences = [_EMPTY if r.student is None else _sequence(r, r.student.ids, config) for r in rows]
+    sequences = [EMPTY if r.student is None else token_sequence(r.images, r.student.ids, config) for r in rows]
     length = buckets.fit("prompt", max(len(s.ids) for s in sequences))
     return host(
         PromptBatch,
-        vision=_vision(rows, config, buckets),
-        text=_text(sequences, length),
+        vision=_vision(rows, ORIGINAL, config, buckets),
+        text=padded_text(sequences, length),
         is_active=np.array([r.student is not None for r in rows]),
     )
 
@@ -330,44 +277,61 @@ def pack_scores(
       rollouts: one per row; None for a bad row.
       with_images: whether to pack the images; without, `vision` is None.
     """
-    students, teachers, supervised = [], [], []
+    views = views_of(roles)
+    students: list[TokenSequence] = []
+    teachers: list[list[TokenSequence]] = [[] for _ in views]
+    supervised: list[list[list[_Token]]] = []  # by row and view
     for row, rollout in zip(rows, rollouts, strict=True):
-        if row.student is None or rollout is None:
-            students.append(_EMPTY)
-            teachers.append(_EMPTY)
-            supervised.append([])
-            continue
-        students.append(_sequence(row, row.student.ids, config, rollout.ids))
-        packed, tokens = _pack_row(row, rollout, roles, config)
-        teachers.append(packed)
-        supervised.append(tokens)
+        is_bad = row.student is None or rollout is None
+        students.append(EMPTY if is_bad else token_sequence(row.images, row.prompt.ids, config, rollout.ids))
+        packed = [(EMPTY, [])] * len(views) if is_bad else [_pack_row(row, rollout, roles, v, config) for v in views]
+        for branches, (sequence, _) in zip(teachers, packed, strict=True):
+            branches.append(sequence)
+        supervised.append([tokens for _, tokens in packed])
 
     # There are as many as tokens are scored, up to that many times.
     times = roles_per_token(roles)
-    most = max(1, *(len(tokens) for tokens in supervised))
+    most = max(1, *(sum(map(len, tokens)) for tokens in supervised))
+    entries = buckets.fit("completion", -(-most // times)) * times
+    vision = _vision(rows, ORIGINAL, config, buckets) if with_images else None
+    student = padded_text(students, buckets.fit("sequence", max(len(s.ids) for s in students)), branches=0)
+    texts = []
+    for view, sequences in zip(views, teachers, strict=True):
+        length = buckets.fit("sequence", max(len(t.ids) for t in sequences))
+        branches = roles_per_rollout(tuple(role for role in roles if role.view == view))
+        texts.append(padded_text(sequences, length, branches=branches))
+    starts = np.cumsum([0, *(text.ids.shape[1] for text in texts)]).tolist()  # of each view in `teacher_at`
     return ScoreBatch(
-        supervised=_supervised(supervised, buckets.fit("completion", -(-most // times)) * times),
-        vision=_vision(rows, config, buckets) if with_images else None,
-        student=_text(students, buckets.fit("sequence", max(len(s.ids) for s in students)), branches=0),
-        teacher=_text(
-            teachers,
-            buckets.fit("sequence", max(len(t.ids) for t in teachers)),
-            branches=roles_per_rollout(roles),
+        supervised=_supervised([_joined(tokens, starts) for tokens in supervised], entries),
+        vision=vision,
+        student=student,
+        teacher=texts[0] if views[0] == ORIGINAL else None,
+        views=tuple(
+            host(ViewBatch, vision=_vision(rows, view, config, buckets) if view.is_read else None, text=text)
+            for view, text in zip(views, texts, strict=True)
+            if view != ORIGINAL
         ),
     )
 
 
+def _joined(tokens: Sequence[Sequence[_Token]], starts: Sequence[int]) -> list[_Token]:
+    """All views' tokens of a row, with their places behind the views in front."""
+    parts = zip(tokens, starts, strict=False)
+    return [t._replace(teacher_at=t.teacher_at + start) for part, start in parts for t in part]
+
+
 def _pack_row(
-    row: Row, rollout: Rollout, roles: tuple[TeacherRole, ...], config: ModelConfig
-) -> tuple[_Sequence, list[_Token]]:
-    """One row's branches behind their prefix, and its supervised tokens."""
-    prefix = row.prompt.prefix_ids
-    parts = [_sequence(row, prefix, config)]
-    after_prefix = _after(parts[0].positions)
+    row: Row, rollout: Rollout, roles: tuple[TeacherRole, ...], view: ImageView, config: ModelConfig
+) -> tuple[TokenSequence, list[_Token]]:
+    """The branches of a row's roles with this view, behind their prefix, and the tokens that they score."""
+    seen = [(r, *x) for r, x in enumerate(zip(roles, row.teachers, strict=True)) if x[0].view == view]
+    prefix = row.prompt.prefix_ids if view == ORIGINAL else seen[0][2].prefix_ids
+    parts = [token_sequence(row.images_of(view), prefix, config)]
+    after_prefix = next_position(parts[0].positions)
     length, segment, tokens = len(prefix), 1, []
-    for r, (role, turn) in enumerate(zip(roles, row.teachers, strict=True)):
+    for r, role, turn in seen:
         if turn.prefix_ids != prefix:
-            raise ValueError(f"role {role.name} does not share the student's header and images")
+            raise ValueError(f"role {role.name} does not share its view's header and images")
         scored = scored_positions(role, rollout)
         if not scored:
             continue
@@ -378,7 +342,7 @@ def _pack_row(
         n = len(branch)
         positions = np.broadcast_to(after_prefix + np.arange(n), (3, n))
         gap, segment = _gap(length, config), segment + 1
-        parts += [_padding(gap), _Sequence(branch, positions, np.full(n, segment, np.int32), np.full(n, -1))]
+        parts += [padding(gap), TokenSequence(branch, positions, np.full(n, segment, np.int32), np.full(n, -1))]
         length += gap
         for j in scored:
             logp = rollout.logps[j] if rollout.logps is not None else np.nan
@@ -386,4 +350,4 @@ def _pack_row(
             clip = token_clip(role, j, scored)
             tokens.append(_Token(r, student_at, teacher_at, j, rollout.ids[j], logp, clip))
         length += n
-    return _Sequence(*(np.concatenate(x, -1) for x in zip(*parts, strict=True))), tokens
+    return TokenSequence(*(np.concatenate(x, -1) for x in zip(*parts, strict=True))), tokens

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from vigos_jax.data.views import ORIGINAL, ImageView, read_view
 from vigos_jax.errors import InputError
 from vigos_jax.method.divergences import DIVERGENCES
 from vigos_jax.method.prompts import fields, unknown_fields
@@ -41,6 +42,8 @@ class TeacherRole:
       beta: the teacher's share in the mixture of "jsd", between 0 and 1; nothing else reads it.
       reads: what the teacher has read of the student's tokens when it scores one: the "completion" before it,
         or only those before it that the role "scored" itself.
+      image: what the teacher sees in place of the row's images, a kind of `ImageView`.
+      image_column, image_margin, image_pixels: see `ImageView`.
     """
 
     name: str
@@ -56,10 +59,19 @@ class TeacherRole:
     last_clip: float = 0.0
     beta: float = 0.5
     reads: str = "completion"
+    image: str = "original"
+    image_column: str = ""
+    image_margin: float = 0.0
+    image_pixels: int = 0
 
     def applies(self, is_valid: bool) -> bool:
         """Whether the role scores a rollout, by its format."""
         return self.when == "always" or (self.when == "valid") == is_valid
+
+    @property
+    def view(self) -> ImageView:
+        """The images that the teacher sees."""
+        return ImageView(self.image, self.image_column, self.image_margin, self.image_pixels)
 
     @property
     def shows_reference(self) -> bool:
@@ -138,7 +150,14 @@ def _values(where: str, entry: Mapping[str, Any]) -> dict[str, Any]:
             f"{where}.beta={r['beta']} must be between 0 and 1, both excluded: the limits are named, forward_kl is "
             "KL(teacher || student) and reverse_kl is KL(student || teacher)"
         )
-    return r | {"scores": tuple(r["scores"])}
+    view = read_view(where, r)
+    return r | {"scores": tuple(r["scores"]), "image_margin": view.margin}
+
+
+def views_of(table: tuple[TeacherRole, ...]) -> tuple[ImageView, ...]:
+    """The different views of the roles; the row's own images first, if a role sees them."""
+    different = dict.fromkeys(role.view for role in table)
+    return tuple(sorted(different, key=lambda view: view != ORIGINAL))
 
 
 def roles_per_rollout(table: tuple[TeacherRole, ...]) -> int:

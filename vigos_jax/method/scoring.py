@@ -35,13 +35,13 @@ def supervised_states(
     rest: dict[str, Any] = {"deterministic": dropout_key is None}
     if dropout_key is not None:
         rest["rngs"] = {"dropout": dropout_key}
-    teacher_images = batch.image_embeds
-    if teacher_images is None:
-        teacher_images = apply(teacher, batch.vision, method="encode_images")
-    student_images = teacher_images
+    images = batch.image_embeds
+    if images is None and (batch.teacher is not None or shares_vision(trained)):
+        images = apply(teacher, batch.vision, method="encode_images")
+    teacher_hidden = _teacher_hidden(apply, teacher, batch, images)  # [B, T', D]
+    student_images = images
     if not shares_vision(trained):
         student_images = apply(student, batch.vision, method="encode_images", **rest)
-    teacher_hidden, _ = apply(teacher, batch.teacher, teacher_images)  # [B, T', D]
     student_hidden, _ = apply(student, batch.student, student_images, **rest)
     return SupervisedStates(
         student=_pick(student_hidden, batch.supervised.student_at),
@@ -72,10 +72,28 @@ def teacher_logps(
     """Log-probability of every supervised token under its role alone; no student runs."""
     apply: Any = model.apply
     teacher = teacher_variables(base, teacher_params)
-    images = apply(teacher, batch.vision, method="encode_images")
-    hidden, _ = apply(teacher, batch.teacher, images)
+    images = None if batch.teacher is None else apply(teacher, batch.vision, method="encode_images")
+    hidden = _teacher_hidden(apply, teacher, batch, images)
     states = _pick(hidden, batch.supervised.teacher_at)
     return token_logps(states, apply(teacher, method="head"), batch.supervised.token, chunk=chunk)
+
+
+def _teacher_hidden(
+    apply: Any, teacher: Variables, batch: ScoreBatch, images: Float[AnyArray, "B M W"] | None
+) -> Float[Array, "B T D"]:
+    """The states of all packed sequences, one behind the other: what `teacher_at` counts.
+
+    Args:
+      images: visual tokens of the rows' own images, for `batch.teacher`.
+    """
+    hidden = [] if batch.teacher is None else [apply(teacher, batch.teacher, images)[0]]
+    for view in batch.views:
+        if view.vision is None:
+            seen = jnp.zeros((view.text.ids.shape[0], 0, 0))  # no visual token at all
+        else:
+            seen = apply(teacher, view.vision, method="encode_images")
+        hidden.append(apply(teacher, view.text, seen)[0])
+    return hidden[0] if len(hidden) == 1 else jnp.concatenate(hidden, axis=1)
 
 
 def _pick(hidden: Float[AnyArray, "B T D"], at: Int[AnyArray, "B E"]) -> Float[Array, "B E D"]:

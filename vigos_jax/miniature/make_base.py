@@ -23,7 +23,7 @@ from ml_collections import config_flags
 from vigos_jax.data.processor import Processor, Turn
 from vigos_jax.demo import world
 from vigos_jax.method import prompts
-from vigos_jax.method.packing import host
+from vigos_jax.method.sequences import host
 from vigos_jax.miniature import assets, card, responses
 from vigos_jax.models import positions as geometry
 from vigos_jax.models.config import ModelConfig

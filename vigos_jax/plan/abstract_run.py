@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from vigos_jax.data.views import ORIGINAL, ImageView
 from vigos_jax.errors import InputError
-from vigos_jax.method.batch import PromptBatch, ScoreBatch, SupervisedTokens
+from vigos_jax.method.batch import PromptBatch, ScoreBatch, SupervisedTokens, ViewBatch
 from vigos_jax.method.losses import ObjectiveConfig
-from vigos_jax.method.roles import TeacherRole, roles_per_rollout, roles_per_token
+from vigos_jax.method.roles import TeacherRole, roles_per_rollout, roles_per_token, views_of
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.inputs import TextInputs, VisionInputs
 from vigos_jax.models.published_configs import published_config
@@ -35,14 +36,23 @@ def model_config_of(path: str) -> ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of the planned arrays: patch slots, visual, prompt, completion, student's and teachers' tokens of a row."""
+    """Of the planned arrays: patch slots, visual, prompt, completion, student's and teachers' tokens of a row.
+
+    Attributes:
+      teachers: (view, patch slots, tokens) of each view of the roles; no slots without images.
+    """
 
     patches: int
     visual: int
     prompt: int
     completion: int
     student: int
-    teacher: int
+    teachers: tuple[tuple[ImageView, int, int], ...]
+
+    def json(self) -> dict[str, int]:
+        """The teachers' tokens summed over their views."""
+        sizes = {name: getattr(self, name) for name in ("patches", "visual", "prompt", "completion", "student")}
+        return sizes | {"teacher": sum(tokens for *_, tokens in self.teachers)}
 
 
 def sizes_of(config, model: ModelConfig, roles: tuple[TeacherRole, ...]) -> Sizes:
@@ -52,9 +62,13 @@ def sizes_of(config, model: ModelConfig, roles: tuple[TeacherRole, ...]) -> Size
     """
     p = config.plan
     buckets = buckets_of(config)
-    patches = buckets.fit("patches", p.patches)
-    patches = math.ceil(patches / model.vision.window_patches) * model.vision.window_patches
-    visual = p.patches // model.vision.merge_unit
+    v = model.vision
+
+    def slots(patches: int) -> int:
+        return math.ceil(buckets.fit("patches", patches) / v.window_patches) * v.window_patches
+
+    patches = slots(p.patches)
+    visual = p.patches // v.merge_unit
     if p.prompt < visual:
         raise InputError(
             f"config.plan.prompt={p.prompt} must hold the {visual} visual tokens of config.plan.patches={p.patches}"
@@ -64,16 +78,24 @@ def sizes_of(config, model: ModelConfig, roles: tuple[TeacherRole, ...]) -> Size
             f"config.plan.completion={p.completion} must be at most config.sampling.max_tokens="
             f"{config.sampling.max_tokens}"
         )
-    branches = roles_per_rollout(roles)
     branch = p.prompt - visual + p.completion
-    aligned = sum(math.ceil(n / model.chunk) * model.chunk for n in (visual, *[branch] * (branches - 1)))
+
+    def teachers(view: ImageView) -> tuple[ImageView, int, int]:
+        seen = p.patches if view.kind != "none" else 0
+        if view.pixels:
+            seen = min(seen, max(v.merge_unit, view.pixels // v.patch_size**2))
+        branches = roles_per_rollout(tuple(role for role in roles if role.view == view))
+        parts = (seen // v.merge_unit, *[branch] * (branches - 1))
+        aligned = sum(math.ceil(n / model.chunk) * model.chunk for n in parts)
+        return view, slots(seen) if seen else 0, buckets.fit("sequence", aligned + branch)
+
     return Sizes(
         patches=patches,
-        visual=patches // model.vision.merge_unit,
+        visual=patches // v.merge_unit,
         prompt=buckets.fit("prompt", p.prompt),
         completion=buckets.fit("completion", p.completion),
         student=buckets.fit("sequence", p.prompt + p.completion),
-        teacher=buckets.fit("sequence", aligned + branch),
+        teachers=tuple(map(teachers, views_of(roles))),
     )
 
 
@@ -114,11 +136,15 @@ class AbstractRun:
         int32 = functools.partial(self.rows, jnp.int32, rows)
         return TextInputs(int32(length), int32(3, length), int32(length), int32(length), branches)
 
-    def vision(self, rows: int) -> VisionInputs:
-        """The rows' images."""
-        int32, s = functools.partial(self.rows, jnp.int32, rows), self.sizes.patches
-        patches = self.rows(jnp.float32, rows, s, self.model.config.vision.patch_dim)
-        return VisionInputs(patches, int32(s), int32(s, 2), int32(s, 2), int32(self.sizes.visual))
+    def vision(self, rows: int, slots: int = 0) -> VisionInputs:
+        """The rows' images. slots: of a role's view; 0 for the rows' own."""
+        int32, s, v = (
+            functools.partial(self.rows, jnp.int32, rows),
+            slots or self.sizes.patches,
+            self.model.config.vision,
+        )
+        patches = self.rows(jnp.float32, rows, s, v.patch_dim)
+        return VisionInputs(patches, int32(s), int32(s, 2), int32(s, 2), int32(s // v.merge_unit))
 
     def images(self, rows: int) -> Any:
         """The rows' visual tokens, DeepStack's features beside them: [B, M, (1 + n) D]."""
@@ -135,10 +161,19 @@ class AbstractRun:
         e = self.sizes.completion * roles_per_token(self.objective.roles)
         int32, float32 = self.rows(jnp.int32, rows, e), self.rows(jnp.float32, rows, e)
         is_known = shares_vision(self.state.trained)
+        own, others = None, []
+        for view, slots, tokens in self.sizes.teachers:
+            branches = roles_per_rollout(tuple(role for role in self.objective.roles if role.view == view))
+            text = self.text(rows, tokens, branches=branches)
+            if view == ORIGINAL:
+                own = text
+            else:
+                others.append(ViewBatch(self.vision(rows, slots) if slots else None, text))
         return ScoreBatch(
             vision=None if is_known else self.vision(rows),
             student=self.text(rows, self.sizes.student, branches=0),
-            teacher=self.text(rows, self.sizes.teacher, branches=roles_per_rollout(self.objective.roles)),
+            teacher=own,
+            views=tuple(others),
             supervised=SupervisedTokens(int32, int32, int32, int32, int32, float32, float32),
             image_embeds=self.images(rows) if is_known else None,
         )

@@ -13,11 +13,11 @@ from vigos_jax.data.examples import Encoder, Example, is_unicode
 from vigos_jax.data.images import read_image
 from vigos_jax.data.processor import EncodedImage, PixelLimits, Processor
 from vigos_jax.data.sources import JsonlSource
-from vigos_jax.data.visuals import Outline, Visual, fitting
+from vigos_jax.data.visuals import Outline, Visual, fitting, layouts
 from vigos_jax.grading.answer_text import last_boxed, mentions
 from vigos_jax.grading.rules import grade
 from vigos_jax.method.packing import Buckets, Rollout, Row, make_row, slot_count, too_long
-from vigos_jax.method.roles import TeacherRole
+from vigos_jax.method.roles import TeacherRole, views_of
 from vigos_jax.method.spans import find_spans
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.rollouts.sampler import Completions
@@ -110,7 +110,8 @@ class Reader:
         """What reads the rows; arguments as of `example`."""
         check = None if max_completion is None else functools.partial(self.too_long, max_completion=max_completion)
         options = {"options_template": self.options_template, "pixels": self.pixels, "too_long": check}
-        return Encoder(self.processor, self.max_images, self.fields, tuple(image_roots), **options)
+        views = tuple(view for view in views_of(self.roles) if view.is_read)
+        return Encoder(self.processor, self.max_images, self.fields, views, tuple(image_roots), **options)
 
     def row(
         self, example: Example, *, reference: str | None = None, images: tuple[EncodedImage, ...] | None = None
@@ -130,6 +131,7 @@ class Reader:
             roles=self.roles,
             processor=self.processor,
             fields=example.fields,
+            views=example.views,
         )
 
     def too_long(
@@ -156,8 +158,8 @@ def prompt_pixels(
     """
     processor, buckets = session.processor, session.buckets
 
-    def reason(images: tuple[EncodedImage, ...]) -> str | None:
-        row = make_row(images, problem=problem, student=student, processor=processor)
+    def reason(limits: PixelLimits) -> str | None:
+        row = make_row(layouts(visuals, processor, limits), problem=problem, student=student, processor=processor)
         sizes = {"patches": slot_count(row, session.config), "prompt": len(row.prompt.ids)}
         return next((f"{kind}_too_long" for kind, n in sizes.items() if n > max(getattr(buckets, kind))), None)
 
