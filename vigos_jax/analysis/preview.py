@@ -18,10 +18,12 @@ from vigos_jax.data.examples import Example
 from vigos_jax.data.images import BadImage, read_image
 from vigos_jax.data.loader import order_of, row_numbers
 from vigos_jax.data.sources import Source
+from vigos_jax.data.views import ORIGINAL, ImageView
 from vigos_jax.data.visuals import images_of_row
 from vigos_jax.method.packing import Row, slot_count
 from vigos_jax.report import page
 from vigos_jax.rollouts.parse import Reader
+from vigos_jax.rollouts.server_images import png_uri
 from vigos_jax.runtime.progress import bar
 from vigos_jax.session import open_source
 
@@ -140,8 +142,13 @@ def _title(read: _Read) -> str:
 
 def _turns(read: _Read, reader: Reader) -> list[tuple[str, str]]:
     """(who, what they read of a row) of the student and every teacher; image tokens are counted."""
-    turns = [("student", read.row.prompt), *zip([r.name for r in reader.roles], read.row.teachers, strict=True)]
+    names = [r.name if r.view == ORIGINAL else f"{r.name} (image: {_seen(r.view)})" for r in reader.roles]
+    turns = [("student", read.row.prompt), *zip(names, read.row.teachers, strict=True)]
     return [(name, "".join(_runs(turn.ids, reader))) for name, turn in turns]
+
+
+def _seen(view: ImageView) -> str:
+    return f"{view.kind} of {view.column}" if view.column else view.kind
 
 
 def _prompts(read: _Read, reader: Reader) -> str:
@@ -164,6 +171,8 @@ def _shown_row(source: Any, read: _Read, reader: Reader) -> page.Rollout:
     for item in images_of_row(source[read.index]):
         with contextlib.suppress(BadImage):
             images.append(page.image_uri(read_image(item, image_roots=roots)))
+    views = [images for view, images in read.example.views.items() if view.kind != "blank"]
+    images += [png_uri(i, reader.processor) for seen in views for i in seen if i.label is None]
     tokens = []
     for (name, text), color in zip(_turns(read, reader), itertools.cycle(page.PALETTE)):
         tokens += [page.Token(f"{name}\n", color, 0.4), page.Token(f"{text}\n\n", color, 0.1, name)]

@@ -44,7 +44,7 @@ class BadImage(InputError):
 
     Attributes:
       kind: bad_image_type, image_missing, image_remote, image_outside_folder, image_unreadable, image_too_large,
-        image_too_small or image_too_narrow.
+        image_too_small or image_too_narrow; of videos bad_video; of roles' images those of `views.view_of`.
     """
 
     def __init__(self, kind: str, detail: str):
