@@ -12,6 +12,7 @@ import pytest
 
 from configs import base
 from vigos_jax import config as config_lib
+from vigos_jax import config_limits
 from vigos_jax.config import differences, read_json, to_json, validate, with_absolute_paths
 from vigos_jax.errors import InputError
 from vigos_jax.method.roles import ENTRY_FIELDS, role_table
@@ -92,11 +93,11 @@ def test_the_defaults_are_those_of_this_repository(tmp_path):
 
 
 def test_ranges_and_choices_are_of_fields():
-    assert set(config_lib.RANGES) <= {f for f, v in DEFAULTS.items() if type(v) in (int, float)}
-    assert set(config_lib.CHOICES) | set(config_lib._PATHS) <= {f for f, v in DEFAULTS.items() if type(v) is str}
+    assert set(config_limits.RANGES) <= {f for f, v in DEFAULTS.items() if type(v) in (int, float)}
+    assert set(config_limits.CHOICES) | set(config_lib._PATHS) <= {f for f, v in DEFAULTS.items() if type(v) is str}
 
 
-@pytest.mark.parametrize("field, allowed", config_lib.RANGES.items())
+@pytest.mark.parametrize("field, allowed", config_limits.RANGES.items())
 def test_range(field, allowed):
     step = 1 if isinstance(DEFAULTS[field], int) else 1e-6
     name = field.replace(".", "__")
@@ -115,16 +116,16 @@ def test_range(field, allowed):
 @pytest.mark.parametrize(
     "range_, words",
     [
-        (config_lib.Range(least=0), "at least 0"),
-        (config_lib.Range(above=0, most=1), "above 0 and at most 1"),
-        (config_lib.Range(least=-1, most=1), "from -1 to 1"),
+        (config_limits.Range(least=0), "at least 0"),
+        (config_limits.Range(above=0, most=1), "above 0 and at most 1"),
+        (config_limits.Range(least=-1, most=1), "from -1 to 1"),
     ],
 )
 def test_a_range_in_words(range_, words):
     assert str(range_) == words
 
 
-@pytest.mark.parametrize("field, choices", config_lib.CHOICES.items())
+@pytest.mark.parametrize("field, choices", config_limits.CHOICES.items())
 def test_choices(field, choices):
     for choice in choices:
         validate(changed(**{field.replace(".", "__"): choice}))

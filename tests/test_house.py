@@ -12,7 +12,8 @@ MAX_LINES = 400
 # The packages and top-level modules of vigos_jax, highest first: an import points down, or stays in its package.
 ROOMS = (
     *("miniature", "main", "explain", "plan", "training", "evaluation", "analysis", "export", "rollouts", "session"),
-    *("method", "weights", "report", "data", "models", "grading", "config", "runtime", "demo", "errors", "__init__"),
+    *("method", "weights", "report", "data", "models", "grading", "config", "config_limits", "runtime", "demo"),
+    *("errors", "__init__"),
 )
 LEVELS = {room: level for level, room in enumerate(reversed(ROOMS))}
 CONFIGS_MAY_IMPORT = LEVELS["config"]  # a config is data: it needs leaves and other configs

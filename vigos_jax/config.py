@@ -1,6 +1,5 @@
 """Checks of a config before anything is loaded, and its JSON form in a workdir. The fields are in configs/base.py."""
 
-import dataclasses
 import functools
 import json
 import pathlib
@@ -11,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vigos_jax.config_limits import CHOICES, RANGES, TYPES
 from vigos_jax.errors import InputError
 from vigos_jax.runtime.files import unique_keys
 from vigos_jax.runtime.hub import REPOSITORY
@@ -19,83 +19,6 @@ from vigos_jax.runtime.paths import absolute, absolute_if_local, same_place
 DEFAULTS_FILE = pathlib.Path(__file__).resolve().parents[1] / "configs" / "base.py"
 
 
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """What a number may be: from `least`, or above `above`, and up to `most`; None for no bound."""
-
-    least: float | None = None
-    above: float | None = None
-    most: float | None = None
-
-    def __contains__(self, value: float) -> bool:
-        is_low = (self.least is not None and value < self.least) or (self.above is not None and value <= self.above)
-        return not is_low and (self.most is None or value <= self.most)
-
-    def __str__(self) -> str:
-        if self.least is not None and self.most is not None:
-            return f"from {self.least} to {self.most}"
-        low = f"at least {self.least}" if self.least is not None else f"above {self.above}"
-        return low if self.most is None else f"{low} and at most {self.most}"
-
-
-_COUNT, _POSITIVE = Range(least=0), Range(least=1)
-_SEED, _FRACTION = Range(least=0, most=2**31 - 1), Range(least=0, most=1)
-# A field's type is that of its default in configs/base.py.
-TYPES = {bool: "True or False", int: "a whole number", float: "a finite number"}
-TYPES |= {str: "a text", tuple: "a list, like (1, 2)"}
-# Numbers that have bounds; the mesh's sizes are checked against its devices.
-RANGES = {
-    **dict.fromkeys(
-        (
-            "steps batch_size gradient_accumulation_steps checkpoint_every keep_checkpoints log_every report.every "
-            "data.window data.max_images loss.chunk sampling.max_tokens rollout.concurrency rollout.sync_every "
-            "demo_eval.batch_size eval.samples eval.max_tokens eval.demo_questions eval.batch_size eval.judge.batch "
-            "eval.judge.concurrency score.batch_size preview.rows diagnose.wrong_answers diagnose.batch_size "
-            "guards.max_skipped guards.window plan.patches plan.prompt plan.completion"
-        ).split(),
-        _POSITIVE,
-    ),
-    **dict.fromkeys(
-        (
-            "eval_every report.rows lora.rank data.workers data.max_pixels data.min_pixels optimizer.warmup_steps "
-            "sampling.top_k sampling.micro_batch sampling.decode_batch rollout.retries rollout.max_staleness "
-            "demo_eval.questions eval.limit eval.top_k eval.judge.retries preview.shown export.step"
-        ).split(),
-        _COUNT,
-    ),
-    **dict.fromkeys(
-        "seed demo_eval.seed eval.seed diagnose.seed".split(),
-        _SEED,
-    ),
-    **dict.fromkeys(
-        "data.max_bad_fraction teacher.ema_rate sampling.min_p".split(),
-        _FRACTION,
-    ),
-    "lora.alpha": Range(least=0),
-    "lora.dropout": Range(least=0, most=0.999),
-    "optimizer.learning_rate": Range(least=0),
-    "optimizer.b1": Range(least=0, most=0.999999),
-    "optimizer.b2": Range(least=0, most=0.999999),
-    "optimizer.eps": Range(least=0),
-    "optimizer.weight_decay": Range(least=0),
-    "optimizer.max_grad_norm": Range(above=0),
-    "loss.temperature": Range(least=1e-6),
-    "sampling.temperature": Range(least=0),
-    "sampling.top_p": Range(above=0, most=1),
-    "sampling.repetition_penalty": Range(above=0),
-    "rollout.timeout": Range(least=0.1),
-    "eval.temperature": Range(least=0),
-    "eval.top_p": Range(above=0, most=1),
-    "eval.judge.timeout": Range(least=0.1),
-    "diagnose.rows": Range(least=2),
-    "guards.sampler_gap": Range(least=0),
-    "export.max_shard_gb": Range(above=0),
-    "plan.memory_gb": Range(least=0),
-    "plan.tflops": Range(least=0),
-    "plan.bandwidth_gbs": Range(least=0),
-    "plan.interconnect_gbs": Range(least=0),
-    "plan.effort": Range(least=-1, most=1),
-}
 _PATHS = (  # texts in which ~ is a home; or names on the hub
     *("compilation_cache", "model.path", "model.adapter", "data.source", "data.image_folder", "score.rollouts"),
     *("score.output", "diagnose.rollouts", "diagnose.wrong_answers_file", "diagnose.output", "eval.output"),
@@ -112,24 +35,6 @@ _TEMPLATE_ARGUMENTS = (
     *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
     *("return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"),
 )
-CHOICES = {
-    "distributed": ("off", "auto", "env"),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.quantization": ("none", "int8", "nf4"),
-    "model.remat": ("none", "dots", "full"),
-    "model.attention": ("auto", "xla", "cudnn", "splash"),
-    "lora.scope": ("language", "official"),
-    "span_rule": ("paper", "released"),
-    "teacher.weights": ("frozen", "ema", "live"),
-    "loss.reduction": ("tokens", "sequences"),
-    "optimizer.schedule": ("constant", "linear"),
-    "rollout.engine": ("native", "vllm", "sglang"),
-    "eval.engine": ("native", "rollout"),
-    "eval.prompt": ("structured", "plain"),
-    "eval.judge.mode": ("off", "on_failure", "always"),
-    "export.kind": ("merged", "adapter"),
-    "export.dtype": ("float32", "bfloat16"),
-}
 # Names of earlier versions.
 RENAMED = {"accumulation": "gradient_accumulation_steps", "evaluate": "demo_eval"}
 _PROMPT_FIELDS = ("user", "assistant_prefill")

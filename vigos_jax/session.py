@@ -164,8 +164,8 @@ def open_source(config) -> Any:
         return load_source(config.data, columns=columns)
     if columns:
         raise InputError(
-            f"config.roles reads {', '.join(columns)} (image_column), which the demo's rows lack; choices of a role's "
-            "image on the demo: original, none, blank, resized, shuffled"
+            f"config.roles has image_column={columns[0]!r}; it must be '', as the demo's rows have no such column; "
+            "choices of image: original, none, blank, resized, shuffled"
         )
     if config.data.fields:
         fields = ", ".join(config.data.fields)

@@ -13,7 +13,7 @@ import tiny
 from oracles import objective as oracle
 from tiny import CONFIG, ROLES, pack
 
-from vigos_jax.config import CHOICES
+from vigos_jax.config_limits import CHOICES
 from vigos_jax.method import divergences, losses
 from vigos_jax.method import roles as role_tables
 from vigos_jax.method.batch import SupervisedTokens

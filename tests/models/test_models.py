@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import NOTICEABLE, Pair, make_pair, make_run
 
-from vigos_jax.config import CHOICES
+from vigos_jax.config_limits import CHOICES
 from vigos_jax.method.batch import PromptBatch
 from vigos_jax.models import positions as geometry
 from vigos_jax.models.attention_masks import Branches, Causal

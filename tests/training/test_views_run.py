@@ -7,6 +7,8 @@ import pytest
 import tiny_runs as runs
 from PIL import Image
 
+from vigos_jax import main
+
 ROLES = {
     "crop": {"image": "crop", "image_column": "box", "image_margin": 0.25},
     "none": {"image": "none"},
@@ -35,56 +37,63 @@ def rows(world):
     return runs.write_rows(world.folder / "views.jsonl", rows)
 
 
-def run(world, rows, workdir, fields, *args, steps=2):
-    """A run whose perception role has these fields, of a config file of its own."""
-    config = workdir.parent / f"{workdir.name}.py"
-    changes = "".join(f"    config.roles.perception[{name!r}] = {value!r}\n" for name, value in fields.items())
-    config.write_text(world.config.read_text().replace("    return config\n", f"{changes}    return config\n"))
-    from vigos_jax import main
-
-    flags = [f"--config={config}", f"--workdir={workdir}", f"--config.data.source={rows}", f"--config.steps={steps}"]
-    return main.main(["vigos_jax", *flags, "--config.data.max_bad_fraction=0.5", *args])
+def run(world, rows, folder, fields, *args, mode="train"):
+    """Of a config file of its own, whose perception and reference have these fields. Returns the exit code."""
+    config = folder / "views.py"
+    changes = [f"    config.roles.{r}[{k!r}] = {v!r}\n" for r in ("perception", "reference") for k, v in fields.items()]
+    config.write_text(world.config.read_text().replace("    return config\n", f"{''.join(changes)}    return config\n"))
+    where = [f"--workdir={folder / 'run'}", "--config.steps=2"] if mode == "train" else [f"--mode={mode}"]
+    flags = [f"--config={config}", f"--config.data.source={rows}", "--config.data.max_bad_fraction=0.5"]
+    return main.main(["vigos_jax", *flags, *where, *args])
 
 
 @pytest.mark.parametrize("kind", ROLES)
 def test_two_steps(world, rows, tmp_path, kind):
-    assert run(world, rows, tmp_path / "run", ROLES[kind]) == 0
+    """Of the eight rows that they read, one has a box outside its image."""
+    assert run(world, rows, tmp_path, ROLES[kind]) == (1 if kind == "crop" else 0)
     metrics = runs.metrics_of(tmp_path / "run")
     assert [row["step"] for row in metrics] == [1, 2] and all(np.isfinite(row["loss"]) for row in metrics)
-    assert sum(row["bad_rows"] for row in metrics) == (2 if kind == "crop" else 0)
+    assert all(row["reference/tokens"] > 0 and row["reference/loss"] > 0 for row in metrics)
+    assert sum(row["bad_rows"] for row in metrics) == (1 if kind == "crop" else 0)
 
 
 def test_what_a_role_sees_changes_what_it_teaches_and_nothing_else(world, rows, tmp_path):
-    """The first step's rollouts are alike: of valid ones, perception alone has another loss."""
-    valid = "<description> red </description> <think> so </think> \\boxed{1}"
-    out = {}
+    texts = ("<description> red </description> <think> so </think> \\boxed{1}", "no format")
+    rollouts = [row | {"completion": texts[i % 2]} for i, row in enumerate(runs.read_rows(rows))]
+    file = runs.write_rows(world.folder / "rollouts.jsonl", rollouts)
+    out = []
     for name, fields in {"original": {}, "none": ROLES["none"], "other": ROLES["other"]}.items():
-        rollouts = [row | {"completion": valid} for row in runs.read_rows(rows)]
-        file = runs.write_rows(world.folder / "rollouts.jsonl", rollouts)
-        args = ["--mode=score", f"--config.score.rollouts={file}", f"--config.score.output={tmp_path / name}"]
-        assert run(world, rows, tmp_path / f"{name}-run", fields, *args) == 0
-        out[name] = [json.loads(line) for line in (tmp_path / name / "scores.jsonl").read_text().splitlines()]
-    for plain, *others in zip(*out.values(), strict=True):
+        args = [f"--config.score.rollouts={file}", f"--config.score.output={tmp_path / name}"]
+        assert run(world, rows, tmp_path, fields, *args, mode="score") == 0
+        out.append(runs.read_rows(tmp_path / name / "scores.jsonl"))
+    changed = {True: 0, False: 0}
+    for plain, *others in zip(*out, strict=True):
         for other in others:
+            assert plain["role"] == other["role"]
             for a, b, role in zip(plain["teacher_logp"], other["teacher_logp"], plain["role"], strict=True):
-                assert a is None or (abs(a - b) < 1e-5) == (role == "reasoning"), role
-            assert plain["student_logp"] == pytest.approx(other["student_logp"], abs=1e-5)
+                if role is not None:
+                    assert (abs(a - b) < 1e-5) == (role == "reasoning"), role
+                    changed[role != "reasoning"] += 1
+            for a, b in zip(plain["student_logp"], other["student_logp"], strict=True):
+                assert a is b is None or abs(a - b) < 1e-5
+    assert min(changed.values()) > 10
 
 
 def test_data_shows_what_each_role_sees(world, rows, tmp_path, capsys):
-    assert run(world, rows, tmp_path / "run", ROLES["crop"], "--mode=data") == 1
+    args = [f"--config.preview.output={tmp_path}"]
+    assert run(world, rows, tmp_path, ROLES["crop"], *args, mode="data") == 1
     said = capsys.readouterr().out
     assert "perception (image: crop of box): " in said and "1 bad: no_box; " in said and "1 bad: bad_box; " in said
-    page = (tmp_path / "run" / "data.html").read_text()
-    assert page.count("data:image/png;base64,") >= 6, "three rows, each with its image and its crop"
+    assert (tmp_path / "data.html").read_text().count("data:image/png;base64,") >= 6, "of three rows, image and crop"
 
 
-def test_the_planner_counts_views(world, rows, tmp_path, capsys):
-    args = ["--mode=plan", "--config.plan.topology=cpu:8", "--config.plan.memory_gb=1", "--config.plan.advise=False"]
+def test_the_planner_counts_views(world, rows, tmp_path):
+    args = ["--config.plan.topology=cpu:8", "--config.plan.memory_gb=1", "--config.plan.completion=12"]
+    args += ["--config.plan.advise=False"]
     sizes = []
     for name, fields in (("original", {}), ("none", ROLES["none"]), ("other", ROLES["other"])):
         file = tmp_path / f"{name}.json"
-        assert run(world, rows, tmp_path / name, fields, *args, f"--config.plan.output={file}") == 0
+        assert run(world, rows, tmp_path, fields, *args, f"--config.plan.output={file}", mode="plan") == 0
         sizes.append(json.loads(file.read_text())["sizes"]["teacher"])
     assert sizes[0] < sizes[1] <= sizes[2]
 
@@ -98,16 +107,16 @@ def test_the_planner_counts_views(world, rows, tmp_path, capsys):
     ],
 )
 def test_refusals(world, rows, tmp_path, capsys, fields, message):
-    assert run(world, rows, tmp_path / "run", fields) == 2
+    assert run(world, rows, tmp_path, fields) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and message in said[0]
 
 
 def test_the_demo_has_no_columns(world, tmp_path, capsys):
-    assert run(world, "demo", tmp_path / "run", ROLES["crop"], "--config.model.path=demo") == 2
-    assert "reads box (image_column), which the demo's rows lack" in capsys.readouterr().err
+    assert run(world, "demo", tmp_path, ROLES["crop"], "--config.model.path=demo") == 2
+    assert "config.roles has image_column='box'; it must be ''" in capsys.readouterr().err
 
 
 def test_rows_without_a_box_are_too_many(world, rows, tmp_path, capsys):
-    assert run(world, rows, tmp_path / "run", ROLES["crop"], "--config.data.max_bad_fraction=0.1", steps=4) == 1
+    assert run(world, rows, tmp_path, ROLES["crop"], "--config.data.max_bad_fraction=0.1", "--config.steps=4") == 1
     assert "no_box 1" in capsys.readouterr().err

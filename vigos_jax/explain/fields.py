@@ -1,4 +1,4 @@
-"""The fields of a config, read from the comments of configs/base.py, the checks of config.py and `TeacherRole`."""
+"""The fields of a config, read from the comments of configs/base.py, from config_limits.py and `TeacherRole`."""
 
 import ast
 import dataclasses
@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vigos_jax import config as config_lib
+from vigos_jax import config_limits
 from vigos_jax.data.views import KINDS
 from vigos_jax.explain.advice import ADVICE
 from vigos_jax.method.divergences import DIVERGENCES
@@ -83,7 +84,7 @@ def _walk(node: ConfigDict, prefix: str, comments: dict[str, str], out: list[Fie
             if name not in comments:  # made with its section, whose comment is its own
                 section = prefix.rstrip(".")
                 meaning, advice = comments[section], ADVICE.get(section, "")
-            shown = {"default": _written(value), "type": config_lib.TYPES[type(value)], "allowed": _allowed(name)}
+            shown = {"default": _written(value), "type": config_limits.TYPES[type(value)], "allowed": _allowed(name)}
             out.append(Field(name, meaning, advice=advice, **shown))
 
 
@@ -102,10 +103,10 @@ def _written(value: Any) -> str:
 
 
 def _allowed(name: str) -> str:
-    if name in config_lib.RANGES:
-        return str(config_lib.RANGES[name])
-    if name in config_lib.CHOICES:
-        return ", ".join(config_lib.CHOICES[name])
+    if name in config_limits.RANGES:
+        return str(config_limits.RANGES[name])
+    if name in config_limits.CHOICES:
+        return ", ".join(config_limits.CHOICES[name])
     return "ascending, at least 1" if name.startswith("buckets.") else ""
 
 
@@ -115,7 +116,7 @@ def _named(section: str, defaults: dict[str, Any]) -> list[Field]:
     types: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(TeacherRole)}
     out = []
     for field in NAMED[section]:
-        kind = config_lib.TYPES.get(types[field], "a list of names")
+        kind = config_limits.TYPES.get(types[field], "a list of names")
         default = repr(defaults[field]) if field in defaults else "required"
         number = "above 0 and below 1" if field == "beta" else "at least 0" if types[field] is float else ""
         allowed = ", ".join(_ROLE_CHOICES.get(field, ())) or number
@@ -170,6 +171,6 @@ def _joined(lines: list[str]) -> str:
 def _sentence(text: str, name: str) -> str:
     """With a capital, unless it begins with a value of the field `name`, and a full stop."""
     first = text.split(maxsplit=1)[0]
-    if first.isalpha() and first not in ("demo", *config_lib.CHOICES.get(name, ())):
+    if first.isalpha() and first not in ("demo", *config_limits.CHOICES.get(name, ())):
         text = text[0].upper() + text[1:]
     return text if text.endswith((".", "!", "?", ":")) else f"{text}."
