@@ -107,7 +107,7 @@ def run(job: dict[str, Any], process: int) -> dict[str, Any]:
         if job.get("fails") == process and seen["read"]:
             raise OSError("a disk that broke")
         seen["read"].append([e.id for e in batch.examples])
-        seen["shapes"].append([list(x.shape) for x in jax.tree.leaves(batch.prompts)])
+        seen["shapes"].append([list(x.shape) for x in jax.tree.leaves(batch.prompts) if hasattr(x, "shape")])
         waiting.append(batch)
         return batch
 

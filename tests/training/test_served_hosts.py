@@ -3,12 +3,14 @@
 import hosts
 import pytest
 import tiny_runs as runs
+from PIL import Image
 from policy_server import FakePolicy, ModelPolicy, refused, serving
 
 from vigos_jax import session
 from vigos_jax.data.processor import Processor, Turn
 from vigos_jax.method.packing import Row
 from vigos_jax.rollouts.sampling import Sampling
+from vigos_jax.rollouts.server_images import png_uri
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +61,12 @@ def test_each_process_asks_its_server_for_its_rows_and_the_numbers_are_those_of_
         # Every update reaches both servers, and nothing stays there.
         assert len(first.bodies(LOAD)) == len(second.bodies(LOAD)) and not first.adapters and not second.adapters
     assert len(asked) == runs.STEPS * BATCH
-    assert [len(share) for share in shares] == [len(asked) // 2] * 2, "each process has half of the rows"
+    processor = Processor.load(world.model)
+    pictures = [Image.open(world.folder / "pictures" / f"{i}.png") for i in range(10)]
+    row_of = {png_uri(processor.encode_image(picture), processor): f"row{i}" for i, picture in enumerate(pictures)}
+    for share, process in zip(shares, several, strict=True):
+        own = [row for batch in process["run"]["read"][: runs.STEPS] for row in batch]
+        assert len(own) == len(asked) // 2 and sorted(row_of[uri] for uri in share) == sorted(own)
     assert sorted(shares[0] + shares[1]) == sorted(asked)
     rows, expected = runs.metrics_of(tmp_path / "b"), runs.metrics_of(tmp_path / "a")
     assert len(rows) == len(expected) == runs.STEPS
