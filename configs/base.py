@@ -326,6 +326,8 @@ def role(  # noqa: PLR0913  (a row of the table, written out)
     image_column: str = "",
     image_margin: float = 0.0,
     image_pixels: int = 0,
+    token_weights: str = "uniform",
+    token_top_k: int = 0,
 ) -> ConfigDict:
     """One row of a role table, with the paper's clip unless another is given; see vigos_jax/method/roles.py."""
     return ConfigDict(
@@ -344,5 +346,7 @@ def role(  # noqa: PLR0913  (a row of the table, written out)
             "image_column": image_column,
             "image_margin": image_margin,
             "image_pixels": image_pixels,
+            "token_weights": token_weights,
+            "token_top_k": token_top_k,
         }
     )

@@ -111,7 +111,7 @@ def score_rollouts(
         raise InputError(f"cannot write to config.score.output={str(output)!r}: {e.strerror}; choose a folder") from e
     temporary = output / "scores.jsonl.tmp"
     zeros: Any = np.zeros(len(objective.roles))  # summed in float64 on the host
-    totals = RoleStats(zeros, zeros, zeros, zeros, zeros)
+    totals = RoleStats(*[zeros] * len(dataclasses.fields(RoleStats)))
     bad, valid, bad_lines = Counter(), 0, []
     cases = read_cases(source, session, config)
     with temporary.open("w", encoding="utf-8") as file:

@@ -52,7 +52,7 @@ class ImageView:
         return self.kind not in ("original", "none")
 
 
-ORIGINAL = ImageView()
+ORIGINAL, NONE = ImageView(), ImageView("none")
 
 
 def read_view(where: str, entry: Mapping[str, Any]) -> ImageView:

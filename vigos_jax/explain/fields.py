@@ -17,7 +17,7 @@ from vigos_jax import config_limits
 from vigos_jax.data.views import KINDS
 from vigos_jax.explain.advice import ADVICE
 from vigos_jax.method.divergences import DIVERGENCES
-from vigos_jax.method.roles import CLIP_PER, CONDITIONS, ENTRY_FIELDS, READS, SPANS, TeacherRole
+from vigos_jax.method.roles import CLIP_PER, CONDITIONS, ENTRY_FIELDS, READS, SPANS, TOKEN_WEIGHTS, TeacherRole
 
 # Entries that users name stand under NAME, whatever the shipped ones are called.
 NAMED = {
@@ -31,6 +31,7 @@ _ROLE_CHOICES = {
     "clip_per": CLIP_PER,
     "reads": READS,
     "image": KINDS,
+    "token_weights": TOKEN_WEIGHTS,
 }
 
 

@@ -19,6 +19,7 @@ class SupervisedTokens(flax.struct.PyTreeNode):
       token: its id.
       sampled_logp: log-probability under the sampler, NaN where the rollout came from elsewhere.
       clip: largest divergence the token contributes, infinity for no clip.
+      control_at: as `teacher_at`, of the role's control, which sees no image; None where no role has one.
     """
 
     role: Int[Array, "B E"]
@@ -28,6 +29,7 @@ class SupervisedTokens(flax.struct.PyTreeNode):
     token: Int[Array, "B E"]
     sampled_logp: Float[Array, "B E"]
     clip: Float[Array, "B E"]
+    control_at: Int[Array, "B E"] | None = None
 
 
 class ViewBatch(flax.struct.PyTreeNode):
@@ -77,12 +79,14 @@ class SupervisedStates(flax.struct.PyTreeNode):
     Attributes:
       student, teacher: the states of each supervised token.
       student_head, teacher_head: None for the teacher's if it is the student's: then one product serves both.
+      control: the states of the roles' controls under the teacher's head; None where no role has one.
     """
 
     student: Float[Array, "B E D"]
     student_head: Float[Array, "V D"]
     teacher: Float[Array, "B E D"]
     teacher_head: Float[Array, "V D"] | None
+    control: Float[Array, "B E D"] | None = None
 
 
 class TokenScores(flax.struct.PyTreeNode):
@@ -92,12 +96,14 @@ class TokenScores(flax.struct.PyTreeNode):
       divergence: the role's, before the clip per token.
       student_logp, teacher_logp: log-probabilities of the observed token, at temperature 1.
       entropy: of the student's distribution, at temperature 1.
+      weight: by the role's rule, `token_weights`; its mean over a role's tokens of a rollout is 1.
     """
 
     divergence: Float[Array, "B E"]
     student_logp: Float[Array, "B E"]
     teacher_logp: Float[Array, "B E"]
     entropy: Float[Array, "B E"]
+    weight: Float[Array, "B E"]
 
 
 class RoleStats(flax.struct.PyTreeNode):
@@ -107,6 +113,7 @@ class RoleStats(flax.struct.PyTreeNode):
       loss: of normalizer term * clipped divergence.
       normalizer, tokens, clipped_tokens: of the terms, of ones, of ones where the clip per token bites.
       entropy: of the student's entropy.
+      squares: of squared token weights.
     """
 
     loss: Float[Array, "R"]
@@ -114,3 +121,4 @@ class RoleStats(flax.struct.PyTreeNode):
     tokens: Float[Array, "R"]
     clipped_tokens: Float[Array, "R"]
     entropy: Float[Array, "R"]
+    squares: Float[Array, "R"]

@@ -47,12 +47,12 @@ def score_tokens(states: SupervisedStates, supervised: SupervisedTokens, objecti
     """The scores of all supervised tokens, a chunk of every row at a time: no more than [B, chunk, V] logits exist."""
 
     def one(student, teacher, role, token):
-        logits = _both_logits(student, states.student_head, teacher, states.teacher_head)
+        logits = both_logits(student, states.student_head, teacher, states.teacher_head)
         value, _ = divergence(*logits, role, roles=objective.roles, temperature=objective.temperature)
         return _scores(*logits, value, token)
 
     parts = (states.student, states.teacher, jnp.maximum(supervised.role, 0), supervised.token)
-    return _in_chunks(one, parts, objective.chunk)
+    return in_chunks(one, parts, objective.chunk)
 
 
 def weighted_loss(
@@ -87,7 +87,7 @@ def _weighted_loss(objective, trains_head, states, supervised, weights):
 def _weighted_loss_forward(objective, trains_head, states, supervised, weights):
     def one(head_gradient, x):
         student, teacher, role, token, clip, weight = x
-        logits = _both_logits(student, states.student_head, teacher, states.teacher_head)
+        logits = both_logits(student, states.student_head, teacher, states.teacher_head)
         value, gradient = divergence(*logits, role, roles=objective.roles, temperature=objective.temperature)
         scale = jnp.where(value < clip, weight, 0.0)  # a clipped token has no gradient
         gradient = (gradient * scale[..., None]).astype(student.dtype)  # [B, chunk, V]
@@ -127,23 +127,25 @@ def token_logps(
     hidden: Float[AnyArray, "B E D"], head: Float[AnyArray, "V D"], token: Int[AnyArray, "B E"], *, chunk: int
 ) -> Float[Array, "B E"]:
     """Log-probability in float32 of each token in its state under a head."""
-    return _in_chunks(lambda h, t: _pick(log_softmax(_logits(h, head)), t), (hidden, token), chunk)
+    return in_chunks(lambda h, t: _pick(log_softmax(logits_of(h, head)), t), (hidden, token), chunk)
 
 
-def _logits(hidden: Float[AnyArray, "B E D"], head: Float[AnyArray, "V D"]) -> Float[Array, "B E V"]:
+def logits_of(hidden: Float[AnyArray, "B E D"], head: Float[AnyArray, "V D"]) -> Float[Array, "B E V"]:
+    """float32 logits of states under a head."""
     return jnp.einsum("bed,vd->bev", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
-def _both_logits(
+def both_logits(
     student: Float[AnyArray, "B E D"],
     student_head: Float[AnyArray, "V D"],
     teacher: Float[AnyArray, "B E D"],
     teacher_head: Float[AnyArray, "V D"] | None,
 ) -> tuple[Float[Array, "B E V"], Float[Array, "B E V"]]:
+    """float32 logits of student and teacher; with one head (`teacher_head` is None) by one product."""
     if teacher_head is not None:
-        return _logits(student, student_head), _logits(teacher, teacher_head)
+        return logits_of(student, student_head), logits_of(teacher, teacher_head)
     n = student.shape[1]
-    logits = _logits(jnp.concatenate([student, teacher], 1), student_head)
+    logits = logits_of(jnp.concatenate([student, teacher], 1), student_head)
     return logits[:, :n], logits[:, n:]
 
 
@@ -155,7 +157,7 @@ def _scores(
 ) -> TokenScores:
     log_p, log_q = log_softmax(student_logits), log_softmax(teacher_logits)
     entropy = -jnp.sum(jnp.exp(log_p) * log_p, -1)
-    return TokenScores(value, _pick(log_p, token), _pick(log_q, token), entropy)
+    return TokenScores(value, _pick(log_p, token), _pick(log_q, token), entropy, jnp.ones_like(value))
 
 
 def _pick(log_probs: Float[AnyArray, "B E V"], token: Int[AnyArray, "B E"]) -> Float[Array, "B E"]:
@@ -185,7 +187,7 @@ def _join(results: Any, length: int) -> Any:
     return jax.tree.map(join, results)
 
 
-def _in_chunks(function: Callable, parts: tuple[AnyArray, ...], chunk: int) -> Any:
+def in_chunks(function: Callable, parts: tuple[AnyArray, ...], chunk: int) -> Any:
     """`function` of arrays [B, E, ...], applied to `chunk` tokens of every row at a time."""
     _, results = jax.lax.scan(lambda _, x: (None, function(*x)), None, _split(parts, chunk))
     return _join(results, parts[0].shape[1])
@@ -221,11 +223,12 @@ def role_stats(scores: TokenScores, supervised: SupervisedTokens, objective: Obj
 
     ones = jnp.ones_like(scores.divergence)
     return RoleStats(
-        loss=total(jnp.minimum(scores.divergence, supervised.clip), terms),
+        loss=total(scores.weight * jnp.minimum(scores.divergence, supervised.clip), terms),
         normalizer=total(ones, terms),
         tokens=total(ones, 1.0),
         clipped_tokens=total((scores.divergence > supervised.clip).astype(jnp.float32), 1.0),
         entropy=total(scores.entropy, 1.0),
+        squares=total(jnp.square(scores.weight), 1.0),
     )
 
 

@@ -16,6 +16,7 @@ padding, and `models/delta_rule.py` hands each of them the prefix's state.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ from vigos_jax.data.views import ORIGINAL, ImageView
 from vigos_jax.errors import InputError
 from vigos_jax.method.batch import PromptBatch, ScoreBatch, SupervisedTokens, ViewBatch
 from vigos_jax.method.prompts import fill
-from vigos_jax.method.roles import TeacherRole, roles_per_rollout, roles_per_token, views_of
+from vigos_jax.method.roles import TeacherRole, branches_of, branches_per_rollout, roles_per_token, views_of
 from vigos_jax.method.sequences import (
     EMPTY,
     TokenSequence,
@@ -77,11 +78,13 @@ class Row:
 
     Attributes:
       views: the images of roles that see others.
+      controls: one per role, its turn without an image if `TeacherRole.has_control`; () where no role has one.
     """
 
     images: tuple[EncodedImage, ...] = ()
     student: Turn | None = None
     teachers: tuple[Turn, ...] = ()
+    controls: tuple[Turn | None, ...] = ()
     views: Mapping[ImageView, tuple[EncodedImage, ...]] = dataclasses.field(default_factory=dict)
 
     def images_of(self, view: ImageView) -> tuple[EncodedImage, ...]:
@@ -89,6 +92,13 @@ class Row:
         if view == ORIGINAL:
             return self.images
         return self.views[view] if view.is_read and self.student is not None else ()
+
+    def turn(self, role: int, *, is_control: bool) -> Turn:
+        """What a role, or its control, reads of a row that is not bad."""
+        turn = self.controls[role] if is_control else self.teachers[role]
+        if turn is None:
+            raise ValueError(f"role {role} has no control")
+        return turn
 
     @property
     def prompt(self) -> Turn:
@@ -146,8 +156,10 @@ def make_row(  # noqa: PLR0913  (what a sample and its prompts are made of)
     shown = {"problem": problem, "reference": reference} | dict(fields or {})
     question = turn(images, fill(student["user"], problem=problem), student["assistant_prefill"])
     row = Row(images=images, student=question, views=views or {})
-    turns = [turn(row.images_of(r.view), fill(r.user, **shown), r.assistant_prefill) for r in roles]
-    return dataclasses.replace(row, teachers=tuple(turns))
+    texts = [(fill(r.user, **shown), r.assistant_prefill) for r in roles]
+    teachers = [turn(row.images_of(r.view), *text) for r, text in zip(roles, texts, strict=True)]
+    controls = [turn((), *text) if r.has_control else None for r, text in zip(roles, texts, strict=True)]
+    return dataclasses.replace(row, teachers=tuple(teachers), controls=tuple(controls) if any(controls) else ())
 
 
 def slot_count(row: Row, config: ModelConfig, view: ImageView = ORIGINAL) -> int:
@@ -164,8 +176,9 @@ def too_long(
     for view in views_of(roles):
         for valid in (True, False):
             length = 0
-            for role, turn in zip(roles, row.teachers, strict=True):
-                if role.view == view and role.applies(valid):
+            for r, is_control in branches_of(view, roles):
+                turn = row.turn(r, is_control=is_control)
+                if roles[r].applies(valid):
                     length = length or len(turn.prefix_ids)
                     length += _gap(length, config) + len(turn.rest_ids) + max_completion
             longest = max(longest, length)
@@ -196,15 +209,29 @@ class _Token(NamedTuple):
     token: int
     sampled_logp: float
     clip: float
+    control_at: int = 0
 
 
 _UNUSED = _Token(-1, 0, 0, 0, 0, np.nan, np.inf)
 
 
-def _supervised(rows: Sequence[Sequence[_Token]], length: int) -> SupervisedTokens:
+class _Packed(NamedTuple):
+    """A row's branches behind one view's images.
+
+    Attributes:
+      tokens: what its roles score.
+      controls: (role, position) -> place of the control's state that predicts the token.
+    """
+
+    sequence: TokenSequence = EMPTY
+    tokens: Sequence[_Token] = ()
+    controls: Mapping[tuple[int, int], int] = MappingProxyType({})
+
+
+def _supervised(rows: Sequence[Sequence[_Token]], length: int, *, with_controls: bool) -> SupervisedTokens:
     """Pads each row's tokens to `length`."""
     columns = {}
-    for name in _Token._fields:
+    for name in _Token._fields if with_controls else _Token._fields[:-1]:
         unused = getattr(_UNUSED, name)
         columns[name] = np.full((len(rows), length), unused, np.float32 if isinstance(unused, float) else np.int32)
         for i, tokens in enumerate(rows):
@@ -279,30 +306,27 @@ def pack_scores(
     """
     views = views_of(roles)
     students: list[TokenSequence] = []
-    teachers: list[list[TokenSequence]] = [[] for _ in views]
-    supervised: list[list[list[_Token]]] = []  # by row and view
+    rows_packed: list[list[_Packed]] = []  # by row and view
     for row, rollout in zip(rows, rollouts, strict=True):
         is_bad = row.student is None or rollout is None
         students.append(EMPTY if is_bad else token_sequence(row.images, row.prompt.ids, config, rollout.ids))
-        packed = [(EMPTY, [])] * len(views) if is_bad else [_pack_row(row, rollout, roles, v, config) for v in views]
-        for branches, (sequence, _) in zip(teachers, packed, strict=True):
-            branches.append(sequence)
-        supervised.append([tokens for _, tokens in packed])
+        rows_packed.append([_Packed() if is_bad else _pack_row(row, rollout, roles, v, config) for v in views])
 
     # There are as many as tokens are scored, up to that many times.
     times = roles_per_token(roles)
-    most = max(1, *(sum(map(len, tokens)) for tokens in supervised))
+    most = max(1, *(sum(len(packed.tokens) for packed in row) for row in rows_packed))
     entries = buckets.fit("completion", -(-most // times)) * times
     vision = _vision(rows, ORIGINAL, config, buckets) if with_images else None
     student = padded_text(students, buckets.fit("sequence", max(len(s.ids) for s in students)), branches=0)
     texts = []
-    for view, sequences in zip(views, teachers, strict=True):
+    for i, view in enumerate(views):
+        sequences = [row[i].sequence for row in rows_packed]
         length = buckets.fit("sequence", max(len(t.ids) for t in sequences))
-        branches = roles_per_rollout(tuple(role for role in roles if role.view == view))
-        texts.append(padded_text(sequences, length, branches=branches))
+        texts.append(padded_text(sequences, length, branches=branches_per_rollout(view, roles)))
     starts = np.cumsum([0, *(text.ids.shape[1] for text in texts)]).tolist()  # of each view in `teacher_at`
+    tokens, with_controls = [_joined(row, starts) for row in rows_packed], any(role.has_control for role in roles)
     return ScoreBatch(
-        supervised=_supervised([_joined(tokens, starts) for tokens in supervised], entries),
+        supervised=_supervised(tokens, entries, with_controls=with_controls),
         vision=vision,
         student=student,
         teacher=texts[0] if views[0] == ORIGINAL else None,
@@ -314,22 +338,28 @@ def pack_scores(
     )
 
 
-def _joined(tokens: Sequence[Sequence[_Token]], starts: Sequence[int]) -> list[_Token]:
+def _joined(packed: Sequence[_Packed], starts: Sequence[int]) -> list[_Token]:
     """All views' tokens of a row, with their places behind the views in front."""
-    parts = zip(tokens, starts, strict=False)
-    return [t._replace(teacher_at=t.teacher_at + start) for part, start in parts for t in part]
+    views = [*zip(packed, starts, strict=False)]
+    controls = {key: start + at for view, start in views for key, at in view.controls.items()}
+    return [
+        t._replace(teacher_at=start + t.teacher_at, control_at=controls.get((t.role, t.position), 0))
+        for view, start in views
+        for t in view.tokens
+    ]
 
 
 def _pack_row(
     row: Row, rollout: Rollout, roles: tuple[TeacherRole, ...], view: ImageView, config: ModelConfig
-) -> tuple[TokenSequence, list[_Token]]:
+) -> _Packed:
     """The branches of a row's roles with this view, behind their prefix, and the tokens that they score."""
-    seen = [(r, *x) for r, x in enumerate(zip(roles, row.teachers, strict=True)) if x[0].view == view]
-    prefix = row.prompt.prefix_ids if view == ORIGINAL else seen[0][2].prefix_ids
+    branches = [(r, is_control, row.turn(r, is_control=is_control)) for r, is_control in branches_of(view, roles)]
+    prefix = row.prompt.prefix_ids if view == ORIGINAL else branches[0][2].prefix_ids
     parts = [token_sequence(row.images_of(view), prefix, config)]
     after_prefix = next_position(parts[0].positions)
-    length, segment, tokens = len(prefix), 1, []
-    for r, role, turn in seen:
+    length, segment, tokens, controls = len(prefix), 1, [], {}
+    for r, is_control, turn in branches:
+        role = roles[r]
         if turn.prefix_ids != prefix:
             raise ValueError(f"role {role.name} does not share its view's header and images")
         scored = scored_positions(role, rollout)
@@ -347,7 +377,10 @@ def _pack_row(
         for j in scored:
             logp = rollout.logps[j] if rollout.logps is not None else np.nan
             student_at, teacher_at = len(row.prompt.ids) + j - 1, length + len(turn.rest_ids) + at[j] - 1
-            clip = token_clip(role, j, scored)
-            tokens.append(_Token(r, student_at, teacher_at, j, rollout.ids[j], logp, clip))
+            if is_control:
+                controls[r, j] = teacher_at
+            else:
+                clip = token_clip(role, j, scored)
+                tokens.append(_Token(r, student_at, teacher_at, j, rollout.ids[j], logp, clip))
         length += n
-    return TokenSequence(*(np.concatenate(x, -1) for x in zip(*parts, strict=True))), tokens
+    return _Packed(TokenSequence(*(np.concatenate(x, -1) for x in zip(*parts, strict=True))), tokens, controls)

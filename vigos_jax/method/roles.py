@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from vigos_jax.data.views import ORIGINAL, ImageView, read_view
+from vigos_jax.data.views import NONE, ORIGINAL, ImageView, read_view
 from vigos_jax.errors import InputError
 from vigos_jax.method.divergences import DIVERGENCES
 from vigos_jax.method.prompts import fields, unknown_fields
@@ -17,6 +17,7 @@ SPANS = ("description", "reasoning", "answer", "completion")
 CONDITIONS = ("valid", "invalid", "always")
 CLIP_PER = ("token", "entry")
 READS = ("completion", "scored")
+TOKEN_WEIGHTS = ("uniform", "entropy", "image_dependence", "teacher_top_k")  # rules of `method/token_weights.py`
 _LARGEST = 1e30  # of a weight or clip; far above any, and float32 still holds it
 
 
@@ -44,6 +45,8 @@ class TeacherRole:
         or only those before it that the role "scored" itself.
       image: what the teacher sees in place of the row's images, a kind of `ImageView`.
       image_column, image_margin, image_pixels: see `ImageView`.
+      token_weights: the rule by which the role weighs its tokens, a row of `token_weights.RULES`.
+      token_top_k: k of "teacher_top_k"; nothing else reads it.
     """
 
     name: str
@@ -63,6 +66,8 @@ class TeacherRole:
     image_column: str = ""
     image_margin: float = 0.0
     image_pixels: int = 0
+    token_weights: str = "uniform"
+    token_top_k: int = 0
 
     def applies(self, is_valid: bool) -> bool:
         """Whether the role scores a rollout, by its format."""
@@ -72,6 +77,11 @@ class TeacherRole:
     def view(self) -> ImageView:
         """The images that the teacher sees."""
         return ImageView(self.image, self.image_column, self.image_margin, self.image_pixels)
+
+    @property
+    def has_control(self) -> bool:
+        """Whether the role is also run without an image, to weigh its tokens."""
+        return self.token_weights == "image_dependence"
 
     @property
     def shows_reference(self) -> bool:
@@ -134,6 +144,7 @@ def _values(where: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(r["scores"], list | tuple) or not r["scores"]:
         raise InputError(f"{where}.scores={r['scores']!r} must be a list of spans; choices: {', '.join(SPANS)}")
     chosen = {"when": CONDITIONS, "divergence": tuple(DIVERGENCES), "clip_per": CLIP_PER, "reads": READS}
+    chosen |= {"token_weights": TOKEN_WEIGHTS}
     for field, value, choices in (
         *(("scores", span, SPANS) for span in r["scores"]),
         *((field, r[field], choices) for field, choices in chosen.items()),
@@ -151,18 +162,39 @@ def _values(where: str, entry: Mapping[str, Any]) -> dict[str, Any]:
             "KL(teacher || student) and reverse_kl is KL(student || teacher)"
         )
     view = read_view(where, r)
+    _check_weights(where, r, view)
     return r | {"scores": tuple(r["scores"]), "image_margin": view.margin}
 
 
+def _check_weights(where: str, entry: Mapping[str, Any], view: ImageView) -> None:
+    """Raises InputError unless the rule of weights has what it needs, and no more."""
+    k, rule = entry["token_top_k"], entry["token_weights"]
+    is_whole = isinstance(k, int) and not isinstance(k, bool)
+    if not is_whole or k < 0 or bool(k) != (rule == "teacher_top_k"):
+        what = "a whole number above 0" if rule == "teacher_top_k" else f"0, as token_weights={rule!r} reads no k"
+        raise InputError(f"{where}.token_top_k={k!r} must be {what}")
+    if rule == "image_dependence" and view.kind == "none":
+        raise InputError(f"{where}.token_weights={rule!r} needs a teacher with an image; choices of image: not none")
+
+
 def views_of(table: tuple[TeacherRole, ...]) -> tuple[ImageView, ...]:
-    """The different views of the roles; the row's own images first, if a role sees them."""
+    """The different views of the roles and of their controls; the row's own images first, if a role sees them."""
     different = dict.fromkeys(role.view for role in table)
+    if any(role.has_control for role in table):
+        different[NONE] = None
     return tuple(sorted(different, key=lambda view: view != ORIGINAL))
 
 
-def roles_per_rollout(table: tuple[TeacherRole, ...]) -> int:
-    """The largest number of roles that may score one rollout: branches of a packed row."""
-    return max(sum(r.applies(is_valid) for r in table) for is_valid in (True, False))
+def branches_of(view: ImageView, table: tuple[TeacherRole, ...]) -> tuple[tuple[int, bool], ...]:
+    """(index of the role, whether the branch is its control) of all branches behind a view's images."""
+    own = [(i, False) for i, role in enumerate(table) if role.view == view]
+    return (*own, *((i, True) for i, role in enumerate(table) if role.has_control and view == NONE))
+
+
+def branches_per_rollout(view: ImageView, table: tuple[TeacherRole, ...]) -> int:
+    """The most branches that one rollout may have behind a view's images."""
+    roles = [table[i] for i, _ in branches_of(view, table)]
+    return max(sum(r.applies(is_valid) for r in roles) for is_valid in (True, False))
 
 
 def roles_per_token(table: tuple[TeacherRole, ...]) -> int:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from vigos_jax.method.batch import ScoreBatch
 from vigos_jax.method.losses import ObjectiveConfig, SupervisedStates, TokenScores, score_tokens, token_logps
+from vigos_jax.method.token_weights import token_weights
 from vigos_jax.models.shapes import AnyArray, Array, Float, Int, Key
 from vigos_jax.models.variables import Variables, shares_vision, student_variables, teacher_variables
 from vigos_jax.models.vlm import VisionLanguageModel
@@ -49,6 +50,7 @@ def supervised_states(
         teacher=_pick(teacher_hidden, batch.supervised.teacher_at),
         # Adapters never sit on the head: only with parameters of its own does the student have another one.
         teacher_head=apply(teacher, method="head") if "params" in trained else None,
+        control=None if (at := batch.supervised.control_at) is None else _pick(teacher_hidden, at),
     )
 
 
@@ -63,7 +65,8 @@ def score_batch(
 ) -> TokenScores:
     """Scores every supervised token, without a gradient. base, trained, teacher_params: see `supervised_states`."""
     states = supervised_states(model, base, trained, batch, teacher_params=teacher_params)
-    return score_tokens(states, batch.supervised, objective)
+    scores = score_tokens(states, batch.supervised, objective)
+    return scores.replace(weight=token_weights(states, batch.supervised, objective))
 
 
 def teacher_logps(

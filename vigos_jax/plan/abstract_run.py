@@ -14,7 +14,7 @@ from vigos_jax.data.views import ORIGINAL, ImageView
 from vigos_jax.errors import InputError
 from vigos_jax.method.batch import PromptBatch, ScoreBatch, SupervisedTokens, ViewBatch
 from vigos_jax.method.losses import ObjectiveConfig
-from vigos_jax.method.roles import TeacherRole, roles_per_rollout, roles_per_token, views_of
+from vigos_jax.method.roles import TeacherRole, branches_per_rollout, roles_per_token, views_of
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.inputs import TextInputs, VisionInputs
 from vigos_jax.models.published_configs import published_config
@@ -84,7 +84,7 @@ def sizes_of(config, model: ModelConfig, roles: tuple[TeacherRole, ...]) -> Size
         seen = p.patches if view.kind != "none" else 0
         if view.pixels:
             seen = min(seen, max(v.merge_unit, view.pixels // v.patch_size**2))
-        branches = roles_per_rollout(tuple(role for role in roles if role.view == view))
+        branches = branches_per_rollout(view, roles)
         parts = (seen // v.merge_unit, *[branch] * (branches - 1))
         aligned = sum(math.ceil(n / model.chunk) * model.chunk for n in parts)
         return view, slots(seen) if seen else 0, buckets.fit("sequence", aligned + branch)
@@ -161,10 +161,10 @@ class AbstractRun:
         e = self.sizes.completion * roles_per_token(self.objective.roles)
         int32, float32 = self.rows(jnp.int32, rows, e), self.rows(jnp.float32, rows, e)
         is_known = shares_vision(self.state.trained)
+        control = int32 if any(role.has_control for role in self.objective.roles) else None
         own, others = None, []
         for view, slots, tokens in self.sizes.teachers:
-            branches = roles_per_rollout(tuple(role for role in self.objective.roles if role.view == view))
-            text = self.text(rows, tokens, branches=branches)
+            text = self.text(rows, tokens, branches=branches_per_rollout(view, self.objective.roles))
             if view == ORIGINAL:
                 own = text
             else:
@@ -174,7 +174,7 @@ class AbstractRun:
             student=self.text(rows, self.sizes.student, branches=0),
             teacher=own,
             views=tuple(others),
-            supervised=SupervisedTokens(int32, int32, int32, int32, int32, float32, float32),
+            supervised=SupervisedTokens(int32, int32, int32, int32, int32, float32, float32, control),
             image_embeds=self.images(rows) if is_known else None,
         )
 

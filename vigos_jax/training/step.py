@@ -22,6 +22,7 @@ from vigos_jax.method.losses import (
     weighted_loss,
 )
 from vigos_jax.method.scoring import supervised_states
+from vigos_jax.method.token_weights import token_weights
 from vigos_jax.models.variables import teacher_params_of
 from vigos_jax.models.vlm import VisionLanguageModel
 from vigos_jax.runtime.sharding import replicated
@@ -171,8 +172,11 @@ class LossGradient:
                 dropout_key=key if self.use_dropout else None,
             )
             states = states.replace(student=states.student + probe)
-            weights = loss_weights(batch.supervised, normalizers, self.objective)
-            return weighted_loss(states, batch.supervised, weights, self.objective, trains_head="params" in trained)
+            rule = token_weights(states, batch.supervised, self.objective)
+            weights = rule * loss_weights(batch.supervised, normalizers, self.objective)
+            trains_head = "params" in trained
+            loss, scores = weighted_loss(states, batch.supervised, weights, self.objective, trains_head=trains_head)
+            return loss, scores.replace(weight=rule)
 
         # Zeros added to the student's states: the loss's gradient there is its gradient at those states.
         probe = jnp.zeros((*batch.supervised.role.shape, self.model.config.hidden_size), self.model.dtype)
@@ -240,6 +244,7 @@ def _metrics(sums: StepSums, normalizers: Array, objective: ObjectiveConfig) -> 
     entropy: mean over the supervised tokens of the student's distribution, in nats.
     ROLE/loss, ROLE/tokens, ROLE/clipped_fraction: the role's mean, its tokens, and the fraction of them clipped.
     ROLE/loss_share: of the weighted sum of means.
+    ROLE/effective_tokens: of roles with a rule of weights, n of equal weights that spread as much: (sum w)^2 / sum w^2.
     ROLE/grad_share: of the roles' gradient norms at the student's last hidden states, before the head. (Shares at the
       parameters would take a backward pass per role.)
     """
@@ -254,6 +259,8 @@ def _metrics(sums: StepSums, normalizers: Array, objective: ObjectiveConfig) -> 
         metrics[f"{role.name}/loss"] = losses[r]
         metrics[f"{role.name}/tokens"] = stats.tokens[r]
         metrics[f"{role.name}/clipped_fraction"] = stats.clipped_tokens[r] / jnp.maximum(stats.tokens[r], 1.0)
+        if role.token_weights != "uniform":  # weights have the mean 1
+            metrics[f"{role.name}/effective_tokens"] = _share(jnp.square(stats.tokens[r]), stats.squares[r])
         metrics[f"{role.name}/loss_share"] = _share(role.weight * losses[r], sums.loss)
         metrics[f"{role.name}/grad_share"] = _share(norms[r], jnp.sum(norms))
     return metrics
