@@ -1,5 +1,6 @@
 """`--mode score`: the objective on rollouts made by any engine, token by token, without an optimizer."""
 
+import dataclasses
 import json
 import pathlib
 from collections import Counter
