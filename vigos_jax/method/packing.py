@@ -181,8 +181,12 @@ def _gap(length: int, config: ModelConfig) -> int:
     return -length % config.chunk
 
 
-def _vision(rows: Sequence[Row], view: ImageView, config: ModelConfig, buckets: Buckets) -> VisionInputs:
-    slots = buckets.fit("patches", max(slot_count(row, config, view) for row in rows))
+def _vision(
+    rows: Sequence[Row], view: ImageView, config: ModelConfig, buckets: Buckets, *, least: Sequence[Row] = ()
+) -> VisionInputs:
+    """The rows' images under a view, with at least as many slots as the own images of the rows `least` have."""
+    own = max((slot_count(row, config) for row in least), default=0)
+    slots = buckets.fit("patches", max(own, *(slot_count(row, config, view) for row in rows)))
     return padded_vision([row.images_of(view) for row in rows], slots, config.vision)
 
 
@@ -295,29 +299,39 @@ def pack_scores(
     entries = buckets.fit("completion", -(-most // times)) * times
     vision = _vision(rows, ORIGINAL, config, buckets) if with_images else None
     student = padded_text(students, buckets.fit("sequence", max(len(s.ids) for s in students)), branches=0)
+    # One length for all views, or the number of programs would be the product of their lengths' numbers.
+    length = buckets.fit("sequence", max(len(t.ids) for sequences in teachers for t in sequences))
     texts = []
     for view, sequences in zip(views, teachers, strict=True):
-        length = buckets.fit("sequence", max(len(t.ids) for t in sequences))
         branches = roles_per_rollout(tuple(role for role in roles if role.view == view))
         texts.append(padded_text(sequences, length, branches=branches))
-    starts = np.cumsum([0, *(text.ids.shape[1] for text in texts)]).tolist()  # of each view in `teacher_at`
+    starts = [i * length for i in range(len(views))]  # of each view in `teacher_at`
     return ScoreBatch(
         supervised=_supervised([_joined(tokens, starts) for tokens in supervised], entries),
         vision=vision,
         student=student,
         teacher=texts[0] if views[0] == ORIGINAL else None,
         views=tuple(
-            host(ViewBatch, vision=_vision(rows, view, config, buckets) if view.is_read else None, text=text)
-            for view, text in zip(views, texts, strict=True)
+            host(ViewBatch, vision=_vision(_used(rows, sequences), view, config, buckets, least=rows), text=text)
+            if view.is_read
+            else host(ViewBatch, vision=None, text=text)
+            for view, text, sequences in zip(views, texts, teachers, strict=True)
             if view != ORIGINAL
         ),
     )
 
 
+def _used(rows: Sequence[Row], sequences: Sequence[TokenSequence]) -> list[Row]:
+    """The rows, without those of which no role reads anything."""
+    return [row if len(sequence.ids) else Row() for row, sequence in zip(rows, sequences, strict=True)]
+
+
 def _joined(tokens: Sequence[Sequence[_Token]], starts: Sequence[int]) -> list[_Token]:
     """All views' tokens of a row, with their places behind the views in front."""
-    parts = zip(tokens, starts, strict=False)
-    return [t._replace(teacher_at=t.teacher_at + start) for part, start in parts for t in part]
+    placed = [
+        t._replace(teacher_at=t.teacher_at + start) for part, start in zip(tokens, starts, strict=True) for t in part
+    ]
+    return sorted(placed, key=lambda t: t.role)
 
 
 def _pack_row(
@@ -350,4 +364,6 @@ def _pack_row(
             clip = token_clip(role, j, scored)
             tokens.append(_Token(r, student_at, teacher_at, j, rollout.ids[j], logp, clip))
         length += n
+    if not tokens and view != ORIGINAL:
+        return EMPTY, []  # images that nobody reads are not encoded
     return TokenSequence(*(np.concatenate(x, -1) for x in zip(*parts, strict=True))), tokens
