@@ -2,7 +2,7 @@
 
     python -m vigos_jax.main --config configs/qwen3_5_2b.py
 
-2.2 B parameters. Not evaluated.
+2.2 B parameters. On eight H100s `--mode plan` finds a peak of 4.2 of 80 GB on each. Not evaluated.
 """
 
 from ml_collections import ConfigDict

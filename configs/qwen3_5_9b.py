@@ -2,7 +2,7 @@
 
     python -m vigos_jax.main --config configs/qwen3_5_9b.py
 
-9.4 B parameters. Not evaluated.
+9.4 B parameters. On eight H100s `--mode plan` finds a peak of 10.6 of 80 GB on each. Not evaluated.
 """
 
 from ml_collections import ConfigDict

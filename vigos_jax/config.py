@@ -49,6 +49,11 @@ _MODE_SECTIONS = (
 _OF_THE_RUN = {"rollout.sync_every": 1, "rollout.max_staleness": 0}
 
 
+# The same of fields that roles had not before.
+_OF_ROLES = {"image": "original", "image_column": "", "image_margin": 0.0, "image_pixels": 0}
+_OF_ROLES |= {"token_weights": "uniform", "token_top_k": 0}
+
+
 def get(config: ConfigDict, field: str) -> Any:
     """The value of a dotted field; KeyError if it, or a section on the way, is not there."""
     for part in field.split("."):
@@ -283,12 +288,17 @@ def read_json(path: pathlib.Path) -> ConfigDict:
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """What makes two configs different runs, as "field: old -> new" lines."""
-    a, b = (_OF_THE_RUN | dict(flatten(json.loads(to_json(c)))) for c in (old, new))
+    a, b = (_OF_THE_RUN | _of_roles(c) | dict(flatten(json.loads(to_json(c)))) for c in (old, new))
     fields = [f for f in sorted(a.keys() | b.keys()) if f.split(".")[0] not in _MODE_SECTIONS or f in _OF_THE_RUN]
     # By value and by text: 1 is 1.0, and a nan in the file equals itself.
     differ = [f for f in fields if a.get(f) != b.get(f) and repr(a.get(f)) != repr(b.get(f))]
     differ = [f for f in differ if f not in _PATHS or not same_place(str(a.get(f)), str(b.get(f)))]
     return [f"{f}: {a.get(f)!r} -> {b.get(f)!r}" for f in differ]
+
+
+def _of_roles(config: ConfigDict) -> dict[str, Any]:
+    roles = config.get("roles") or {}
+    return {f"roles.{role}.{name}": value for role in roles for name, value in _OF_ROLES.items()}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

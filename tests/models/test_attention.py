@@ -32,17 +32,21 @@ def _runs(*rows):
 
 # The second row's branches are one fewer, the third has none.
 SEGMENTS = _runs([(1, 20), (2, 50), (3, 7), (4, 40)], [(1, 1), (2, 30), (3, 97)], [(1, 9)])
+# Padding in front of branches, as layers with a state pack them.
+GAPS = _runs([(1, 10), (0, 6), (2, 30), (0, 2), (3, 7), (0, 9), (4, 40)], [(1, 16), (2, 30), (0, 2), (3, 70)], [(1, 9)])
 # Empty slots between images and inside one; numbers whose bits differ in one place and in several.
 IMAGES = _runs([(1, 40), (0, 8), (2, 40), (3, 40)], [(7, 20), (0, 4), (7, 20), (8, 24), (0, 44), (9, 16)], [(1, 128)])
 MASKS = {
     "causal": Causal(LENGTHS),
-    "branches": Branches(SEGMENTS, most=3),
+    "branches": Branches(SEGMENTS, most=3, has_gaps=False),
+    "gaps": Branches(GAPS, most=3),
     "images": Images(IMAGES, most=9),
     "windows": Windows(IMAGES, most=9, window=16),
 }
 USED = {
     "causal": np.arange(T) < LENGTHS[:, None],
     "branches": SEGMENTS > 0,
+    "gaps": GAPS > 0,
     "images": IMAGES > 0,
     "windows": IMAGES > 0,
 }
@@ -55,10 +59,12 @@ def _oracle(kind):
     for b in range(B):
         for q in range(T):
             for k in range(T):
-                s, i = SEGMENTS[b], IMAGES[b]
+                s, i = (GAPS if kind == "gaps" else SEGMENTS)[b], IMAGES[b]
+                in_branch = k <= q and s[k] > 0 and s[k] in (1, s[q])
                 mask[b, q, k] = {
                     "causal": k <= q and k < LENGTHS[b],
-                    "branches": k <= q and s[k] > 0 and s[k] in (1, s[q]),
+                    "branches": in_branch,
+                    "gaps": in_branch,
                     "images": i[q] == i[k] and i[k] > 0,
                     "windows": i[q] == i[k] and i[k] > 0 and window[q] == window[k],
                 }[kind]
@@ -130,6 +136,7 @@ def test_a_kernel_is_plain_attention(kind, kernel):
 WRONG = {
     "padding is attended": ("causal", lambda: MASKS["causal"].replace(lengths=LENGTHS + np.int32([0, 1, 0])), 0),
     "a branch attends to its neighbour": ("branches", lambda: Branches(np.minimum(SEGMENTS, 3), most=3), 1e-2),
+    "a gap is a neighbour": ("gaps", lambda: Branches(np.where(GAPS == 0, 2, GAPS), most=3), 1e-2),
     "an image attends to another": ("images", lambda: Images(np.where(IMAGES == 3, 2, IMAGES), most=9), 1e-2),
     "an empty slot is attended": ("images", lambda: Images(np.where(IMAGES == 0, 7, IMAGES), most=9), 1e-2),
     "a window is too wide": ("windows", lambda: MASKS["windows"].replace(window=32), 1e-2),
@@ -260,10 +267,10 @@ def test_what_cudnn_is_asked(monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
     for mask in MASKS.values():
         attention(*_arrays(), mask, implementation="cudnn")
-    assert {name for name, _, _ in asked} == {"cudnn"} and len(asked) == 1 + 3 + 1 + 1
+    assert {name for name, _, _ in asked} == {"cudnn"} and len(asked) == 1 + 3 + (1 + 3) + 1 + 1
     assert not any({"mask", "bias"} & options.keys() for _, _, options in asked)
-    assert [width for _, width, _ in asked] == [16] * 4 + [24, 24]
-    assert all(options["is_causal"] for _, _, options in asked[:4])
+    assert [width for _, width, _ in asked] == [16] * 8 + [24, 24]
+    assert all(options["is_causal"] for _, _, options in asked[:8])
     asked.clear()
     attention(*_arrays(head_dim=120), Images(IMAGES, most=31), implementation="cudnn")
     attention(*_arrays(head_dim=256), MASKS["causal"], implementation="cudnn")
@@ -283,3 +290,11 @@ def test_chosen_by_platform():
         at("gpu", "cudnn", is_served=False)
     widths = [for_heads("cudnn", 128), for_heads("cudnn", 256), for_heads("cudnn", 20), for_heads("splash", 256)]
     assert widths == ["cudnn", "xla", "xla", "splash"]
+
+
+def test_a_gap_that_is_not_told_differs(kernel):
+    """XLA reads the numbers alone; the others would take the first branch for the prefix's neighbour."""
+    right, other = (kernel(*_arrays(), Branches(GAPS, most=3, has_gaps=told)) for told in (True, False))
+    first = GAPS[:1] == 2
+    differs = np.max(np.abs((right - other)[:1] * first[:, :, None, None])) > 1e-2
+    assert differs == (kernel is not attention)

@@ -183,7 +183,7 @@ def test_a_published_model_is_planned_without_its_files(name):
     run = describe(config, topology(config.plan))
     known = {"Qwen/Qwen2.5-VL-3B-Instruct": 3_754_622_976, "Qwen/Qwen3-VL-8B-Instruct": 8_767_123_696}
     assert sum(math.prod(x.shape) for x in jax.tree.leaves(run.base)) == known[name]
-    assert (run.sizes.student, run.sizes.teacher) == (2560, 3584)  # 1280 + 1024, and 1024 + 2 * (256 + 1024)
+    assert (run.sizes.student, run.sizes.json()["teacher"]) == (2560, 3584)  # 1280 + 1024, and 1024 + 2 * (256 + 1024)
     assert {x.dtype for x in jax.tree.leaves(run.base)} == {jnp.dtype("bfloat16")}
 
 

@@ -19,6 +19,7 @@ from vigos_jax.analysis import palr
 from vigos_jax.analysis.score_rollouts import rollouts_source
 from vigos_jax.analysis.wrong_answers import choices_of, choose, read_file
 from vigos_jax.data.cleaning import clean_reference
+from vigos_jax.data.examples import Example
 from vigos_jax.data.processor import EncodedImage
 from vigos_jax.errors import InputError
 from vigos_jax.grading.answer_text import answer_kind
@@ -34,7 +35,7 @@ from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.runtime import workdir as files
 from vigos_jax.runtime.files import check_own, write_json
 from vigos_jax.runtime.progress import bar, say
-from vigos_jax.session import Session, open_source, view_columns
+from vigos_jax.session import Session, open_source
 
 MAX_SHOWN = 40  # rollouts on the page
 ANSWER_COLOR, IMAGE_COLOR = (220, 70, 50), (50, 110, 220)
@@ -42,11 +43,11 @@ ANSWER_COLOR, IMAGE_COLOR = (220, 70, 50), (50, 110, 220)
 
 @dataclasses.dataclass(frozen=True)
 class _Counterfactuals:
-    """What a case is scored under besides its own row."""
+    """What a case is scored under besides its own row: wrong answers, and the images of another example."""
 
     case: Case
     wrong_answers: tuple[str, ...]
-    images: tuple[EncodedImage, ...]
+    images: Example
 
 
 def output_of(config, workdir: pathlib.Path | None) -> pathlib.Path:
@@ -121,7 +122,7 @@ def _cases(
     """(source, its rows that are used, their rollouts, row number -> its name): of a file, or of the student."""
     d = config.diagnose
     if d.rollouts:
-        source = rollouts_source(d.rollouts, "diagnose.rollouts", fields=(*config.data.fields, *view_columns(config)))
+        source = rollouts_source(d.rollouts, "diagnose.rollouts", config)
         return source, len(source), read_cases(source, session, config), lambda i: f"{source.path}:{source.line(i)}"
     source = open_source(config).for_diagnosis(count=d.rows, seed=config.demo_eval.seed)
     rows = min(d.rows, len(source))
@@ -170,10 +171,10 @@ def _with_counterfactuals(
     waiting: list[tuple[Case, tuple[str, ...]]] = []
     first: Case | None = None
 
-    def pair(images: tuple[EncodedImage, ...]) -> Iterator[_Counterfactuals]:
+    def pair(images: Example) -> Iterator[_Counterfactuals]:
         still = []
         for case, wrong in waiting:
-            if _same(case.example.images, images) or not _fits(reader, case, images=images):
+            if _same(case.example.images, images.images) or not _fits(reader, case, images=images):
                 still.append((case, wrong))
             else:
                 counts["scored"] += 1
@@ -182,7 +183,7 @@ def _with_counterfactuals(
 
     for case in cases:
         first = first or case
-        yield from pair(case.example.images)
+        yield from pair(case.example)
         raw = source[case.index]
         own = given.get(case.example.id) or raw.get("wrong_answers") or ()
         where, wrong = choose(
@@ -198,7 +199,7 @@ def _with_counterfactuals(
         if wrong:
             waiting.append((case, wrong))
     if first is not None:
-        yield from pair(first.example.images)
+        yield from pair(first.example)
     if waiting:
         counts["no other image"] += len(waiting)
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import pathlib
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -74,10 +73,10 @@ def output_of(config) -> pathlib.Path:
     return output
 
 
-def rollouts_source(path: str, field: str, *, fields: Iterable[str]) -> JsonlSource:
-    """Opens a rollouts file with its further columns `fields`; InputError naming `field` if there is none."""
+def rollouts_source(path: str, field: str, config) -> JsonlSource:
+    """Opens a rollouts file with the further columns that roles show; InputError naming `field` if there is none."""
     _check_rollouts(path, field)
-    return JsonlSource(pathlib.Path(path).expanduser(), fields=tuple(fields))
+    return JsonlSource(pathlib.Path(path).expanduser(), fields=config.data.fields, views=view_columns(config))
 
 
 def score_rollouts(
@@ -95,9 +94,7 @@ def score_rollouts(
       InputError: no such file, or no usable row.
     """
     output = output_of(config)
-    source = rollouts_source(
-        config.score.rollouts, "score.rollouts", fields=(*config.data.fields, *view_columns(config))
-    )
+    source = rollouts_source(config.score.rollouts, "score.rollouts", config)
     size = session.whole_batch(config.score.batch_size)
     objective = session.objective
 

@@ -113,6 +113,7 @@ def find_columns(
     where: str,
     mapping: Mapping[str, str] | None = None,
     fields: Sequence[str] = (),
+    views: Sequence[str] = (),
     samples: Sequence[Mapping[str, Any]] = (),
 ) -> Columns:
     """The columns of a source that has these.
@@ -122,6 +123,7 @@ def find_columns(
       where: the source, for messages.
       mapping: `config.data.columns`: part -> dotted path, "" to find it.
       fields: further columns that must be there.
+      views: columns of roles' images, dotted paths: they must be there too, and are not searched for the row's parts.
       samples: some rows: whether a column holds conversations.
 
     Raises:
@@ -132,6 +134,8 @@ def find_columns(
         if path and path not in names and path.split(".")[0] not in names:
             there = f"{where} has the columns {', '.join(names)}"
             raise InputError(f"config.data.columns.{part}={path!r} must be a column, or a path into one: {there}")
+    everything, private = names, {view for view in views if view not in wanted.values()}
+    names = [name for name in names if name not in private]
     chats = [name for name in CHATS if name in names and any(is_chat(row.get(name)) for row in samples)]
     problem = wanted["problem"] or _one("problem", names, where, samples, others=chats[:1])
     has_chat = bool(problem) and any(is_chat(lookup(row, problem)) for row in samples)
@@ -139,11 +143,12 @@ def find_columns(
     images = _image_columns(wanted["images"], names)
     missing = [] if problem else ["problem"]
     missing += [] if answer or has_chat else ["answer"]
-    missing += [field for field in fields if field not in names]
+    missing += [field for field in fields if field not in everything]
+    missing += [view for view in views if view not in everything and view.split(".")[0] not in everything]
     missing += [] if images or has_chat else ["images"]
     if missing:
         hint = "; name another one with config.data.columns" if set(missing) & {"problem", "answer", "images"} else ""
-        raise InputError(f"{where} lacks {', '.join(missing)}; it has the columns {', '.join(names)}{hint}")
+        raise InputError(f"{where} lacks {', '.join(missing)}; it has the columns {', '.join(everything)}{hint}")
     return Columns(
         problem=problem,
         answer=answer,

@@ -12,7 +12,7 @@ from vigos_jax.data.images import BadImage, image_size
 from vigos_jax.data.markers import MarkerMismatch, numbers_as_words
 from vigos_jax.data.processor import AS_THE_FOLDER, EncodedImage, PixelLimits, Processor
 from vigos_jax.data.references import reference_of, with_options
-from vigos_jax.data.sources import raw_row
+from vigos_jax.data.sources import VIEW_COLUMNS, raw_row
 from vigos_jax.data.views import ImageView, ViewOfRow, view_of
 from vigos_jax.data.visuals import (
     TooLong,
@@ -23,6 +23,7 @@ from vigos_jax.data.visuals import (
     is_video,
     layouts,
     read_visuals,
+    smallest,
 )
 from vigos_jax.grading.choice import option_index
 from vigos_jax.grading.options import first_number, parse_options, parse_references
@@ -140,16 +141,19 @@ class Encoder:
         if len(items) > self.max_images:
             raise BadRow("too_many_images", f"{len(items)} images; config.data.max_images is {self.max_images}")
         reading = {"image_roots": roots, "least_side": self.processor.merge_unit}
-        visuals = read_visuals(items, **reading)
-        shown = [ViewOfRow(v, view_of(v, visuals, row.get(v.column), others, **reading)) for v in self.views]
+        visuals, own_columns = read_visuals(items, **reading), row.get(VIEW_COLUMNS) or {}
+        shown = [ViewOfRow(v, view_of(v, visuals, own_columns.get(v.column), others, **reading)) for v in self.views]
         if more := next((v for v in shown if len(v.visuals) > self.max_images), None):
             raise BadRow("too_many_images", f"{len(more.visuals)} in {more.view.column}; at most {self.max_images}")
         fields = {name: _field(row, name) for name in self.fields}
         example = Example(own["id"], (), problem, answer[0], fields, options=options, alternatives=answer[1:])
-        pixels = self.pixels if self.too_long is None else self._fitting(example, visuals, shown, self.too_long)
+        pixels = others_pixels = self.pixels
+        if self.too_long is not None:
+            pixels, others_pixels = self._fitting(example, visuals, shown, self.too_long)
         images = tuple(image for v in visuals for image in v.encode(self.processor, pixels))
-        views = {v.view: v.encode(self.processor, pixels) for v in shown}
-        return dataclasses.replace(example, images=images, views=views, shrunk=pixels != self.pixels)
+        views = {v.view: v.encode(self.processor, pixels if v.is_alike else others_pixels) for v in shown}
+        shrunk = (pixels, others_pixels) != (self.pixels, self.pixels)
+        return dataclasses.replace(example, images=images, views=views, shrunk=shrunk)
 
     def _other_rows_images(self, source: Any, index: int, roots: Sequence[str]) -> Iterator[tuple[Visual, ...]]:
         """Those of the rows from half the source away on, since neighbours often share an image; a few at most."""
@@ -191,16 +195,23 @@ class Encoder:
         visuals: Sequence[Visual],
         shown: Sequence[ViewOfRow],
         too_long: Callable[[Example], str | None],
-    ) -> PixelLimits:
-        """The limits under which the row fits; BadRow if it cannot."""
+    ) -> tuple[PixelLimits, PixelLimits]:
+        """The limits under which the row fits, of its own images and of its views; BadRow if it cannot.
 
-        def reason(limits: PixelLimits) -> str | None:
-            images = layouts(visuals, self.processor, limits)
-            views = {v.view: v.layout(self.processor, limits) for v in shown}
+        The student comes first: its images are only made smaller where the smallest views do not help.
+        """
+
+        def reason(own: PixelLimits, others: PixelLimits) -> str | None:
+            images = layouts(visuals, self.processor, own)
+            views = {v.view: v.layout(self.processor, own if v.is_alike else others) for v in shown}
             return too_long(dataclasses.replace(example, images=images, views=views))
 
+        least = smallest(self.pixels, self.processor)
         try:
-            return fitting(visuals, self.processor, self.pixels, reason)
+            if reason(self.pixels, self.pixels) is None:
+                return self.pixels, self.pixels
+            own = fitting(visuals, self.processor, self.pixels, lambda limits: reason(limits, least))
+            return own, fitting(visuals, self.processor, self.pixels, lambda limits: reason(own, limits))
         except TooLong as e:
             detail = f"{e}, question of {len(example.problem)} characters"
             raise BadRow(e.kind, detail) from e

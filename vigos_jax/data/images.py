@@ -72,6 +72,22 @@ def read_image(item: object, *, image_roots: Sequence[str]) -> Image.Image:
         raise BadImage("image_unreadable", f"{one_line(e, most=120)}; choices: {', '.join(FORMATS)}") from e
 
 
+def read_mask(item: object, *, image_roots: Sequence[str]) -> np.ndarray:
+    """bool [H, W] of an upright image, as `read_image` takes it: where it is neither black nor transparent."""
+    try:
+        image = ImageOps.exif_transpose(_open(item, image_roots))
+        if image.has_transparency_data:
+            colour, alpha = np.split(np.asarray(image.convert("RGBA")), [3], axis=-1)
+            return (colour.max(-1) > 0) & (alpha[..., 0] > 0)
+        # Numbers of other modes are labels: as colours, small ones would be rounded to black.
+        marks = np.asarray(image if image.mode[0] in "1LIFR" else image.convert("RGB"))
+        return (marks != 0).any(-1) if marks.ndim == 3 else marks != 0
+    except BadImage:
+        raise
+    except Exception as e:  # as of `read_image`
+        raise BadImage("image_unreadable", f"{one_line(e, most=120)}; choices: {', '.join(FORMATS)}") from e
+
+
 def upright_rgb(image: Image.Image) -> Image.Image:
     """An image turned as its EXIF says, in RGB; what is transparent lies on white, as the models were trained."""
     image = ImageOps.exif_transpose(image)

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from vigos_jax.data.columns import NAMES, Columns, find_columns
+from vigos_jax.data.columns import NAMES, Columns, find_columns, lookup
 from vigos_jax.data.images import TrustedRoot
 from vigos_jax.data.tables import Table, open_table
 from vigos_jax.errors import InputError
 from vigos_jax.grading.answer_text import mentions
 from vigos_jax.runtime.progress import say
 
+VIEW_COLUMNS = "columns of roles' images"  # of a row: column -> its value, for `load_source`'s `columns`
 _SAMPLES = 1000  # rows of a file without a header that are looked at for its columns, evenly spread over it
 
 
@@ -64,15 +65,24 @@ class TableSource(Source):
     Args:
       mapping: `config.data.columns`.
       fields: further columns that must be there.
+      views: the columns of roles' images.
     """
 
-    def __init__(self, table: Table, *, mapping: Mapping[str, str] | None = None, fields: Sequence[str] = ()):
+    def __init__(
+        self,
+        table: Table,
+        *,
+        mapping: Mapping[str, str] | None = None,
+        fields: Sequence[str] = (),
+        views: Sequence[str] = (),
+    ):
         names = table.column_names
         texts = table.select([name for name in names if name.casefold() not in NAMES["images"]])
         samples = [texts[i] for i in _spread(len(texts), 20)]
-        self.columns = find_columns(names, where=table.name, mapping=mapping, fields=fields, samples=samples)
-        wanted = {path if path in names else path.split(".")[0] for path in self.columns.names()}
-        self._fields = tuple(fields)
+        options = {"mapping": mapping, "fields": fields, "views": views, "samples": samples}
+        self.columns = find_columns(names, where=table.name, **options)
+        wanted = {path if path in names else path.split(".")[0] for path in (*self.columns.names(), *views)}
+        self._fields, self._views = tuple(fields), tuple(views)
         self._table = table.select([c for c in names if c in wanted or c in ("wrong_answers", *fields)])
         self.image_roots = table.image_roots
 
@@ -80,7 +90,7 @@ class TableSource(Source):
         return len(self._table)
 
     def __getitem__(self, index: Any) -> Any:
-        return _read(self.columns, self._table[int(index)], int(index), self._fields)
+        return _read(self.columns, self._table[int(index)], int(index), self._fields, self._views)
 
 
 class JsonlSource(Source):
@@ -95,9 +105,10 @@ class JsonlSource(Source):
         *,
         mapping: Mapping[str, str] | None = None,
         fields: Sequence[str] = (),
+        views: Sequence[str] = (),
     ):
         self.path = os.path.abspath(path)
-        self.image_roots, self._fields = _roots(self.path), tuple(fields)
+        self.image_roots, self._fields, self._views = _roots(self.path), tuple(fields), tuple(views)
         starts, numbers, position = [], [], 0
         try:
             with open(self.path, "rb") as file:
@@ -118,7 +129,8 @@ class JsonlSource(Source):
             what = "its lines are not UTF-8" if "not_utf8" in lines else "no line is a JSON object"
             raise InputError(f"{self.path} has no usable row: {what}; it must hold one JSON object per line")
         names = list(dict.fromkeys(name for row in samples for name in row))
-        self.columns = find_columns(names, where=self.path, mapping=mapping, fields=fields, samples=samples)
+        options = {"mapping": mapping, "fields": fields, "views": views, "samples": samples}
+        self.columns = find_columns(names, where=self.path, **options)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -126,8 +138,10 @@ class JsonlSource(Source):
     def __getitem__(self, index: Any) -> Any:
         raw = self._parse(int(index))
         if isinstance(raw, str):
-            return _read(Columns(), {}, int(index), ()) | {"bad_reason": raw}
-        return {"bad_detail": ""} | _read(self.columns, raw | {"bad_reason": None}, int(index), self._fields)
+            return _read(Columns(), {}, int(index)) | {"bad_reason": raw}
+        return {"bad_detail": ""} | _read(
+            self.columns, raw | {"bad_reason": None}, int(index), self._fields, self._views
+        )
 
     def line(self, index: int) -> int:
         """The row's line in the file, counted from 1."""
@@ -155,10 +169,15 @@ class JsonSource(Source):
     """Rows of a .json file that holds a list of objects, all of them in memory."""
 
     def __init__(
-        self, path: str | pathlib.Path, *, mapping: Mapping[str, str] | None = None, fields: Sequence[str] = ()
+        self,
+        path: str | pathlib.Path,
+        *,
+        mapping: Mapping[str, str] | None = None,
+        fields: Sequence[str] = (),
+        views: Sequence[str] = (),
     ):
         self.path = os.path.abspath(path)
-        self.image_roots, self._fields = _roots(self.path), tuple(fields)
+        self.image_roots, self._fields, self._views = _roots(self.path), tuple(fields), tuple(views)
         try:
             rows = json.loads(pathlib.Path(self.path).read_bytes().decode("utf-8-sig"))
         except OSError as e:
@@ -175,7 +194,8 @@ class JsonSource(Source):
         self._rows = rows
         samples = [rows[i] for i in _spread(len(rows), _SAMPLES) if isinstance(rows[i], dict)]
         names = list(dict.fromkeys(name for row in samples for name in row))
-        self.columns = find_columns(names, where=self.path, mapping=mapping, fields=fields, samples=samples)
+        options = {"mapping": mapping, "fields": fields, "views": views, "samples": samples}
+        self.columns = find_columns(names, where=self.path, **options)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -183,8 +203,10 @@ class JsonSource(Source):
     def __getitem__(self, index: Any) -> Any:
         raw = self._rows[int(index)]
         if not isinstance(raw, dict):
-            return _read(Columns(), {}, int(index), ()) | {"bad_reason": "bad_json"}
-        return {"bad_detail": ""} | _read(self.columns, raw | {"bad_reason": None}, int(index), self._fields)
+            return _read(Columns(), {}, int(index)) | {"bad_reason": "bad_json"}
+        return {"bad_detail": ""} | _read(
+            self.columns, raw | {"bad_reason": None}, int(index), self._fields, self._views
+        )
 
 
 def _roots(path: str) -> tuple[str, ...]:
@@ -192,10 +214,18 @@ def _roots(path: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((os.path.dirname(path), os.path.dirname(os.path.realpath(path)))))
 
 
-def _read(columns: Columns, row: Mapping[str, Any], index: int, fields: Sequence[str]) -> dict[str, Any]:
-    """A row with its parts under this program's names, and no other claim to them but by `config.data.fields`."""
-    others = {name: value for name, value in row.items() if name not in ("problem_id", "image", "choices")}
-    return others | {name: row.get(name) for name in fields} | columns.read(row, index)
+def _read(
+    columns: Columns, row: Mapping[str, Any], index: int, fields: Sequence[str] = (), views: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A row with its parts under this program's names, and no other claim to them but by `config.data.fields`.
+
+    What roles see stands apart, where it cannot be taken for the row's own images.
+    """
+    own = {v.split(".")[0] for v in views} - columns.names() - set(fields)
+    others = {name: value for name, value in row.items() if name not in ("problem_id", "image", "choices", *own)}
+    others |= {name: row.get(name) for name in fields}
+    others |= {VIEW_COLUMNS: {name: lookup(row, name) for name in views}} if views else {}
+    return others | columns.read(row, index)
 
 
 _FILES = {".jsonl": JsonlSource, ".ndjson": JsonlSource, ".json": JsonSource}
@@ -205,14 +235,14 @@ def load_source(data, *, columns: Sequence[str] = ()) -> TableSource | JsonlSour
     """Opens `data.source` of `config.data`: one of SOURCE_CHOICES; InputError if it cannot be used.
 
     Args:
-      columns: that must be there, besides `data.fields`.
+      columns: those of roles' images, dotted paths; never taken for the row's own unless `data.columns` names them.
 
     `data.split` is the split of a hub data set or folder; a single file is taken whole, whatever it says.
     Parquet and hub data sets pass through the `datasets` library's cache on disk.
     """
     name = data.source
     path = pathlib.Path(name).expanduser()
-    options = {"mapping": data.columns, "fields": tuple(dict.fromkeys((*data.fields, *columns)))}
+    options = {"mapping": data.columns, "fields": data.fields, "views": columns}
     kind = _FILES.get(path.suffix.lower())
     if name and kind is not None and path.is_file():
         source = kind(path, **options)

@@ -73,7 +73,8 @@ class Table(Sequence):
 
 def _is_short_float(feature: Any) -> bool:
     """Whether a column's numbers have fewer digits than Python shows of them: 0.1 would be 0.10000000149011612."""
-    return getattr(feature, "dtype", "") in ("float32", "float16")
+    # An array of numbers has the same `dtype`.
+    return type(feature).__name__ == "Value" and feature.dtype in ("float32", "float16")
 
 
 def _labels(feature: Any) -> Any:

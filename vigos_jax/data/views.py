@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vigos_jax.data.images import BadImage, read_image
+from vigos_jax.data.images import BadImage, read_mask
 from vigos_jax.data.processor import EncodedImage, PixelLimits, Processor
 from vigos_jax.data.visuals import Visual, images_of_row, read_visuals
 from vigos_jax.errors import InputError
@@ -84,6 +84,11 @@ class ViewOfRow:
 
     view: ImageView
     visuals: tuple[Visual, ...]
+
+    @property
+    def is_alike(self) -> bool:
+        """Whether its images have the sizes of the row's own."""
+        return self.view.kind == "blank"
 
     def limits(self, pixels: PixelLimits, processor: Processor) -> PixelLimits:
         """Those of the row's own images, and the view's."""
@@ -158,13 +163,16 @@ def box_of(value: object, size: tuple[int, int], *, column: str, image_roots: Se
 
     Args:
       value: four numbers, a list of such, the literal of either, or a mask: an image of the same size, marked where it
-        is not black.
+        is neither black nor transparent.
       size: (width, height) of the image.
     """
     if value is None or (isinstance(value, str) and not value.strip()):
         raise BadImage("no_box", f"{column} is {value!r}")
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        value = parse_literal(value) or value
+    if isinstance(value, str) and value.lstrip().startswith(("[", "(")):
+        parsed = parse_literal(value)
+        value = value if parsed is None else parsed
+    if isinstance(value, list | tuple) and len(value) == 1 and not isinstance(value[0], list | tuple | np.ndarray):
+        value = value[0]  # a list of one mask
     if not isinstance(value, list | tuple | np.ndarray):
         return _marked(value, size, column=column, image_roots=image_roots)
     nested = not len(value) or isinstance(value[0], list | tuple | np.ndarray)
@@ -172,11 +180,12 @@ def box_of(value: object, size: tuple[int, int], *, column: str, image_roots: Se
     if not boxes:
         raise BadImage("no_box", f"{column} is empty")
     for x1, y1, x2, y2 in boxes:
-        if not (0 <= x1 < x2 <= size[0] and 0 <= y1 < y2 <= size[1]):
+        is_share = max(x2, y2) <= 1 < min(size)
+        if is_share or not (0 <= x1 <= x2 - 1 and x2 <= size[0] and 0 <= y1 <= y2 - 1 and y2 <= size[1]):
             raise BadImage(
                 "bad_box",
-                f"{column} has ({x1:g}, {y1:g}, {x2:g}, {y2:g}), which must be (x1, y1, x2, y2) with x1 < x2 and "
-                f"y1 < y2, in pixels of an image of {size[0]} x {size[1]}",
+                f"{column} has ({x1:g}, {y1:g}, {x2:g}, {y2:g}), which must be (x1, y1, x2, y2) in pixels of an image "
+                f"of {size[0]} x {size[1]}, x1 < x2 and y1 < y2; shares of the image and other scales are not read",
             )
     least, most = np.min(boxes, 0), np.max(boxes, 0)
     return float(least[0]), float(least[1]), float(most[2]), float(most[3])
@@ -187,7 +196,7 @@ def _numbers(box: object, column: str) -> Box:
         if isinstance(box, str | Mapping) or any(isinstance(x, bool | str) for x in box):  # type: ignore[union-attr]
             raise TypeError
         x1, y1, x2, y2 = (float(x) for x in box)  # type: ignore[union-attr]
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, OverflowError) as e:
         raise BadImage("bad_box", f"{column} has {str(box)[:60]!r}, not four numbers") from e
     if not all(map(math.isfinite, (x1, y1, x2, y2))):
         raise BadImage("bad_box", f"{column} has {str(box)[:60]}, whose numbers must be finite")
@@ -196,17 +205,16 @@ def _numbers(box: object, column: str) -> Box:
 
 def _marked(value: object, size: tuple[int, int], *, column: str, image_roots: Sequence[str]) -> Box:
     try:
-        mask = read_image(value, image_roots=image_roots)
+        mask = read_mask(value, image_roots=image_roots)
     except BadImage as e:
         raise BadImage("bad_mask", f"{column}: {e}") from e
-    if mask.size != size:
-        sides = f"{mask.width} x {mask.height}"
+    if mask.shape != size[::-1]:
+        sides = f"{mask.shape[1]} x {mask.shape[0]}"
         raise BadImage("bad_mask", f"{column} has {sides} pixels, and its image {size[0]} x {size[1]}")
-    box = mask.convert("RGB").getbbox()
-    if box is None:
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    if not len(rows):
         raise BadImage("bad_mask", f"{column} marks nothing: it is black")
-    x1, y1, x2, y2 = box
-    return float(x1), float(y1), float(x2), float(y2)
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
 def _whole(box: Box, size: tuple[int, int], *, margin: float, least: int) -> tuple[int, int, int, int]:

@@ -123,6 +123,12 @@ def layouts(visuals: Sequence[Visual | Outline], processor: Processor, limits: P
     return tuple(image for v in visuals for image in v.layout(processor, limits))
 
 
+def smallest(wanted: PixelLimits, processor: Processor) -> PixelLimits:
+    """The limits of the smallest images that `wanted` leaves room for."""
+    limits, token = processor.limits(wanted), processor.merge_unit**2
+    return PixelLimits(limits.least, -(-limits.least // token) * token)
+
+
 def fitting(
     visuals: Sequence[Visual | Outline],
     processor: Processor,
@@ -145,7 +151,7 @@ def fitting(
     limits = processor.limits(wanted)
     token = processor.merge_unit**2  # pixels
     small, large = -(-limits.least // token), limits.most // token  # the one fits, the other does not
-    if reason(PixelLimits(limits.least, small * token)) is not None:
+    if reason(smallest(wanted, processor)) is not None:
         raise TooLong(kind, f"images of {', '.join(f'{w} x {h}' for v in visuals for w, h in v.sizes[:1])} pixels")
     while large - small > 1:
         middle = (small + large) // 2

@@ -147,7 +147,10 @@ def _facts(config, name: str, lora: LoraSpec | None, run: RunFacts) -> dict[str,
 def _role(config, name: str) -> tuple[str, ...]:
     role, known = config.roles[name], {"problem": "question", "reference": "reference answer"}
     names = fields(config.prompts[name].user, (*known, *config.data.fields))
-    sees = ["image", *(known.get(f, f) for f in sorted(names))]
+    image, column = role.get("image", "original"), role.get("image_column", "")
+    images = {"original": ["image"], "none": [], "other": [f"images of {column}"]}
+    seen = images.get(image, [f"{image} of {column}" if column else f"{image} image"])
+    sees = [*seen, *(known.get(f, f) for f in sorted(names))] or ["nothing"]
     clip = f"{role.clip:g} per {role.clip_per}" if role.clip else "none"
     return (name, ", ".join(sees), ", ".join(role.scores), role.when, role.divergence, f"{role.weight:g}", clip)
 

@@ -1,10 +1,13 @@
-"""The segment-masked divergence over the full vocabulary, without ever holding [T, V] logits.
+"""The loss: exact divergences over the full vocabulary, in chunks, so that [B, E, V] logits never exist.
 
-Equations 18-21 of the ViGOS paper. Every supervised token has a divergence between its teacher and the student (see
-`divergences`), in float32, clipped per token after the sum over the vocabulary (or every term of it), and averaged over
-each role's own tokens of the global batch: a role's mean is `sum(term * divergence) / sum(term)`. The denominator is
-the role's normalizer; a token adds 1 to it to average over tokens, and one over the number of the role's tokens in the
-rollout to average over rollouts.
+Equations 18-21 of the ViGOS paper (arXiv 2606.19120). Each supervised token has one float32 divergence between its
+teacher and the student (see `divergences`). The role's clip limits either that sum over the vocabulary or each of its
+terms. The loss of a role, over all of its tokens in the global batch, is
+
+    sum(term * clipped divergence) / sum(term)
+
+The denominator is the role's normalizer. A token's term is 1 to average over tokens (`reduction="tokens"`), or one over
+the number of the role's tokens in the same rollout to average over rollouts (`reduction="sequences"`).
 """
 
 import dataclasses
@@ -27,9 +30,11 @@ class ObjectiveConfig:
 
     Attributes:
       roles: the role table.
-      chunk: supervised tokens per row whose logits exist at a time.
-      temperature: divides both logits in the divergence.
-      reduction: "tokens" averages over a role's tokens, "sequences" over rollouts, each the mean of its tokens.
+      chunk: supervised tokens per row that are processed at a time. The student's and the teacher's logits of a chunk
+        exist together, float32 [B, chunk, V] each.
+      temperature: divides the logits of student and teacher; the divergence is not multiplied by its square.
+      reduction: "tokens" averages over a role's tokens; "sequences" averages over rollouts, each counting as the mean
+        of the role's tokens in it.
     """
 
     roles: tuple[TeacherRole, ...]
@@ -44,7 +49,7 @@ class ObjectiveConfig:
 
 
 def score_tokens(states: SupervisedStates, supervised: SupervisedTokens, objective: ObjectiveConfig) -> TokenScores:
-    """The scores of all supervised tokens, a chunk of every row at a time: no more than [B, chunk, V] logits exist."""
+    """Scores [B, E] of all supervised tokens, in chunks of `objective.chunk` tokens per row to bound the memory."""
 
     def one(student, teacher, role, token):
         logits = both_logits(student, states.student_head, teacher, states.teacher_head)
@@ -63,15 +68,19 @@ def weighted_loss(
     *,
     trains_head: bool,
 ) -> tuple[Float[Array, ""], TokenScores]:
-    """Equation 18 as a sum of weight * clipped divergence, differentiable in the student's states and head.
+    """The total loss (equation 18) as sum(weight * clipped divergence), with a gradient written out by hand.
 
-    The gradient is computed in the forward pass, while a chunk's logits are at hand, and only scaled in the backward
-    pass: two products with a head for the value and one for the gradient (two if the head is trained), nothing
-    recomputed, and no more than [B, chunk, V] logits at any time. The scores carry no gradient.
+    It is differentiable in the student's states and, with `trains_head`, in its head; everything else, the teacher's
+    states included, is a constant. The gradient is computed in the forward pass, while a chunk's logits are in memory,
+    and the backward pass only scales it, so no logits are computed twice. Per chunk that costs one large product, or
+    two if the head is trained, besides those that give the logits.
 
     Args:
-      weights: zero for unused slots; see `loss_weights`.
-      trains_head: whether a gradient is wanted for the student's head; without, it is taken for a constant.
+      weights: from `loss_weights`; zero for unused slots.
+      trains_head: whether the student's head needs a gradient; if not, it is a constant.
+
+    Returns:
+      The float32 loss and the scores of all tokens. The scores carry no gradient.
     """
     if not trains_head:
         states = states.replace(student_head=jax.lax.stop_gradient(states.student_head))
@@ -126,7 +135,7 @@ _weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward)
 def token_logps(
     hidden: Float[AnyArray, "B E D"], head: Float[AnyArray, "V D"], token: Int[AnyArray, "B E"], *, chunk: int
 ) -> Float[Array, "B E"]:
-    """Log-probability in float32 of each token in its state under a head."""
+    """Float32 log-probability of each token given the hidden state that predicts it, `chunk` tokens a row at a time."""
     return in_chunks(lambda h, t: _pick(log_softmax(logits_of(h, head)), t), (hidden, token), chunk)
 
 
@@ -204,10 +213,13 @@ def normalizer_terms(supervised: SupervisedTokens, objective: ObjectiveConfig) -
 def loss_weights(
     supervised: SupervisedTokens, normalizers: Float[AnyArray, "R"], objective: ObjectiveConfig
 ) -> Float[Array, "B E"]:
-    """What each token's divergence is multiplied with in the total loss.
+    """The factor of each token's clipped divergence in the total loss: its role's weight * term / normalizer.
 
     Args:
-      normalizers: the sums of `normalizer_terms` over the global batch.
+      normalizers: per role, the sum of `normalizer_terms` over the global batch.
+
+    Returns:
+      float32 [B, E], 0 for unused slots.
     """
     terms = normalizer_terms(supervised, objective)  # [B, E, R]
     return jnp.sum(terms * objective.role_weights / jnp.where(normalizers > 0, normalizers, 1.0), -1)

@@ -1,17 +1,18 @@
-"""From examples and rollouts to the arrays of `batch`: prompts, packed role branches, supervised tokens.
+"""Turns examples and rollouts into the arrays of `method/batch.py`: prompts, packed branches, supervised tokens.
 
-The image comes first in every role's user turn, so system header and image tokens are one shared prefix. A sample's
-frozen roles are branches behind it in ONE sequence; `segment_ids` keep branches apart, and a branch's positions go on
-from the prefix as if it were alone:
+The image comes first in every role's user turn, so the system header and the image tokens are a prefix that all roles
+of a sample share. The roles are branches after that prefix in ONE sequence: `segment_ids` keep the branches from
+attending to each other, and each branch's positions continue from the prefix as if it were the only one:
 
-    tokens    | header image | prompt+completion of role A | prompt+completion of role B | padding
+    tokens    | header image | role A's prompt, completion | role B's prompt, completion | padding
     segment   | 1 1 1 1 1 1 1| 2 2 2 2 2 2 2 2 2 2 2 2 2 2 | 3 3 3 3 3 3 3 3 3 3 3 3 3 3 | 0 0 0
     position  | 0 1 2 ...  p | p+1 p+2 ...                 | p+1 p+2 ...                 | 0 0 0
 
-Each branch holds only what its scored tokens need: its prompt and the student's completion up to the last of them.
-Roles that see other images than the student (`data.views`) are branches of a sequence of their own, one for each view.
-Where a family's layers carry a state along the sequence, branches start at multiples of `ModelConfig.chunk`, behind
-padding, and `models/delta_rule.py` hands each of them the prefix's state.
+A branch holds only what predicts its scored tokens: the role's prompt, then the student's completion up to but not
+including the last scored token (with `reads="scored"`, only the scored tokens before it). Roles that see other images
+than the student (`data.views`) are branches of a separate sequence, one per view. In families whose layers carry a
+state along the sequence, padding aligns each branch to a multiple of `ModelConfig.chunk`, and `models/delta_rule.py`
+starts it from the prefix's state.
 """
 
 import dataclasses
@@ -45,14 +46,14 @@ from vigos_jax.models.positions import vision_layout
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """The declared sizes arrays are padded to, ascending: their number bounds the number of compilations.
+    """The sizes that arrays may be padded to, ascending per kind. Few sizes mean few shapes to compile programs for.
 
     Attributes:
-      patches: window slots of a row's images.
-      prompt: student prompt tokens.
-      completion: completion tokens.
-      sequence: tokens of a student's prompt and completion, or of all teacher branches of a row.
-      agree: makes the size that is needed here the one that every process needs.
+      patches: window slots of a row's images under one view.
+      prompt: tokens of a student's prompt.
+      completion: tokens of a completion.
+      sequence: tokens of a student's prompt and completion, or of a view's prefix and all its branches.
+      agree: maps the size that this process needs to the largest that any process needs.
     """
 
     patches: tuple[int, ...]
@@ -62,7 +63,10 @@ class Buckets:
     agree: Callable[[int], int] = int
 
     def fit(self, kind: str, n: int) -> int:
-        """The smallest declared size that holds n, in all processes; those must call it in the same order."""
+        """The smallest declared size that holds the largest n of any process; InputError if none does.
+
+        With several processes all must make the same calls in the same order.
+        """
         n = self.agree(n)
         for size in getattr(self, kind):
             if n <= size:
@@ -77,7 +81,8 @@ class Row:
     A row without turns (`student` is None) is a bad row that keeps its slot in the batch.
 
     Attributes:
-      views: the images of roles that see others.
+      images: the row's own, which the student sees.
+      views: per view other than the original, the images that its roles see instead.
       controls: one per role, its turn without an image if `TeacherRole.has_control`; () where no role has one.
     """
 
@@ -115,7 +120,8 @@ class Rollout:
     Attributes:
       ids: sampled token ids, with the end-of-sequence token if it was sampled.
       spans: where its parts are.
-      logps: log-probability of each token under the sampler, or None for rollouts made elsewhere.
+      logps: log-probability of each token as the engine computed it, from the model's own distribution: no
+        temperature, no penalties, no truncation. None for rollouts read from a file.
     """
 
     ids: tuple[int, ...]
@@ -134,14 +140,18 @@ def make_row(  # noqa: PLR0913  (what a sample and its prompts are made of)
     fields: Mapping[str, str] | None = None,
     views: Mapping[ImageView, tuple[EncodedImage, ...]] | None = None,
 ) -> Row:
-    """Writes out the prompts of a sample.
+    """Builds a row: tokenises the student's prompt and the prompt of every role.
 
     Args:
+      images: the row's own, which the student sees.
       student: `user` and `assistant_prefill`, as in `config.prompts.student`.
-      roles: the teachers; none for a row that is only answered.
-      reference: the answer that a role's template may show; the student's cannot ask for it.
-      fields: texts of further columns that a role's template, but not the student's, may show.
-      views: the images of roles that see others.
+      roles: the teachers; () for a row that is answered but not scored.
+      reference: the answer, which only the roles' templates may show.
+      fields: texts of further columns by name, which only the roles' templates may show.
+      views: the images of every view of `roles` whose `is_read` is true.
+
+    Raises:
+      InputError: the student's template asks for the reference.
     """
 
     def turn(seen: tuple[EncodedImage, ...], text: str, prefill: str) -> Turn:
@@ -170,7 +180,10 @@ def slot_count(row: Row, config: ModelConfig, view: ImageView = ORIGINAL) -> int
 def too_long(
     row: Row, *, roles: tuple[TeacherRole, ...], buckets: Buckets, max_completion: int, config: ModelConfig
 ) -> str | None:
-    """The kind of bucket this row cannot fit whatever is sampled for it, or None if it always fits."""
+    """The first kind of bucket that the row can overflow with a completion of `max_completion` tokens, or None.
+
+    "completion" buckets are not checked: `max_completion` itself must fit them. ValueError for a bad row.
+    """
     prompt = len(row.prompt.ids)
     longest = prompt + max_completion
     for view in views_of(roles):
@@ -190,12 +203,16 @@ def too_long(
 
 
 def _gap(length: int, config: ModelConfig) -> int:
-    """Padding behind `length` tokens, so that a branch may start."""
+    """Padding tokens needed after `length` tokens before a branch may start."""
     return -length % config.chunk
 
 
-def _vision(rows: Sequence[Row], view: ImageView, config: ModelConfig, buckets: Buckets) -> VisionInputs:
-    slots = buckets.fit("patches", max(slot_count(row, config, view) for row in rows))
+def _vision(
+    rows: Sequence[Row], view: ImageView, config: ModelConfig, buckets: Buckets, *, least: Sequence[Row] = ()
+) -> VisionInputs:
+    """The rows' images under a view, in no fewer slots than the original images of the rows in `least` take."""
+    own = max((slot_count(row, config) for row in least), default=0)
+    slots = buckets.fit("patches", max(own, *(slot_count(row, config, view) for row in rows)))
     return padded_vision([row.images_of(view) for row in rows], slots, config.vision)
 
 
@@ -264,9 +281,10 @@ def scored_positions(role: TeacherRole, rollout: Rollout) -> list[int]:
 
 
 def length_groups(rows: Sequence[Row], rollouts: Sequence[Rollout | None], count: int) -> list[list[int]]:
-    """Row numbers in `count` groups of equal size, shortest sequences first: micro-batches with little padding.
+    """Splits row numbers into `count` equal groups by length, so that micro-batches need little padding.
 
-    One group keeps the rows' order.
+    The length is that of the student's prompt and completion. `count` must divide the number of rows, or the longest
+    rows would be dropped (`check_batch` ensures it). A single group keeps the rows' order.
     """
     if count == 1:
         return [list(range(len(rows)))]
@@ -280,7 +298,12 @@ def length_groups(rows: Sequence[Row], rollouts: Sequence[Rollout | None], count
 
 
 def token_clip(role: TeacherRole, position: int, scored: Sequence[int]) -> float:
-    """The smallest of the clips that hold for this token of the positions `scored` by the role."""
+    """The smallest of the clips that apply to a scored token as a whole; infinity if none does.
+
+    Args:
+      position: of the token in the completion, one of `scored`.
+      scored: all positions that the role scores in the rollout, ascending.
+    """
     clips = [
         role.clip if role.clip_per == "token" else 0.0,
         role.first_clip if position == scored[0] else 0.0,
@@ -301,8 +324,15 @@ def pack_scores(
     """Packs the student's sequences, the teachers' branches and the supervised tokens of a batch of rollouts.
 
     Args:
-      rollouts: one per row; None for a bad row.
-      with_images: whether to pack the images; without, `vision` is None.
+      rollouts: one per row; None for a bad row, or one that could not be sampled.
+      with_images: whether to pack the rows' own images; if not, `vision` is None. The same in all processes.
+
+    Returns:
+      Numpy arrays padded to bucket sizes; E is a completion bucket times `roles_per_token`.
+
+    Raises:
+      InputError: a row does not fit the largest bucket.
+      ValueError: a role's prompt does not share the header and images of its view.
     """
     views = views_of(roles)
     students: list[TokenSequence] = []
@@ -312,18 +342,20 @@ def pack_scores(
         students.append(EMPTY if is_bad else token_sequence(row.images, row.prompt.ids, config, rollout.ids))
         rows_packed.append([_Packed() if is_bad else _pack_row(row, rollout, roles, v, config) for v in views])
 
-    # There are as many as tokens are scored, up to that many times.
+    # A token takes one slot per role that scores it, `times` at most. Rounding the number of tokens, not of slots, to
+    # a bucket makes sure that every completion that fits its bucket also fits here.
     times = roles_per_token(roles)
     most = max(1, *(sum(len(packed.tokens) for packed in row) for row in rows_packed))
     entries = buckets.fit("completion", -(-most // times)) * times
     vision = _vision(rows, ORIGINAL, config, buckets) if with_images else None
     student = padded_text(students, buckets.fit("sequence", max(len(s.ids) for s in students)), branches=0)
+    # One length for all views, or the number of programs would be the product of their lengths' numbers.
+    length = buckets.fit("sequence", max(len(p.sequence.ids) for row in rows_packed for p in row))
     texts = []
     for i, view in enumerate(views):
         sequences = [row[i].sequence for row in rows_packed]
-        length = buckets.fit("sequence", max(len(t.ids) for t in sequences))
         texts.append(padded_text(sequences, length, branches=branches_per_rollout(view, roles)))
-    starts = np.cumsum([0, *(text.ids.shape[1] for text in texts)]).tolist()  # of each view in `teacher_at`
+    starts = [i * length for i in range(len(views))]  # of each view in `teacher_at`
     tokens, with_controls = [_joined(row, starts) for row in rows_packed], any(role.has_control for role in roles)
     return ScoreBatch(
         supervised=_supervised(tokens, entries, with_controls=with_controls),
@@ -331,22 +363,34 @@ def pack_scores(
         student=student,
         teacher=texts[0] if views[0] == ORIGINAL else None,
         views=tuple(
-            host(ViewBatch, vision=_vision(rows, view, config, buckets) if view.is_read else None, text=text)
-            for view, text in zip(views, texts, strict=True)
+            host(
+                ViewBatch,
+                vision=_vision(_used(rows, [r[i] for r in rows_packed]), view, config, buckets, least=rows),
+                text=texts[i],
+            )
+            if view.is_read
+            else host(ViewBatch, vision=None, text=texts[i])
+            for i, view in enumerate(views)
             if view != ORIGINAL
         ),
     )
 
 
+def _used(rows: Sequence[Row], packed: Sequence[_Packed]) -> list[Row]:
+    """The rows, with `Row()` in place of those whose view no role reads: their images need no encoding."""
+    return [row if len(p.sequence.ids) else Row() for row, p in zip(rows, packed, strict=True)]
+
+
 def _joined(packed: Sequence[_Packed], starts: Sequence[int]) -> list[_Token]:
-    """All views' tokens of a row, with their places behind the views in front."""
-    views = [*zip(packed, starts, strict=False)]
+    """A row's tokens of all views by role; `teacher_at` counts along the views' sequences, one after the other."""
+    views = [*zip(packed, starts, strict=True)]
     controls = {key: start + at for view, start in views for key, at in view.controls.items()}
-    return [
+    placed = [
         t._replace(teacher_at=start + t.teacher_at, control_at=controls.get((t.role, t.position), 0))
         for view, start in views
         for t in view.tokens
     ]
+    return sorted(placed, key=lambda t: t.role)
 
 
 def _pack_row(
@@ -383,4 +427,6 @@ def _pack_row(
                 clip = token_clip(role, j, scored)
                 tokens.append(_Token(r, student_at, teacher_at, j, rollout.ids[j], logp, clip))
         length += n
+    if not tokens and not controls and view != ORIGINAL:
+        return _Packed()  # images that nobody reads are not encoded
     return _Packed(TokenSequence(*(np.concatenate(x, -1) for x in zip(*parts, strict=True))), tokens, controls)

@@ -44,10 +44,12 @@ class Branches(flax.struct.PyTreeNode):
       segment_ids: int32 [B, T]; 1 the prefix, 2.. the branches, 0 padding.
       most: no row has more branches, and each row is its prefix, its branches in ascending order, then padding. None:
         neither is known, the mask may be any, and only XLA computes it.
+      has_gaps: whether padding may stand in front of a branch, as layers that carry a state need it.
     """
 
     segment_ids: Int[AnyArray, "B T"]
     most: int | None = flax.struct.field(pytree_node=False, default=None)
+    has_gaps: bool = flax.struct.field(pytree_node=False, default=True)
 
     def of(self, at: Int[Array, "t"], slots: int) -> Bool[Array, "B t {slots}"]:
         """The mask's rows `at`: queries by number, the last one again for numbers beyond it."""

@@ -24,15 +24,16 @@ def branch_by_branch(
     """Attention of packed rows, each branch in its turn as the causal sequence [prefix | branch].
 
     A branch may be as long as the row allows, so these sequences have T slots, of which a kernel computes those in use.
-    The first one stands in the packed row already; a later branch is moved up to the prefix for its own attention, and
-    its outputs are moved back. So there are as many kernels as branches, and never more than one copy of q, k and v.
+    Without gaps the first one stands in the packed row already; every other branch is moved up to the prefix for its
+    own attention, and its outputs are moved back. So there are as many kernels as branches, with gaps one more for
+    the prefix, and never more than one copy of q, k and v.
     """
     ids = jnp.asarray(mask.segment_ids)
     prefix = jnp.sum(ids == 1, -1, keepdims=True)  # [B, 1]
-    first = jnp.sum(ids == 2, -1, keepdims=True)
-    out = attend(q, k, v, Causal((prefix + first)[:, 0]))
+    in_place = prefix if mask.has_gaps else prefix + jnp.sum(ids == 2, -1, keepdims=True)
+    out = attend(q, k, v, Causal(in_place[:, 0]))
     slot = jnp.arange(ids.shape[1])
-    for segment in range(3, 2 + (mask.most or 0)):
+    for segment in range(2 if mask.has_gaps else 3, 2 + (mask.most or 0)):
         own = ids == segment
         length = jnp.sum(own, -1, keepdims=True)
         shift = jnp.where(length > 0, jnp.argmax(own, -1, keepdims=True) - prefix, 0)

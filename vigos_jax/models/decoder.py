@@ -1,4 +1,8 @@
-"""The attention layer of all families: M-RoPE, grouped heads, SwiGLU, a cache, and DeepStack's visual features."""
+"""The decoder layer with softmax attention, which all families use; its scanned stack; and its form for decoding.
+
+The layer has rotary positions, grouped-query attention, an optional KV cache, SwiGLU, and DeepStack's visual features.
+Qwen3.5's other kind of layer is in `hybrid`.
+"""
 
 import dataclasses
 import functools
@@ -36,15 +40,15 @@ class LayerInputs(flax.struct.PyTreeNode):
     """What every layer reads beside the hidden states.
 
     Attributes:
-      angles: rotary angles.
-      mask: which token attends to which; `Cached` for one token a row behind a cache.
-      image_index: which visual token stands here, -1 for text.
-      deepstack: visual features that are added behind layers 0 .. n-1; None where there are none.
-      segment_ids: see `TextInputs`; for layers whose state flows along the sequence.
-      keep: static, whether layers return what decoding will need of these tokens.
+      angles: rotary angles, A = half of the dimensions of a head that rotate; for Qwen3.5 only a part of them do.
+      mask: which token attends to which; `Cached` when decoding one token per row against a cache.
+      image_index: index of the visual token at this position, -1 for text.
+      deepstack: visual features added to the output of layers 0 .. n-1; None for models without DeepStack.
+      segment_ids: see `TextInputs`; read by layers that carry a state along the sequence.
+      keep: static; whether layers return what decoding will need, their keys and values or their state.
     """
 
-    angles: Float[Array, "B T H//2"]
+    angles: Float[Array, "B T A"]
     mask: Bool[Array, "B T T"] | Described | Cached
     image_index: Int[Array, "B T"]
     deepstack: Float[Array, "n B M D"] | None
@@ -59,7 +63,14 @@ def pick_visual(features: Float[Array, "B M D"], image_index: Int[Array, "B T"])
 
 
 class DecoderLayer(nn.Module):
-    """One pre-norm decoder layer."""
+    """One pre-norm decoder layer.
+
+    Attributes:
+      config: dimensions.
+      lora: which projections carry adapters; None for none.
+      attention: name of the attention implementation, from `attention.choose`; unused with a cache.
+      mesh: the mesh that states and heads are split over; None for one device.
+    """
 
     config: ModelConfig
     lora: LoraSpec | None
@@ -78,12 +89,13 @@ class DecoderLayer(nn.Module):
         """Runs one layer.
 
         Args:
-          layer: its number.
-          cached: under a `Cached` mask the keys and values of earlier tokens; the token's own are written there.
+          layer: the layer's number, counted from 0; it selects the DeepStack features.
+          deterministic: false applies the adapters' dropout, which needs a "dropout" rng.
+          cached: keys and values of earlier tokens, given if and only if `inputs.mask` is `Cached`; T is then 1.
 
         Returns:
-          The states behind the layer, and the cache with the new token, or the tokens' keys and values if
-          `inputs.keep`.
+          The layer's output, and keys and values: with a cache, the cache with the new token written into it;
+          otherwise those of all tokens if `inputs.keep`, else None.
         """
         c, names = self.config, self.lora.language if self.lora else frozenset()
         b, t, _ = x.shape
@@ -137,37 +149,55 @@ class DecoderLayer(nn.Module):
 def decoder_layers(
     config: ModelConfig, *, lora: LoraSpec | None, attention: str, mesh: Mesh | None, remat: str
 ) -> nn.Module:
-    """All layers, scanned: `(x, layer numbers, LayerInputs, deterministic)` to `x, what each keeps, stacked`."""
-    layer = rematerialised(DecoderLayer, remat, config.num_layers, static=(4,))
+    """The stack of all layers as a scan over parameters [L, ...].
+
+    Args:
+      attention: see `DecoderLayer`.
+      remat: see `VisionLanguageModel`.
+
+    Returns:
+      A module of (x [B, T, D], layer numbers [L], `LayerInputs`, deterministic) to x and what the layers keep, stacked
+      [L, ...]; None if `LayerInputs.keep` is false.
+    """
+    layer = rematerialised(DecoderLayer, remat, config.num_layers, static=(4,))  # 4: `deterministic`, a Python bool
     return scanned(layer, config.num_layers, shared=2)(config, lora, attention, mesh)
 
 
 def decode_layer(config: ModelConfig, *, lora: LoraSpec | None, attention: str, mesh: Mesh | None, layer: int) -> Any:
-    """One layer by itself, as decoding applies it: with a cache, and with adapters from `join_adapters`."""
+    """One unscanned layer for decoding: with a cache, and with adapters from `join_adapters`.
+
+    `layer` is unused, as all layers are alike here; `hybrid.hybrid_decode_layer`, of the same signature, needs it.
+    """
     return DecoderLayer(config, decode_lora(lora), attention, mesh, parent=None)
 
 
 def decode_lora(lora: LoraSpec | None) -> LoraSpec | None:
-    """The spec of adapters from `join_adapters`, whose A are scaled already."""
+    """`lora` for adapters from `join_adapters`: scale 1, as A is already scaled, and no dropout; None stays None."""
     return dataclasses.replace(lora, scale=1.0, dropout=0.0) if lora is not None else None
 
 
 def layer_of(stacked: Any, layer: int, config: ModelConfig) -> Any:
-    """One layer's part of parameters, adapters or kept states, which are stacked [L, ...]."""
+    """Slices one layer out of stacked parameters, adapters or kept states [L, ...].
+
+    `config` is unused here; `hybrid.hybrid_layer_of`, of the same signature, needs it.
+    """
     return jax.tree.map(lambda x: x[layer], stacked)
 
 
 def join_adapters(lora: Mapping[str, Any], *, scale: float, dtype: Any) -> dict[str, Any]:
-    """The decoder's adapters as decoding reads them: cast once, scaled, and joined where they read the same states.
+    """The decoder's adapters in the form that decoding reads: cast to `dtype`, scaled, and joined by input.
+
+    Each group of n adapted projections that read the same states (a row of `layers.JOINED`) gets a single A. A token
+    then needs one product `x A` per group, and the products with B share that input, so that a compiler can merge them.
 
     Args:
-      lora: the stacked `layers` of a lora collection.
-      scale: of `LoraSpec`.
+      lora: the stacked adapters of the decoder, `lora["layers"]`: A is [L, D, r], B is [L, r, F], with one rank r.
+      scale: `LoraSpec.scale`, multiplied into A.
 
     Returns:
-      The same tree with A already scaled. Of projections that read the same states A is one array [L, D, n r], the
-      leaf `joined` beside them, in the order of `layers.JOINED`; their B is [L, n r, F], zero but
-      for the projection's own r rows. So all of them multiply the same low-rank states, and a compiler joins them.
+      A tree like `lora`, except that a group's A are concatenated, in the order of `layers.JOINED`, into one leaf
+      `joined` [L, D, n r] beside the projections, which keep B alone: [L, n r, F], zero outside the projection's own
+      r rows. All other projections keep A and B. In a hybrid decoder, L counts `ModelConfig.groups`.
     """
     out: dict[str, Any] = {}
     for name, node in lora.items():

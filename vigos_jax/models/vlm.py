@@ -101,7 +101,7 @@ class VisionLanguageModel(nn.Module):
             first, *others = jnp.split(image_embeds.astype(self.dtype), 1 + len(c.vision.deepstack_blocks), axis=-1)
             x = jnp.where(text.image_index[:, :, None] >= 0, pick_visual(first, text.image_index), x)
             deepstack = jnp.stack(others) if others else None  # [n, B, M, D]
-        mask = text_mask(text) if mask is None else mask
+        mask = text_mask(text, has_gaps=c.chunk > 1) if mask is None else mask
         return x, LayerInputs(self._angles(text), mask, text.image_index, deepstack, text.segment_ids, keep=keep)
 
     def decode(
@@ -159,11 +159,15 @@ class VisionLanguageModel(nn.Module):
         return self.logits(hidden)
 
 
-def text_mask(text: TextInputs) -> Causal | Branches:
-    """Which token attends to which in rows of a prefix and branches; in plain sequences, what comes before it."""
+def text_mask(text: TextInputs, *, has_gaps: bool) -> Causal | Branches:
+    """Which token attends to which in rows of a prefix and branches; in plain sequences, what comes before it.
+
+    Args:
+      has_gaps: see `Branches`.
+    """
     if text.branches == 0:
         return Causal(jnp.sum(text.segment_ids > 0, -1))
-    return Branches(text.segment_ids, most=text.branches)
+    return Branches(text.segment_ids, most=text.branches, has_gaps=has_gaps)
 
 
 def abstract_variables(model: VisionLanguageModel) -> dict[str, Any]:

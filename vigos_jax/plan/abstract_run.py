@@ -64,10 +64,7 @@ def sizes_of(config, model: ModelConfig, roles: tuple[TeacherRole, ...]) -> Size
     buckets = buckets_of(config)
     v = model.vision
 
-    def slots(patches: int) -> int:
-        return math.ceil(buckets.fit("patches", patches) / v.window_patches) * v.window_patches
-
-    patches = slots(p.patches)
+    patches = math.ceil(buckets.fit("patches", p.patches) / v.window_patches) * v.window_patches
     visual = p.patches // v.merge_unit
     if p.prompt < visual:
         raise InputError(
@@ -82,20 +79,22 @@ def sizes_of(config, model: ModelConfig, roles: tuple[TeacherRole, ...]) -> Size
 
     def teachers(view: ImageView) -> tuple[ImageView, int, int]:
         seen = p.patches if view.kind != "none" else 0
-        if view.pixels:
+        if view.pixels:  # of its tokens: its slots are those of the row's own images
             seen = min(seen, max(v.merge_unit, view.pixels // v.patch_size**2))
         branches = branches_per_rollout(view, roles)
         parts = (seen // v.merge_unit, *[branch] * (branches - 1))
         aligned = sum(math.ceil(n / model.chunk) * model.chunk for n in parts)
-        return view, slots(seen) if seen else 0, buckets.fit("sequence", aligned + branch)
+        return view, patches if seen else 0, buckets.fit("sequence", aligned + branch)
 
+    planned = [teachers(view) for view in views_of(roles)]
+    longest = max(tokens for *_, tokens in planned)  # as `pack_scores` has one length for all
     return Sizes(
         patches=patches,
         visual=patches // v.merge_unit,
         prompt=buckets.fit("prompt", p.prompt),
         completion=buckets.fit("completion", p.completion),
         student=buckets.fit("sequence", p.prompt + p.completion),
-        teachers=tuple(map(teachers, views_of(roles))),
+        teachers=tuple((view, used, longest) for view, used, _ in planned),
     )
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vigos_jax.data.examples import Encoder, Example, is_unicode
 from vigos_jax.data.images import read_image
-from vigos_jax.data.processor import EncodedImage, PixelLimits, Processor
+from vigos_jax.data.processor import PixelLimits, Processor
 from vigos_jax.data.sources import JsonlSource
 from vigos_jax.data.visuals import Outline, Visual, fitting, layouts
 from vigos_jax.grading.answer_text import last_boxed, mentions
@@ -113,25 +113,25 @@ class Reader:
         views = tuple(view for view in views_of(self.roles) if view.is_read)
         return Encoder(self.processor, self.max_images, self.fields, views, tuple(image_roots), **options)
 
-    def row(
-        self, example: Example, *, reference: str | None = None, images: tuple[EncodedImage, ...] | None = None
-    ) -> Row:
+    def row(self, example: Example, *, reference: str | None = None, images: Example | None = None) -> Row:
         """The example's row, a bad one if the example is.
 
         Args:
-          reference, images: instead of the example's own.
+          reference: instead of the example's own.
+          images: whose images are shown, to the student and to every role; None for the example's own.
         """
         if example.bad_reason is not None:
             return Row()
+        shown = example if images is None else images
         return make_row(
-            example.images if images is None else images,
+            shown.images,
             problem=example.problem,
             reference=example.reference if reference is None else reference,
             student=self.student,
             roles=self.roles,
             processor=self.processor,
             fields=example.fields,
-            views=example.views,
+            views=shown.views,
         )
 
     def too_long(
@@ -140,7 +140,7 @@ class Reader:
         *,
         max_completion: int,
         reference: str | None = None,
-        images: tuple[EncodedImage, ...] | None = None,
+        images: Example | None = None,
     ) -> str | None:
         """Why a row, given as to `row`, cannot fit the buckets, or None if it does with any such completion."""
         row = self.row(example, reference=reference, images=images)

@@ -1,7 +1,7 @@
-"""Rollouts by inference servers (vLLM, SGLang) behind the protocol of `engine`; docs/servers.md.
+"""`ServerEngine`: an `engine.Engine` that samples on inference servers (vLLM, SGLang); see docs/servers.md.
 
-Servers get token ids and images of their final size, and give token ids and log-probabilities. Each process asks for
-its own rows, at its own share of the servers.
+A request has token ids and images already resized for the model; a reply has token ids and log-probabilities. Each
+process sends requests for its own rows, to its own share of the servers.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ from vigos_jax.runtime.sharding import path_string
 from vigos_jax.session import Session
 
 Array = jax.Array
-_LEAST_MOVE = 0.05  # of a log-probability; bfloat16 alone moves it by less
+_LEAST_MOVE = 0.05  # nats of log-probability, assumed to exceed bfloat16 noise between equal requests (not measured)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,9 +48,10 @@ class Ticket:
     """A batch that servers are sampling.
 
     Attributes:
-      rows: numbers of the rows that were sent, among those that were prepared.
-      calls: their requests.
-      count: rows that were prepared.
+      student: what answers; it is not unloaded before `finish`.
+      rows: indices, into the prepared rows, of those that were sent: good rows only.
+      calls: one future per entry of `rows`; a single one that raises if the batch was refused.
+      count: the number of prepared rows, bad ones included.
     """
 
     student: Student
@@ -63,7 +64,11 @@ class ServerEngine:
     """An `Engine` whose completions come from the servers of `config.rollout`.
 
     Args:
-      workdir: of the run, for adapters; None where there is none.
+      workdir: the run's folder, where adapters are written unless `config.rollout.adapter_dir` names another; None
+        where there is none.
+
+    Raises:
+      EngineFailed: a server of this process is not well or does not serve the base model; raised in all processes.
     """
 
     def __init__(self, session: Session, sampling: Sampling, *, config: Any, workdir: pathlib.Path | None):
@@ -79,8 +84,8 @@ class ServerEngine:
         folder = r.adapter_dir or (workdir / files.ADAPTERS if workdir is not None else "")
         place = pathlib.Path(folder).expanduser().absolute() if folder else None
         self._adapters = Adapters(session, self._dialect, self._pool, folder=place, base=base)
-        self._has_vision = session.model.lora is not None and bool(session.model.lora.vision)
-        self._unproved: Any = None  # an adapter of the vision tower, of which nobody knows whether servers apply it
+        self._must_prove_vision = session.model.lora is not None and bool(session.model.lora.vision)
+        self._unproved: Any = None  # the latest adapter, until servers are shown to apply its vision-tower part
 
     def prepare(self, rows: Sequence[Row]) -> list[Prompt | str | None]:
         """What is sent for each row, why it cannot be sent, or None for a bad row."""
@@ -89,11 +94,22 @@ class ServerEngine:
     def sync(self, trained: Variables, *, step: int = 0) -> None:
         """Loads the student's adapter on the servers, under a new name."""
         self._adapters.publish(trained, step=step)
-        if self._has_vision and "lora" in trained:
+        if self._must_prove_vision and "lora" in trained:
             self._unproved = trained["lora"]
 
     def start(self, prepared: list[Prompt | str | None], keys: Array) -> Ticket:
-        """Sends a batch's requests, to be answered by the present student. Arguments as of `sample`."""
+        """Sends a batch's requests, to be answered by the current student, without waiting for the replies.
+
+        Args:
+          prepared: from `prepare`, for this process's rows.
+          keys: [B], one per row of the global batch.
+
+        Returns:
+          What `finish` takes. Where a row cannot be sent, nothing is, and `finish` raises why in all processes.
+
+        Raises:
+          EngineFailed: a server ignores adapters of the vision tower.
+        """
         if refused := [p for p in prepared if isinstance(p, str)]:
             prepared = [None] * len(prepared)  # nothing is sampled; `finish` tells all processes
         if self._unproved is not None:
@@ -115,7 +131,15 @@ class ServerEngine:
         return Ticket(student, rows, calls, len(prepared))
 
     def finish(self, ticket: Ticket) -> Sampled:
-        """The completions of a batch that was started; raises as `sample`."""
+        """Waits for the completions of a batch begun by `start`, in the order of its rows.
+
+        A row whose own request failed has an empty completion and its reason in `Completions.failed`.
+
+        Raises:
+          EngineFailed: in all processes: a row could not be sent, a reply breaks the rules of `check_answer`, or
+            (`ServersLost`) all of a process's rows failed or no server answers.
+          Stopped: a signal arrived.
+        """
         try:
             answers = together(lambda: self._answers(ticket))
         finally:
@@ -131,11 +155,11 @@ class ServerEngine:
         return Sampled(Completions(tuple(ids), tuple(logps), tuple(failed)), ticket.student.step)
 
     def sample(self, prepared: list[Prompt | str | None], keys: Array) -> Sampled:
-        """Completions of this process's rows; a row that failed alone says why."""
+        """The completions of this process's rows: `start`, then `finish`; arguments and errors are theirs."""
         return self.finish(self.start(prepared, keys))
 
     def stream(self, prepared: list[Prompt | str | None], keys: Array) -> Iterator[Completions]:
-        """The whole completions, once."""
+        """Yields the completions of `sample` once, complete: servers are not asked to stream."""
         yield self.sample(prepared, keys).completions
 
     def close(self) -> None:
@@ -152,7 +176,7 @@ class ServerEngine:
         return answers
 
     def _ask(self, server: Server, prompt: Prompt, seed: int, student: Student, sampling: Sampling) -> Answer | Failed:
-        """One row's request, and again after the adapter was loaded, where the server does not know it."""
+        """Sends one row's request. If the server lacks the adapter, loads it and sends the request once more."""
         d, ends = self._dialect, self._session.processor.eos_ids
         body = d.request(prompt, student.name, student.is_adapter, sampling, seed, ends)
         try:
@@ -160,7 +184,7 @@ class ServerEngine:
         except Rejected as e:
             if not student.is_adapter or not d.is_unknown(e.status, e.message):
                 raise
-            self._adapters.ensure(server, student)  # it was restarted
+            self._adapters.ensure(server, student)  # a restarted server has lost its adapters
             reply = server.ask("POST", d.generate, body)
         try:
             answer = d.read(reply)
@@ -170,9 +194,14 @@ class ServerEngine:
         return answer if reason is None else Failed(reason)
 
     def _prove_vision(self, prepared: Sequence[Prompt | str | None]) -> None:
-        """Shows once that every server applies adapters of the vision tower: some drop them and say nothing.
+        """Checks once that every server applies adapters of the vision tower, as some drop them silently.
 
-        An adapter of the tower alone, strong enough to blind it, must move the first token of a row with an image.
+        With an adapter that makes the tower's output useless, the first greedy token of a row with an image must
+        differ, or its log-probability must change by at least `_LEAST_MOVE`. The check waits for a batch in which
+        every process has a row with an image.
+
+        Raises:
+          EngineFailed: a server ignores the adapter.
         """
         prompt = next((p for p in prepared if isinstance(p, Prompt) and p.images), None)
         if not all(exchange(prompt is not None)):
@@ -192,7 +221,7 @@ class ServerEngine:
             together(compare)
         finally:
             self._adapters.remove(probe)
-        self._unproved, self._has_vision = None, False
+        self._unproved, self._must_prove_vision = None, False
 
     def _first_token(self, server: Server, prompt: Any, student: Student) -> Answer:
         greedy = Sampling(max_tokens=1, temperature=0.0)
@@ -226,7 +255,12 @@ class ServerEngine:
 
 
 def one_pad_each(ids: Sequence[int], counts: Sequence[int], *, pad: int) -> tuple[int, ...]:
-    """Ids with one pad token in place of each image's. counts: visual tokens of the images, in order."""
+    """Replaces the pads of each image, one per visual token, by a single pad: servers expand it again.
+
+    Args:
+      counts: visual tokens of each image, in order; their sum must be the number of pads in `ids`.
+      pad: the id of the image pad.
+    """
     out: list[int] = []
     left, i = iter(counts), 0
     while i < len(ids):
@@ -236,7 +270,7 @@ def one_pad_each(ids: Sequence[int], counts: Sequence[int], *, pad: int) -> tupl
 
 
 def vision_probe(lora: Any) -> Any:
-    """An adapter of the same shapes that changes the vision tower alone, and much."""
+    """`lora` with a large random B in the vision tower and B = 0 elsewhere, so that only the tower is changed."""
 
     def draw(path: tuple[Any, ...], x: Array) -> Array:
         name = path_string(path)
@@ -255,5 +289,5 @@ def row_seeds(keys: Array) -> np.ndarray:
 
 
 def share_of(servers: Sequence[Server], *, number: int, count: int) -> list[Server]:
-    """The servers that process `number` of `count` asks: all of them where there are fewer than processes."""
+    """The servers that process `number` uses: every `count`-th, or all if there are fewer servers than that."""
     return list(servers[number::count]) if len(servers) >= count else list(servers)

@@ -51,29 +51,33 @@ def _initial_state(config, session: Session, tx: Any) -> TrainState:
         step=jax.device_put(jnp.int32(0), replicated(session.mesh)),
         trained=session.trained,
         opt_state=jax.jit(tx.init, out_shardings=shardings)(session.trained),
-        # A copy: the step's donated state may not hold one buffer twice.
+        # Copied, because the state is donated to the train step, and a buffer can be donated only once.
         average=jax.tree.map(jnp.copy, session.trained) if follows else {},
     )
 
 
 def train(config, workdir: pathlib.Path, *, open_engine: EngineFactory | None = None) -> int:
-    """Runs `config.steps` optimizer steps in `workdir`, going on from its newest checkpoint if there is one.
+    """Runs `config.steps` optimizer steps in `workdir`, resuming from its newest checkpoint if there is one.
 
-    A run that has taken them may go on to more, where their learning rates are those of the longer run.
+    A run can be extended by raising `config.steps`, if the longer schedule gives the steps already taken the same
+    learning rates.
 
-    Writes config.json, metrics.jsonl, report.jsonl and report.html, checkpoints/, with `config.eval_every` eval.jsonl
-    and eval/, at the end export/ and, on the demo, results.json. With several processes all call it, on the same
-    workdir: the first writes, all write the checkpoints.
+    Writes config.json, metrics.jsonl, report.jsonl, report.html and checkpoints/; with `config.eval_every` also
+    eval.jsonl and eval/; at the end, with `config.export.after_training`, export/, and on the demo results.json.
+    docs/files.md lists the rest. With several processes all call it with the same, shared workdir: the first writes
+    the files, but every process writes its part of each checkpoint and its own file in nonfinite/.
 
     Args:
-      open_engine: makes what samples, for rollouts and evaluations alike; None for the engines that the config names.
+      open_engine: builds the engine of both rollouts and evaluations; None for the engines that the config names.
 
     Returns:
-      How many rows of all its batches were unusable, and questions of its evaluations.
+      The number of rows of the whole run, from before a resume too, that were bad or could not be sampled, plus the
+      number of evaluation questions that could not be asked.
 
     Raises:
-      Stopped: a signal came, and everything that was done is saved.
-      InputError: bad config or data, or a run that is not well (`config.guards`), which is saved too.
+      Stopped: a signal arrived. All completed steps are saved.
+      InputError: the config or the data is bad. Or a guard (`config.guards`) or the engine ended the run: then all
+        completed steps are saved.
     """
     open_rollout = open_engine or engine_of(config, workdir)
     open_evaluation = open_engine or engine_of(config, workdir, for_evaluation=True)
@@ -101,7 +105,7 @@ def train(config, workdir: pathlib.Path, *, open_engine: EngineFactory | None = 
             while run.number < config.steps and run.ending is None:
                 run.step()
                 run.keep(interrupt)
-        if run.ending is not None:  # only now: the last checkpoint is whole
+        if run.ending is not None:  # raised only here, as leaving the `with` block waits for the last checkpoint
             raise run.ending
         trained = run.state.trained
         with interrupt.at_once():
@@ -117,13 +121,16 @@ def train(config, workdir: pathlib.Path, *, open_engine: EngineFactory | None = 
 
 
 class Run:
-    """A run of `config.steps` optimizer steps. A context manager: leaving it, on whatever way, closes all it holds.
+    """A run of `config.steps` optimizer steps.
+
+    A context manager: enter it, call `resume` once, then alternate `step` and `keep`. Leaving it, normally or by an
+    exception, closes the engine, the log, the data workers and the checkpoints.
 
     Attributes:
       number: optimizer steps taken so far.
-      state: after those steps.
-      ending: why no further step may be taken, None while there may: Stopped for a signal, InputError for a run that
-        is not well. Both are saved.
+      state: the train state after those steps; it exists once `resume` has been called.
+      ending: why the run must stop, or None while it may go on: Stopped for a signal, InputError for a guard or an
+        engine that failed. All completed steps are saved when it is set.
     """
 
     def __init__(
@@ -142,9 +149,9 @@ class Run:
         self._tx, self._learning_rate = make_optimizer(config.optimizer, steps=config.steps)
         self._dropout_key = jax.random.fold_in(jax.random.key(config.seed), 2)
         self._one_tower = shares_vision(session.trained)
-        self._sick = workdir / files.SKIPPED
+        self._nonfinite_folder = workdir / files.SKIPPED
         self._shown = ("loss", *(f"{r.name}/loss" for r in session.roles), "valid_rate", "accuracy")
-        self._lost = ""  # why the engine cannot sample
+        self._engine_error = ""  # why sampling failed in the last `step`
         self.number = 0
         self.ending: Stopped | InputError | None = None
 
@@ -160,7 +167,18 @@ class Run:
         return self._bad_rows.bad + self._failed_rows.bad
 
     def resume(self, interrupt: Interrupt) -> None:
-        """Goes to the newest checkpoint, or to the start, and makes everything ready for the steps that are left."""
+        """Restores the newest checkpoint, if there is one, and prepares the remaining steps.
+
+        It also takes the evaluation and the snapshot that are due at the restored step, unless an earlier run has
+        taken them, and in a run with a quantised base measures, once, what quantisation costs.
+
+        Args:
+          interrupt: lets a signal stop the evaluation and the snapshot at once.
+
+        Raises:
+          InputError: the checkpoint is of other data, all checkpoints are broken, or the engine failed.
+          Stopped: a signal arrived during the evaluation or the snapshot.
+        """
         config, session = self._config, self._session
         self._checkpoints = self._closes.enter_context(Checkpoints(self._workdir, keep=config.keep_checkpoints))
         self.state = _initial_state(config, session, self._tx)
@@ -181,7 +199,8 @@ class Run:
         self._closes.callback(self._engine.close)
         self._snapshots = Snapshots(config, session, self._source, self._engine, self._workdir)
         with interrupt.at_once():
-            self._evaluations.at(self.number, self.state.trained)  # the step may have been saved, but not evaluated
+            # The earlier run may have been stopped after it saved this step and before it evaluated it.
+            self._evaluations.at(self.number, self.state.trained)
             self._snapshots.at(self.number, self.state)
         if self.number == config.steps:
             return
@@ -197,9 +216,14 @@ class Run:
             first_decides(lambda: write_json(record, cost))
 
     def step(self) -> None:
-        """One optimizer step: rollout, parse, pack, update; its row of metrics.jsonl.
+        """Takes one optimizer step (rollout, parse, pack, update) and writes its row of metrics.jsonl.
 
-        Where the engine cannot sample, or a signal ends its work, nothing has happened: `keep` saves and ends the run.
+        If the engine fails or a signal interrupts sampling, it returns before the update: `number` and `state` are
+        unchanged, and the next `keep` saves and ends the run.
+
+        Raises:
+          InputError: too many rows of the data are bad.
+          ValueError: the run has already taken `config.steps` steps.
         """
         config, session = self._config, self._session
         if self.number >= config.steps:
@@ -209,7 +233,7 @@ class Run:
         try:
             batch, sampled = self._rollouts.take(self.state.trained, step=self.number)
         except EngineFailed as e:
-            self._lost = str(e)
+            self._engine_error = str(e)
             return
         except Stopped:
             return
@@ -224,7 +248,7 @@ class Run:
 
         key = jax.random.fold_in(self._dropout_key, self.number)
         self.state, values = self._train_step(self.state, session.base, micro_batches, key)
-        # The devices are at work: time to grade what was sampled, and to read and pack what comes next.
+        # The train step runs asynchronously: grade the rollouts and read the next batch meanwhile.
         counts = self._batches.total(rollout_counts(session, batch.examples, rollouts))
         self.number += 1
         self._rollouts.read()
@@ -232,7 +256,13 @@ class Run:
         self._record(batch, rollouts, counts, values | {"rollout_staleness": self.number - 1 - sampled.step})
 
     def _count(self, batch: Batch, sampled: Completions) -> None:
-        """Counts the rows that cannot be used, and those that could not be sampled; InputError for too many."""
+        """Adds a batch to the counts of bad rows and of rows that could not be sampled.
+
+        Too many failed rows end the run later, in `keep`, which saves it first.
+
+        Raises:
+          InputError: too many rows are bad (see `BadRows.check`). Nothing is saved first.
+        """
         size, fraction = self._config.batch_size, self._config.data.max_bad_fraction
         self._bad_rows.update(size, batch.bad_rows, batch.bad_examples)
         self._bad_rows.check(fraction)
@@ -245,25 +275,34 @@ class Run:
         self, batch: Batch, rollouts: list[Rollout | None], counts: dict[str, int], values: dict[str, float]
     ) -> None:
         """Writes the row of the step just taken, and what went wrong in it."""
+        # A skipped step leaves the optimizer's own count as it was, so the schedule lags by the skipped steps.
         rate: Any = self._learning_rate(self.number - 1 - self._health.skipped)
         learning_rate = float(rate)
         row = {"step": self.number, "learning_rate": learning_rate} | values
         row |= rollout_metrics(counts) | {"bad_rows": self._bad_rows.bad, "rollout_failed": self._failed_rows.bad}
         self._health.update(row)
         row |= {"skipped_steps": self._health.skipped, "alerts": len(self._health.alerts)}
-        row |= {"seconds/data": batch.seconds}  # during the last step's update, but for the first
+        row |= {"seconds/data": batch.seconds}  # overlaps an earlier step's update, except in the first step
         self._log.write(row, tokens=counts.get("tokens", 0), shown=self._shown)
         if row["skipped"]:
-            write_nonfinite(self._sick, row, records(self._session, batch.examples, rollouts))
+            write_nonfinite(self._nonfinite_folder, row, records(self._session, batch.examples, rollouts))
         for text in self._health.news:
             say(f"warning: {text}")
 
     def keep(self, interrupt: Interrupt) -> None:
-        """After a step: a checkpoint, an evaluation, a snapshot, where their turn has come; whether to go on."""
+        """Does what is due after a step: checkpoint, snapshot, evaluation. Sets `ending` if the run must stop.
+
+        All processes must call it after the same step, since they exchange pending signals here. A run that must stop
+        is saved, but takes neither a snapshot nor an evaluation.
+
+        Raises:
+          InputError: the checkpoint cannot be written, or another process has failed.
+          Stopped: a signal arrived during the evaluation, before which the step was saved.
+        """
         config, number = self._config, self.number
-        # Every process learns here of a signal that any of them received, and of one that has failed.
+        # A signal to any process must stop all of them after the same step. `exchange` raises if a process has failed.
         signals = sorted(filter(None, exchange(interrupt.asked)))
-        unwell = self._lost or self._failing() or self._health.reason_to_stop(self._sick)
+        unwell = self._engine_error or self._failing() or self._health.reason_to_stop(self._nonfinite_folder)
         is_last = bool(signals or unwell) or number == config.steps
         if is_last or number % config.checkpoint_every == 0 or self._evaluations.due(number):
             self._save()
@@ -271,8 +310,8 @@ class Run:
             if is_last and rows.bad:
                 say(rows.summary())
         saved = f"saved at step {number} of {config.steps}"
-        if self._lost:
-            self.ending = InputError(f"{self._lost}; {saved}; the same command goes on")
+        if self._engine_error:
+            self.ending = InputError(f"{self._engine_error}; {saved}; the same command goes on")
         elif unwell:
             self.ending = InputError(f"{unwell}; {saved}")
         elif signals:
@@ -280,7 +319,7 @@ class Run:
         if self.ending is not None:
             return
         try:
-            self._snapshots.at(number, self.state)  # about as long as a step, so that a signal can wait for it
+            self._snapshots.at(number, self.state)  # takes about as long as a step, so signals wait until it is done
             if self._evaluations.due(number):
                 with interrupt.at_once():
                     self._evaluations.at(number, self.state.trained)
@@ -300,7 +339,7 @@ class Run:
         self._saved = self.number
 
     def _failing(self) -> str:
-        """Why the servers are too bad to go on with: more rows failed than may be bad; "" for none."""
+        """Why too many rows could not be sampled (above `config.data.max_bad_fraction`); "" if few enough could not."""
         try:
             self._failed_rows.check(self._config.data.max_bad_fraction)
         except InputError as e:

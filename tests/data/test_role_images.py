@@ -10,7 +10,7 @@ from tiny_rows import config, encode, picture_bytes, write_jsonl
 from vigos_jax.data.examples import Encoder
 from vigos_jax.data.images import BadImage
 from vigos_jax.data.processor import AS_THE_FOLDER, PixelLimits, Processor
-from vigos_jax.data.sources import load_source
+from vigos_jax.data.sources import VIEW_COLUMNS, load_source
 from vigos_jax.data.views import ImageView, box_of
 from vigos_jax.errors import InputError
 
@@ -27,8 +27,10 @@ def noise(seed=0, size=SIZE):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
 
 
-def row(**columns):
-    return {"id": "r", "problem": "Q?", "answer": "a", "images": [noise()]} | columns
+def row(*, images=None, id="r", **columns):
+    """As a source gives it."""
+    own = {"id": id, "problem": "Q?", "answer": "a", "images": [noise()] if images is None else images}
+    return own | {VIEW_COLUMNS: columns}
 
 
 def seen(view, processor, **columns):
@@ -51,6 +53,7 @@ BOXES = {
     "numpy": np.array([10, 20, 70, 80]),
     "a literal": "[10, 20, 70, 80]",
     "several": [[10, 50, 30, 80], [40, 20, 70, 60]],
+    "a literal of a tuple": "(10, 20, 70, 80)",
     "a literal of several": "[[10, 50, 30, 80], [40, 20, 70, 60]]",
     "numpy of several": np.array([[10, 50, 30, 80], [40, 20, 70, 60]]),
 }
@@ -67,7 +70,15 @@ def test_a_mask_marks_a_box(processor):
     mask = Image.new("L", SIZE)
     mask.paste(1, (10, 20, 40, 60))
     mask.paste(255, (50, 70, 70, 80))
-    for value in (mask, mask.point(lambda x: 255 * (x > 0)).convert("1"), mask.convert("RGB")):
+    palette = mask.copy()
+    palette = Image.fromarray(np.array(mask)).convert("P")
+    palette.putpalette([0, 0, 0] + [1, 0, 0] * 255)
+    labels = np.zeros((SIZE[1], SIZE[0]), np.uint16)
+    labels[20:60, 10:40], labels[70:80, 50:70] = 1, 1000
+    clear = Image.merge("LA", (Image.new("L", SIZE, 255), mask.point(lambda x: 255 * (x > 0))))
+    values = [mask, mask.point(lambda x: 255 * (x > 0)).convert("1"), mask.convert("RGB"), palette, clear]
+    values += [clear.convert("RGBA"), Image.fromarray(labels), Image.fromarray(labels.astype(np.int32)), [mask]]
+    for value in values:
         assert same(seen(CROP, processor, box=value), noise().crop(WHOLE), processor=processor)
 
 
@@ -85,7 +96,7 @@ def test_a_margin_stays_within_the_image(processor, box, margin, want):
     assert same(got, noise().crop(want), processor=processor)
 
 
-@pytest.mark.parametrize("box", [[0, 0, 1, 1], [119, 89, 120, 90], [60, 45, 61, 46], [0, 40, 120, 41]])
+@pytest.mark.parametrize("box", [[0, 0, 2, 2], [119, 89, 120, 90], [60, 45, 61, 46], [0, 40, 120, 41]])
 def test_a_small_box_is_made_as_large_as_a_visual_token(processor, box, monkeypatch):
     cut, real = [], Image.Image.crop
     monkeypatch.setattr(Image.Image, "crop", lambda self, at: cut.append(at) or real(self, at))
@@ -115,6 +126,12 @@ def test_a_small_box_is_made_as_large_as_a_visual_token(processor, box, monkeypa
         ([30, 10, 20, 20], "bad_box", "x1 < x2"),
         ([20, 10, 20, 20], "bad_box", "x1 < x2"),
         ([10, 10, 20, 91], "bad_box", "120 x 90"),
+        ([10, 10, 10.4, 20], "bad_box", "in pixels"),
+        ([0.1, 0.2, 0.5, 0.6], "bad_box", "shares of the image and other scales are not read"),
+        ([0, 0, 1, 1], "bad_box", "shares of the image"),
+        ("[0.1, 0.2, 0.5, 0.6]", "bad_box", "shares of the image"),
+        ([1, 2, 10**400, 4], "bad_box", "not four numbers"),
+        ("[]", "no_box", "box is empty"),
         ({"x1": 1}, "bad_mask", "box: image_missing"),
         (7, "bad_mask", "box: bad_image_type"),
         ("nowhere.png", "bad_mask", "box: image_"),
@@ -243,3 +260,61 @@ def test_columns_are_read_from_files(processor, tmp_path):
         InputError, match=r"a\.jsonl lacks bbox; it has the columns problem, answer, images, box, marked"
     ):
         load_source(config(tmp_path / "a.jsonl"), columns=("bbox",))
+
+
+def test_the_student_never_sees_the_column_of_a_role(processor, tmp_path):
+    """However it is called: neither found for the row's own images nor overwritten by them."""
+    for i in range(3):
+        noise(i).save(tmp_path / f"{i}.png")
+    fixed, view = {"problem": "Q?", "answer": "a"}, ImageView("other", "img")
+
+    def read(line, view, **columns):
+        data = config(write_jsonl(tmp_path / "a.jsonl", [line, line]), max_images=2)
+        data.columns.update(columns)
+        source = load_source(data, columns=(view.column,))
+        example = Encoder(processor, 2, views=(view,))(source, 0)
+        return example.bad_reason or (example.images, example.views[view])
+
+    def check(seen, own, other):
+        assert same(seen[0], noise(own), processor=processor) and same(seen[1], noise(other), processor=processor)
+
+    check(read(fixed | {"image": "0.png", "img": "1.png"}, view), 0, 1)
+    assert read(fixed | {"image": "", "img": "1.png"}, view) == "no_image"
+    numbered = ImageView("other", "image_2")
+    check(read(fixed | {"image_1": "0.png", "image_2": "1.png"}, numbered), 0, 1)
+    mapped = ImageView("other", "image")
+    check(read(fixed | {"photo": "0.png", "image": "1.png"}, mapped, images="photo"), 0, 1)
+    assert read(fixed | {"photo": None, "image": "1.png"}, mapped, images="photo") == "no_image"
+    own_name = ImageView("other", "images")
+    check(read(fixed | {"image": "0.png", "images": "1.png"}, own_name, images="image"), 0, 1)
+    check(read(fixed | {"image": "0.png", "seen": {"close": "2.png"}}, ImageView("other", "seen.close")), 0, 2)
+
+
+def test_the_students_image_is_made_smaller_last(processor):
+    view, large = ImageView("other", "large"), row(images=[noise(0, (200, 200))], large=noise(1, (400, 400)))
+    tokens = lambda images: sum(int(np.prod(i.grid)) for i in images) // 4  # noqa: E731
+    own = tokens(encode(large, processor).images)
+    for room, is_whole in ((own + 8, True), (own - 1, False)):
+        reason = lambda e, room=room: "x_too_long" if tokens(e.images) + tokens(e.views[view]) > room else None  # noqa: E731
+        example = encode(large, processor, views=(view,), too_long=reason)
+        assert example.shrunk and (tokens(example.images) == own) == is_whole and example.bad_reason is None
+
+
+def test_boxes_of_float_arrays_are_read(processor, tmp_path):
+    features = datasets.Features(
+        {
+            "problem": datasets.Value("string"),
+            "answer": datasets.Value("string"),
+            "images": datasets.List(datasets.Image()),
+            "box": datasets.Array2D((1, 4), "float32"),
+            "flat": datasets.List(datasets.Value("float32")),
+        }
+    )
+    line = {"problem": "Q?", "answer": "a", "images": [noise()], "box": [[10, 20, 70, 80]], "flat": [10, 20, 70, 80]}
+    path = tmp_path / "a.parquet"
+    datasets.Dataset.from_dict({k: [v] for k, v in line.items()}, features=features).to_parquet(path)
+    for column in ("box", "flat"):
+        view = ImageView("crop", column)
+        example = Encoder(processor, 1, views=(view,))(load_source(config(path), columns=(column,)), 0)
+        assert example.bad_reason is None, example.complaint
+        assert same(example.views[view], noise().crop(WHOLE), processor=processor)

@@ -12,7 +12,7 @@ from tiny import BAD, IMAGE, TURN, VISION_END, VISION_START, invalid, valid
 
 from vigos_jax.data.processor import Turn
 from vigos_jax.data.views import ORIGINAL, ImageView
-from vigos_jax.method.packing import Row, pack_scores, too_long
+from vigos_jax.method.packing import Row, pack_scores, scored_positions, too_long
 from vigos_jax.method.roles import TeacherRole
 
 NONE, BLANK, CROP = ImageView("none"), ImageView("blank"), ImageView("crop", "box", 0.5)
@@ -147,8 +147,17 @@ def test_each_view_is_one_sequence_with_each_image_once():
     batch = pack(mix())
     assert len(batch.views) == 3, "crop (two roles), none, blank"
     slots = [None if view.vision is None else int((view.vision.image_ids > 0).sum()) for view in batch.views]
-    of = lambda view: sum(len(i.patches) for row, _ in mix() if row.student for i in row.images_of(view))  # noqa: E731
-    assert slots == [of(CROP), None, of(BLANK)]
+
+    def of(view):
+        """Of rows of which a role with this view scores something."""
+        read = [row for row, rollout in mix() if row.student and scores_any(view, rollout)]
+        return sum(len(image.patches) for row in read for image in row.images_of(view))
+
+    def scores_any(view, rollout):
+        return any(scored_positions(role, rollout) for role in ROLES if role.view == view)
+
+    assert slots == [of(CROP), None, of(BLANK)] and not scores_any(BLANK, mix()[1][1])
+    assert batch.teacher.ids.shape == batch.views[0].text.ids.shape, "one length for all"
     crop = batch.views[0].text
     assert crop.branches == 1, "perception for valid rollouts, reference for invalid ones"
     assert batch.views[1].text.branches == 1 and batch.teacher.branches == 1
