@@ -14,7 +14,7 @@ from benchmarks.harness import Result, race_of
 from configs import base
 from tests.vllm_server import server as vllm
 from vigos_jax import session
-from vigos_jax.method.packing import Row
+from vigos_jax.method.rows import Row
 from vigos_jax.models.families import tensor_table
 from vigos_jax.rollouts.engines import engine_of
 from vigos_jax.rollouts.sampler import row_keys

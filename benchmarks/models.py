@@ -12,8 +12,9 @@ import numpy as np
 from vigos_jax.data.processor import EncodedImage, Turn
 from vigos_jax.method.batch import ScoreBatch
 from vigos_jax.method.losses import ObjectiveConfig, loss_weights, normalizer_terms, weighted_loss
-from vigos_jax.method.packing import Buckets, Rollout, Row
+from vigos_jax.method.packing import Buckets
 from vigos_jax.method.roles import TeacherRole
+from vigos_jax.method.rows import Rollout, Row
 from vigos_jax.method.scoring import supervised_states
 from vigos_jax.method.spans import Spans
 from vigos_jax.models.attention import choose

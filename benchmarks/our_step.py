@@ -10,8 +10,9 @@ import optax
 from benchmarks import models
 from benchmarks.distillation_task import LEARNING_RATE, MAX_GRAD_NORM, Task
 from vigos_jax.method.losses import ObjectiveConfig
-from vigos_jax.method.packing import Rollout, Row, pack_prompts, pack_scores
+from vigos_jax.method.packing import pack_prompts, pack_scores
 from vigos_jax.method.roles import TeacherRole
+from vigos_jax.method.rows import Rollout, Row
 from vigos_jax.method.spans import Spans
 from vigos_jax.models.variables import student_variables
 from vigos_jax.rollouts.sampler import Sampler, row_keys

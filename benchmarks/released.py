@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from vigos_jax.method.batch import ScoreBatch
-from vigos_jax.method.packing import Buckets, Rollout, Row, pack_scores
+from vigos_jax.method.packing import Buckets, pack_scores
+from vigos_jax.method.rows import Rollout, Row
 from vigos_jax.models.variables import student_variables, teacher_variables
 from vigos_jax.models.vlm import VisionLanguageModel
 

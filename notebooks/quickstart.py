@@ -52,7 +52,8 @@ from IPython.display import HTML, display
 from configs import base
 from vigos_jax.config import validate
 from vigos_jax.demo import world
-from vigos_jax.method.packing import Rollout, make_row, pack_prompts
+from vigos_jax.method.packing import pack_prompts
+from vigos_jax.method.rows import Rollout, make_row
 from vigos_jax.method.scoring import score_batch
 from vigos_jax.method.spans import find_spans
 from vigos_jax.models.attention_masks import Branches

@@ -12,7 +12,8 @@ import torch
 import torch_models as tm
 
 from vigos_jax.method.batch import PromptBatch
-from vigos_jax.method.packing import Buckets, Row, pack_prompts
+from vigos_jax.method.packing import Buckets, pack_prompts
+from vigos_jax.method.rows import Row
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.rollouts.sampler import Sampler, row_keys

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from PIL import Image
 
 from vigos_jax.data.processor import EncodedImage, Processor, Turn
-from vigos_jax.method.packing import Row
+from vigos_jax.method.rows import Row
 from vigos_jax.rollouts.engine import NativeEngine
 from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.session import Session

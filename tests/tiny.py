@@ -16,8 +16,9 @@ import optax
 from configs import base
 from vigos_jax.data.processor import EncodedImage, Turn
 from vigos_jax.method.losses import ObjectiveConfig
-from vigos_jax.method.packing import Buckets, Rollout, Row, pack_scores
+from vigos_jax.method.packing import Buckets, pack_scores
 from vigos_jax.method.roles import TeacherRole
+from vigos_jax.method.rows import Rollout, Row
 from vigos_jax.method.scoring import score_batch
 from vigos_jax.method.spans import Spans
 from vigos_jax.models.config import ModelConfig, VisionConfig

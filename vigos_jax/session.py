@@ -17,8 +17,9 @@ from vigos_jax.demo.source import DemoSource
 from vigos_jax.errors import InputError
 from vigos_jax.method.batch import ScoreBatch
 from vigos_jax.method.losses import ObjectiveConfig
-from vigos_jax.method.packing import Buckets, Rollout, Row, pack_scores
+from vigos_jax.method.packing import Buckets, pack_scores
 from vigos_jax.method.roles import TeacherRole, role_table, views_of
+from vigos_jax.method.rows import Rollout, Row
 from vigos_jax.models.attention import choose, has_fused
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.families import FAMILIES

@@ -10,8 +10,9 @@ import tiny_runs as runs
 from PIL import Image
 
 from vigos_jax import main
-from vigos_jax.method.packing import Buckets, make_row, pack_prompts
+from vigos_jax.method.packing import Buckets, pack_prompts
 from vigos_jax.method.roles import role_table
+from vigos_jax.method.rows import make_row
 from vigos_jax.method.spans import find_spans
 from vigos_jax.session import load
 

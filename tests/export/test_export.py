@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGene
 
 from vigos_jax.data.processor import EncodedImage
 from vigos_jax.export import export as export_module
-from vigos_jax.method.packing import Buckets, Row, make_row, pack_prompts
+from vigos_jax.method.packing import Buckets, pack_prompts
+from vigos_jax.method.rows import Row, make_row
 from vigos_jax.training.checkpoints import Checkpoints
 
 

@@ -19,8 +19,9 @@ from configs import paper as paper_config
 from configs import released_code
 from vigos_jax.data.processor import EncodedImage, Turn
 from vigos_jax.method import losses
-from vigos_jax.method.packing import Buckets, Rollout, Row, pack_scores
+from vigos_jax.method.packing import Buckets, pack_scores
 from vigos_jax.method.roles import role_table
+from vigos_jax.method.rows import Rollout, Row
 from vigos_jax.method.scoring import score_batch
 from vigos_jax.method.spans import Spans, find_spans
 from vigos_jax.models.config import ModelConfig

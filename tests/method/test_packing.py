@@ -16,8 +16,6 @@ from vigos_jax.data.processor import Turn
 from vigos_jax.errors import InputError
 from vigos_jax.method.packing import (
     Buckets,
-    Rollout,
-    Row,
     length_groups,
     pack_prompts,
     pack_scores,
@@ -26,6 +24,7 @@ from vigos_jax.method.packing import (
     token_clip,
     too_long,
 )
+from vigos_jax.method.rows import Rollout, Row
 from vigos_jax.method.spans import Spans
 from vigos_jax.models.attention_masks import Branches
 

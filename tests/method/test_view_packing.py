@@ -12,8 +12,9 @@ from tiny import BAD, IMAGE, TURN, VISION_END, VISION_START, invalid, valid
 
 from vigos_jax.data.processor import Turn
 from vigos_jax.data.views import ORIGINAL, ImageView
-from vigos_jax.method.packing import Row, pack_scores, scored_positions, too_long
+from vigos_jax.method.packing import pack_scores, scored_positions, too_long
 from vigos_jax.method.roles import TeacherRole
+from vigos_jax.method.rows import Row
 
 NONE, BLANK, CROP = ImageView("none"), ImageView("blank"), ImageView("crop", "box", 0.5)
 _CROP = {"image": "crop", "image_column": "box", "image_margin": 0.5}

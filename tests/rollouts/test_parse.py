@@ -13,8 +13,9 @@ from helpers import make_processor_folder
 from vigos_jax.data.examples import Example
 from vigos_jax.data.processor import Processor
 from vigos_jax.data.sources import JsonlSource
-from vigos_jax.method.packing import Buckets, Rollout, Row
+from vigos_jax.method.packing import Buckets
 from vigos_jax.method.roles import TeacherRole
+from vigos_jax.method.rows import Rollout, Row
 from vigos_jax.method.spans import find_spans
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.rollouts.parse import Reader, parse, read_cases, rollout_counts, rollout_metrics, spans_json

@@ -11,7 +11,8 @@ import tiny
 from oracles import objective as oracle
 from tiny import BUCKETS, CONFIG, IMAGE, MODEL, ROLES, pack, row
 
-from vigos_jax.method.packing import Rollout, Row, pack_prompts
+from vigos_jax.method.packing import pack_prompts
+from vigos_jax.method.rows import Rollout, Row
 from vigos_jax.method.spans import Spans
 from vigos_jax.models.vlm import VisionLanguageModel
 from vigos_jax.rollouts.sampler import Sampler, completions, row_keys

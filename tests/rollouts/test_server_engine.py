@@ -16,7 +16,7 @@ from vigos_jax import session
 from vigos_jax.config import validate
 from vigos_jax.data.processor import EncodedImage
 from vigos_jax.errors import InputError
-from vigos_jax.method.packing import Row
+from vigos_jax.method.rows import Row
 from vigos_jax.models.families import adapter_table
 from vigos_jax.rollouts import server_client
 from vigos_jax.rollouts.engine import EngineFailed, NativeEngine

@@ -11,7 +11,8 @@ from parity import make_run
 
 from vigos_jax.config import read_json
 from vigos_jax.export.verify import prompt_rows
-from vigos_jax.method.packing import Buckets, Row, pack_prompts
+from vigos_jax.method.packing import Buckets, pack_prompts
+from vigos_jax.method.rows import Row
 from vigos_jax.models.quantization import dequantise, has_quantised, is_quantised
 from vigos_jax.models.vlm import VisionLanguageModel
 from vigos_jax.session import Session

@@ -8,7 +8,7 @@ from policy_server import FakePolicy, ModelPolicy, refused, serving
 
 from vigos_jax import session
 from vigos_jax.data.processor import Processor, Turn
-from vigos_jax.method.packing import Row
+from vigos_jax.method.rows import Row
 from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.rollouts.server_images import png_uri
 

@@ -14,7 +14,7 @@ from tiny_runs import STEPS
 
 from vigos_jax import session
 from vigos_jax.data.processor import Turn
-from vigos_jax.method.packing import Row
+from vigos_jax.method.rows import Row
 from vigos_jax.rollouts import server_client
 from vigos_jax.rollouts.engine import NativeEngine, Sampled
 from vigos_jax.rollouts.sampling import Sampling

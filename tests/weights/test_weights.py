@@ -19,7 +19,8 @@ import torch_models as tm
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vigos_jax.errors import InputError
-from vigos_jax.method.packing import Buckets, Row, pack_prompts
+from vigos_jax.method.packing import Buckets, pack_prompts
+from vigos_jax.method.rows import Row
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.families import adapter_table, tensor_table
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables

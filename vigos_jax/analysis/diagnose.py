@@ -23,7 +23,7 @@ from vigos_jax.data.examples import Example
 from vigos_jax.data.processor import EncodedImage
 from vigos_jax.errors import InputError
 from vigos_jax.grading.answer_text import answer_kind
-from vigos_jax.method.packing import Row
+from vigos_jax.method.rows import Row
 from vigos_jax.method.scoring import score_batch, teacher_logps
 from vigos_jax.models.variables import Variables
 from vigos_jax.report import page

@@ -20,7 +20,8 @@ from vigos_jax.data.loader import order_of, row_numbers
 from vigos_jax.data.sources import Source
 from vigos_jax.data.views import ORIGINAL, ImageView
 from vigos_jax.data.visuals import images_of_row
-from vigos_jax.method.packing import Row, slot_count
+from vigos_jax.method.packing import slot_count
+from vigos_jax.method.rows import Row
 from vigos_jax.report import page
 from vigos_jax.rollouts.parse import Reader
 from vigos_jax.rollouts.server_images import png_uri

@@ -14,8 +14,8 @@ from vigos_jax.data.sources import JsonlSource
 from vigos_jax.errors import InputError
 from vigos_jax.method.batch import SupervisedTokens
 from vigos_jax.method.losses import ObjectiveConfig, RoleStats, TokenScores, role_losses, role_stats, total_loss
-from vigos_jax.method.packing import Rollout
 from vigos_jax.method.roles import TeacherRole, roles_per_token
+from vigos_jax.method.rows import Rollout
 from vigos_jax.method.scoring import score_batch
 from vigos_jax.models.variables import Variables
 from vigos_jax.rollouts.parse import Case, read_cases, spans_json

@@ -20,8 +20,8 @@ from vigos_jax.data.visuals import Outline, TooLong, Visual
 from vigos_jax.evaluation.questions import TaskRows
 from vigos_jax.evaluation.tasks.task import Question, Task
 from vigos_jax.grading.answer_text import last_boxed
-from vigos_jax.method.packing import Row
 from vigos_jax.method.prompts import fill
+from vigos_jax.method.rows import Row
 from vigos_jax.method.spans import find_spans
 from vigos_jax.rollouts.engine import Engine
 from vigos_jax.rollouts.parse import FAILED, prompt_pixels, prompt_row

@@ -11,7 +11,7 @@ from vigos_jax.demo import world
 from vigos_jax.evaluation.statistics import number_text
 from vigos_jax.grading.answer_text import last_boxed
 from vigos_jax.grading.rules import grade
-from vigos_jax.method.packing import Row, make_row
+from vigos_jax.method.rows import Row, make_row
 from vigos_jax.method.spans import Spans, find_spans
 from vigos_jax.models.variables import Variables
 from vigos_jax.rollouts.engine import Engine, EngineFactory, EngineFailed, NativeEngine

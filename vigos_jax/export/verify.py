@@ -15,7 +15,8 @@ from PIL import Image
 from vigos_jax.data.processor import Processor
 from vigos_jax.errors import InputError
 from vigos_jax.method.batch import PromptBatch
-from vigos_jax.method.packing import Buckets, Row, make_row, pack_prompts, slot_count
+from vigos_jax.method.packing import Buckets, pack_prompts, slot_count
+from vigos_jax.method.rows import Row, make_row
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.layers import LoraSpec
 from vigos_jax.models.quantization import has_quantised

@@ -12,7 +12,7 @@ from vigos_jax.evaluation import demo_scores
 from vigos_jax.evaluation.statistics import number_text
 from vigos_jax.grading.answer_text import last_boxed
 from vigos_jax.method import prompts
-from vigos_jax.method.packing import Row
+from vigos_jax.method.rows import Row
 from vigos_jax.rollouts.engine import NativeEngine
 from vigos_jax.rollouts.sample_rows import sample_rows
 from vigos_jax.rollouts.sampler import row_keys

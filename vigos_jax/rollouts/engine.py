@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import jax
 
 from vigos_jax.errors import InputError
-from vigos_jax.method.packing import Row, pack_prompts
+from vigos_jax.method.packing import pack_prompts
+from vigos_jax.method.rows import Row
 from vigos_jax.models.variables import Variables
 from vigos_jax.rollouts.sampler import Completions, Sampler
 from vigos_jax.rollouts.sampling import Sampling

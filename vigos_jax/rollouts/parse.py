@@ -16,8 +16,9 @@ from vigos_jax.data.sources import JsonlSource
 from vigos_jax.data.visuals import Outline, Visual, fitting, layouts
 from vigos_jax.grading.answer_text import last_boxed, mentions
 from vigos_jax.grading.rules import grade
-from vigos_jax.method.packing import Buckets, Rollout, Row, make_row, slot_count, too_long
+from vigos_jax.method.packing import Buckets, slot_count, too_long
 from vigos_jax.method.roles import TeacherRole, views_of
+from vigos_jax.method.rows import Rollout, Row, make_row
 from vigos_jax.method.spans import find_spans
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.rollouts.sampler import Completions

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax
 
-from vigos_jax.method.packing import Row
+from vigos_jax.method.rows import Row
 from vigos_jax.rollouts.engine import Engine
 from vigos_jax.rollouts.sampler import Completions
 from vigos_jax.runtime.distributed import exchange

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vigos_jax.method.packing import Row
+from vigos_jax.method.rows import Row
 from vigos_jax.models.positions import visual_token_count
 from vigos_jax.models.variables import Variables
 from vigos_jax.rollouts.engine import EngineFailed, Sampled

@@ -16,7 +16,8 @@ import numpy as np
 from vigos_jax.data.examples import Example
 from vigos_jax.data.loader import make_batches, order_of
 from vigos_jax.method.batch import ScoreBatch
-from vigos_jax.method.packing import Rollout, Row, length_groups
+from vigos_jax.method.packing import length_groups
+from vigos_jax.method.rows import Rollout, Row
 from vigos_jax.rollouts.parse import Reader
 from vigos_jax.runtime.distributed import exchange, total
 from vigos_jax.runtime.sharding import batch_sharding, counts_rows

@@ -14,7 +14,7 @@ from vigos_jax.errors import InputError, Stopped
 from vigos_jax.evaluation import demo_scores
 from vigos_jax.export.export import export
 from vigos_jax.export.model_card import RunFacts
-from vigos_jax.method.packing import Rollout
+from vigos_jax.method.rows import Rollout
 from vigos_jax.models.variables import shares_vision
 from vigos_jax.report.run_page import write_run_page
 from vigos_jax.rollouts.engine import EngineFactory, EngineFailed

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from vigos_jax.method.batch import PromptBatch
-from vigos_jax.method.packing import Row, pack_prompts
+from vigos_jax.method.packing import pack_prompts
+from vigos_jax.method.rows import Row
 from vigos_jax.models.families import tensor_table
 from vigos_jax.models.quantization import is_quantised
 from vigos_jax.models.shapes import Array, Bool, Float, Int

@@ -13,7 +13,7 @@ from vigos_jax.data.images import BadImage
 from vigos_jax.grading.answer_text import last_boxed
 from vigos_jax.grading.rules import grade
 from vigos_jax.method.batch import ScoreBatch
-from vigos_jax.method.packing import Rollout, Row
+from vigos_jax.method.rows import Rollout, Row
 from vigos_jax.method.scoring import score_batch
 from vigos_jax.models.variables import Variables, teacher_params_of
 from vigos_jax.report.page import image_uri
