@@ -327,7 +327,7 @@ def pack_scores(
     vision = _vision(rows, ORIGINAL, config, buckets) if with_images else None
     student = padded_text(students, buckets.fit("sequence", max(len(s.ids) for s in students)), branches=0)
     # One length for all views, or the number of programs would be the product of their lengths' numbers.
-    length = buckets.fit("sequence", max(len(t.ids) for sequences in teachers for t in sequences))
+    length = buckets.fit("sequence", max((len(t.ids) for sequences in teachers for t in sequences), default=0))
     texts = []
     for view, sequences in zip(views, teachers, strict=True):
         branches = roles_per_rollout(tuple(role for role in roles if role.view == view))
@@ -337,7 +337,7 @@ def pack_scores(
         supervised=_supervised([_joined(tokens, starts) for tokens in supervised], entries),
         vision=vision,
         student=student,
-        teacher=texts[0] if views[0] == ORIGINAL else None,
+        teacher=texts[0] if ORIGINAL in views else None,  # it is the first
         views=tuple(
             host(ViewBatch, vision=_vision(_used(rows, sequences), view, config, buckets, least=rows), text=text)
             if view.is_read
