@@ -25,7 +25,7 @@ from vigos_jax.data.processor import EncodedImage, Processor, Turn
 from vigos_jax.method.rows import Row
 from vigos_jax.rollouts.engine import NativeEngine
 from vigos_jax.rollouts.sampling import Sampling
-from vigos_jax.session import Session
+from vigos_jax.session import Session, load
 from vigos_jax.weights.adapters import adapter_spec, load_adapter
 
 
@@ -47,6 +47,17 @@ class ModelPolicy:
         self.processor, self._session, self._batch = session.processor, session, batch
         self._engines: dict[Sampling, NativeEngine] = {}
         self._read: dict[pathlib.Path, Any] = {}
+
+    @classmethod
+    def of_config(cls, file: pathlib.Path, *, batch: int) -> "ModelPolicy":
+        """The base of a config file's run without dropout, its programs compiled before a request waits for them."""
+        names: dict = {}
+        exec(compile(file.read_text(), "<config>", "exec"), names)
+        config = names["get_config"]()
+        config.lora.dropout = 0.0
+        policy = cls(load(config, for_training=True), batch=batch)
+        policy.answer(Row((), Turn((1, 2), ())), None, Sampling(**config.sampling), 0, policy.processor.eos_ids)
+        return policy
 
     def answer(self, row: Row, adapter: pathlib.Path | None, sampling: Sampling, seed: int, ends: Sequence[int]):
         assert tuple(ends) == self._session.processor.eos_ids

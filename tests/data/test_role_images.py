@@ -215,7 +215,7 @@ def test_another_rows_image(processor):
         assert shuffled(few, 0, processor).bad_reason == "no_other_image"
 
 
-def test_a_view_that_does_not_fit_makes_all_of_the_rows_images_smaller(processor):
+def test_views_that_do_not_fit_are_made_smaller(processor):
     view = ImageView("other", "large")
 
     def tokens(example):

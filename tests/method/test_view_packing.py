@@ -205,6 +205,13 @@ def test_too_long_counts_each_view():
     )
 
 
+def test_a_table_without_roles_is_the_student_alone():
+    pairs = [(dataclasses.replace(row, teachers=()), rollout) for row, rollout in mix()]
+    batch = pack(pairs, roles=())
+    assert batch.teacher is None and not batch.views and (batch.supervised.role < 0).all()
+    np.testing.assert_array_equal(batch.student.ids, pack(mix()).student.ids)
+
+
 def test_a_turn_with_other_images_than_its_views_is_a_mistake():
     row, _ = mix()[0]
     first, *rest = row.teachers

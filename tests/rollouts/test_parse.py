@@ -150,7 +150,7 @@ def test_a_role_is_shown_what_its_template_names(loaded):
     assert [text(t).split("<|im_end|>")[0] for t in other.teachers[1:]] == ["Q? a blue one", "seen|a blue one"]
 
     picture = loaded.processor.encode_image(tiny_rows.picture(5, size=(120, 30)))
-    blank = reader.row(example(loaded), images=(picture,))
+    blank = reader.row(example(loaded), images=Example("other", images=(picture,)))
     assert blank.images == (picture,)
     assert [text(t) for t in blank.teachers] == [text(t) for t in row.teachers]
     assert len(blank.student.prefix_ids) != len(row.student.prefix_ids)

@@ -6,10 +6,7 @@ import tiny_runs as runs
 from PIL import Image
 from policy_server import FakePolicy, ModelPolicy, refused, serving
 
-from vigos_jax import session
-from vigos_jax.data.processor import Processor, Turn
-from vigos_jax.method.rows import Row
-from vigos_jax.rollouts.sampling import Sampling
+from vigos_jax.data.processor import Processor
 from vigos_jax.rollouts.server_images import png_uri
 
 pytestmark = pytest.mark.slow
@@ -24,13 +21,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def policy(world):
-    names: dict = {}
-    exec(compile(world.config.read_text(), "<config>", "exec"), names)
-    config = names["get_config"]()
-    config.lora.dropout = 0.0
-    policy = ModelPolicy(session.load(config, for_training=True), batch=BATCH)
-    policy.answer(Row((), Turn((1, 2), ())), None, Sampling(**config.sampling), 0, policy.processor.eos_ids)
-    return policy
+    return ModelPolicy.of_config(world.config, batch=BATCH)
 
 
 def command(world, workdir, *servers, **fields):

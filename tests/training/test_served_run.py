@@ -12,12 +12,8 @@ import tiny_runs as runs
 from policy_server import FakePolicy, ModelPolicy, PolicyServer, refused, serving
 from tiny_runs import STEPS
 
-from vigos_jax import session
-from vigos_jax.data.processor import Turn
-from vigos_jax.method.rows import Row
 from vigos_jax.rollouts import server_client
 from vigos_jax.rollouts.engine import NativeEngine, Sampled
-from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.rollouts.server_engine import ServerEngine
 from vigos_jax.training import loop
 
@@ -44,15 +40,7 @@ def options(url, **fields):
 @pytest.fixture(scope="module")
 def policy(world):
     """The world's model behind a server: the very programs that a run compiles."""
-    names: dict = {}
-    exec(compile(world.config.read_text(), "<config>", "exec"), names)
-    config = names["get_config"]()
-    config.lora.dropout = 0.0
-    policy = ModelPolicy(session.load(config, for_training=True), batch=BATCH)
-    # Compiled before a request waits for it.
-    row, ends = Row((), Turn((1, 2), ())), policy.processor.eos_ids
-    policy.answer(row, None, Sampling(**config.sampling), 0, ends)
-    return policy
+    return ModelPolicy.of_config(world.config, batch=BATCH)
 
 
 @pytest.fixture(scope="module")

@@ -250,7 +250,7 @@ def pack_scores(
     vision = _vision(rows, ORIGINAL, config, buckets) if with_images else None
     student = padded_text(students, buckets.fit("sequence", max(len(s.ids) for s in students)), branches=0)
     # One length for all views, or the number of programs would be the product of their lengths' numbers.
-    length = buckets.fit("sequence", max(len(p.sequence.ids) for row in rows_packed for p in row))
+    length = buckets.fit("sequence", max((len(p.sequence.ids) for row in rows_packed for p in row), default=0))
     texts = []
     for i, view in enumerate(views):
         sequences = [row[i].sequence for row in rows_packed]
@@ -261,7 +261,7 @@ def pack_scores(
         supervised=_supervised(tokens, entries, with_controls=with_controls),
         vision=vision,
         student=student,
-        teacher=texts[0] if views[0] == ORIGINAL else None,
+        teacher=texts[0] if ORIGINAL in views else None,  # it is the first
         views=tuple(
             host(
                 ViewBatch,
