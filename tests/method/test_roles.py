@@ -137,9 +137,11 @@ def test_optional_fields():
     role = role_table(ROLES, PROMPTS)[1]
     optional = {"clip_per": "token", "first_clip": 0.0, "last_clip": 0.0, "beta": 0.5, "reads": "completion"}
     optional |= {"image": "original", "image_column": "", "image_margin": 0.0, "image_pixels": 0}
+    optional |= {"token_weights": "uniform", "token_top_k": 0}
     assert {f: getattr(role, f) for f in ENTRY_FIELDS if f not in REQUIRED_FIELDS} == optional
     other = {"clip_per": "entry", "first_clip": 0.1, "last_clip": 0.2, "beta": 0.3, "reads": "scored"}
     other |= {"image": "crop", "image_column": "box", "image_margin": 0.5}
+    other |= {"token_weights": "teacher_top_k", "token_top_k": 3}
     role = role_table(changed(**other), PROMPTS)[1]
     assert {f: getattr(role, f) for f in other} == other
 
