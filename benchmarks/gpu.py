@@ -20,7 +20,8 @@ import numpy as np
 import optax
 
 from benchmarks import models
-from vigos_jax.method.losses import ObjectiveConfig, SupervisedStates, weighted_loss
+from vigos_jax.method.batch import SupervisedStates, TeacherStates
+from vigos_jax.method.losses import ObjectiveConfig, weighted_loss
 from vigos_jax.method.packing import length_groups, pack_prompts, pack_scores
 from vigos_jax.models.variables import student_variables
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
@@ -124,7 +125,7 @@ def main() -> int:
     @jax.jit
     @jax.grad
     def fused(student, head):
-        states = SupervisedStates(student, head, 0.5 * student, None)
+        states = SupervisedStates(student, head, {"": TeacherStates(0.5 * student, None)})
         return weighted_loss(states, supervised, weights, objective, trains_head=False)[0]
 
     spent = seconds(lambda: fused(states, base["embedding"]))

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.harness import Result, compiled, flops, race, temporary_bytes
-from vigos_jax.method.batch import SupervisedTokens
-from vigos_jax.method.losses import ObjectiveConfig, SupervisedStates, weighted_loss
+from vigos_jax.method.batch import SupervisedStates, SupervisedTokens, TeacherStates
+from vigos_jax.method.losses import ObjectiveConfig, weighted_loss
 from vigos_jax.method.roles import TeacherRole
 from vigos_jax.rollouts.sampling import top_k
 
@@ -19,7 +19,7 @@ ROLES = (
 
 def _fused(student, teacher, head, entries, weights):
     def loss(student):
-        states = SupervisedStates(student, head, teacher, None)
+        states = SupervisedStates(student, head, {"": TeacherStates(teacher, None)})
         return weighted_loss(states, entries, weights, ObjectiveConfig(ROLES, CHUNK), trains_head=False)[0]
 
     return jax.value_and_grad(loss)(student)

@@ -328,6 +328,7 @@ def role(  # noqa: PLR0913  (a row of the table, written out)
     image_pixels: int = 0,
     token_weights: str = "uniform",
     token_top_k: int = 0,
+    model: str = "",
 ) -> ConfigDict:
     """One row of a role table, with the paper's clip unless another is given; see vigos_jax/method/roles.py."""
     return ConfigDict(
@@ -348,5 +349,6 @@ def role(  # noqa: PLR0913  (a row of the table, written out)
             "image_pixels": image_pixels,
             "token_weights": token_weights,
             "token_top_k": token_top_k,
+            "model": model,
         }
     )

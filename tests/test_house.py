@@ -11,8 +11,20 @@ MAX_LINES = 400
 
 # The packages and top-level modules of vigos_jax, highest first: an import points down, or stays in its package.
 ROOMS = (
-    *("miniature", "main", "explain", "plan", "training", "evaluation", "analysis", "export", "rollouts", "session"),
-    *("method", "weights", "report", "data", "models", "grading", "config", "config_limits", "runtime", "demo"),
+    *("miniature", "main", "explain", "plan", "training", "evaluation", "analysis", "export", "rollouts", "teachers"),
+    *(
+        "session",
+        "method",
+        "weights",
+        "report",
+        "data",
+        "models",
+        "grading",
+        "config",
+        "config_limits",
+        "runtime",
+        "demo",
+    ),
     *("errors", "__init__"),
 )
 LEVELS = {room: level for level, room in enumerate(reversed(ROOMS))}

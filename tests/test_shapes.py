@@ -9,11 +9,11 @@ import sys
 import jax
 import jax.numpy as jnp
 import jaxtyping
-import numpy as np
 import pytest
 from shape_checks import CHECKED
 
 from vigos_jax.method import losses
+from vigos_jax.method.roles import TeacherRole
 from vigos_jax.models import attention, layers, vlm
 from vigos_jax.rollouts import sampling
 
@@ -23,6 +23,11 @@ B, T, N, H = 2, 5, 3, 8
 
 def states(*shape):
     return jnp.ones(shape, jnp.float32)
+
+
+def teachers(role):
+    roles = (TeacherRole("a", "", "", ("completion",), "always", "forward_kl", 1.0, 0.0),)
+    return losses.teacher_logits({"": states(B, T, H)}, role, heads={"": states(11, H)}, roles=roles)
 
 
 @pytest.mark.parametrize("module", CHECKED)
@@ -40,8 +45,8 @@ def test_the_checks_are_on(module):
         lambda: layers.mrope_angles(jnp.zeros((B, T, 3), int), theta=1e4, sections=(1, 1, 2)),
         lambda: attention.attention(*[states(B, T, N, H)] * 3, jnp.ones((T, B, T), bool)),
         lambda: attention.attention(*[states(B, T, N, H)] * 3, jnp.ones((B, T, T))),  # a mask of numbers
-        lambda: losses.token_logps(states(B, T, H), states(H, 11), jnp.zeros((B, T), int), chunk=2),  # [D, V]
-        lambda: losses.token_logps(states(B, T, H), states(11, H), jnp.zeros((T, B), int), chunk=2),
+        lambda: losses.logits_of(states(B, T, H), states(H, 11)),  # [D, V]
+        lambda: teachers(jnp.zeros((T, B), int)),
         lambda: sampling.draw(jax.random.split(jax.random.key(0), B), states(11, B), sampling.Sampling(1)),
     ],
 )
@@ -59,7 +64,8 @@ def test_an_angle_per_number_is_refused():
 def test_the_same_calls_with_their_axes_in_order():
     assert layers.rotate(states(B, T, N, H), states(B, T, H // 2)).shape == (B, T, N, H)
     assert attention.attention(*[states(B, T, N, H)] * 3, jnp.ones((B, T, T), bool)).shape == (B, T, N, H)
-    assert losses.token_logps(states(B, T, H), states(11, H), np.zeros((B, T), int), chunk=2).shape == (B, T)
+    assert losses.logits_of(states(B, T, H), states(11, H)).shape == (B, T, 11)
+    assert teachers(jnp.zeros((B, T), int)).shape == (B, T, 11)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from vigos_jax.method.losses import ObjectiveConfig
 from vigos_jax.method.packing import Buckets, pack_scores
 from vigos_jax.method.roles import TeacherRole
 from vigos_jax.method.rows import Rollout, Row
-from vigos_jax.method.scoring import score_batch
+from vigos_jax.method.scoring import NO_OTHERS, score_batch
 from vigos_jax.method.spans import Spans
 from vigos_jax.models.config import ModelConfig, VisionConfig
 from vigos_jax.models.layers import LoraSpec
@@ -193,9 +193,10 @@ def gradient_step(gradient_accumulation_steps: int = 1, roles=ROLES, model: Visi
     step = make_train_step(model, KEEP_GRADIENT, objective, **{"use_dropout": False} | options)
 
     @jax.jit
-    def run(base, trained, batch, average=None):
+    def run(base, trained, batch, average=None, others=NO_OTHERS):
         state = TrainState(jnp.zeros((), jnp.int32), trained, KEEP_GRADIENT.init(trained), average or {})
-        state, metrics = step(state, base, micro_batches(batch, gradient_accumulation_steps), jax.random.key(0))
+        batches = micro_batches(batch, gradient_accumulation_steps)
+        state, metrics = step(state, base, batches, jax.random.key(0), others=others)
         return state.opt_state, metrics
 
     return run

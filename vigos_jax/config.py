@@ -51,7 +51,7 @@ _OF_THE_RUN = {"rollout.sync_every": 1, "rollout.max_staleness": 0}
 
 # The same of fields that roles had not before.
 _OF_ROLES = {"image": "original", "image_column": "", "image_margin": 0.0, "image_pixels": 0}
-_OF_ROLES |= {"token_weights": "uniform", "token_top_k": 0}
+_OF_ROLES |= {"token_weights": "uniform", "token_top_k": 0, "model": ""}
 
 
 def get(config: ConfigDict, field: str) -> Any:

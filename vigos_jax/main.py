@@ -225,7 +225,7 @@ def _score(config, workdir: pathlib.Path | None) -> int:
     from vigos_jax.training.checkpoints import load_student
 
     with _writing("score.output", output_of(config), workdir):
-        student = load_student(config, workdir)
+        student = load_student(config, workdir, teaches=True)
         options = {"teacher_params": student.teacher_params}
         summary, bad_lines = score_rollouts(student.session, student.trained, config, **options)
     return _told(json.dumps(summary, indent=2), bad_lines)
@@ -240,7 +240,7 @@ def _diagnose(config, workdir: pathlib.Path | None) -> int:
     with _writing("diagnose.output", output, workdir):
         if not config.diagnose.rollouts:
             check_engine(config, trains=False)
-        student = load_student(config, workdir)
+        student = load_student(config, workdir, teaches=True)
         options: dict[str, Any] = {"teacher_params": student.teacher_params, "output": output}
         options["open_engine"] = engine_of(config, workdir)
         text, bad_lines = diagnose(student.session, student.trained, config, **options)

@@ -20,6 +20,7 @@ from vigos_jax.method.losses import ObjectiveConfig
 from vigos_jax.method.packing import Buckets, pack_scores
 from vigos_jax.method.roles import TeacherRole, role_table, views_of
 from vigos_jax.method.rows import Rollout, Row
+from vigos_jax.method.scoring import TeacherModel
 from vigos_jax.models.attention import choose, has_fused
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.families import FAMILIES
@@ -47,6 +48,7 @@ class Session:
       folder: the base model's local folder.
       base: the frozen parameters, in the config's dtype or quantised.
       trained: `{"lora": ...}` or `{"params": ...}` in float32, or `{}`: the base is its own student.
+      others: the models that roles name, by name, once `teachers.with_teachers` has read them.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Session:
     mesh: Mesh
     base: Any
     trained: Variables
+    others: dict[str, TeacherModel] = dataclasses.field(default_factory=dict)
 
     @property
     def roles(self) -> tuple[TeacherRole, ...]:
@@ -103,11 +106,12 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, batch)
 
 
-def resolve_model(path: str, *, weights: bool = True) -> pathlib.Path:
+def resolve_model(path: str, *, weights: bool = True, field: str = "config.model.path") -> pathlib.Path:
     """A local folder for a folder, a hub id or "demo".
 
     Args:
       weights: fetch them too, where the hub has them.
+      field: what errors call the path.
 
     Raises:
       InputError: there is no such folder, and the hub has no such model or cannot be reached.
@@ -118,7 +122,7 @@ def resolve_model(path: str, *, weights: bool = True) -> pathlib.Path:
     if path and folder.is_dir():
         return pathlib.Path(absolute(folder))
     if folder.is_absolute() or not hub.REPOSITORY.fullmatch(path):
-        raise InputError(f"config.model.path={path!r} is not a folder; choices: a folder, owner/name on the hub, demo")
+        raise InputError(f"{field}={path!r} is not a folder; choices: a folder, owner/name on the hub, demo")
     import huggingface_hub
 
     try:
@@ -127,7 +131,7 @@ def resolve_model(path: str, *, weights: bool = True) -> pathlib.Path:
         return pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=patterns))
     except Exception as e:
         raise InputError(
-            f"config.model.path={path!r} is not a folder and cannot be fetched from the hub: {hub.reason(e)}; "
+            f"{field}={path!r} is not a folder and cannot be fetched from the hub: {hub.reason(e)}; "
             "choices: a model folder, owner/name on the hub, demo"
         ) from e
 
@@ -220,9 +224,7 @@ def load(config, *, for_training: bool) -> Session:
     model = model_of(config, model_config, mesh, platform=jax.default_backend(), is_served=is_served)
     dtype, spec = model.dtype, model.lora
     check_quantization(config, spec, for_training=for_training)
-    abstract = abstract_variables(model)
-    abstract = {**abstract, "params": quantised_shapes(abstract["params"], config.model.quantization)}
-    shardings = tree_shardings(abstract, mesh, config.mesh.rules)
+    abstract, shardings = placed(config, model)
     base = reading.load_params(folder, model_config, abstract["params"], dtype=dtype, shardings=shardings["params"])
 
     if config.model.adapter:
@@ -243,6 +245,14 @@ def load(config, *, for_training: bool) -> Session:
     return Session(
         name, folder, model_config, model, processor, objective, buckets, config.span_rule, mesh, base, trained
     )
+
+
+def placed(config, model: VisionLanguageModel) -> tuple[Variables, Variables]:
+    """Shapes of the model's variables, the base quantised if the config says so, and their shardings on its mesh."""
+    abstract = abstract_variables(model)
+    abstract = {**abstract, "params": quantised_shapes(abstract["params"], config.model.quantization)}
+    assert model.mesh is not None  # `model_of` gives it one
+    return abstract, tree_shardings(abstract, model.mesh, config.mesh.rules)
 
 
 def check_quantization(config, spec: LoraSpec | None, *, for_training: bool) -> None:

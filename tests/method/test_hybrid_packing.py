@@ -53,7 +53,7 @@ def pack(samples, roles, config=CONFIG):
 @jax.jit
 def _states(base, trained, batch):
     states = supervised_states(MODEL, base, trained, batch)
-    return states.student @ states.student_head.T, states.teacher @ states.student_head.T
+    return states.student @ states.student_head.T, states.teachers[""].hidden @ states.student_head.T
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from tiny import CONFIG, ROLES, pack
 from vigos_jax.config_limits import CHOICES
 from vigos_jax.method import divergences, losses
 from vigos_jax.method import roles as role_tables
-from vigos_jax.method.batch import SupervisedTokens
+from vigos_jax.method.batch import SupervisedStates, SupervisedTokens, TeacherStates
 from vigos_jax.method.losses import RoleStats, TokenScores
 from vigos_jax.method.packing import Buckets
 from vigos_jax.models import vlm
@@ -161,7 +161,7 @@ def objective(roles=ROLES, *, chunk=4, **options):
 
 
 def scores_of(kl, entropy=None):
-    return TokenScores(kl, kl, kl, kl if entropy is None else entropy)
+    return TokenScores(kl, kl, kl, kl if entropy is None else entropy, jnp.ones_like(kl))
 
 
 def random_entries(b=3, e=11, d=8, v=50):
@@ -179,6 +179,10 @@ def weights_of(entries):
     return losses.loss_weights(entries, normalizers, objective())
 
 
+def states_of(student, head, teacher, teacher_head):
+    return SupervisedStates(student, head, {"": TeacherStates(teacher, teacher_head)})
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 500])
 @pytest.mark.parametrize("trains_head", [True, False])
 def test_fused_loss_and_gradient_are_those_of_plain_autodiff(chunk, trains_head):
@@ -186,7 +190,7 @@ def test_fused_loss_and_gradient_are_those_of_plain_autodiff(chunk, trains_head)
     student, teacher, entries, heads = random_entries()
 
     def fused(student, head):
-        states = losses.SupervisedStates(student, head, teacher, heads[1])
+        states = states_of(student, head, teacher, heads[1])
         options = objective(chunk=chunk, temperature=1.7)
         out = losses.weighted_loss(states, entries, weights_of(entries), options, trains_head=trains_head)
         return 3.0 * out[0], out[1]
@@ -213,21 +217,19 @@ def test_fused_loss_and_gradient_are_those_of_plain_autodiff(chunk, trains_head)
 @pytest.mark.parametrize("chunk", [1, 4, 500])
 def test_scores_are_those_of_whole_logits(chunk):
     student, teacher, entries, heads = random_entries()
-    scores = losses.score_tokens(
-        losses.SupervisedStates(student, heads[0], teacher, heads[1]), entries, objective(chunk=chunk)
-    )
+    scores = losses.score_tokens(states_of(student, heads[0], teacher, heads[1]), entries, objective(chunk=chunk))
     assert scores.divergence.shape == (3, 11)
     p, q = oracle.log_softmax(student @ heads[0].T), oracle.log_softmax(teacher @ heads[1].T)
     for logp, log_probs in ((scores.student_logp, p), (scores.teacher_logp, q)):
         np.testing.assert_allclose(logp, np.take_along_axis(log_probs, entries.token[..., None], -1)[..., 0], atol=1e-5)
     np.testing.assert_allclose(scores.entropy, -np.sum(np.exp(p) * p, -1), atol=1e-5)
-    alone = losses.token_logps(teacher, heads[1], entries.token, chunk=chunk)
+    alone = losses.token_logps({"": TeacherStates(teacher, heads[1])}, entries, objective(chunk=chunk))
     np.testing.assert_allclose(alone, scores.teacher_logp, atol=1e-6)
 
 
 def test_the_temperature_is_of_the_divergence_alone():
     student, teacher, entries, heads = random_entries()
-    states = losses.SupervisedStates(student, heads[0], teacher, heads[1])
+    states = states_of(student, heads[0], teacher, heads[1])
     run = lambda t: losses.score_tokens(states, entries, objective(temperature=t))  # noqa: E731
     one, three = run(1.0), run(3.0)
     assert (three.divergence < 0.5 * one.divergence).all()
@@ -273,7 +275,7 @@ def test_a_role_without_tokens_gives_zero():
     for reduction, kl in itertools.product(CHOICES["loss.reduction"], (0.0, np.nan)):
         stats = losses.role_stats(scores_of(jnp.full((1, 2), kl)), nothing, objective(reduction=reduction))
         assert losses.total_loss(stats, stats.normalizer, objective()) == 0
-    zeros = RoleStats(*(jnp.zeros(3) for _ in range(5)))
+    zeros = RoleStats(*(jnp.zeros(3) for _ in range(6)))
     assert losses.total_loss(zeros, zeros.normalizer, objective()) == 0
 
 

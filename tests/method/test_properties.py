@@ -163,7 +163,8 @@ def check_left_out(mix, kept):
 
     def parts(mix, roles):
         batch = pack(mix, roles=roles)
-        out = losses.TokenScores(*scores(batch, roles), np.zeros(batch.supervised.role.shape))
+        shape = batch.supervised.role.shape
+        out = losses.TokenScores(*scores(batch, roles), np.zeros(shape), np.ones(shape))
         stats = losses.role_stats(out, batch.supervised, losses.ObjectiveConfig(roles, chunk=5))
         means = losses.role_losses(stats, stats.normalizer)
         return {role.name: role.weight * float(x) for role, x in zip(roles, means, strict=True)}

@@ -11,10 +11,16 @@ from vigos_jax.method.roles import (
     CONDITIONS,
     DIVERGENCES,
     ENTRY_FIELDS,
+    OWN,
     READS,
     REQUIRED_FIELDS,
     SPANS,
+    Prefix,
     TeacherRole,
+    branches_of,
+    branches_per_rollout,
+    models_of,
+    prefixes_of,
     role_table,
     roles_per_token,
     views_of,
@@ -137,11 +143,11 @@ def test_optional_fields():
     role = role_table(ROLES, PROMPTS)[1]
     optional = {"clip_per": "token", "first_clip": 0.0, "last_clip": 0.0, "beta": 0.5, "reads": "completion"}
     optional |= {"image": "original", "image_column": "", "image_margin": 0.0, "image_pixels": 0}
-    optional |= {"token_weights": "uniform", "token_top_k": 0}
+    optional |= {"token_weights": "uniform", "token_top_k": 0, "model": ""}
     assert {f: getattr(role, f) for f in ENTRY_FIELDS if f not in REQUIRED_FIELDS} == optional
     other = {"clip_per": "entry", "first_clip": 0.1, "last_clip": 0.2, "beta": 0.3, "reads": "scored"}
     other |= {"image": "crop", "image_column": "box", "image_margin": 0.5}
-    other |= {"token_weights": "teacher_top_k", "token_top_k": 3}
+    other |= {"token_weights": "teacher_top_k", "token_top_k": 3, "model": "big"}
     role = role_table(changed(**other), PROMPTS)[1]
     assert {f: getattr(role, f) for f in other} == other
 
@@ -291,4 +297,14 @@ def test_roles_that_see_the_same_share_a_view():
     table = role_table(changed(image="crop", image_column="box", image_margin=1), PROMPTS)
     crop = ImageView("crop", "box", 1.0)
     assert views_of(table) == (ImageView(), crop) and views_of(table[1:2]) == (crop,)
-    assert views_of((table[1], table[1], table[0])) == (ImageView(), crop), "the row's own images first"
+    behind_crop = Prefix(view=crop)
+    assert prefixes_of((table[1], table[1], table[0])) == (OWN, behind_crop), "the row's own images first"
+    assert branches_per_rollout(behind_crop, table) == 1
+
+
+def test_another_model_has_a_prefix_of_its_own():
+    table = role_table(changed(model="big", token_weights="image_dependence"), PROMPTS)
+    assert prefixes_of(table) == (OWN, Prefix("big"), Prefix("big", ImageView("none"))) and OWN == Prefix()
+    assert [branches_of(p, table) for p in prefixes_of(table)[1:]] == [((1, False),), ((1, True),)]
+    assert models_of(table) == {"big": "reasoning"} and models_of(table[:1]) == {}
+    assert refusal(changed(model=7)).startswith("config.roles.reasoning.model=7 must be a text")

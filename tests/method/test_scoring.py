@@ -193,7 +193,9 @@ def test_teachers_alone_have_the_same_log_probabilities():
     batch = pack(MIXES["mixed"])
     used = batch.supervised.role >= 0
     run = jax.jit(
-        lambda teacher_params: scoring.teacher_logps(MODEL, base, batch, teacher_params=teacher_params, chunk=5)
+        lambda teacher_params: scoring.teacher_logps(
+            MODEL, base, batch, losses.ObjectiveConfig(ROLES, chunk=5), teacher_params=teacher_params
+        )
     )
     alone = {
         name: np.asarray(run(teacher_params))[used]

@@ -117,7 +117,7 @@ def test_a_rollouts_mean_weight_is_one(rule):
 def test_uniform_is_the_objective_as_it_was():
     base, lora = tiny.weights()
     batch = tiny.pack(MIX)
-    assert batch.supervised.control_at is None and not batch.views
+    assert batch.supervised.control_at is None and not batch.others
     gradient, metrics = tiny.gradient_step()(base, {"lora": lora}, batch)
     ruled = roles_with("teacher_top_k")
     everything = tuple(dataclasses.replace(role, token_top_k=tiny.CONFIG.vocab_size) for role in ruled)  # all count

@@ -102,7 +102,7 @@ def test_tables_without_the_rows_own_images(only):
 
     pairs = [(of(row), rollout) for row, rollout in mix()]
     batch = pack(pairs, roles)
-    assert batch.teacher is None and len(batch.views) == len({role.view for role in roles})
+    assert batch.teacher is None and len(batch.others) == len({role.view for role in roles})
     assert largest_difference(scores(batch, roles), expected(pairs, roles)) < 1e-5
 
 
@@ -110,12 +110,12 @@ def test_comparison_can_fail():
     """Images of other rows, and a view's branches that do not go on behind its own images."""
     pairs = mix()
     batch = pack(pairs)
-    first, *rest = batch.views
+    first, *rest = batch.others
     vision = first.vision.replace(patches=first.vision.patches[::-1])
-    moved = batch.replace(views=(first.replace(vision=vision), *rest))
+    moved = batch.replace(others=(first.replace(vision=vision), *rest))
     assert largest_difference(scores(moved), expected(pairs)) > 0.1
     late = first.text.positions + 5 * (first.text.segment_ids[:, None] > 1)
-    shifted = batch.replace(views=(first.replace(text=first.text.replace(positions=late)), *rest))
+    shifted = batch.replace(others=(first.replace(text=first.text.replace(positions=late)), *rest))
     assert largest_difference(scores(shifted), expected(pairs)) > 1e-3
 
 
@@ -146,8 +146,8 @@ def test_what_a_role_may_not_see_never_reaches_it(hidden):
 
 def test_each_view_is_one_sequence_with_each_image_once():
     batch = pack(mix())
-    assert len(batch.views) == 3, "crop (two roles), none, blank"
-    slots = [None if view.vision is None else int((view.vision.image_ids > 0).sum()) for view in batch.views]
+    assert len(batch.others) == 3, "crop (two roles), none, blank"
+    slots = [None if view.vision is None else int((view.vision.image_ids > 0).sum()) for view in batch.others]
 
     def of(view):
         """Of rows of which a role with this view scores something."""
@@ -158,10 +158,10 @@ def test_each_view_is_one_sequence_with_each_image_once():
         return any(scored_positions(role, rollout) for role in ROLES if role.view == view)
 
     assert slots == [of(CROP), None, of(BLANK)] and not scores_any(BLANK, mix()[1][1])
-    assert batch.teacher.ids.shape == batch.views[0].text.ids.shape, "one length for all"
-    crop = batch.views[0].text
+    assert batch.teacher.ids.shape == batch.others[0].text.ids.shape, "one length for all"
+    crop = batch.others[0].text
     assert crop.branches == 1, "perception for valid rollouts, reference for invalid ones"
-    assert batch.views[1].text.branches == 1 and batch.teacher.branches == 1
+    assert batch.others[1].text.branches == 1 and batch.teacher.branches == 1
 
 
 def test_micro_batches_and_gradients():
@@ -180,7 +180,7 @@ def test_layers_with_a_state_pack_views_alike():
     """Hybrid layers: a view's branches start at whole chunks behind its own prefix."""
     config = tiny_hybrid.CONFIG
     batch = pack(mix(), config=config, buckets=dataclasses.replace(BUCKETS, sequence=(56, 1024)))
-    for text in (batch.teacher, *(view.text for view in batch.views)):
+    for text in (batch.teacher, *(view.text for view in batch.others)):
         for segments in text.segment_ids:
             starts = [int(np.argmax(segments == i)) for i in range(2, segments.max() + 1)]
             assert all(start % config.chunk == 0 for start in starts)
@@ -208,7 +208,7 @@ def test_too_long_counts_each_view():
 def test_a_table_without_roles_is_the_student_alone():
     pairs = [(dataclasses.replace(row, teachers=()), rollout) for row, rollout in mix()]
     batch = pack(pairs, roles=())
-    assert batch.teacher is None and not batch.views and (batch.supervised.role < 0).all()
+    assert batch.teacher is None and not batch.others and (batch.supervised.role < 0).all()
     np.testing.assert_array_equal(batch.student.ids, pack(mix()).student.ids)
 
 
@@ -216,6 +216,6 @@ def test_a_turn_with_other_images_than_its_views_is_a_mistake():
     row, _ = mix()[0]
     first, *rest = row.teachers
     other = Turn((*first.prefix_ids[:-1], TURN), first.rest_ids)
-    with pytest.raises(ValueError, match="role reference does not share its view's header and images"):
+    with pytest.raises(ValueError, match="role reference does not share its prefix's header and images"):
         wrong = dataclasses.replace(row, teachers=(other, *rest))
         pack_scores([wrong], [invalid(0, 3)], roles=ROLES, config=tiny.CONFIG, buckets=BUCKETS)

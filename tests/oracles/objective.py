@@ -114,11 +114,14 @@ def limits(role, n):
     return out
 
 
-def objective(model, base, trained, samples, roles, *, teacher_params=None, temperature=1.0, reduction="tokens"):
+def objective(
+    model, base, trained, samples, roles, *, teacher_params=None, others=None, temperature=1.0, reduction="tokens"
+):
     """The weighted sum of the roles' means over (row, rollout) pairs.
 
     Args:
       teacher_params: what lies over the base for the teachers; None for nothing.
+      others: {role.model: (model, parameters)} of the roles that name one. All logits are cut to the fewest there are.
       temperature: divides all logits in the divergence.
       reduction: "tokens", or "sequences" for the mean of the rollouts' means.
 
@@ -126,13 +129,16 @@ def objective(model, base, trained, samples, roles, *, teacher_params=None, temp
       (loss, {role name: {"loss", "tokens", "clipped"}},
        {(sample, role name): (positions, kl, student_logp, teacher_logp, entropy of the student)}).
     """
-    student, teacher = {"params": base} | trained, {"params": base} | (teacher_params or {})
+    student = {"params": base} | trained
+    models = {"": (model, {"params": base} | (teacher_params or {}))}
+    models |= {name: (other, {"params": params}) for name, (other, params) in (others or {}).items()}
+    width = min(m.config.vocab_size for m, _ in models.values())
     entries, clipped = {}, {}
     for i, (row, rollout) in enumerate(samples):
         if row.student is None or rollout is None:
             continue
         prompt = row.student.prefix_ids + row.student.rest_ids
-        p = np.asarray(logits(model, student, row.images, prompt + rollout.ids))[len(prompt) - 1 :]
+        p = np.asarray(logits(model, student, row.images, prompt + rollout.ids))[len(prompt) - 1 :, :width]
         for role, turn in zip(roles, row.teachers, strict=True):
             at = np.array(scored(role, rollout), int)
             if not len(at):
@@ -140,7 +146,8 @@ def objective(model, base, trained, samples, roles, *, teacher_params=None, temp
             prompt = turn.prefix_ids + turn.rest_ids
             read = at if role.reads == "scored" else range(len(rollout.ids))
             ids = tuple(rollout.ids[j] for j in read)
-            q = np.asarray(logits(model, teacher, row.images_of(role.view), prompt + ids))[len(prompt) - 1 :]
+            q = logits(*models[role.model], row.images_of(role.view), prompt + ids)
+            q = np.asarray(q)[len(prompt) - 1 :, :width]
             q, p_at = q[np.arange(len(at)) if role.reads == "scored" else at], p[at]
             kl = divergence(role, log_softmax(p_at / temperature), log_softmax(q / temperature))
             log_p, log_q = log_softmax(p_at), log_softmax(q)

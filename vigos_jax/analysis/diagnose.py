@@ -239,15 +239,16 @@ def _scorer(session: Session, reader: Reader):
     shows_reference = np.array([r.shows_reference for r in session.roles])
 
     @jax.jit
-    def own(base, trained, teacher_params, batch):
-        scores = score_batch(model, base, trained, batch, objective, teacher_params=teacher_params)
+    def own(base, trained, frozen, batch):
+        scores = score_batch(model, base, trained, batch, objective, **frozen)
         return scores.student_logp, scores.teacher_logp
 
     @jax.jit
-    def teachers(base, teacher_params, batch):
-        return teacher_logps(model, base, batch, teacher_params=teacher_params, chunk=objective.chunk)
+    def teachers(base, frozen, batch):
+        return teacher_logps(model, base, batch, objective, **frozen)
 
     def score(part: list[_Counterfactuals], size: int, trained: Variables, teacher_params: Variables):
+        frozen = {"teacher_params": teacher_params, "others": session.others}
         empty = size - len(part)
         rollouts = [x.case.scored for x in part] + [None] * empty
 
@@ -255,11 +256,11 @@ def _scorer(session: Session, reader: Reader):
             batch = session.pack_scores(rows + [Row()] * empty, rollouts)
             # The same rollouts under the same roles: one by one the same supervised tokens.
             assert np.array_equal(batch.supervised.position, tokens.position)
-            return jax.device_get(teachers(session.base, teacher_params, session.put_batch(batch)))
+            return jax.device_get(teachers(session.base, frozen, session.put_batch(batch)))
 
         batch = session.pack_scores([x.case.row for x in part] + [Row()] * empty, rollouts)
         tokens = jax.tree.map(np.asarray, batch.supervised)
-        student, teacher = jax.device_get(own(session.base, trained, teacher_params, session.put_batch(batch)))
+        student, teacher = jax.device_get(own(session.base, trained, frozen, session.put_batch(batch)))
         # A case with fewer wrong answers repeats its first, which is then left out of the mixture.
         most = max(len(x.wrong_answers) for x in part)
         shown = [[*x.wrong_answers, *x.wrong_answers[:1] * (most - len(x.wrong_answers))] for x in part]

@@ -99,8 +99,11 @@ def score_rollouts(
     objective = session.objective
 
     @jax.jit
-    def run(base: Any, trained: Variables, teacher_params: Variables, batch: Any) -> tuple[TokenScores, RoleStats]:
-        scores = score_batch(session.model, base, trained, batch, objective, teacher_params=teacher_params)
+    def run(
+        base: Any, trained: Variables, teacher_params: Variables, others: Any, batch: Any
+    ) -> tuple[TokenScores, RoleStats]:
+        options = {"teacher_params": teacher_params, "others": others}
+        scores = score_batch(session.model, base, trained, batch, objective, **options)
         return scores, role_stats(scores, batch.supervised, objective)
 
     try:
@@ -117,7 +120,9 @@ def score_rollouts(
             part = [case for _, case in zip(range(size), cases, strict=False)]
             slots = part + [Case(-1, Example(""))] * (size - len(part))
             batch = session.pack_scores([case.row for case in slots], [case.rollout for case in slots])
-            scores, stats = jax.device_get(run(session.base, trained, teacher_params, session.put_batch(batch)))
+            scores, stats = jax.device_get(
+                run(session.base, trained, teacher_params, session.others, session.put_batch(batch))
+            )
             totals = jax.tree.map(lambda a, b: a + np.float64(b), totals, stats)
             for i, case in enumerate(part):
                 if case.bad_reason:

@@ -66,6 +66,7 @@ ADVICE = {
     "roles.NAME.image_pixels": "Of `image=resized`: lower it until the teacher cannot read what the student should.",
     "roles.NAME.token_weights": "When some tokens should teach more than others: docs/roles.md.",
     "roles.NAME.token_top_k": "With teacher_top_k alone.",
+    "roles.NAME.model": "A larger model of the student's family teaches; its weights take memory beside the base's.",
     "span_rule": "released to repeat the authors' code.",
     "teacher.weights": "ema or live for teachers that improve with the student; watch for collapse.",
     "teacher.ema_rate": "Lower it if teachers drift away from the base too fast.",

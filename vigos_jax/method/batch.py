@@ -14,7 +14,8 @@ class SupervisedTokens(flax.struct.PyTreeNode):
     Attributes:
       role: index into the role table, -1 for an unused slot.
       student_at: place in the student's sequence whose output predicts the token.
-      teacher_at: the same in the teachers' packed sequences, those of `ScoreBatch.views` behind `ScoreBatch.teacher`.
+      teacher_at: the same in the packed sequences of the role's model, those of `ScoreBatch.others` after
+        `ScoreBatch.teacher`.
       position: the token's place in the completion.
       token: its id.
       sampled_logp: log-probability under the sampler, NaN where the rollout came from elsewhere.
@@ -32,23 +33,25 @@ class SupervisedTokens(flax.struct.PyTreeNode):
     control_at: Int[Array, "B E"] | None = None
 
 
-class ViewBatch(flax.struct.PyTreeNode):
-    """The branches of roles that see other images than the student, behind those.
+class PrefixBatch(flax.struct.PyTreeNode):
+    """The branches of roles that see other images than the student, or have other weights, after those images.
 
     Attributes:
       vision: None where they see none.
+      model: whose weights read them, `roles.Prefix.model`.
     """
 
     vision: VisionInputs | None
     text: TextInputs
+    model: str = flax.struct.field(pytree_node=False, default="")
 
 
 class ScoreBatch(flax.struct.PyTreeNode):
     """Everything the objective needs: images, the student's sequences, the teachers' branches, the supervised tokens.
 
     Attributes:
-      teacher: branches of the roles that see the student's images; None if there is no such role.
-      views: branches of the others, one for each further view of `roles.views_of`.
+      teacher: branches of the roles with the student's base and images; None if there is no such role.
+      others: branches of the others, one for each further prefix of `roles.prefixes_of`.
       vision: None where `image_embeds` serve student and teachers.
       image_embeds: visual tokens that are known already; else None.
     """
@@ -58,7 +61,7 @@ class ScoreBatch(flax.struct.PyTreeNode):
     teacher: TextInputs | None
     supervised: SupervisedTokens
     image_embeds: Float[Array, "B M W"] | None = None
-    views: tuple[ViewBatch, ...] = ()
+    others: tuple[PrefixBatch, ...] = ()
 
 
 class PromptBatch(flax.struct.PyTreeNode):
@@ -73,20 +76,31 @@ class PromptBatch(flax.struct.PyTreeNode):
     is_active: Bool[Array, "B"]
 
 
+class TeacherStates(flax.struct.PyTreeNode):
+    """What one model says of the supervised tokens; states of tokens whose role has another model mean nothing.
+
+    Attributes:
+      hidden: the states that predict each token.
+      head: None if it is the student's: then one product serves both.
+      control: the states of the roles' controls; None where no role has one.
+    """
+
+    hidden: Float[Array, "B E W"]
+    head: Float[Array, "V W"] | None
+    control: Float[Array, "B E W"] | None = None
+
+
 class SupervisedStates(flax.struct.PyTreeNode):
     """What the heads are applied to; a state's logits are its products with a head's rows.
 
     Attributes:
-      student, teacher: the states of each supervised token.
-      student_head, teacher_head: None for the teacher's if it is the student's: then one product serves both.
-      control: the states of the roles' controls under the teacher's head; None where no role has one.
+      student: the states that predict each supervised token.
+      teachers: by `TeacherRole.model`.
     """
 
     student: Float[Array, "B E D"]
     student_head: Float[Array, "V D"]
-    teacher: Float[Array, "B E D"]
-    teacher_head: Float[Array, "V D"] | None
-    control: Float[Array, "B E D"] | None = None
+    teachers: dict[str, TeacherStates]
 
 
 class TokenScores(flax.struct.PyTreeNode):

@@ -12,13 +12,13 @@ the number of the role's tokens in the same rollout to average over rollouts (`r
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from vigos_jax.method.batch import RoleStats, SupervisedStates, SupervisedTokens, TokenScores
+from vigos_jax.method.batch import RoleStats, SupervisedStates, SupervisedTokens, TeacherStates, TokenScores
 from vigos_jax.method.divergences import divergence, log_softmax
 from vigos_jax.method.roles import TeacherRole
 from vigos_jax.models.shapes import AnyArray, Array, Float, Int
@@ -51,12 +51,12 @@ class ObjectiveConfig:
 def score_tokens(states: SupervisedStates, supervised: SupervisedTokens, objective: ObjectiveConfig) -> TokenScores:
     """Scores [B, E] of all supervised tokens, in chunks of `objective.chunk` tokens per row to bound the memory."""
 
-    def one(student, teacher, role, token):
-        logits = both_logits(student, states.student_head, teacher, states.teacher_head)
+    def one(student, teachers, role, token):
+        logits = both_logits(student, teachers, role, states=states, roles=objective.roles)
         value, _ = divergence(*logits, role, roles=objective.roles, temperature=objective.temperature)
         return _scores(*logits, value, token)
 
-    parts = (states.student, states.teacher, jnp.maximum(supervised.role, 0), supervised.token)
+    parts = (states.student, hidden_of(states), jnp.maximum(supervised.role, 0), supervised.token)
     return in_chunks(one, parts, objective.chunk)
 
 
@@ -95,8 +95,8 @@ def _weighted_loss(objective, trains_head, states, supervised, weights):
 
 def _weighted_loss_forward(objective, trains_head, states, supervised, weights):
     def one(head_gradient, x):
-        student, teacher, role, token, clip, weight = x
-        logits = both_logits(student, states.student_head, teacher, states.teacher_head)
+        student, teachers, role, token, clip, weight = x
+        logits = both_logits(student, teachers, role, states=states, roles=objective.roles)
         value, gradient = divergence(*logits, role, roles=objective.roles, temperature=objective.temperature)
         scale = jnp.where(value < clip, weight, 0.0)  # a clipped token has no gradient
         gradient = (gradient * scale[..., None]).astype(student.dtype)  # [B, chunk, V]
@@ -108,7 +108,7 @@ def _weighted_loss_forward(objective, trains_head, states, supervised, weights):
         return head_gradient, (loss, _scores(*logits, value, token), state_gradient.astype(student.dtype))
 
     role = jnp.maximum(supervised.role, 0)
-    parts = (states.student, states.teacher, role, supervised.token, supervised.clip, weights)
+    parts = (states.student, hidden_of(states), role, supervised.token, supervised.clip, weights)
     start = jnp.zeros(states.student_head.shape, jnp.float32) if trains_head else None
     head_gradient, (loss, scores, state_gradient) = jax.lax.scan(one, start, _split(parts, objective.chunk))
     scores, state_gradient = _join((scores, state_gradient), supervised.role.shape[1])
@@ -125,7 +125,7 @@ def _weighted_loss_backward(objective, trains_head, residuals, cotangents):
     def scaled(x: Any) -> Any:
         return no_gradient if x is None else (loss_cotangent * x).astype(x.dtype)
 
-    states = SupervisedStates(scaled(state_gradient), scaled(head_gradient), no_gradient, no_gradient)
+    states = SupervisedStates(scaled(state_gradient), scaled(head_gradient), no_gradient)
     return states, None, None
 
 
@@ -133,10 +133,20 @@ _weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward)
 
 
 def token_logps(
-    hidden: Float[AnyArray, "B E D"], head: Float[AnyArray, "V D"], token: Int[AnyArray, "B E"], *, chunk: int
+    teachers: dict[str, TeacherStates], supervised: SupervisedTokens, objective: ObjectiveConfig
 ) -> Float[Array, "B E"]:
-    """Float32 log-probability of each token given the hidden state that predicts it, `chunk` tokens a row at a time."""
-    return in_chunks(lambda h, t: _pick(log_softmax(logits_of(h, head)), t), (hidden, token), chunk)
+    """Float32 log-probability of every supervised token under its teacher, in chunks as `score_tokens`.
+
+    Args:
+      teachers: by `TeacherRole.model`, all with a head.
+    """
+    heads: dict[str, Any] = {name: teacher.head for name, teacher in teachers.items()}  # none of them None
+    hidden = {name: teacher.hidden for name, teacher in teachers.items()}
+
+    def one(hidden, role, token):
+        return _pick(log_softmax(teacher_logits(hidden, role, heads=heads, roles=objective.roles)), token)
+
+    return in_chunks(one, (hidden, jnp.maximum(supervised.role, 0), supervised.token), objective.chunk)
 
 
 def logits_of(hidden: Float[AnyArray, "B E D"], head: Float[AnyArray, "V D"]) -> Float[Array, "B E V"]:
@@ -144,18 +154,58 @@ def logits_of(hidden: Float[AnyArray, "B E D"], head: Float[AnyArray, "V D"]) ->
     return jnp.einsum("bed,vd->bev", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
+def hidden_of(states: SupervisedStates) -> dict[str, Float[Array, "B E _"]]:
+    """Each model's states of all tokens."""
+    return {name: teacher.hidden for name, teacher in states.teachers.items()}
+
+
 def both_logits(
     student: Float[AnyArray, "B E D"],
-    student_head: Float[AnyArray, "V D"],
-    teacher: Float[AnyArray, "B E D"],
-    teacher_head: Float[AnyArray, "V D"] | None,
+    teachers: Mapping[str, Float[AnyArray, "B E _"]],
+    role: Int[AnyArray, "B E"],
+    *,
+    states: SupervisedStates,
+    roles: tuple[TeacherRole, ...],
 ) -> tuple[Float[Array, "B E V"], Float[Array, "B E V"]]:
-    """float32 logits of student and teacher; with one head (`teacher_head` is None) by one product."""
-    if teacher_head is not None:
-        return logits_of(student, student_head), logits_of(teacher, teacher_head)
-    n = student.shape[1]
-    logits = logits_of(jnp.concatenate([student, teacher], 1), student_head)
-    return logits[:, :n], logits[:, n:]
+    """float32 logits of the student and of each token's teacher; where they share a head, by one product.
+
+    Args:
+      student, teachers: some tokens' states, as in `hidden_of`.
+      states: whose heads are applied.
+    """
+    if [teacher.head for teacher in states.teachers.values()] == [None]:
+        (teacher,), n = teachers.values(), student.shape[1]
+        logits = logits_of(jnp.concatenate([student, teacher], 1), states.student_head)
+        return logits[:, :n], logits[:, n:]
+    own = logits_of(student, states.student_head)
+    return own, teacher_logits(teachers, role, heads=heads_of(states), roles=roles)
+
+
+def heads_of(states: SupervisedStates) -> dict[str, Float[Array, "V _"]]:
+    """Each model's output head."""
+    student = states.student_head
+    return {name: student if teacher.head is None else teacher.head for name, teacher in states.teachers.items()}
+
+
+def teacher_logits(
+    teachers: Mapping[str, Float[AnyArray, "B E _"]],
+    role: Int[AnyArray, "B E"],
+    *,
+    heads: Mapping[str, Float[AnyArray, "V _"]],
+    roles: tuple[TeacherRole, ...],
+) -> Float[Array, "B E V"]:
+    """float32 logits of each token's teacher, by the model that its role names.
+
+    Args:
+      teachers: some tokens' states, as in `hidden_of`.
+    """
+    out = None
+    for name, hidden in teachers.items():
+        logits = logits_of(hidden, heads[name])
+        is_its = jnp.array([r.model == name for r in roles])[role]
+        out = logits if out is None else jnp.where(is_its[..., None], logits, out)
+    assert out is not None  # a table has a role, and a role a model
+    return out
 
 
 def _scores(
@@ -196,10 +246,10 @@ def _join(results: Any, length: int) -> Any:
     return jax.tree.map(join, results)
 
 
-def in_chunks(function: Callable, parts: tuple[AnyArray, ...], chunk: int) -> Any:
-    """`function` of arrays [B, E, ...], applied to `chunk` tokens of every row at a time."""
+def in_chunks(function: Callable, parts: tuple[Any, ...], chunk: int) -> Any:
+    """`function` of trees of arrays [B, E, ...], applied to `chunk` tokens of every row at a time."""
     _, results = jax.lax.scan(lambda _, x: (None, function(*x)), None, _split(parts, chunk))
-    return _join(results, parts[0].shape[1])
+    return _join(results, jax.tree.leaves(parts)[0].shape[1])
 
 
 def normalizer_terms(supervised: SupervisedTokens, objective: ObjectiveConfig) -> Float[Array, "B E R"]:

@@ -10,7 +10,8 @@ attending to each other, and each branch's positions continue from the prefix as
 
 A branch holds only what predicts its scored tokens: the role's prompt, then the student's completion up to but not
 including the last scored token (with `reads="scored"`, only the scored tokens before it). Roles that see other images
-than the student (`data.views`) are branches of a separate sequence, one per view. In families whose layers carry a
+than the student (`data.views`), or have other weights, are branches of a separate sequence, one for each
+`roles.Prefix`. In families whose layers carry a
 state along the sequence, padding aligns each branch to a multiple of `ModelConfig.chunk`, and `models/delta_rule.py`
 starts it from the prefix's state.
 """
@@ -22,10 +23,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vigos_jax.data.views import ORIGINAL, ImageView
+from vigos_jax.data.views import NONE, ORIGINAL, ImageView
 from vigos_jax.errors import InputError
-from vigos_jax.method.batch import PromptBatch, ScoreBatch, SupervisedTokens, ViewBatch
-from vigos_jax.method.roles import TeacherRole, branches_of, branches_per_rollout, roles_per_token, views_of
+from vigos_jax.method.batch import PrefixBatch, PromptBatch, ScoreBatch, SupervisedTokens
+from vigos_jax.method.roles import (
+    OWN,
+    Prefix,
+    TeacherRole,
+    branches_of,
+    branches_per_rollout,
+    prefixes_of,
+    roles_per_token,
+    views_of,
+)
 from vigos_jax.method.rows import Rollout, Row
 from vigos_jax.method.sequences import (
     EMPTY,
@@ -50,7 +60,7 @@ class Buckets:
       patches: window slots of a row's images under one view.
       prompt: tokens of a student's prompt.
       completion: tokens of a completion.
-      sequence: tokens of a student's prompt and completion, or of a view's prefix and all its branches.
+      sequence: tokens of a student's prompt and completion, or of a prefix and all its branches.
       agree: maps the size that this process needs to the largest that any process needs.
     """
 
@@ -86,10 +96,10 @@ def too_long(
     """
     prompt = len(row.prompt.ids)
     longest = prompt + max_completion
-    for view in views_of(roles):
+    for prefix in prefixes_of(roles):
         for valid in (True, False):
             length = 0
-            for r, is_control in branches_of(view, roles):
+            for r, is_control in branches_of(prefix, roles):
                 turn = row.turn(r, is_control=is_control)
                 if roles[r].applies(valid):
                     length = length or len(turn.prefix_ids)
@@ -133,7 +143,7 @@ _UNUSED = _Token(-1, 0, 0, 0, 0, np.nan, np.inf)
 
 
 class _Packed(NamedTuple):
-    """A row's branches behind one view's images.
+    """A row's branches behind one prefix.
 
     Attributes:
       tokens: what its roles score.
@@ -232,15 +242,15 @@ def pack_scores(
 
     Raises:
       InputError: a row does not fit the largest bucket.
-      ValueError: a role's prompt does not share the header and images of its view.
+      ValueError: a role's prompt does not share the header and images of its prefix.
     """
-    views = views_of(roles)
+    prefixes = prefixes_of(roles)
     students: list[TokenSequence] = []
-    rows_packed: list[list[_Packed]] = []  # by row and view
+    rows_packed: list[list[_Packed]] = []  # by row and prefix
     for row, rollout in zip(rows, rollouts, strict=True):
         is_bad = row.student is None or rollout is None
         students.append(EMPTY if is_bad else token_sequence(row.images, row.prompt.ids, config, rollout.ids))
-        rows_packed.append([_Packed() if is_bad else _pack_row(row, rollout, roles, v, config) for v in views])
+        rows_packed.append([_Packed() if is_bad else _pack_row(row, rollout, roles, p, config) for p in prefixes])
 
     # A token takes one slot per role that scores it, `times` at most. Rounding the number of tokens, not of slots, to
     # a bucket makes sure that every completion that fits its bucket also fits here.
@@ -249,63 +259,64 @@ def pack_scores(
     entries = buckets.fit("completion", -(-most // times)) * times
     vision = _vision(rows, ORIGINAL, config, buckets) if with_images else None
     student = padded_text(students, buckets.fit("sequence", max(len(s.ids) for s in students)), branches=0)
-    # One length for all views, or the number of programs would be the product of their lengths' numbers.
+    # One length for all prefixes, or the number of programs would be the product of their lengths' numbers.
     length = buckets.fit("sequence", max((len(p.sequence.ids) for row in rows_packed for p in row), default=0))
     texts = []
-    for i, view in enumerate(views):
+    for i, prefix in enumerate(prefixes):
         sequences = [row[i].sequence for row in rows_packed]
-        texts.append(padded_text(sequences, length, branches=branches_per_rollout(view, roles)))
-    starts = [i * length for i in range(len(views))]  # of each view in `teacher_at`
+        texts.append(padded_text(sequences, length, branches=branches_per_rollout(prefix, roles)))
+    starts = _starts(prefixes, length)
     tokens, with_controls = [_joined(row, starts) for row in rows_packed], any(role.has_control for role in roles)
+    others = []
+    for i, (model, view) in enumerate(prefixes):
+        if prefixes[i] != OWN:
+            seen = _used(rows, [packed[i] for packed in rows_packed])
+            images = None if view == NONE else _vision(seen, view, config, buckets, least=rows)
+            others.append(host(PrefixBatch, vision=images, text=texts[i], model=model))
     return ScoreBatch(
         supervised=_supervised(tokens, entries, with_controls=with_controls),
         vision=vision,
         student=student,
-        teacher=texts[0] if ORIGINAL in views else None,  # it is the first
-        views=tuple(
-            host(
-                ViewBatch,
-                vision=_vision(_used(rows, [r[i] for r in rows_packed]), view, config, buckets, least=rows),
-                text=texts[i],
-            )
-            if view.is_read
-            else host(ViewBatch, vision=None, text=texts[i])
-            for i, view in enumerate(views)
-            if view != ORIGINAL
-        ),
+        teacher=texts[0] if OWN in prefixes else None,  # it is the first
+        others=tuple(others),
     )
 
 
+def _starts(prefixes: Sequence[Prefix], length: int) -> list[int]:
+    """Where each prefix's sequence begins in its model's, one after the other: what `teacher_at` counts from."""
+    return [length * sum(p.model == prefix.model for p in prefixes[:i]) for i, prefix in enumerate(prefixes)]
+
+
 def _used(rows: Sequence[Row], packed: Sequence[_Packed]) -> list[Row]:
-    """The rows, with `Row()` in place of those whose view no role reads: their images need no encoding."""
+    """The rows, with `Row()` in place of those that nothing reads behind a prefix: their images need no encoding."""
     return [row if len(p.sequence.ids) else Row() for row, p in zip(rows, packed, strict=True)]
 
 
 def _joined(packed: Sequence[_Packed], starts: Sequence[int]) -> list[_Token]:
-    """A row's tokens of all views by role; `teacher_at` counts along the views' sequences, one after the other."""
-    views = [*zip(packed, starts, strict=True)]
-    controls = {key: start + at for view, start in views for key, at in view.controls.items()}
+    """A row's tokens behind all prefixes, by role. starts: see `_starts`."""
+    parts = [*zip(packed, starts, strict=True)]
+    controls = {key: start + at for part, start in parts for key, at in part.controls.items()}
     placed = [
         t._replace(teacher_at=start + t.teacher_at, control_at=controls.get((t.role, t.position), 0))
-        for view, start in views
-        for t in view.tokens
+        for part, start in parts
+        for t in part.tokens
     ]
     return sorted(placed, key=lambda t: t.role)
 
 
 def _pack_row(
-    row: Row, rollout: Rollout, roles: tuple[TeacherRole, ...], view: ImageView, config: ModelConfig
+    row: Row, rollout: Rollout, roles: tuple[TeacherRole, ...], prefix: Prefix, config: ModelConfig
 ) -> _Packed:
-    """The branches of a row's roles with this view, behind their prefix, and the tokens that they score."""
-    branches = [(r, is_control, row.turn(r, is_control=is_control)) for r, is_control in branches_of(view, roles)]
-    prefix = row.prompt.prefix_ids if view == ORIGINAL else branches[0][2].prefix_ids
-    parts = [token_sequence(row.images_of(view), prefix, config)]
+    """The branches of a row's roles behind a prefix, and the tokens that they score."""
+    branches = [(r, is_control, row.turn(r, is_control=is_control)) for r, is_control in branches_of(prefix, roles)]
+    ids = row.prompt.prefix_ids if prefix == OWN else branches[0][2].prefix_ids
+    parts = [token_sequence(row.images_of(prefix.view), ids, config)]
     after_prefix = next_position(parts[0].positions)
-    length, segment, tokens, controls = len(prefix), 1, [], {}
+    length, segment, tokens, controls = len(ids), 1, [], {}
     for r, is_control, turn in branches:
         role = roles[r]
-        if turn.prefix_ids != prefix:
-            raise ValueError(f"role {role.name} does not share its view's header and images")
+        if turn.prefix_ids != ids:
+            raise ValueError(f"role {role.name} does not share its prefix's header and images")
         scored = scored_positions(role, rollout)
         if not scored:
             continue
@@ -327,6 +338,6 @@ def _pack_row(
                 clip = token_clip(role, j, scored)
                 tokens.append(_Token(r, student_at, teacher_at, j, rollout.ids[j], logp, clip))
         length += n
-    if not tokens and not controls and view != ORIGINAL:
+    if not tokens and not controls and prefix != OWN:
         return _Packed()  # images that nobody reads are not encoded
     return _Packed(TokenSequence(*(np.concatenate(x, -1) for x in zip(*parts, strict=True))), tokens, controls)

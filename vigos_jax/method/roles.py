@@ -6,7 +6,7 @@ else in the program depends on a method's name.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from vigos_jax.data.views import NONE, ORIGINAL, ImageView, read_view
 from vigos_jax.errors import InputError
@@ -21,9 +21,24 @@ TOKEN_WEIGHTS = ("uniform", "entropy", "image_dependence", "teacher_top_k")  # r
 _LARGEST = 1e30  # of a weight or clip; far above any, and float32 still holds it
 
 
+class Prefix(NamedTuple):
+    """What the branches of one packed sequence have in common.
+
+    Attributes:
+      model: whose weights read them, see `TeacherRole.model`.
+      view: the images in front of them.
+    """
+
+    model: str = ""
+    view: ImageView = ORIGINAL
+
+
+OWN = Prefix()  # the student's base and images
+
+
 @dataclasses.dataclass(frozen=True)
 class TeacherRole:
-    """One teacher: the same weights as every other role's, behind a context of its own.
+    """One teacher: a context of its own, and the student's base weights unless it names others.
 
     Attributes:
       name: of the role, and of its entry in `config.prompts`.
@@ -47,6 +62,7 @@ class TeacherRole:
       image_column, image_margin, image_pixels: see `ImageView`.
       token_weights: the rule by which the role weighs its tokens, a row of `token_weights.RULES`.
       token_top_k: k of "teacher_top_k"; nothing else reads it.
+      model: folder or hub id of the teacher's weights, of the student's family and tokenizer; "" is the student's base.
     """
 
     name: str
@@ -68,6 +84,7 @@ class TeacherRole:
     image_pixels: int = 0
     token_weights: str = "uniform"
     token_top_k: int = 0
+    model: str = ""
 
     def applies(self, is_valid: bool) -> bool:
         """Whether the role scores a rollout, by its format."""
@@ -79,8 +96,18 @@ class TeacherRole:
         return ImageView(self.image, self.image_column, self.image_margin, self.image_pixels)
 
     @property
+    def prefix(self) -> Prefix:
+        """What its branch stands behind."""
+        return Prefix(self.model, self.view)
+
+    @property
+    def control_prefix(self) -> Prefix | None:
+        """What its control stands behind: the role run without an image, to weigh its tokens; None without one."""
+        return Prefix(self.model, NONE) if self.has_control else None
+
+    @property
     def has_control(self) -> bool:
-        """Whether the role is also run without an image, to weigh its tokens."""
+        """Whether the role is also run without an image."""
         return self.token_weights == "image_dependence"
 
     @property
@@ -161,6 +188,8 @@ def _values(where: str, entry: Mapping[str, Any]) -> dict[str, Any]:
             f"{where}.beta={r['beta']} must be between 0 and 1, both excluded: the limits are named, forward_kl is "
             "KL(teacher || student) and reverse_kl is KL(student || teacher)"
         )
+    if not isinstance(r["model"], str):
+        raise InputError(f"{where}.model={r['model']!r} must be a text: a model folder, or owner/name on the hub")
     view = read_view(where, r)
     _check_weights(where, r, view)
     return r | {"scores": tuple(r["scores"]), "image_margin": view.margin}
@@ -178,22 +207,31 @@ def _check_weights(where: str, entry: Mapping[str, Any], view: ImageView) -> Non
 
 
 def views_of(table: tuple[TeacherRole, ...]) -> tuple[ImageView, ...]:
-    """The different views of the roles and of their controls; the row's own images first, if a role sees them."""
-    different = dict.fromkeys(role.view for role in table)
-    if any(role.has_control for role in table):
-        different[NONE] = None
-    return tuple(sorted(different, key=lambda view: view != ORIGINAL))
+    """The different views of the roles."""
+    return tuple(dict.fromkeys(role.view for role in table))
 
 
-def branches_of(view: ImageView, table: tuple[TeacherRole, ...]) -> tuple[tuple[int, bool], ...]:
-    """(index of the role, whether the branch is its control) of all branches behind a view's images."""
-    own = [(i, False) for i, role in enumerate(table) if role.view == view]
-    return (*own, *((i, True) for i, role in enumerate(table) if role.has_control and view == NONE))
+def models_of(table: tuple[TeacherRole, ...]) -> dict[str, str]:
+    """The name of the first role that each model but the student's base teaches."""
+    return {role.model: role.name for role in reversed(table) if role.model}
 
 
-def branches_per_rollout(view: ImageView, table: tuple[TeacherRole, ...]) -> int:
-    """The most branches that one rollout may have behind a view's images."""
-    roles = [table[i] for i, _ in branches_of(view, table)]
+def prefixes_of(table: tuple[TeacherRole, ...]) -> tuple[Prefix, ...]:
+    """The different prefixes of the roles and of their controls; the student's own first, if a role has it."""
+    different = dict.fromkeys(role.prefix for role in table)
+    different |= dict.fromkeys(role.control_prefix for role in table if role.control_prefix is not None)
+    return tuple(sorted(different, key=lambda prefix: prefix != OWN))
+
+
+def branches_of(prefix: Prefix, table: tuple[TeacherRole, ...]) -> tuple[tuple[int, bool], ...]:
+    """(index of the role, whether the branch is its control) of all branches behind a prefix."""
+    own = [(i, False) for i, role in enumerate(table) if role.prefix == prefix]
+    return (*own, *((i, True) for i, role in enumerate(table) if role.control_prefix == prefix))
+
+
+def branches_per_rollout(prefix: Prefix, table: tuple[TeacherRole, ...]) -> int:
+    """The most branches that one rollout may have behind a prefix."""
+    roles = [table[i] for i, _ in branches_of(prefix, table)]
     return max(sum(r.applies(is_valid) for r in roles) for is_valid in (True, False))
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from vigos_jax.method.batch import SupervisedStates, SupervisedTokens
 from vigos_jax.method.divergences import log_softmax
-from vigos_jax.method.losses import ObjectiveConfig, both_logits, in_chunks, logits_of
+from vigos_jax.method.losses import ObjectiveConfig, both_logits, heads_of, hidden_of, in_chunks, teacher_logits
 from vigos_jax.method.roles import TeacherRole
 from vigos_jax.models.shapes import Array, Float, Int
 
@@ -79,18 +79,18 @@ def token_weights(
     if all(role.token_weights == "uniform" for role in roles):
         return jnp.ones(supervised.role.shape)
     states = jax.lax.stop_gradient(states)
-    control = states.teacher if states.control is None else states.control
+    controls = {name: t.hidden if t.control is None else t.control for name, t in states.teachers.items()}
 
-    def raw(student, teacher, control, role, token):
-        logits = both_logits(student, states.student_head, teacher, states.teacher_head)
-        without = logits_of(control, states.student_head if states.teacher_head is None else states.teacher_head)
+    def raw(student, teachers, controls, role, token):
+        logits = both_logits(student, teachers, role, states=states, roles=roles)
+        without = teacher_logits(controls, role, heads=heads_of(states), roles=roles)
         at, out = TokenLogits(*logits, without, token), jnp.ones(token.shape)
         for r, of in enumerate(roles):
             if of.token_weights != "uniform":
                 out = jnp.where(role == r, RULES[of.token_weights](at, of), out)
         return out
 
-    parts = states.student, states.teacher, control, supervised.role, supervised.token
+    parts = states.student, hidden_of(states), controls, supervised.role, supervised.token
     weights = in_chunks(raw, parts, objective.chunk)
     one_hot = (supervised.role[..., None] == jnp.arange(len(roles))).astype(jnp.float32)  # [B, E, R]
     mean = jnp.sum(one_hot * weights[..., None], 1) / jnp.maximum(jnp.sum(one_hot, 1), 1.0)  # [B, R]

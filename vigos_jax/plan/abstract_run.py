@@ -10,20 +10,28 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from vigos_jax.data.views import ORIGINAL, ImageView
 from vigos_jax.errors import InputError
-from vigos_jax.method.batch import PromptBatch, ScoreBatch, SupervisedTokens, ViewBatch
+from vigos_jax.method.batch import PrefixBatch, PromptBatch, ScoreBatch, SupervisedTokens
 from vigos_jax.method.losses import ObjectiveConfig
-from vigos_jax.method.roles import TeacherRole, branches_per_rollout, roles_per_token, views_of
+from vigos_jax.method.roles import (
+    OWN,
+    Prefix,
+    TeacherRole,
+    branches_per_rollout,
+    models_of,
+    prefixes_of,
+    roles_per_token,
+)
+from vigos_jax.method.scoring import TeacherModel
 from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.inputs import TextInputs, VisionInputs
 from vigos_jax.models.published_configs import published_config
-from vigos_jax.models.quantization import quantised_shapes
 from vigos_jax.models.variables import cast_floats, shares_vision, student_variables
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.plan.devices import Topology
 from vigos_jax.runtime.sharding import batch_sharding, check_batch, make_mesh, replicated, tree_shardings
-from vigos_jax.session import DEMO_FOLDER, buckets_of, check_quantization, model_of, objective_of
+from vigos_jax.session import DEMO_FOLDER, buckets_of, check_quantization, model_of, objective_of, placed
+from vigos_jax.teachers import check_dimensions
 from vigos_jax.training.step import TrainState, make_optimizer
 from vigos_jax.weights.reading import load_config
 
@@ -39,7 +47,7 @@ class Sizes:
     """Of the planned arrays: patch slots, visual, prompt, completion, student's and teachers' tokens of a row.
 
     Attributes:
-      teachers: (view, patch slots, tokens) of each view of the roles; no slots without images.
+      teachers: (prefix, patch slots, tokens) of each prefix of the roles; no slots without images.
     """
 
     patches: int
@@ -47,10 +55,10 @@ class Sizes:
     prompt: int
     completion: int
     student: int
-    teachers: tuple[tuple[ImageView, int, int], ...]
+    teachers: tuple[tuple[Prefix, int, int], ...]
 
     def json(self) -> dict[str, int]:
-        """The teachers' tokens summed over their views."""
+        """The teachers' tokens summed over their prefixes."""
         sizes = {name: getattr(self, name) for name in ("patches", "visual", "prompt", "completion", "student")}
         return sizes | {"teacher": sum(tokens for *_, tokens in self.teachers)}
 
@@ -77,16 +85,17 @@ def sizes_of(config, model: ModelConfig, roles: tuple[TeacherRole, ...]) -> Size
         )
     branch = p.prompt - visual + p.completion
 
-    def teachers(view: ImageView) -> tuple[ImageView, int, int]:
+    def teachers(prefix: Prefix) -> tuple[Prefix, int, int]:
+        view = prefix.view
         seen = p.patches if view.kind != "none" else 0
         if view.pixels:  # of its tokens: its slots are those of the row's own images
             seen = min(seen, max(v.merge_unit, view.pixels // v.patch_size**2))
-        branches = branches_per_rollout(view, roles)
+        branches = branches_per_rollout(prefix, roles)
         parts = (seen // v.merge_unit, *[branch] * (branches - 1))
         aligned = sum(math.ceil(n / model.chunk) * model.chunk for n in parts)
-        return view, patches if seen else 0, buckets.fit("sequence", aligned + branch)
+        return prefix, patches if seen else 0, buckets.fit("sequence", aligned + branch)
 
-    planned = [teachers(view) for view in views_of(roles)]
+    planned = [teachers(prefix) for prefix in prefixes_of(roles)]
     longest = max(tokens for *_, tokens in planned)  # as `pack_scores` has one length for all
     return Sizes(
         patches=patches,
@@ -94,7 +103,7 @@ def sizes_of(config, model: ModelConfig, roles: tuple[TeacherRole, ...]) -> Size
         prompt=buckets.fit("prompt", p.prompt),
         completion=buckets.fit("completion", p.completion),
         student=buckets.fit("sequence", p.prompt + p.completion),
-        teachers=tuple((view, used, longest) for view, used, _ in planned),
+        teachers=tuple((prefix, used, longest) for prefix, used, _ in planned),
     )
 
 
@@ -105,6 +114,7 @@ class AbstractRun:
     Attributes:
       state: TrainState.
       student: variables as the sampler reads them.
+      others: the models that roles name.
     """
 
     config: Any
@@ -115,6 +125,7 @@ class AbstractRun:
     base: Any
     state: TrainState
     student: Any
+    others: dict[str, TeacherModel]
 
     @property
     def mesh(self) -> Mesh:
@@ -162,17 +173,17 @@ class AbstractRun:
         is_known = shares_vision(self.state.trained)
         control = int32 if any(role.has_control for role in self.objective.roles) else None
         own, others = None, []
-        for view, slots, tokens in self.sizes.teachers:
-            text = self.text(rows, tokens, branches=branches_per_rollout(view, self.objective.roles))
-            if view == ORIGINAL:
+        for prefix, slots, tokens in self.sizes.teachers:
+            text = self.text(rows, tokens, branches=branches_per_rollout(prefix, self.objective.roles))
+            if prefix == OWN:
                 own = text
             else:
-                others.append(ViewBatch(self.vision(rows, slots) if slots else None, text))
+                others.append(PrefixBatch(self.vision(rows, slots) if slots else None, text, prefix.model))
         return ScoreBatch(
             vision=None if is_known else self.vision(rows),
             student=self.text(rows, self.sizes.student, branches=0),
             teacher=own,
-            views=tuple(others),
+            others=tuple(others),
             supervised=SupervisedTokens(int32, int32, int32, int32, int32, float32, float32, control),
             image_embeds=self.images(rows) if is_known else None,
         )
@@ -198,10 +209,7 @@ def describe(config, target: Topology) -> AbstractRun:
     model = model_of(config, model_config, mesh, platform=target.platform, is_served=target.has_fused_attention)
     place = functools.partial(_placed, mesh=mesh, rules=config.mesh.rules)
     check_quantization(config, model.lora, for_training=True)
-    abstract = abstract_variables(model)
-    base = place({"params": quantised_shapes(abstract["params"], config.model.quantization)}, dtype=model.dtype)[
-        "params"
-    ]
+    base, abstract = _frozen(config, model), abstract_variables(model)
     part = "params" if model.lora is None else "lora"
     trained = place({part: abstract[part]}, dtype=jnp.float32)
     tx, _ = make_optimizer(config.optimizer, steps=config.steps)
@@ -211,7 +219,22 @@ def describe(config, target: Topology) -> AbstractRun:
     student = student_variables(base, trained)
     student = {**student, "params": place({"params": student["params"]}, dtype=model.dtype)["params"]}
     sizes = sizes_of(config, model_config, objective.roles)
-    return AbstractRun(config, model, objective, sizes, tx, base, state, student)
+    others = {path: _teacher(config, model, path, name) for path, name in models_of(objective.roles).items()}
+    return AbstractRun(config, model, objective, sizes, tx, base, state, student, others)
+
+
+def _frozen(config, model: VisionLanguageModel) -> Any:
+    """A base as a run holds it on its mesh, in the model's dtype or quantised."""
+    shapes, _ = placed(config, model)
+    base = {"params": shapes["params"]}
+    return _placed(base, mesh=model.mesh, rules=config.mesh.rules, dtype=model.dtype)["params"]
+
+
+def _teacher(config, student: VisionLanguageModel, path: str, role: str) -> TeacherModel:
+    model_config = model_config_of(path)
+    check_dimensions(f"config.roles.{role}.model={path!r}", model_config, student.config)
+    model = student.clone(config=model_config, lora=None)
+    return TeacherModel(model, _frozen(config, model))
 
 
 def _placed(tree: Any, *, mesh: Any, rules: Any, dtype: Any = None) -> Any:

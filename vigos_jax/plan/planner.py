@@ -51,8 +51,6 @@ def plan(config) -> str:
 def compile_plan(config, target: Topology, *, only: tuple[str, ...] = ()) -> Plan:
     """Compiles the programs of one step, all or the named ones and what they build on."""
     run = describe(config, target)
-    shape = lambda x: x.kernel_shape if is_quantised(x) else x.shape  # noqa: E731
-    count = lambda tree: sum(math.prod(shape(x)) for x in jax.tree.leaves(tree, is_leaf=is_quantised))  # noqa: E731
     c = run.model.config
     slots = run.sizes.prompt + capacity(run)
     of_decode = {
@@ -76,8 +74,8 @@ def compile_plan(config, target: Topology, *, only: tuple[str, ...] = ()) -> Pla
         remat=config.model.remat,
         attention=run.model.attention,
         dtype=config.model.dtype,
-        parameters=count(run.base),
-        trained=count(run.state.trained),
+        parameters=_count(run.base),
+        trained=_count(run.state.trained),
         base_bytes=device_bytes(run.base),
         trained_bytes=device_bytes(run.state.trained),
         opt_state_bytes=device_bytes(run.state.opt_state),
@@ -87,9 +85,19 @@ def compile_plan(config, target: Topology, *, only: tuple[str, ...] = ()) -> Pla
     )
 
 
+def _count(tree: Any) -> int:
+    """Parameters of a tree of shapes."""
+    shape = lambda x: x.kernel_shape if is_quantised(x) else x.shape  # noqa: E731
+    return sum(math.prod(shape(x)) for x in jax.tree.leaves(tree, is_leaf=is_quantised))
+
+
 def _notes(run: AbstractRun, target: Topology) -> tuple[str, ...]:
     """Facts of the devices without which the numbers mislead."""
-    out = []
+    out = [
+        f"teacher {path}: {_count(other.params) / 1e9:.2f} G parameters, {device_bytes(other.params) / _GB:.1f} GB on "
+        "each device"
+        for path, other in run.others.items()
+    ]
     if run.model.dtype == jnp.bfloat16 and not target.has_bfloat16:
         out.append(
             f"{target.name}: no bfloat16 units: bfloat16 products run in float32, far below "

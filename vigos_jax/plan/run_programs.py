@@ -43,6 +43,7 @@ def programs_of(run: AbstractRun, target: Topology, only: tuple[str, ...]) -> It
     b = run.config.batch_size
     # What a step has at hand all the time, beside the two batches of prompts, this step's and the next.
     stays = {"base": run.base, "state": run.state, "images": run.images(b), "prompts": (run.prompts(b),) * 2}
+    stays["others"] = run.others
     if "params" in run.state.trained:
         stays["student"] = run.student["params"]
     measure = functools.partial(measured, run, target, sampler_steps=run.config.plan.completion)
@@ -119,8 +120,8 @@ def _update(run: AbstractRun, measure: _Measure, beside: _Beside) -> Iterator[Pr
     step = train_step_of(config, run.model, run.objective, run.tx, run.state)
     batch, normalizers = run.scores(micro), run.whole(jnp.float32, len(run.objective.roles))
     key, average = run.whole(jax.eval_shape(lambda: jax.random.key(0)).dtype), run.state.average
-    extra = beside("base") - device_bytes(run.state.trained) - device_bytes(average)
-    args = (run.state.trained, run.base, average, batch, normalizers, key)
+    extra = beside("base", "others") - device_bytes(run.state.trained) - device_bytes(average)
+    args = (run.state.trained, run.base, average, batch, normalizers, key, run.others)
     program, sums = measure("gradient", config.gradient_accumulation_steps, step.gradient, *args, beside=extra)
     if sums is not None and config.gradient_accumulation_steps > 1:  # those of the micro-batches before
         program = dataclasses.replace(program, beside=program.beside + device_bytes(sums))

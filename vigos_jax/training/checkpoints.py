@@ -22,6 +22,7 @@ from vigos_jax.runtime.digest import digests
 from vigos_jax.runtime.distributed import is_first, several
 from vigos_jax.runtime.progress import say
 from vigos_jax.session import Session, load, trained_shapes
+from vigos_jax.teachers import with_teachers
 from vigos_jax.training.step import TrainState
 
 
@@ -188,13 +189,15 @@ class Student:
     step: int
 
 
-def load_student(config, workdir: pathlib.Path | None, *, step: int = 0) -> Student:
+def load_student(config, workdir: pathlib.Path | None, *, step: int = 0, teaches: bool = False) -> Student:
     """The student of a run's checkpoint; without a workdir, the config's model with its adapter.
 
     Args:
       step: of the checkpoint, 0 for the newest.
+      teaches: read the weights that roles name too.
     """
     session = load(config, for_training=False)
+    session = with_teachers(session, config) if teaches else session
     trained = average = session.trained
     if workdir is None:
         step = 0

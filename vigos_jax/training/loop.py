@@ -30,6 +30,7 @@ from vigos_jax.runtime.progress import say
 from vigos_jax.runtime.sharding import check_batch, replicated, tree_shardings
 from vigos_jax.runtime.signals import Interrupt
 from vigos_jax.session import Session, load, open_source
+from vigos_jax.teachers import with_teachers
 from vigos_jax.training.batches import Batch, Batches
 from vigos_jax.training.checkpoints import Checkpoints
 from vigos_jax.training.guards import Health, sampler_gap_bound, write_nonfinite
@@ -90,7 +91,7 @@ def train(config, workdir: pathlib.Path, *, open_engine: EngineFactory | None = 
             if open_engine is None:
                 check_engine(config, trains=True)
             source = open_source(config)
-            session = load(config, for_training=True)
+            session = with_teachers(load(config, for_training=True), config)
             check_batch(session.mesh, batch_size=config.batch_size, micro_batches=config.gradient_accumulation_steps)
             if config.export.after_training:
                 first_decides(lambda: check_export(config, workdir, has_adapter="lora" in session.trained))
@@ -247,7 +248,7 @@ class Run:
         self._log.begin("update", micro_batches)
 
         key = jax.random.fold_in(self._dropout_key, self.number)
-        self.state, values = self._train_step(self.state, session.base, micro_batches, key)
+        self.state, values = self._train_step(self.state, session.base, micro_batches, key, others=session.others)
         # The train step runs asynchronously: grade the rollouts and read the next batch meanwhile.
         counts = self._batches.total(rollout_counts(session, batch.examples, rollouts))
         self.number += 1

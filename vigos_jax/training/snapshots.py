@@ -56,8 +56,9 @@ class Snapshots:
         self._rows: list[tuple[Example, Row]] = []
         model, objective = session.model, session.objective
 
-        def run(base: Any, trained: Variables, teacher_params: Variables, batch: ScoreBatch) -> Any:
-            scores = score_batch(model, base, trained, batch, objective, teacher_params=teacher_params)
+        def run(base: Any, trained: Variables, teacher_params: Variables, others: Any, batch: ScoreBatch) -> Any:
+            options = {"teacher_params": teacher_params, "others": others}
+            scores = score_batch(model, base, trained, batch, objective, **options)
             return batch.supervised, scores
 
         self._run = jax.jit(
@@ -105,7 +106,7 @@ class Snapshots:
         batch = session.pack_scores([rows[i] for i in own], [rollouts[i] for i in own])
         teacher_params = teacher_params_of(self._config.teacher.weights, trained=state.trained, average=state.average)
         supervised, scores = jax.device_get(
-            self._run(session.base, state.trained, teacher_params, session.put_batch(batch))
+            self._run(session.base, state.trained, teacher_params, session.others, session.put_batch(batch))
         )
         return [
             token_lists(rollout, _row(supervised, i), _row(scores, i), session.roles) if rollout else {}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -21,7 +21,7 @@ from vigos_jax.method.losses import (
     role_stats,
     weighted_loss,
 )
-from vigos_jax.method.scoring import supervised_states
+from vigos_jax.method.scoring import NO_OTHERS, TeacherModel, supervised_states
 from vigos_jax.method.token_weights import token_weights
 from vigos_jax.models.variables import teacher_params_of
 from vigos_jax.models.vlm import VisionLanguageModel
@@ -72,7 +72,7 @@ class TrainStep:
 
     Attributes:
       normalizers_of: batch -> [R], a micro-batch's part of what each role's mean is divided by.
-      gradient: (trained, base, average, batch, normalizers, key) -> StepSums of a micro-batch.
+      gradient: (trained, base, average, batch, normalizers, key, others) -> StepSums of a micro-batch.
       add: (sums, sums) -> sums; the first are donated.
       update: (state, sums, normalizers) -> (state, metrics); the state is donated.
     """
@@ -83,13 +83,20 @@ class TrainStep:
     update: Callable
 
     def __call__(
-        self, state: TrainState, base: Any, batches: Sequence[ScoreBatch], key: Array
+        self,
+        state: TrainState,
+        base: Any,
+        batches: Sequence[ScoreBatch],
+        key: Array,
+        *,
+        others: Mapping[str, TeacherModel] = NO_OTHERS,
     ) -> tuple[TrainState, dict[str, Array]]:
-        """One optimizer step on micro-batches; `state` is donated."""
+        """One optimizer step on micro-batches; `state` is donated. others: see `supervised_states`."""
         normalizers = sum(self.normalizers_of(batch) for batch in batches)
         sums = None
         for i, batch in enumerate(batches):
-            part = self.gradient(state.trained, base, state.average, batch, normalizers, jax.random.fold_in(key, i))
+            frozen, own_key = (base, state.average, batch, normalizers), jax.random.fold_in(key, i)
+            part = self.gradient(state.trained, *frozen, own_key, dict(others))
             sums = part if sums is None else self.add(sums, part)
         return self.update(state, sums, normalizers)
 
@@ -158,7 +165,14 @@ class LossGradient:
     teacher_weights: str
 
     def __call__(
-        self, trained: Any, base: Any, average: Any, batch: ScoreBatch, normalizers: Array, key: Array
+        self,
+        trained: Any,
+        base: Any,
+        average: Any,
+        batch: ScoreBatch,
+        normalizers: Array,
+        key: Array,
+        others: Mapping[str, TeacherModel],
     ) -> StepSums:
         """Arguments: see `TrainStep.gradient`."""
 
@@ -169,6 +183,7 @@ class LossGradient:
                 trained,
                 batch,
                 teacher_params=teacher_params_of(self.teacher_weights, trained=trained, average=average),
+                others=others,
                 dropout_key=key if self.use_dropout else None,
             )
             states = states.replace(student=states.student + probe)
