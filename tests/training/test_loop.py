@@ -26,7 +26,10 @@ from vigos_jax.weights import reading
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 # Those for published models are tests/test_published_sizes.py's.
-METHODS = sorted(p for p in CONFIGS.glob("*.py") if p.stem not in ("__init__", "demo_base") and "qwen" not in p.stem)
+OF_THE_HUB = ("vision_opd", "opd", "va_opd", "big_teacher")  # see test_teachers_run.py
+METHODS = sorted(
+    p for p in CONFIGS.glob("*.py") if p.stem not in ("__init__", "demo_base", *OF_THE_HUB) and "qwen" not in p.stem
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -214,6 +217,7 @@ def test_accumulation_changes_nothing_but_rounding(undisturbed, world, tmp_path)
 
 # These differ from a config that is not slow in a row of the role table.
 ALIKE = ("no_perception", "no_reasoning", "no_reference", "reference_forward_kl", "opsd_same_prompt")
+ALIKE += ("text_only_teacher",)  # which test_views_run.py has in a run of its own
 
 
 @pytest.mark.parametrize(

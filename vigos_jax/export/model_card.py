@@ -152,7 +152,10 @@ def _role(config, name: str) -> tuple[str, ...]:
     seen = images.get(image, [f"{image} of {column}" if column else f"{image} image"])
     sees = [*seen, *(known.get(f, f) for f in sorted(names))] or ["nothing"]
     clip = f"{role.clip:g} per {role.clip_per}" if role.clip else "none"
-    return (name, ", ".join(sees), ", ".join(role.scores), role.when, role.divergence, f"{role.weight:g}", clip)
+    who = f"{name}, by {model}" if (model := role.get("model", "")) else name
+    rule = role.get("token_weights", "uniform")
+    scores = ", ".join(role.scores) + ("" if rule == "uniform" else f", weighed by {rule}")
+    return (who, ", ".join(sees), scores, role.when, role.divergence, f"{role.weight:g}", clip)
 
 
 def _measured(run: RunFacts | None, report: Mapping[str, Any] | None) -> list[str]:
