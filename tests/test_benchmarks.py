@@ -21,6 +21,7 @@ def optimized(monkeypatch):
     monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=compiled.OPTIMIZED))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "benchmark", [teachers.teachers, LONG, heads.kl_memory, delta_rule.delta_rule_memory, padding.padding]
 )

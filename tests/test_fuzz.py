@@ -62,6 +62,7 @@ def test_the_check_of_spans_can_fail(monkeypatch):
 # The graders.
 
 
+@pytest.mark.slow
 @LONG
 @given(ANSWERS, ANSWERS, st.lists(ANSWERS, max_size=5), st.none() | st.integers(0, 4))
 @example("\\text{" * 400, "\\frac{1}{0}", ["", " "], 2)
@@ -95,6 +96,7 @@ ROWS = st.fixed_dictionaries(
 PICTURES = JSON | st.fixed_dictionaries({"frames": JSON, "fps": SCALARS}) | st.fixed_dictionaries({"bytes": JSON})
 
 
+@pytest.mark.slow
 @LONG
 @given(rows=st.lists(ROWS | PICTURES.map(lambda x: GOOD | {"images": x}) | JSON | st.binary(max_size=20), max_size=4))
 def test_rollout_reader(processor, tmp_path_factory, rows):
@@ -167,6 +169,7 @@ def test_configs(tmp_path_factory, changes):
     check_config(tmp_path_factory.getbasetemp() / "config.json", raw)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", FIELDS, ids=".".join)
 def test_every_field_of_a_config(tmp_path, field):
     """Each of a few wrong values in each field."""

@@ -283,6 +283,7 @@ sys.exit(main.main(["vigos_jax", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 def test_a_users_config_from_a_checkout_without_torch(world, tmp_path):
     """As a user starts it: from the repository, which is not installed, with a config that lies elsewhere."""
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}

@@ -110,6 +110,7 @@ def test_a_password_in_the_judges_address_is_refused_unseen(server, monkeypatch)
 TOKENS = [f"hf_{MARK}", f"hf_{MARK}\x01", f"hf_{MARK}é"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("token", TOKENS, ids=ascii)
 def test_the_hubs_token_is_shown_nowhere(server, token):
     """Real calls of the command line to a hub that refuses and quotes what it was sent: model, data, task."""

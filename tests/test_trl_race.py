@@ -57,12 +57,14 @@ def plain_loss(task, rows, rollouts):
     return total / (ROWS * TOKENS)
 
 
+@pytest.mark.slow
 def test_completions_have_their_full_length_and_no_control_token(sampled, completions):
     assert len(completions) == ROWS
     for ids in completions.values():
         assert len(ids) == TOKENS and not set(ids) & set(CONTROL.values())
 
 
+@pytest.mark.slow
 def test_loss_of_one_teacher_is_the_plain_one(task, side, sampled, completions):
     rows, rollouts, _ = sampled
     plain = plain_loss(task, rows, rollouts)

@@ -145,6 +145,7 @@ def test_ratios_are_of_sums_over_all_rollouts(found, expected):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_description_hangs_on_no_answer_in_vigos_and_on_it_in_opsd(world, rows, found, tmp_path):
     """By construction: the perception teacher is shown none."""
     lines, summary, _ = found
@@ -161,6 +162,7 @@ def test_the_description_hangs_on_no_answer_in_vigos_and_on_it_in_opsd(world, ro
     assert summary["T_y"]["tokens"] > summary["T_d"]["tokens"] + summary["T_ra"]["tokens"]
 
 
+@pytest.mark.slow
 def test_bad_rows_are_named_by_their_line(world, rows, tmp_path, capsys):
     rollouts = write(tmp_path / "rollouts.jsonl", rows)
     diagnose(world, rollouts, tmp_path / "out")
@@ -177,6 +179,7 @@ def test_other_rows_give_wrong_answers(world, rows, tmp_path):
     assert summary["counts"]["wrong answers from rows"] == 3
 
 
+@pytest.mark.slow
 def test_rollouts_are_sampled_where_none_are_given(world, tmp_path):
     """A random student never keeps the format: everything is counted, and nothing is left."""
     arguments = [f"--config.diagnose.output={tmp_path / 'out'}", "--config.diagnose.rows=10"]

@@ -68,6 +68,7 @@ def scored(world, rollouts, tmp_path_factory):
     return score(world, rollouts, tmp_path_factory.mktemp("scores"))
 
 
+@pytest.mark.slow
 def test_every_row_has_its_line_in_order(scored, rollouts, world):
     lines, _ = scored
     asked = runs.read_rows(rollouts)
@@ -126,6 +127,7 @@ def test_the_summary_is_the_mean_of_the_lines(scored):
     assert summary["rows"] == 9 and summary["bad_rows"] == dict.fromkeys(BAD.values(), 1)
 
 
+@pytest.mark.slow
 def test_bad_rows_are_named(world, rollouts, tmp_path, capsys):
     """By their line in the file, blank ones counted."""
     spaced = rollouts.parent / "spaced.jsonl"
@@ -137,6 +139,7 @@ def test_bad_rows_are_named(world, rollouts, tmp_path, capsys):
             assert f"{path}:{line}: id {name}: {reason}" in said
 
 
+@pytest.mark.slow
 def test_other_clips_and_means(world, rollouts, scored, tmp_path):
     roles = ["perception.first_clip=0.1", "reasoning.clip_per=entry", "reference.last_clip=0.2"]
     options = [f"--config.roles.{x}" for x in roles] + ["--config.loss.reduction=sequences"]
@@ -168,6 +171,7 @@ def test_other_clips_and_means(world, rollouts, scored, tmp_path):
     assert summary["loss"] == pytest.approx(total, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_temperature_and_teachers(world, rollouts, scored, tmp_path):
     warm, _ = score(world, rollouts, tmp_path / "warm", "--config.loss.temperature=2.0")
     live, _ = score(world, rollouts, tmp_path / "live", "--config.teacher.weights=live")
@@ -178,6 +182,7 @@ def test_temperature_and_teachers(world, rollouts, scored, tmp_path):
     assert [close(live, before, f) for f in fields] == [False, True, False]
 
 
+@pytest.mark.slow
 def test_the_number_of_rows_at_a_time_changes_nothing(world, rollouts, scored, tmp_path):
     lines, summary = score(world, rollouts, tmp_path, "--config.score.batch_size=8", "--config.loss.chunk=5")
     assert summary["loss"] == pytest.approx(scored[1]["loss"], rel=1e-5)
@@ -186,6 +191,7 @@ def test_the_number_of_rows_at_a_time_changes_nothing(world, rollouts, scored, t
             np.testing.assert_allclose(np.array(a[field], float), np.array(b[field], float), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_is_the_divergence_of_plain_forward_passes(world, rollouts, scored):
     """Each role alone, one row, unpacked, all logits: written out here."""
     config = _config(world)

@@ -177,6 +177,7 @@ def growth(path: pathlib.Path, look: str, *, cap: int = images.MAX_PIXELS) -> tu
     return tuple(json.loads(out))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["PNG", "GIF", "WEBP", "JPEG2000"])
 def test_a_hundred_megapixels_are_refused_before_they_take_memory(tmp_path, format):
     path = tmp_path / "huge"

@@ -146,6 +146,7 @@ def test_rollouts_of_hostile_texts(loaded, tmp_path, text):
             assert sorted(sequence.image_index[sequence.image_index >= 0]) == list(range(n))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "where, text", [("problem", "a" * 10**6), ("answer", "<|im_end|>" * 10**5)], ids=["problem", "answer"]
 )
@@ -223,6 +224,7 @@ def train(world, tmp_path, rows, *args: str) -> int:
 ROW = {"id": "r", "images": ["pictures/0.png"], "problem": "Q?", "answer": "a"}
 
 
+@pytest.mark.slow
 def test_a_run_on_hostile_rows(world, tmp_path, capsys):
     """Bad rows keep their slot, count nothing, and are told by reason."""
     rows = [
@@ -274,6 +276,7 @@ def test_a_data_set_without_rows(world, tmp_path, capsys, text, words):
     assert words in said and "\n" not in said and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_data_set_of_bad_rows_stops_at_once(world, tmp_path, capsys):
     rows = [ROW | {"answer": None}] * 8
     assert train(world, tmp_path, rows, "--config.batch_size=8") == 2

@@ -170,6 +170,7 @@ def drop_row4(example):
     return "prompt_too_long" if example.id == "row4" else None
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing(tmp_path, processor):
     table = [row | {"id": f"row{i}"} for i, row in enumerate(rows(9))]
     table[2]["images"] = [b"broken"]

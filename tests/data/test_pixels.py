@@ -60,6 +60,7 @@ def fits(processor, most: int):
     return lambda example: "patches_too_long" if tokens(processor, example) > most else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [9, 16, 60, 200])
 def test_a_photo_is_made_to_fit(processor, most):
     photo = GOOD | {"images": [Image.new("RGB", (4000, 3000))]}

@@ -83,6 +83,7 @@ def finished(world, sources, tmp_path_factory):
     return output
 
 
+@pytest.mark.slow
 def test_every_task_is_answered(finished, sources):
     numbers = results(finished)
     assert set(numbers) == set(sources)

@@ -123,6 +123,7 @@ def test_our_own_adapter_export_loads_again(lora_run, world, tmp_path):
     assert max_difference(our_logits(lora_run.session, student), theirs) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_bfloat16_export_is_the_float32_one_rounded(lora_run, world, tmp_path):
     tensors = {}
     for dtype in ("float32", "bfloat16"):

@@ -88,6 +88,7 @@ def logits_of_both(folder: pathlib.Path, student) -> tuple[np.ndarray, np.ndarra
     return np.asarray(run(params))[-n:], theirs[-n:].numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", PROCESSORS)
 def test_a_folder_of_transformers_5_trains_and_comes_back(world, tmp_path, family, capsys):
     folder = save_with_transformers(tmp_path / "saved", family=family)
@@ -119,6 +120,7 @@ def test_a_folder_of_transformers_5_trains_and_comes_back(world, tmp_path, famil
     assert world.run(*again) == 0
 
 
+@pytest.mark.slow
 def test_a_thinking_template_is_switched_and_said(world, tmp_path, capsys):
     """Off by itself and said once; on, and a thought would swallow the format: refused before a workdir is made."""
     folder = save_with_transformers(tmp_path / "saved", family="qwen3_vl", template=THINKING)
@@ -141,6 +143,7 @@ def test_a_thinking_template_is_switched_and_said(world, tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_relative_paths_can_be_used_from_elsewhere(world, tmp_path, monkeypatch, capsys):
     """The run's own config.json, and the base that an adapter names; through a link that keeps its name."""
     (tmp_path / "home").mkdir()

@@ -32,6 +32,7 @@ def report_in(said: str) -> dict:
     return json.loads(next(line for line in said.splitlines() if line.startswith("{")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, dtype", [("merged", "float32"), ("merged", "bfloat16"), ("adapter", "float32")])
 def test_a_good_export_passes(world, run, tmp_path, capsys, kind, dtype):
     assert export(world, run, tmp_path / "hf", kind=kind, dtype=dtype, check=True) == 0

@@ -253,6 +253,7 @@ def test_divergences_of_the_paper(role):
     assert scored == sum(len(case["ids"]) for case in CASES.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", ["perception", "reference"])
 def test_divergences_of_the_released_code(role):
     stored = EXPECTED["released/slow/" + {"perception": "perception_kl", "reference": "ref_kl"}[role]]
@@ -261,6 +262,7 @@ def test_divergences_of_the_released_code(role):
         np.testing.assert_allclose(kl, stored[i, positions], atol=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("parser", ["slow", "fast"])
 def test_divergences_of_the_released_reasoning_teacher(parser, temperature):
@@ -456,6 +458,7 @@ def check_gradient(got, prefix):
 CANONICAL = tuple(n for n in NAMES if n not in ("invalid_zero_tokens", "valid_noncanonical"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hparams", ["default", "noclip"])
 @pytest.mark.parametrize("batch, parser", [("all12", "slow"), ("canonical10", "slow"), ("canonical10", "fast")])
 def test_gradients_of_the_released_code(batch, parser, hparams):
@@ -467,6 +470,7 @@ def test_gradients_of_the_released_code(batch, parser, hparams):
     assert metrics["grad_norm"] == pytest.approx(stored["grad_norm"]["all"], abs=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hparams, clip", [("default", 0.05), ("noclip", None)])
 def test_gradients_of_the_paper(hparams, clip):
     got, _ = gradient(CANONICAL, paper_roles(clip), bare_perception_turns, boxed_spans)
@@ -476,6 +480,7 @@ def test_gradients_of_the_paper(hparams, clip):
 # What must not pass: each difference between the two readings, taken back.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -150,6 +150,7 @@ def separate(batch):
     )
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_separate_rows(batch):
     """The adapter's, of a sum over all entries, and so through the prefix's state."""
     lora = tiny_hybrid.weights()[1]
@@ -189,6 +190,7 @@ def off_by(batch, *, text=None, change=None, monkeypatch=None, **options) -> flo
     return float(np.abs(np.asarray(right - wrong)[batch.supervised.role >= 0]).max())
 
 
+@pytest.mark.slow
 def test_fails_without_a_restart(batch):
     """The state and the convolution run on from branch to branch; attention still keeps them apart."""
     one = batch.teacher.replace(segment_ids=np.minimum(batch.teacher.segment_ids, 1))
@@ -201,6 +203,7 @@ def test_fails_with_the_convolutions_neighbours_in_the_array(batch, monkeypatch)
     assert off_by(batch, change=change, monkeypatch=monkeypatch) > FAR
 
 
+@pytest.mark.slow
 def test_fails_where_branches_are_not_aligned(batch):
     config = dataclasses.replace(CONFIG, delta=dataclasses.replace(CONFIG.delta, chunk=1))
     tight = pack(samples_of(ROLES), ROLES, config)

@@ -311,6 +311,7 @@ def compiled_step(kind, chunk, roles=ROLES):
     return jitted.lower(state, abstract["params"], [batch], jax.random.key(0)).compile().as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, roles", [("lora", ROLES), ("params", ROLES), ("lora", (FORWARD, KINDS[6], KINDS[5]))])
 def test_logits_exist_for_one_chunk_only(kind, roles):
     # 2 rows of 24 entries, student and teacher in one array if they have one head; the embedding itself has 32 rows

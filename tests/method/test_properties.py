@@ -59,6 +59,7 @@ def scores(batch, roles=ROLES):
 # Order, padding, micro-batches.
 
 
+@pytest.mark.slow
 @both
 @few
 @given(batches, st.permutations(range(8)))
@@ -73,6 +74,7 @@ def test_order_of_rows_can_fail():
         check_same_step(step(moved), step(mix))
 
 
+@pytest.mark.slow
 @both
 @few
 @given(batches)
@@ -89,6 +91,7 @@ def test_padding_can_fail():
         check_same_step(step(counted(LARGER)), step(counted(BUCKETS)))
 
 
+@pytest.mark.slow
 @both
 @few
 @given(batches)
@@ -178,6 +181,7 @@ def check_left_out(mix, kept):
     assert all(abs(fewer[name] - whole[name]) < 1e-5 for name in fewer)
 
 
+@pytest.mark.slow
 @few
 @given(batches)
 def test_a_role_left_out_changes_nothing_for_the_others(mix):
@@ -224,6 +228,7 @@ def check_reference(mix, changed, *, tolerance):
     return free
 
 
+@pytest.mark.slow
 @few
 @given(batches, st.integers(0, 99))
 def test_reference_text_stays_where_it_is_shown(mix, seed):

@@ -87,6 +87,7 @@ def test_equals_it_with_two_teachers_of_one_token():
     assert compare(MIXES["mixed"], roles=roles) < CLOSE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["params", "vision adapter"])
 def test_equals_it_for_a_student_with_a_vision_tower_of_its_own(kind):
     model, base = MODEL, tiny.weights()[0]
@@ -157,6 +158,7 @@ FEATURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
 @pytest.mark.parametrize("name", FEATURES)
 def test_a_feature_equals_the_plain_objective(name, mix):
@@ -167,6 +169,7 @@ def test_a_feature_equals_the_plain_objective(name, mix):
 DROPS = [(name, drop) for name, (_, _, drops) in FEATURES.items() for drop in drops]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, drop", DROPS, ids=[f"{name}, {'_'.join(drop)}" for name, drop in DROPS])
 def test_a_feature_that_is_dropped_shows(name, drop):
     base, lora = tiny.weights()
@@ -188,6 +191,7 @@ def test_a_role_that_applies_to_an_invalid_rollout_scores_all_of_it():
     assert pack(MIXES["mixed"]).supervised.role.shape[1] * 2 == batch.supervised.role.shape[1]
 
 
+@pytest.mark.slow
 def test_teachers_alone_have_the_same_log_probabilities():
     base, lora = tiny.weights()
     batch = pack(MIXES["mixed"])
@@ -257,6 +261,7 @@ def test_gradient_is_the_slope_of_the_plain_objective(slopes, name, weights):
         assert slope == pytest.approx((up - down) / 0.01, rel=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, weights", CASES)
 def test_gradient_of_single_parameters(slopes, name, weights):
     """Central differences at the steepest parameter of A and of B in five projections."""

@@ -241,6 +241,7 @@ def check_against_oracle(tokens):
     return True
 
 
+@pytest.mark.slow
 @settings(max_examples=3000)
 @given(tokenized())
 @example([])

@@ -114,6 +114,7 @@ def test_a_rollouts_mean_weight_is_one(rule):
         assert np.mean(values) == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_uniform_is_the_objective_as_it_was():
     base, lora = tiny.weights()
     batch = tiny.pack(MIX)
@@ -129,6 +130,7 @@ def test_uniform_is_the_objective_as_it_was():
     assert float(others["reasoning/effective_tokens"]) == pytest.approx(float(others["reasoning/tokens"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULED)
 def test_loss_and_gradient_are_those_of_constant_weights(rule):
     """A weight has no gradient: the loss moves as a sum of divergences whose factors are numbers."""

@@ -92,6 +92,7 @@ def test_each_role_equals_itself_alone():
     assert largest_difference(scores(pack(mix())), expected(mix())) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("only", [("blind",), ("perception", "reference"), ("blind", "grey")])
 def test_tables_without_the_rows_own_images(only):
     roles = tuple(role for role in ROLES if role.name in only)
@@ -164,6 +165,7 @@ def test_each_view_is_one_sequence_with_each_image_once():
     assert batch.others[1].text.branches == 1 and batch.teacher.branches == 1
 
 
+@pytest.mark.slow
 def test_micro_batches_and_gradients():
     base, lora = tiny.weights()
     batch = pack(mix())

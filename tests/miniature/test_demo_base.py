@@ -28,6 +28,7 @@ def test_it_is_small():
     assert sum(f.stat().st_size for f in DEMO_FOLDER.iterdir()) <= 8 << 20
 
 
+@pytest.mark.slow
 def test_the_student_is_what_the_card_states(stated, measured):
     for rate in ("score", "prior", "valid", "accuracy_given_valid", "description_accuracy", "leak"):
         assert measured["student"][rate] == pytest.approx(stated["student"][rate], abs=TOLERANCE), rate

@@ -271,6 +271,7 @@ def test_a_job_that_fails_ends_the_others_and_says_where_to_look(tmp_path):
     assert not list((tmp_path / "jobs").glob("[c-f].json"))
 
 
+@pytest.mark.slow
 def test_stopped_it_asks_its_jobs_to_end(tmp_path):
     """SIGTERM to the study while a job sleeps: the job is gone, the next never begins, exit code 130."""
     program = f"""
@@ -294,6 +295,7 @@ sys.exit(shell.run(lambda _: run_jobs(jobs, folder, workers=1), [], verbose=Fals
     assert not (tmp_path / "two.began").exists()
 
 
+@pytest.mark.slow
 def test_a_job_that_outlives_its_study_keeps_the_folder(tmp_path):
     program = f"""
 import sys, pathlib

@@ -127,6 +127,7 @@ def test_a_description_is_its_mask(kind):
     np.testing.assert_array_equal(MASKS[kind].of(part, T)[:, :3], want[:, part[:3]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MASKS)
 def test_a_kernel_is_plain_attention(kind, kernel):
     _compare(lambda *x: kernel(*x, MASKS[kind]), _oracle(kind), _arrays(), USED[kind])
@@ -143,6 +144,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_mask_differs(name, kernel):
     kind, wrong, _ = WRONG[name]
@@ -151,6 +153,7 @@ def test_a_wrong_mask_differs(name, kernel):
     assert np.max(np.abs((right - other) * used[:, :, None, None])) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MASKS)
 def test_what_means_nothing_is_finite(kind, kernel):
     """Rows of padding alone, forward and backward."""
@@ -166,6 +169,7 @@ def _random_mask(s=T):
     return jnp.asarray(mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [None, 50 * 96 * (4 * 16 + 1)])
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_a_dense_mask(kv_heads, limit, monkeypatch):
@@ -179,6 +183,7 @@ def test_a_dense_mask(kv_heads, limit, monkeypatch):
         _compare(lambda *x: attention(*x, other), mask, arrays, np.ones((B, T), bool))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t", [200, 256])
 def test_splash_takes_any_length(t):
     """Padded to whole blocks; of windows, whole blocks along the diagonal are computed and no others."""

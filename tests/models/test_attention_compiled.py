@@ -87,6 +87,7 @@ def test_on_eight_h100():
     assert largest(text) < PAIRS
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the compiler for TPUs is not installed")
 def test_on_eight_v5e():
     text = compiled(devices_of("v5e:2x4"), "splash", exec_time_optimization_effort=-1.0)

@@ -187,6 +187,7 @@ def _slopes(function, arrays):
     return jax.jit(jax.grad(loss))(arrays)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [16, CHUNK])
 @pytest.mark.parametrize("make", [lambda: _arrays(100), _near_equal_keys], ids=["random", "near-equal keys"])
 def test_gradients(make, chunk):

@@ -97,6 +97,7 @@ def test_the_reference_is_sensitive():
             assert features is None or features.std() >= 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", [n for n, s in SAMPLES.items() if s.images])
 def test_vision_parity(ours, name, head):
@@ -167,6 +168,7 @@ def last_logits(head: str) -> list[np.ndarray]:
     return [theirs(head)[name][1][-STEPS:] for name in SAMPLES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 def test_cached_decode_parity(pairs, batch, head):
     """All but the last two tokens in one prefill, then one at a time into the cache."""

@@ -34,6 +34,7 @@ def parameters(name: str) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_variables(VisionLanguageModel(config))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_count(name):
     assert parameters(name) == PARAMETERS[name]

@@ -81,6 +81,7 @@ def test_every_large_config_is_here():
     assert {p.stem for p in CONFIGS.glob("qwen*.py")} == set(SIZES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
 def test_tensors_are_those_of_transformers(name):
     config = config_of(name)

@@ -161,6 +161,7 @@ def real(case: Case, logits: np.ndarray) -> np.ndarray:
     return logits[np.asarray(case.batch.text.segment_ids) > 0]
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_the_dequantised_weights(case, pair):
     variables, _, expected = pair
     worst = tm.max_difference(real(case, case.run(variables)), real(case, expected))
@@ -188,6 +189,7 @@ def test_parity_notices(case, pair, what):
     assert tm.max_difference(real(case, case.run(changed)), real(case, expected)) > NOTICEABLE
 
 
+@pytest.mark.slow
 def test_decoding_is_that_of_the_dequantised_weights(case, pair):
     variables, plain, _ = pair
     sampler = Sampler(case.model, Sampling(max_tokens=6, temperature=1.0), eos_ids=(0,), cache_sizes=(4,))

@@ -78,6 +78,7 @@ def test_parity(pairs, batch, head):
     REFERENCE.check(pairs[head], batch, head)
 
 
+@pytest.mark.slow
 def test_rows_described_by_their_lengths(pairs, batch):
     """As the student's rows and the prompts are; and padded in front instead, as other programs do."""
     pair = pairs["tied"]
@@ -97,12 +98,14 @@ def test_rows_described_by_their_lengths(pairs, batch):
     assert worst_logits(np.stack(front), "tied") <= tm.TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", MODELS)
 def test_greedy_tokens_are_those_of_transformers(pairs, batch, head):
     """Both kinds of layers keep what they need."""
     REFERENCE.check_greedy_tokens(pairs[head], batch, head)
 
 
+@pytest.mark.slow
 def test_one_token_goes_on_from_a_state(pairs):
     """Prefill of padded rows, then token by token: what a linear layer gives for whole rows."""
     pair = pairs["tied"]
@@ -158,6 +161,7 @@ def adapted(pairs, tmp_path_factory):
     return peft_model, model, adapters.load_adapter(folder, pair.config, spec, abstract_variables(model)["lora"])
 
 
+@pytest.mark.slow
 def test_adapter_and_its_gradient(pairs, batch, adapted):
     """Logits at every position, and the gradient of each A and B for random weights of all logits."""
     pair, (peft_model, model, lora) = pairs["tied"], adapted
@@ -236,6 +240,7 @@ def test_parity_notices_a_rounded_decay(pairs, batch):
     assert worst_logits(logits, "tied") > 10 * tm.TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [{"mrope_section": (8, 4, 4)}, {"mrope_interleaved": False}, {"norm_offset": 0.0}],

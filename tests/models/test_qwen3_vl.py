@@ -59,6 +59,7 @@ def test_parity(pairs, batch, head):
     assert images.shape[-1] == 64 * (1 + len(pairs[head].config.vision.deepstack_blocks))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 def test_greedy_tokens_are_those_of_transformers(pairs, batch, head):
     """DeepStack goes into the cache."""
@@ -69,6 +70,7 @@ def test_a_packed_row_equals_its_branches_alone(pairs):
     check_packed_row(pairs["untied"])
 
 
+@pytest.mark.slow
 def test_remat_and_bfloat16(pairs, batch):
     """What a layer keeps changes no number; computation follows the dtype."""
     pair = pairs["tied"]
@@ -166,6 +168,7 @@ BREAKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BREAKS)
 def test_parity_notices_a_broken_tower(pairs, batch, monkeypatch, name):
     images, logits = broken_run(pairs["tied"], batch, monkeypatch, BREAKS[name])

@@ -45,6 +45,7 @@ def planned():
     return compile_plan(config, topology(config.plan))
 
 
+@pytest.mark.slow
 def test_parameters_are_those_of_the_files():
     total = 0
     for path in DEMO_FOLDER.glob("*.safetensors"):
@@ -91,6 +92,7 @@ def test_peaks_are_what_the_compiler_assigns_and_what_stays():
     assert planned().peak == max(x.peak for x in p.values())
 
 
+@pytest.mark.slow
 def test_the_sampler_is_counted_for_every_token():
     p = {x.name: x for x in planned().programs}
     short = config_of(**{"plan.completion": 12})
@@ -261,6 +263,7 @@ def test_what_the_compiler_refuses_does_not_fit():
     assert run_programs._refusal(message) == "Used 20.50G of 15.75G"
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_says_all_that_was_tried(capsys):
     with mock.patch.object(
         planner,
@@ -403,6 +406,7 @@ def compiled_gradient(run, config, **options):
     return step.gradient.lower(*args).compile(options).as_text()
 
 
+@pytest.mark.slow
 def test_the_gradient_program_fetches_weights_layer_by_layer_and_reduces_adapters_alone():
     run, config = reduced("cpu:8")
     text = compiled_gradient(run, config)
@@ -417,6 +421,7 @@ def test_the_gradient_program_fetches_weights_layer_by_layer_and_reduces_adapter
     assert "2048,11008" in gradient_faults(run, text[:end] + planted + text[end:])[0]
 
 
+@pytest.mark.slow
 def test_without_places_for_hidden_states_every_device_computes_every_row():
     run, config = reduced("cpu:8")
     with mock.patch("jax.lax.with_sharding_constraint", lambda x, sharding: x):
@@ -424,6 +429,7 @@ def test_without_places_for_hidden_states_every_device_computes_every_row():
     assert any("reduce" in f and "11008" in f for f in faults)
 
 
+@pytest.mark.slow
 def test_no_weight_moves_while_tokens_are_sampled():
     """One token per row: hidden states travel, weights stay."""
     run, config = reduced("cpu:8")

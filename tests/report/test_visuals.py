@@ -67,6 +67,7 @@ def test_size_of_a_row_with_a_video(processor):
     assert size([{"frames": 3, "fps": 1.0}]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_on_pictures_and_videos(tmp_path, family):
     """Rows of one picture, of two, of a video, of both, in one batch; on a mesh that splits everything."""

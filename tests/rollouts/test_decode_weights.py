@@ -43,6 +43,7 @@ def test_projections_without_an_adapter_stay_without():
     assert joined["joined"].shape == lora["v_proj"]["a"].shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapted", [("q_proj", "v_proj"), ("k_proj", "up_proj", "down_proj"), ()])
 def test_any_choice_of_adapters_decodes(adapted):
     """Sampled log-probabilities are those of the same student scored by whole forward passes."""

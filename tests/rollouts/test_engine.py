@@ -83,6 +83,7 @@ def demo_config():
     return config
 
 
+@pytest.mark.slow
 def test_training_takes_rollouts_from_its_engine_alone(engines, tmp_path):
     """Rollouts, snapshots, evaluation by steps and the demo's own, in two steps of a run."""
     made, open_engine = engines
@@ -120,6 +121,7 @@ def loaded():
     return session.load(demo_config(), for_training=False)
 
 
+@pytest.mark.slow
 def test_the_other_modes_do_too(engines, tmp_path, loaded):
     made, open_engine = engines
     config = demo_config()
@@ -145,6 +147,7 @@ def test_an_answer_that_could_not_be_sampled_is_said(engines, loaded, monkeypatc
         list(stream(loaded, {}, config, open_engine=open_engine))
 
 
+@pytest.mark.slow
 def test_the_native_engine_is_the_sampler(loaded):
     """Sampled, streamed, and by `sample_rows` in a batch with empty rows: the same tokens."""
     config = demo_config()

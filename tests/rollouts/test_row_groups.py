@@ -77,6 +77,7 @@ def test_completions_of_groups_stand_in_the_rows_order():
     assert half.ids == tuple((r,) if r in first else () for r in range(8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{"micro_batch": 3}, {"decode_batch": 4}, {"decode_batch": 4, "micro_batch": 1}])
 def test_groups_change_no_rollout(sizes):
     """Also the visual tokens, which training reads."""

@@ -268,6 +268,7 @@ def test_going_on_equals_one_call():
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes, capacities",
     [((1, 2, 3), (1, 2, N)), ((5,), (5, N)), ((N // 2, N), (N // 2, N)), ((N, 2 * N), (N,)), ((6, 3, 7), (3, 6, N))],
@@ -281,6 +282,7 @@ def test_a_cache_that_grows_changes_nothing(sizes, capacities):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_cache_grows_only_when_it_is_full():
     """Also after a stop at the last free slot, and not for rows that have all stopped."""
     s = sampler(cache_sizes=(3, 6))
@@ -384,6 +386,7 @@ def test_a_sampled_image_token_is_a_token_like_any_other():
         np.testing.assert_allclose(out.logps[i], logp[np.arange(N), out.ids[i]], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_float32_master_weights_decode_in_the_models_type():
     """Full fine-tuning's weights are cast once, and the result is that of weights of the model's own type."""
     model = VisionLanguageModel(CONFIG, dtype=jnp.bfloat16)
@@ -394,6 +397,7 @@ def test_float32_master_weights_decode_in_the_models_type():
     assert a == b and len(a.ids[0]) == 4
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_same_tokens():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     variables = jax.device_put(student(), tree_shardings(student(), mesh, tiny.RULES))

@@ -86,6 +86,7 @@ def sampled_by(loaded, rows, *servers, **options):
 # -- what is sent ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_completions_come_in_the_rows_order(loaded, rows, policy, engine):
     with serving(policy) as a, serving(policy) as b:
@@ -304,6 +305,7 @@ class SeeingPolicy(FakePolicy):
         return super().answer(row, adapter, sampling, seed, ends)
 
 
+@pytest.mark.slow
 def test_servers_must_apply_adapters_of_the_vision_tower(rows, tmp_path):
     config = demo_config()
     config.lora.scope = "official"

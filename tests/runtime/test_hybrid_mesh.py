@@ -40,6 +40,7 @@ def on_one_device():
     return jax.device_get(tiny.gradient_step(model=MODEL)(base, {"lora": lora}, batch()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_mesh_gives_the_numbers_of_one_device(shape):
     """Loss, metrics and the adapter's gradient; hidden states and heads are placed as in a run."""

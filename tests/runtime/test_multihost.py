@@ -159,6 +159,7 @@ def test_a_bug_in_one_process_is_named_in_the_others(tmp_path):
     assert "stopped: process 0 stopped: ZeroDivisionError: integer" in said[1]
 
 
+@pytest.mark.slow
 def test_a_process_leaves_others_that_do_not_answer(tmp_path):
     """As if they waited for it on the devices. jax notices that its heartbeats have stopped, and ends them."""
     codes, said = talk(

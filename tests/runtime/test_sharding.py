@@ -80,10 +80,12 @@ def test_the_other_meshes_do_too(shape):
     compare(shape)
 
 
+@pytest.mark.slow
 def test_so_does_full_fine_tuning():
     compare((2, 2, 2), "params")
 
 
+@pytest.mark.slow
 def test_so_does_accumulation_on_a_mesh():
     compare((2, 2, 2), gradient_accumulation_steps=2)
 
@@ -106,6 +108,7 @@ def bytes_per_device(shape, tree):
     return sum(s.data.nbytes for x in jax.tree.leaves(placed) for s in x.addressable_shards if s.device == first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["params", "lora"])
 def test_bytes_per_device_fall_with_fsdp_and_tensor(kind):
     tree = {kind: tiny.weights()[0 if kind == "params" else 1]}
@@ -180,6 +183,7 @@ def published_tree(name):
     return abstract_variables(VisionLanguageModel(config, lora=lora))
 
 
+@pytest.mark.slow
 def test_every_rule_is_used():
     trees = [published_tree(name) for name in (PUBLISHED[1], PUBLISHED[-1])]
     names = [path_string(path) for tree in trees for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
@@ -188,6 +192,7 @@ def test_every_rule_is_used():
 
 
 # Eight devices, a pod, and a pod of hosts with eight.
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 8, 1), (1, 4, 2), (1, 1, 8), (2, 64, 1), (1, 32, 4), (8, 8, 8)], ids=str)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_can_be_placed(name, shape):

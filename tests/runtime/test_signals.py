@@ -141,6 +141,7 @@ def undelivered_signals(pid: int) -> int:
     return int(status["SigBlk"], 16) | int(status["SigIgn"], 16)
 
 
+@pytest.mark.slow
 def test_workers_never_get_a_signal(world):
     """A terminal sends its signal to them too; without them the running step could not be finished."""
     from vigos_jax.data.sources import JsonlSource

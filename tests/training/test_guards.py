@@ -126,6 +126,7 @@ def test_many_in_a_row_end_the_run(world, tmp_path, monkeypatch, capsys):
     assert runs.saved_state(tmp_path / "run", 3)
 
 
+@pytest.mark.slow
 def test_a_collapse_warns_and_stops_if_asked_to(world, tmp_path, capsys):
     """A random model writes no format at all: its valid rate is 0."""
     arguments = [f"--workdir={tmp_path / 'run'}", "--config.guards.valid_rate=(0.5,1.0)", "--config.guards.window=2"]
@@ -141,6 +142,7 @@ def test_a_collapse_warns_and_stops_if_asked_to(world, tmp_path, capsys):
     assert world.run(f"--workdir={tmp_path / 'stops'}") == 0
 
 
+@pytest.mark.slow
 def test_batches_without_a_loss_are_legal(world, tmp_path):
     rows = [row | {"answer": ""} for row in runs.read_rows(world.data)[:3]]
     data = runs.write_rows(tmp_path / "data.jsonl", [*rows, runs.read_rows(world.data)[0]])

@@ -28,6 +28,7 @@ def run(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_the_student_that_samples_is_the_one_that_is_scored(run):
     """Log-probabilities of the decoding loop, from states, are those of the packed pass, in chunks."""
     rows = runs.metrics_of(run.workdir)

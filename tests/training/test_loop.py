@@ -133,6 +133,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(undisturbed, world, tmp_path, 
 EMA = ("--config.teacher.weights=ema", "--config.teacher.ema_rate=0.5", "--config.lora.dropout=0.0")
 
 
+@pytest.mark.slow
 def test_a_killed_run_keeps_its_average(tmp_path_factory, undisturbed, world, tmp_path):
     whole = runs.finished_run(tmp_path_factory, *EMA)
     run_killed_once(world, tmp_path / "run", 3, EMA)
@@ -184,6 +185,7 @@ def test_a_changed_data_set_is_not_gone_on_with(world, tmp_path, capsys):
     assert "cannot go on with other data" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_training_starts_from_a_given_adapter(world, tmp_path):
     workdir = tmp_path / "run"
     still = ["--config.optimizer.learning_rate=0.0", "--config.steps=1", "--config.lora.dropout=0.0"]
@@ -195,6 +197,7 @@ def test_training_starts_from_a_given_adapter(world, tmp_path):
     assert np.asarray(saved["layers"]["q_proj"]["a"]).shape[-1] == runs.SPEC.rank
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_trains_every_parameter_in_float32(tmp_path_factory, world):
     run = runs.finished_run(tmp_path_factory, "--config.lora.rank=0", "--config.optimizer.learning_rate=1e-3")
     # No dropout: sampler and scorer see the same student. A sampler of the base would be far off after step 1.
@@ -220,6 +223,7 @@ ALIKE = ("no_perception", "no_reasoning", "no_reference", "reference_forward_kl"
 ALIKE += ("text_only_teacher",)  # which test_views_run.py has in a run of its own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
     [pytest.param(p, marks=[pytest.mark.slow] if p.stem in ALIKE else []) for p in METHODS],

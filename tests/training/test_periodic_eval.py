@@ -45,6 +45,7 @@ def answers(workdir) -> list[dict]:
     return runs.read_rows(workdir / "eval" / "responses.jsonl")
 
 
+@pytest.mark.slow
 def test_rows_of_the_steps_whose_turn_it_is(evaluated, without):
     rows = rows_of(evaluated)
     assert [row["step"] for row in rows] == [2, 4] and rows[0]["model"] != rows[1]["model"]
@@ -67,6 +68,7 @@ class Killed(BaseException):
     """Not an error that anything could handle."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["between answers", "before the row"])
 def test_a_killed_run_samples_no_answer_twice(evaluated, world, tmp_path, monkeypatch, place):
     """Killed while it evaluates step 4, and started again: from the answers that are there to the same rows."""

@@ -45,6 +45,7 @@ def run(tmp_path_factory, model, request):
     return runs.finished_run(tmp_path_factory, *options, "--config.export.after_training=True")
 
 
+@pytest.mark.slow
 def test_a_quantised_run_trains_its_adapter(run):
     rows = runs.metrics_of(run.workdir)
     assert [row["step"] for row in rows] == [1, 2] and all(row["grad_norm"] > 0 for row in rows)
@@ -68,6 +69,7 @@ def whole(session: Session, folder) -> tuple[dict, dict]:
     return reading.load_params(folder, session.config, shapes, dtype=np.float32), after
 
 
+@pytest.mark.slow
 def test_the_cost_is_that_of_whole_models(run, model):
     """Layer by layer from the files, and both models whole: the same divergence, over text alone."""
     config = read_json(run.workdir / "config.json")

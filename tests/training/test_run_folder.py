@@ -157,6 +157,7 @@ def test_the_export_goes_into_an_empty_folder_and_is_known_again(world, tmp_path
 # -- going on beyond the end ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_to_more_steps(world, undisturbed, tmp_path, capsys):
     """Bitwise as if it had been that long from the start; what was made at its former end stays, under that step."""
     own = [f"--workdir={tmp_path / 'run'}", "--config.export.after_training=True"]
@@ -177,6 +178,7 @@ def test_a_finished_run_goes_on_to_more_steps(world, undisturbed, tmp_path, caps
     assert "steps: 4 -> 9" in said and "seed: 0 -> 3" in said
 
 
+@pytest.mark.slow
 def test_a_run_whose_rates_would_have_been_others_is_not_gone_on_with(world, tmp_path, capsys):
     own = [f"--workdir={tmp_path / 'run'}", "--config.optimizer.schedule=linear"]
     assert world.run(*own, "--config.steps=1") == 0

@@ -88,6 +88,7 @@ def test_a_served_run_trains_as_a_native_one_on_the_same_rollouts(world, served,
         assert row["grad_norm"] == pytest.approx(native["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_restarted_in_the_middle_changes_nothing(world, served, policy, tmp_path):
     first = PolicyServer(policy).start()
     port, again = first.server_address[1], []
@@ -177,6 +178,7 @@ def test_generate_asks_the_server(world, policy, tmp_path, capsys):
     assert "must be servers that are well" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_rollouts_of_the_next_step_are_under_way_during_an_update(world, policy, tmp_path, monkeypatch):
     """One step behind at most: each batch but the first is asked for before the update that is before its own."""
     events, real = [], loop.RolloutQueue.take

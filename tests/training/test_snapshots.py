@@ -50,6 +50,7 @@ def records(workdir) -> dict[str, dict]:
     return {row["key"]: row for row in rows}
 
 
+@pytest.mark.slow
 def test_the_run_is_not_disturbed(watched, without):
     """The same parameters and optimizer state, bit by bit, and the same metrics."""
     runs.assert_same_trees(runs.saved_state(watched, STEPS), runs.saved_state(without, STEPS))
@@ -95,6 +96,7 @@ class Killed(BaseException):
     """Not an error that anything could handle."""
 
 
+@pytest.mark.slow
 def test_a_run_killed_within_a_line_has_every_snapshot_once(watched, world, tmp_path, monkeypatch):
     workdir, append = tmp_path / "run", Journal.append
 
@@ -113,6 +115,7 @@ def test_a_run_killed_within_a_line_has_every_snapshot_once(watched, world, tmp_
     assert metrics(workdir) == metrics(watched)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_done_again_samples_nothing(watched, world, tmp_path, monkeypatch):
     workdir, write, taken = tmp_path / "run", MetricsFile.write, []
 

@@ -110,6 +110,7 @@ def test_a_batch_of_bad_rows_moves_nothing():
     assert metrics["loss"] == 0 and norm(gradient) == 0
 
 
+@pytest.mark.slow
 def test_entropy_is_the_students_over_all_supervised_tokens():
     base, lora = tiny.weights()
     both = (*ROLES[:2], dataclasses.replace(ROLES[2], when="always"))  # some tokens count twice
@@ -174,6 +175,7 @@ def test_shares_of_nothing_are_zero():
 AVERAGE = {"lora": tiny.random_variables(MODEL, seed=7)["lora"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["frozen", "ema", "live"])
 def test_teachers_have_the_weights_asked_for(weights):
     base, lora = tiny.weights()
@@ -188,6 +190,7 @@ def test_teachers_have_the_weights_asked_for(weights):
         assert gap < 1e-5 if name == weights else gap > 0.01
 
 
+@pytest.mark.slow
 def test_the_average_moves_by_its_rate_and_is_the_next_teacher():
     base, lora = tiny.weights()
     rate = 0.6
@@ -205,6 +208,7 @@ def test_the_average_moves_by_its_rate_and_is_the_next_teacher():
     assert abs(metrics["loss"] - oracle.objective(*args, teacher_params=AVERAGE)[0]) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["frozen", "live"])
 def test_there_is_no_average_that_nobody_follows(weights):
     base, lora = tiny.weights()
@@ -216,6 +220,7 @@ def test_there_is_no_average_that_nobody_follows(weights):
 # Accumulation.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient_accumulation_steps, reduction", [(4, "tokens"), (2, "sequences")])
 def test_accumulation_changes_nothing(gradient_accumulation_steps, reduction):
     base, lora = tiny.weights()
@@ -264,6 +269,7 @@ def test_the_first_steps_from_a_fresh_adapter():
     assert second.step == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_one_step_moves_a_and_b_by_the_learning_rate(dtype):
     """In float32 whatever the base's type: bfloat16 would round 5e-6 away."""
@@ -322,6 +328,7 @@ def dropping():
     return VisionLanguageModel(CONFIG, lora=dataclasses.replace(LORA, dropout=0.5))
 
 
+@pytest.mark.slow
 def test_dropout_with_accumulation():
     base, lora = tiny.weights()
     start, step = compiled_step(dropping(), {"gradient_accumulation_steps": 2, "use_dropout": True})
@@ -333,6 +340,7 @@ def test_dropout_with_accumulation():
     assert first["reference/tokens"] == 10
 
 
+@pytest.mark.slow
 def test_dropout_touches_the_student_only():
     base, lora = tiny.weights()
     batch = pack(MIXES["mixed"])

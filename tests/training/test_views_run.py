@@ -87,6 +87,7 @@ def test_data_shows_what_each_role_sees(world, rows, tmp_path, capsys):
     assert (tmp_path / "data.html").read_text().count("data:image/png;base64,") >= 6, "of three rows, image and crop"
 
 
+@pytest.mark.slow
 def test_the_planner_counts_views(world, rows, tmp_path):
     args = ["--config.plan.topology=cpu:8", "--config.plan.memory_gb=1", "--config.plan.completion=12"]
     args += ["--config.plan.advise=False"]

@@ -133,6 +133,7 @@ def test_export_of_the_base_is_the_base_bit_by_bit(folder, world, tmp_path):
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
 
 
+@pytest.mark.slow
 def test_a_merged_export_is_the_student_in_transformers(folder, adapter, world, tmp_path):
     """Merged into float32; what is not adapted keeps its bits."""
     out = tmp_path / "out"

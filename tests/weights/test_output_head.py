@@ -83,6 +83,7 @@ def under_other_names(folder):
     rewrite(folder, lambda t, _: t.update({f"module.{k}": t.pop(k) for k in list(t)}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [None, in_shards])
 def test_a_head_of_its_own_is_used_as_in_transformers(folder, layout, capsys):
     rewrite(folder, other_head)
@@ -102,6 +103,7 @@ def test_a_head_of_its_own_under_other_names(folder):
     assert not reading.load_config(folder).tie_embeddings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_copy_of_the_embedding_changes_nothing(folder, capsys, dtype):
     """Another dtype of the copy is another copy only if it holds other numbers."""
@@ -122,6 +124,7 @@ def test_one_number_makes_it_another_head(folder):
     assert not reading.load_config(folder).tie_embeddings
 
 
+@pytest.mark.slow
 def test_the_embedding_under_the_heads_name_alone(folder):
     """As tools write it that keep one name of two that share memory."""
     rewrite(folder, lambda t, e: t.update({"lm_head.weight": t.pop(e)}))
@@ -129,6 +132,7 @@ def test_the_embedding_under_the_heads_name_alone(folder):
     assert ours <= tm.TOLERANCE and of_the_tied == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top", [True, False, None])
 @pytest.mark.parametrize("nested", [True, False, None])
 def test_the_flag_at_either_place(folder, top, nested):
@@ -155,6 +159,7 @@ def test_a_head_of_another_shape_is_refused_by_name(folder):
         load_pair(None, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["merged", "adapter"])
 def test_an_export_keeps_the_head(tmp_path, tmp_path_factory, kind):
     """Flat and nested flag are put right: transformers loads the numbers that were trained with."""
