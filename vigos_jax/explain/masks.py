@@ -1,4 +1,4 @@
-"""Draws who attends to whom in the packed sequences of a role table: the pictures of docs/roles.md.
+"""Draws who attends to whom in the packed sequences of a role table: the figures of docs/roles.md.
 
     python -m vigos_jax.explain.masks docs/masks opsd vision_opd
 
@@ -25,7 +25,7 @@ from vigos_jax.models.config import ModelConfig, VisionConfig
 from vigos_jax.models.inputs import TextInputs
 
 _CELL = 6  # pixels
-_LEFT, _TOP, _GAP, _WIDTH = 184, 40, 24, 440
+_LEFT, _TOP, _GAP, _WIDTH = 184, 40, 24, 530
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by the colour-blind
 _GREY = "#8a8a8a"
 _IMAGE, _SIDE = 1, {"original": 4, "other": 4, "shuffled": 4, "blank": 4, "resized": 2, "crop": 2}  # patches a side
@@ -67,7 +67,8 @@ def drawing(roles: tuple[TeacherRole, ...]) -> str:
         parts.append(f'<g transform="translate(0 {top})">{_drawn(sequence)}</g>')
         top += _TOP + _CELL * len(sequence.mask) + _GAP
     style = "font-family:sans-serif;font-size:11px"
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {top}" width="{width}" height="{top}" style="{style}">'
+    size = f'viewBox="0 0 {width} {top}" width="{width}" height="{top}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} style="{style}">'
     return f'{head}<rect width="{width}" height="{top}" fill="#fff"/>{"".join(parts)}</svg>\n'
 
 

@@ -242,7 +242,7 @@ def pack_scores(
 
     Raises:
       InputError: a row does not fit the largest bucket.
-      ValueError: a role's prompt does not share the header and images of its prefix.
+      ValueError: a row has not one turn per role, or one that does not share the header and images of its prefix.
     """
     prefixes = prefixes_of(roles)
     students: list[TokenSequence] = []
@@ -308,6 +308,8 @@ def _pack_row(
     row: Row, rollout: Rollout, roles: tuple[TeacherRole, ...], prefix: Prefix, config: ModelConfig
 ) -> _Packed:
     """The branches of a row's roles behind a prefix, and the tokens that they score."""
+    if len(row.teachers) != len(roles):
+        raise ValueError(f"a row has {len(row.teachers)} turns for {len(roles)} roles")
     branches = [(r, is_control, row.turn(r, is_control=is_control)) for r, is_control in branches_of(prefix, roles)]
     ids = row.prompt.prefix_ids if prefix == OWN else branches[0][2].prefix_ids
     parts = [token_sequence(row.images_of(prefix.view), ids, config)]
