@@ -85,10 +85,10 @@ def poisoned(monkeypatch, steps):
     def make_poisoned(*args):
         step = make(*args)
 
-        def run(state, base, batches, key):
+        def run(state, base, batches, key, **rest):
             if next(at) in steps:
                 base = jax.tree.map(lambda x: x * jnp.nan, base)
-            return step(state, base, batches, key)
+            return step(state, base, batches, key, **rest)
 
         return run
 
