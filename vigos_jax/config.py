@@ -124,6 +124,8 @@ def _check_fields(config: ConfigDict) -> None:
             raise InputError(f"config.{field}={get(config, field)!r} is unknown; choices: {', '.join(choices)}")
     for field in _PATHS:
         _check_home(field, get(config, field))
+    for field, model in _models_of_roles(config).items():
+        _check_home(field, model)
 
 
 def _check_sections(config: ConfigDict) -> None:
@@ -257,13 +259,22 @@ def _check_prompts(config: ConfigDict) -> None:
 def with_absolute_paths(config: ConfigDict) -> ConfigDict:
     """A copy whose relative paths lead from the root, so that a file that keeps it can be used from any folder."""
     copy = ConfigDict(config.to_dict())
-    for field in (*_PATHS, *(f"eval.sources.{task}" for task in get(copy, "eval.sources"))):
+    models = _models_of_roles(copy)
+    for field in (*_PATHS, *(f"eval.sources.{task}" for task in get(copy, "eval.sources")), *models):
         section, _, name = field.rpartition(".")
         holder = get(copy, section) if section else copy
         value = holder[name]
         if value not in ("", "demo") and not value.startswith("~"):
-            holder[name] = absolute_if_local(value) if field.startswith(_MAY_BE_NAMES) else absolute(value)
+            may_be_name = field.startswith(_MAY_BE_NAMES) or field in models
+            holder[name] = absolute_if_local(value) if may_be_name else absolute(value)
     return copy
+
+
+def _models_of_roles(config: ConfigDict) -> dict[str, str]:
+    """The models that roles name: {field: path}."""
+    entries = {name: entry for name, entry in _section(config, "roles").items() if hasattr(entry, "items")}
+    models = {f"roles.{name}.model": entry.get("model", "") for name, entry in entries.items()}
+    return {field: model for field, model in models.items() if isinstance(model, str)}
 
 
 def to_json(config: ConfigDict) -> str:
@@ -292,7 +303,8 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     fields = [f for f in sorted(a.keys() | b.keys()) if f.split(".")[0] not in _MODE_SECTIONS or f in _OF_THE_RUN]
     # By value and by text: 1 is 1.0, and a nan in the file equals itself.
     differ = [f for f in fields if a.get(f) != b.get(f) and repr(a.get(f)) != repr(b.get(f))]
-    differ = [f for f in differ if f not in _PATHS or not same_place(str(a.get(f)), str(b.get(f)))]
+    paths = (*_PATHS, *_models_of_roles(old), *_models_of_roles(new))
+    differ = [f for f in differ if f not in paths or not same_place(str(a.get(f)), str(b.get(f)))]
     return [f"{f}: {a.get(f)!r} -> {b.get(f)!r}" for f in differ]
 
 

@@ -1,36 +1,48 @@
 """Teachers of another size: the frozen weights that roles name, checked against the student and put on its mesh."""
 
 import dataclasses
+import pathlib
 from typing import Any
 
-import numpy as np
-
-from vigos_jax.data.processor import Processor
+from vigos_jax.data.tokenizer_files import open_image_processor, open_tokenizer
 from vigos_jax.errors import InputError
 from vigos_jax.method.roles import models_of
 from vigos_jax.method.scoring import TeacherModel
 from vigos_jax.models.config import ModelConfig
-from vigos_jax.session import Session, placed, resolve_model
+from vigos_jax.session import Session, objective_of, placed, resolve_model
 from vigos_jax.weights import reading
 
 
-def with_teachers(session: Session, config) -> Session:
-    """The session with the weights that roles name, each read once, quantised as the base is.
+def check_teachers(config) -> None:
+    """Compares the models that roles name with the student's, without any weights.
 
     Raises:
-      InputError: no such model, or one that cannot read what the student reads; see `check_dimensions`.
+      InputError: no such model, or one that reads other tokens or patches than the student.
     """
-    others = {name: _load(name, session, config) for name in models_of(session.roles)}
+    if not (names := models_of(objective_of(config).roles)):
+        return
+    folder = resolve_model(config.model.path, weights=False)
+    student, own = ModelConfig.load(folder), _settings(folder)
+    for name, role in names.items():
+        field = _field(role)
+        folder = resolve_model(name, weights=False, field=field)
+        check_dimensions(f"{field}={name!r}", ModelConfig.load(folder), student)
+        _check_settings(f"{field}={name!r}", _settings(folder), own)
+
+
+def with_teachers(session: Session, config) -> Session:
+    """The session with the weights that roles name, each read once, quantised as the base is; see `check_teachers`."""
+    others = {name: _load(name, role, session, config) for name, role in models_of(session.roles).items()}
     return dataclasses.replace(session, others=others)
 
 
-def _load(name: str, session: Session, config) -> TeacherModel:
-    field = f"config.roles.{models_of(session.roles)[name]}.model"
-    folder = resolve_model(name, field=field)
+def _field(role: str) -> str:
+    return f"config.roles.{role}.model"
+
+
+def _load(name: str, role: str, session: Session, config) -> TeacherModel:
+    folder = resolve_model(name, field=_field(role))
     model_config = reading.load_config(folder)
-    check_dimensions(f"{field}={name!r}", model_config, session.config)
-    processor = Processor.load(folder, chat_template_kwargs=config.model.chat_template_kwargs.to_dict())
-    _check_processor(f"{field}={name!r}", processor, session.processor)
     model = session.model.clone(config=model_config, lora=None)
     abstract, shardings = placed(config, model)
     options = {"dtype": model.dtype, "shardings": shardings["params"]}
@@ -58,16 +70,25 @@ def _reads(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _check_processor(where: str, teacher: Processor, student: Processor) -> None:
+def _settings(folder: pathlib.Path) -> tuple[dict[str, int], dict[str, Any]]:
+    """A folder's vocabulary, and how it normalises pixels. Its chat template is not asked: turns are the student's."""
+    images = open_image_processor(folder, ModelConfig.load(folder))
+    pixels = {
+        "image_mean": list(images.image_mean),
+        "image_std": list(images.image_std),
+        "rescale_factor": float(images.rescale_factor),
+    }
+    return open_tokenizer(folder).get_vocab(), pixels
+
+
+def _check_settings(where: str, teacher: tuple[dict, dict], student: tuple[dict, dict]) -> None:
     """Raises InputError unless ids are the same tokens and patches the same pixels."""
-    theirs, ours = (p.tokenizer.get_vocab() for p in (teacher, student))
+    (theirs, their_pixels), (ours, own_pixels) = teacher, student
     if theirs != ours:
         different = {token for token, _ in theirs.items() ^ ours.items()}
         token = min(different, key=lambda t: (min(v[t] for v in (theirs, ours) if t in v), t))
         _check(where, [(f"vocabulary, and {token!r} is token", theirs.get(token, "none"), ours.get(token, "none"))])
-    numbers = zip(teacher.normalization, student.normalization, strict=True)
-    for what, (a, b) in zip(("image_mean", "image_std", "rescale_factor"), numbers, strict=True):
-        _check(where, [(what, np.asarray(a).tolist(), np.asarray(b).tolist())])
+    _check(where, [(what, their_pixels[what], own_pixels[what]) for what in own_pixels])
 
 
 def _check(where: str, values: list[tuple[str, Any, Any]]) -> None:

@@ -85,6 +85,7 @@ def load_torch(folder, **kwargs):
     return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, **kwargs).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora_run", "full_run"])
 def test_a_merged_export_is_the_student(kind, request, world, tmp_path):
     run = request.getfixturevalue(kind)

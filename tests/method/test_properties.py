@@ -101,6 +101,7 @@ def test_micro_batches(method, mix):
         check_same_step(step(mix, method, gradient_accumulation_steps=gradient_accumulation_steps), want)
 
 
+@pytest.mark.slow
 @both
 def test_micro_batches_can_fail(method):
     """The mean of the micro-batches' own losses and gradients is another number."""

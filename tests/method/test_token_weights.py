@@ -14,7 +14,7 @@ from vigos_jax.data.processor import Turn
 from vigos_jax.method.losses import ObjectiveConfig
 from vigos_jax.method.roles import TOKEN_WEIGHTS
 from vigos_jax.method.scoring import supervised_states
-from vigos_jax.method.token_weights import RULES, token_weights
+from vigos_jax.method.token_weights import LEAST, RULES, token_weights
 
 RULED = {
     "entropy": ({}, "entropy"),
@@ -75,7 +75,7 @@ def expected(mix, roles):
         if role.token_weights == "teacher_top_k":
             return float(np.sum(log_q > log_q[token]) < role.token_top_k)
         bare = Turn(row.student.prefix_ids[:4], turn.rest_ids)
-        return max(log_q[token] - log_probs(teacher, (), bare, before)[token], 0.0)
+        return max(log_q[token] - log_probs(teacher, (), bare, before)[token], 0.0) + LEAST
 
     for i, (row, rollout) in enumerate(mix):
         if row.student is None or rollout is None:

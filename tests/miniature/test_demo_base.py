@@ -34,6 +34,7 @@ def test_the_student_is_what_the_card_states(stated, measured):
         assert measured["student"][rate] == pytest.approx(stated["student"][rate], abs=TOLERANCE), rate
 
 
+@pytest.mark.slow
 def test_privileged_teachers_leak_as_the_card_states(stated, measured):
     for role, rates in stated["teachers_given_a_wrong_reference"].items():
         for name, rate in rates.items():

@@ -182,6 +182,7 @@ BREAKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", BREAKS)
 def test_parity_notices(case, pair, what):
     variables, _, expected = pair

@@ -133,6 +133,7 @@ def test_one_token_goes_on_from_a_state(pairs):
         assert tm.max_difference(out[:, 0], whole[np.arange(3), lengths + i]) <= 1e-5
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_the_decay_in_float32(pairs, batch):
     """Computation follows the dtype, but for the islands."""
     pair = pairs["tied"]

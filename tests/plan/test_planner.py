@@ -54,6 +54,7 @@ def test_parameters_are_those_of_the_files():
     assert planned().parameters == total > 500_000
 
 
+@pytest.mark.slow
 def test_an_adapter_its_optimizer_and_the_cache_have_the_sizes_of_their_formulas():
     c = model_config_of("demo")
     d, q, kv, f = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
@@ -197,6 +198,7 @@ def run_main(capsys, *changes):
     return code, capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_it_prints_a_table_and_writes_the_same_numbers(capsys, tmp_path):
     out, texts = tmp_path / "plan.json", tmp_path / "programs"
     code, said = run_main(capsys, "lora.rank=4", f"plan.output={out}", f"plan.programs={texts}")

@@ -69,6 +69,7 @@ def compare(shape, kind="lora", gradient_accumulation_steps=1):
         np.testing.assert_allclose(got, want, atol=1e-5, err_msg=path_string(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_mesh_gives_the_numbers_of_one_device(shape):
     compare(shape)

@@ -37,6 +37,7 @@ def test_the_student_that_samples_is_the_one_that_is_scored(run):
         assert row["grad_norm"] > 0 and row["sampler_logp_gap"] < 1e-4
 
 
+@pytest.mark.slow
 def test_adapters_of_both_kinds_of_layers_are_trained(run):
     trained = runs.saved_state(run.workdir, 2)["trained"]["lora"]["layers"]
     kinds = {name.split("_")[0] for name in trained}

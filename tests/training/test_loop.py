@@ -149,6 +149,7 @@ def test_a_killed_run_keeps_its_average(tmp_path_factory, undisturbed, world, tm
         np.testing.assert_allclose(a, b, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_other_modes_use_the_average_as_the_run_did(tmp_path_factory, world, tmp_path):
     whole = runs.finished_run(tmp_path_factory, *EMA)
     saved = runs.saved_state(whole.workdir, STEPS)

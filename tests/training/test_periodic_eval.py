@@ -58,6 +58,7 @@ def test_rows_of_the_steps_whose_turn_it_is(evaluated, without):
     assert not (without / "eval.jsonl").exists() and not (without / "eval").exists()
 
 
+@pytest.mark.slow
 def test_the_run_is_not_disturbed(evaluated, without):
     """The same parameters and optimizer state, bit by bit, and the same metrics, each step once."""
     runs.assert_same_trees(runs.saved_state(evaluated, STEPS), runs.saved_state(without, STEPS))
@@ -97,6 +98,7 @@ def test_a_killed_run_samples_no_answer_twice(evaluated, world, tmp_path, monkey
     assert rows_of(workdir) == rows_of(evaluated)
 
 
+@pytest.mark.slow
 def test_a_step_done_again_is_not_evaluated_again(evaluated, world, tmp_path, monkeypatch):
     """Step 2's checkpoint is lost with the run: its answers are not."""
     workdir, write, own = tmp_path / "run", MetricsFile.write, [*EVERY, "--config.checkpoint_every=4"]

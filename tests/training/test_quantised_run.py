@@ -55,6 +55,7 @@ def test_a_quantised_run_trains_its_adapter(run):
     assert set(saved) == {"lora"} and all(np.any(x != 0) for x in jax.tree.leaves(saved))
 
 
+@pytest.mark.slow
 def test_what_quantising_cost_is_written_down(run):
     cost = json.loads((run.workdir / "quantization.json").read_text())
     assert cost["quantization"] in KINDS and cost["tokens"] > 20

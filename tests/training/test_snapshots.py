@@ -58,6 +58,7 @@ def test_the_run_is_not_disturbed(watched, without):
     assert not (without / "report.jsonl").exists() and (without / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_what_is_written(watched):
     found = records(watched)
     assert sorted(found) == sorted(KEYS)

@@ -47,6 +47,7 @@ def run(world, rows, folder, fields, *args, mode="train"):
     return main.main(["vigos_jax", *flags, *where, *args])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ROLES)
 def test_two_steps(world, rows, tmp_path, kind):
     """Of the eight rows that they read, one has a box outside its image."""

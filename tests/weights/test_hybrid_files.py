@@ -152,6 +152,7 @@ def test_a_merged_export_is_the_student_in_transformers(folder, adapter, world, 
     assert all(torch.equal(before[n].float(), after[n].float()) for n in kept) and len(kept) > 30
 
 
+@pytest.mark.slow
 def test_an_adapter_export_is_the_student_in_peft(folder, adapter, world, tmp_path):
     out = tmp_path / "out"
     arguments = ["--mode=export", f"--config.model.path={folder}", f"--config.model.adapter={adapter}"]

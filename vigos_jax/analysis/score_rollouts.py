@@ -33,8 +33,9 @@ def token_lists(
       supervised, scores: numpy arrays [E], of the rollout's row.
 
     Returns:
-      role (its name), kl (the role's divergence), kl_clipped, student_logp and teacher_logp; `by_role`, the last four
-      for each role, where a token may have two.
+      role (its name), kl (the role's divergence), kl_clipped, student_logp, teacher_logp and, where a role has a rule,
+      the token's weight; `by_role`, all but the first for each role, where a token may have two. A number that is not
+      finite is None.
     """
     n = len(rollout.ids)
     values = {
@@ -43,19 +44,25 @@ def token_lists(
         "student_logp": scores.student_logp,
         "teacher_logp": scores.teacher_logp,
     }
+    if any(role.token_weights != "uniform" for role in roles):
+        values["weight"] = scores.weight
     out: dict[str, Any] = {"role": [None] * n} | {f: [None] * n for f in values}
     by_role: dict[str, dict[str, list[Any]]] = {r.name: {f: [None] * n for f in values} for r in roles}
     for e in np.flatnonzero(np.asarray(supervised.role) >= 0).tolist():
         j, name = int(supervised.position[e]), roles[int(supervised.role[e])].name
         for f, of_token in values.items():
-            by_role[name][f][j] = float(of_token[e])
+            by_role[name][f][j] = _finite(of_token[e])
         if out["role"][j] is None:
             out["role"][j] = name
             for f, of_token in values.items():
-                out[f][j] = float(of_token[e])
+                out[f][j] = _finite(of_token[e])
     if roles_per_token(roles) > 1:
         out["by_role"] = by_role
     return out
+
+
+def _finite(x: Any) -> float | None:
+    return float(x) if np.isfinite(x) else None
 
 
 def _check_rollouts(path: str, field: str) -> None:
@@ -170,4 +177,6 @@ def _summary(totals: RoleStats, objective: ObjectiveConfig) -> dict[str, Any]:
             "tokens": int(tokens),
             "clipped_fraction": float(totals.clipped_tokens[r] / max(tokens, 1.0)),
         }
+        if role.token_weights != "uniform":
+            out[role.name]["effective_tokens"] = tokens**2 / float(totals.squares[r]) if tokens else 0.0
     return out

@@ -1,8 +1,8 @@
 """What a role's teacher is shown in place of the row's images: a choice of the role table, as its text is.
 
 The student always sees the row's own images. A view's images come from those: cut out, blanked, made smaller, or taken
-from elsewhere; a row that cannot give them is a bad row. Roles with the same view share one packed sequence, and each
-image of a view is encoded once in a step.
+from elsewhere; a row that cannot give them is a bad row. Roles with the same view and weights share one packed
+sequence, for which each image of the view is encoded once in a step.
 """
 
 import dataclasses

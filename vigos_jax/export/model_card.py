@@ -72,8 +72,11 @@ def card_text(
     parts.append(f"# {name.rsplit('/', 1)[-1]}, {'post-trained' if run else 'exported'}")
     kind = "A LoRA adapter for" if is_adapter else f"A full checkpoint ({config.export.dtype}) of"
     if run:
+        method = "ViGOS, visually grounded on-policy self-distillation"
+        if not _teaches_itself(config):
+            method = "on-policy distillation from other models, by the roles of ViGOS"
         parts.append(
-            f"{kind} {name}, post-trained with ViGOS, visually grounded on-policy self-distillation ({_PAPER}): the "
+            f"{kind} {name}, post-trained with {method} ({_PAPER}): the "
             "student writes answers of its own, and frozen teachers score them, each shown what its role may see."
         )
         parts.append(_table(("", ""), _facts(config, name, lora, run).items()))
@@ -92,6 +95,11 @@ def card_text(
 def _base_name(path: str) -> str:
     """A hub id as it is; of a folder its last name, as local paths are not published."""
     return path if _is_on_hub(path) else "vigos_jax-demo" if path == "demo" else pathlib.Path(absolute(path)).name
+
+
+def _teaches_itself(config) -> bool:
+    """Whether no role that counts has other weights than the student's base."""
+    return not any(role.get("model", "") for role in config.roles.values() if role.weight)
 
 
 def _is_on_hub(path: str) -> bool:
@@ -116,7 +124,8 @@ def _metadata(config, base: pathlib.Path, family: str, *, is_adapter: bool) -> s
     if _is_on_hub(config.data.source):
         data["datasets"] = [config.data.source]
     data |= {"library_name": "peft" if is_adapter else "transformers", "pipeline_tag": "image-text-to-text"}
-    return CardData(**data, tags=["vigos", "self-distillation"]).to_yaml().rstrip("\n") + "\n"
+    tag = "self-distillation" if _teaches_itself(config) else "distillation"
+    return CardData(**data, tags=["vigos", tag]).to_yaml().rstrip("\n") + "\n"
 
 
 def _facts(config, name: str, lora: LoraSpec | None, run: RunFacts) -> dict[str, str]:
@@ -152,7 +161,7 @@ def _role(config, name: str) -> tuple[str, ...]:
     seen = images.get(image, [f"{image} of {column}" if column else f"{image} image"])
     sees = [*seen, *(known.get(f, f) for f in sorted(names))] or ["nothing"]
     clip = f"{role.clip:g} per {role.clip_per}" if role.clip else "none"
-    who = f"{name}, by {model}" if (model := role.get("model", "")) else name
+    who = f"{name}, by {_base_name(model)}" if (model := role.get("model", "")) else name
     rule = role.get("token_weights", "uniform")
     scores = ", ".join(role.scores) + ("" if rule == "uniform" else f", weighed by {rule}")
     return (who, ", ".join(sees), scores, role.when, role.divergence, f"{role.weight:g}", clip)

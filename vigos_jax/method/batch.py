@@ -124,7 +124,7 @@ class RoleStats(flax.struct.PyTreeNode):
     """Sums per role over supervised tokens, float32; those of several micro-batches add up.
 
     Attributes:
-      loss: of normalizer term * clipped divergence.
+      loss: of token weight * normalizer term * clipped divergence.
       normalizer, tokens, clipped_tokens: of the terms, of ones, of ones where the clip per token bites.
       entropy: of the student's entropy.
       squares: of squared token weights.

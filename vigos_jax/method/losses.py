@@ -4,10 +4,11 @@ Equations 18-21 of the ViGOS paper (arXiv 2606.19120). Each supervised token has
 teacher and the student (see `divergences`). The role's clip limits either that sum over the vocabulary or each of its
 terms. The loss of a role, over all of its tokens in the global batch, is
 
-    sum(term * clipped divergence) / sum(term)
+    sum(weight * term * clipped divergence) / sum(term)
 
 The denominator is the role's normalizer. A token's term is 1 to average over tokens (`reduction="tokens"`), or one over
-the number of the role's tokens in the same rollout to average over rollouts (`reduction="sequences"`).
+the number of the role's tokens in the same rollout to average over rollouts (`reduction="sequences"`). Its weight is
+`token_weights`'s, 1 unless the role has a rule.
 """
 
 import dataclasses
@@ -30,8 +31,8 @@ class ObjectiveConfig:
 
     Attributes:
       roles: the role table.
-      chunk: supervised tokens per row that are processed at a time. The student's and the teacher's logits of a chunk
-        exist together, float32 [B, chunk, V] each.
+      chunk: supervised tokens per row that are processed at a time. The logits of a chunk, the student's and those of
+        each model that teaches (for a rule of weights also the control's), exist together, float32 [B, chunk, V] each.
       temperature: divides the logits of student and teacher; the divergence is not multiplied by its square.
       reduction: "tokens" averages over a role's tokens; "sequences" averages over rollouts, each counting as the mean
         of the role's tokens in it.

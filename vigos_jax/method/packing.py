@@ -297,7 +297,7 @@ def _joined(packed: Sequence[_Packed], starts: Sequence[int]) -> list[_Token]:
     parts = [*zip(packed, starts, strict=True)]
     controls = {key: start + at for part, start in parts for key, at in part.controls.items()}
     placed = [
-        t._replace(teacher_at=start + t.teacher_at, control_at=controls.get((t.role, t.position), 0))
+        t._replace(teacher_at=start + t.teacher_at, control_at=controls.get((t.role, t.position), start + t.teacher_at))
         for part, start in parts
         for t in part.tokens
     ]

@@ -19,6 +19,9 @@ from vigos_jax.method.losses import ObjectiveConfig, both_logits, heads_of, hidd
 from vigos_jax.method.roles import TeacherRole
 from vigos_jax.models.shapes import Array, Float, Int
 
+# Nats. Log-probabilities are rounded: where the image decides nothing, weights are about equal, and not those of noise.
+LEAST = 0.01
+
 
 class TokenLogits(NamedTuple):
     """What a rule sees of a chunk of tokens.
@@ -46,8 +49,8 @@ def _entropy(at: TokenLogits, role: TeacherRole) -> Float[Array, "B C"]:
 
 
 def _image_dependence(at: TokenLogits, role: TeacherRole) -> Float[Array, "B C"]:
-    """How much the token's log-probability under the teacher falls without the image, in nats; 0 where it rises."""
-    return jnp.maximum(_logp(at.teacher, at.token) - _logp(at.control, at.token), 0.0)
+    """How much the token's log-probability under the teacher falls without the image, in nats, plus `LEAST`."""
+    return jnp.maximum(_logp(at.teacher, at.token) - _logp(at.control, at.token), 0.0) + LEAST
 
 
 def _teacher_top_k(at: TokenLogits, role: TeacherRole) -> Float[Array, "B C"]:
@@ -57,7 +60,7 @@ def _teacher_top_k(at: TokenLogits, role: TeacherRole) -> Float[Array, "B C"]:
 
 
 def _logp(logits: Float[Array, "B C V"], token: Int[Array, "B C"]) -> Float[Array, "B C"]:
-    return jnp.take_along_axis(log_softmax(logits), token[..., None], -1)[..., 0]
+    return jnp.take_along_axis(log_softmax(logits), token[..., None], -1)[..., 0]  # NaN of a token beyond the heads
 
 
 RULES: dict[str, Callable[[TokenLogits, TeacherRole], Float[Array, "B C"]]] = {
@@ -88,7 +91,7 @@ def token_weights(
         for r, of in enumerate(roles):
             if of.token_weights != "uniform":
                 out = jnp.where(role == r, RULES[of.token_weights](at, of), out)
-        return out
+        return jnp.where(token < at.student.shape[-1], out, 0.0)  # an id that not all heads have is not a token
 
     parts = states.student, hidden_of(states), controls, supervised.role, supervised.token
     weights = in_chunks(raw, parts, objective.chunk)

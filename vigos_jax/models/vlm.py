@@ -1,7 +1,8 @@
 """The whole model, of any family: a vision tower, a decoder, a head; one parameter tree for every role.
 
-`apply({"params": base, "lora": adapter}, ...)` is the student, `apply({"params": base}, ...)` every teacher; roles
-differ in the text inputs and masks they pass, never in code. Layers are scanned, so leaves are stacked `[L, ...]`.
+`apply({"params": base, "lora": adapter}, ...)` is the student, `apply({"params": base}, ...)` every teacher without
+weights of its own; roles differ in the text inputs and masks they pass, never in code. Layers are scanned, so leaves
+are stacked `[L, ...]`.
 """
 
 import functools

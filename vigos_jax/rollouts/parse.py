@@ -24,6 +24,7 @@ from vigos_jax.models.config import ModelConfig
 from vigos_jax.rollouts.sampler import Completions
 from vigos_jax.runtime.files import finite_or_none
 from vigos_jax.session import Session, buckets_of, check_template, objective_of, resolve_model
+from vigos_jax.teachers import check_teachers
 
 _PARTS = ("description", "reasoning", "answer")
 FAILED = "rollout_failed"  # in place of a bad row's reason: the row is good, but could not be sampled
@@ -89,6 +90,7 @@ class Reader:
     @classmethod
     def of_folder(cls, config) -> "Reader":
         """The same without the model's weights: of its folder alone."""
+        check_teachers(config)
         folder = resolve_model(config.model.path, weights=False)
         processor = Processor.load(folder, chat_template_kwargs=config.model.chat_template_kwargs.to_dict())
         check_template(config, processor, for_training=True)

@@ -22,7 +22,7 @@ from vigos_jax.runtime.digest import digests
 from vigos_jax.runtime.distributed import is_first, several
 from vigos_jax.runtime.progress import say
 from vigos_jax.session import Session, load, trained_shapes
-from vigos_jax.teachers import with_teachers
+from vigos_jax.teachers import check_teachers, with_teachers
 from vigos_jax.training.step import TrainState
 
 
@@ -196,6 +196,8 @@ def load_student(config, workdir: pathlib.Path | None, *, step: int = 0, teaches
       step: of the checkpoint, 0 for the newest.
       teaches: read the weights that roles name too.
     """
+    if teaches:
+        check_teachers(config)
     session = load(config, for_training=False)
     session = with_teachers(session, config) if teaches else session
     trained = average = session.trained

@@ -30,7 +30,7 @@ from vigos_jax.runtime.progress import say
 from vigos_jax.runtime.sharding import check_batch, replicated, tree_shardings
 from vigos_jax.runtime.signals import Interrupt
 from vigos_jax.session import Session, load, open_source
-from vigos_jax.teachers import with_teachers
+from vigos_jax.teachers import check_teachers, with_teachers
 from vigos_jax.training.batches import Batch, Batches
 from vigos_jax.training.checkpoints import Checkpoints
 from vigos_jax.training.guards import Health, sampler_gap_bound, write_nonfinite
@@ -91,6 +91,7 @@ def train(config, workdir: pathlib.Path, *, open_engine: EngineFactory | None = 
             if open_engine is None:
                 check_engine(config, trains=True)
             source = open_source(config)
+            check_teachers(config)
             session = with_teachers(load(config, for_training=True), config)
             check_batch(session.mesh, batch_size=config.batch_size, micro_batches=config.gradient_accumulation_steps)
             if config.export.after_training:
