@@ -43,20 +43,19 @@ FOLDER = pathlib.Path(__file__).resolve().parent
 # The files that take longest, longest first. Several processes share the tests file by file: a long file that starts
 # last keeps one busy while the others have nothing left. A file that is not named here takes below half a minute.
 LONGEST = (
-    *("training/test_loop.py", "training/test_served_run.py", "models/test_qwen3_vl.py", "method/test_goldens.py"),
-    *("training/test_step.py", "rollouts/test_server_engine.py"),
-    *("export/test_folders.py", "method/test_properties.py", "plan/test_planner.py", "data/test_bad_rows.py"),
-    *("method/test_scoring.py", "rollouts/test_sampler.py", "training/test_snapshots.py"),
-    *("analysis/test_score_rollouts.py", "runtime/test_sharding.py", "models/test_attention.py"),
-    *("runtime/test_signals.py", "export/test_export.py", "analysis/test_diagnose.py", "training/test_guards.py"),
-    *(
-        "training/test_run_folder.py",
-        "method/test_losses.py",
-        "models/test_models.py",
-        "training/test_periodic_eval.py",
-    ),
-    *("weights/test_output_head.py", "rollouts/test_engine.py", "data/test_bad_images.py", "report/test_visuals.py"),
-    *("report/test_run_page.py", "test_safety.py", "training/test_checkpoints.py", "evaluation/test_benchmark.py"),
+    *("training/test_loop.py", "training/test_served_run.py", "method/test_properties.py"),
+    *("weights/test_output_head.py", "data/test_bad_rows.py", "plan/test_planner.py"),
+    *("training/test_step.py", "method/test_scoring.py", "runtime/test_sharding.py"),
+    *("models/test_attention.py", "export/test_folders.py", "weights/test_weights.py"),
+    *("method/test_goldens.py", "models/test_models.py", "training/test_teachers_run.py"),
+    *("method/test_token_weights.py", "rollouts/test_sampler.py", "models/test_qwen3_vl.py"),
+    *("method/test_other_models.py", "grading/test_judge.py", "evaluation/test_benchmark.py"),
+    *("miniature/test_demo_base.py", "models/test_quantization.py", "analysis/test_score_rollouts.py"),
+    *("training/test_quantised_run.py", "models/test_qwen3_5.py", "analysis/test_diagnose.py"),
+    *("method/test_losses.py", "test_fuzz.py", "method/test_hybrid_packing.py"),
+    *("runtime/test_signals.py", "training/test_hybrid_run.py", "training/test_views_run.py"),
+    *("rollouts/test_engine.py", "training/test_periodic_eval.py", "training/test_snapshots.py"),
+    *("training/test_guards.py",),
 )
 
 

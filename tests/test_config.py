@@ -260,6 +260,27 @@ def test_a_run_is_recognised_by_its_paths_from_other_folders(tmp_path, monkeypat
         assert len(differences(kept, changed(model__path=path, data__source="rows.jsonl"))) == count, path
 
 
+def test_the_models_of_roles_are_paths_as_the_students_is(tmp_path, monkeypatch):
+    def taught_by(model):
+        config = base.get_config()
+        config.roles.reasoning.model = model
+        return config
+
+    (tmp_path / "here/models/a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    kept = with_absolute_paths(taught_by("models/a"))
+    assert kept.roles.reasoning.model == str(tmp_path / "here/models/a") and kept.roles.perception.model == ""
+    assert with_absolute_paths(taught_by("owner/name")).roles.reasoning.model == "owner/name"
+    for path in ("models/a", "../here/models/a"):
+        assert differences(kept, taught_by(path)) == []
+    (line,) = differences(kept, taught_by("owner/name"))
+    assert line.startswith("roles.reasoning.model: ") and line.endswith("-> 'owner/name'")
+    with pytest.raises(
+        InputError, match="config.roles.reasoning.model='~nobody-here/x' begins with the home"
+    ):
+        validate(taught_by("~nobody-here/x"))
+
+
 def test_differences_of_role_tables():
     other = base.get_config()
     del other.roles.perception

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import tiny_runs as runs
 
+from configs import base
 from vigos_jax import main
+from vigos_jax.teachers import check_teachers
 from vigos_jax.weights import reading
 
 SHIPPED = ("vision_opd", "opd", "va_opd", "big_teacher")
@@ -139,7 +141,18 @@ def edited(file, **fields):
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
-def test_refusals(world, changed, tmp_path, capsys):
+def test_it_needs_no_chat_template(world, changed):
+    """Turns are the student's."""
+    (changed / "chat_template.json").unlink()
+    config = base.get_config()
+    config.model.path, config.roles.perception.model = str(world.model), str(changed)
+    check_teachers(config)
+
+
+def test_refusals(world, changed, tmp_path, capsys, monkeypatch):
+    """Before any weights are read, and where rows are only looked at."""
+    monkeypatch.setattr(reading, "load_params", None)
+
     def refused(model, message):
         assert train(world, tmp_path, model) == 2
         said = capsys.readouterr().err.strip().splitlines()
@@ -162,6 +175,8 @@ def test_refusals(world, changed, tmp_path, capsys):
     (changed / "tokenizer.json").write_text(json.dumps(tokenizer))
     refused(changed, f"must have the student's vocabulary, and {first!r} is token 40, and has 41; choices: a model of")
 
+    assert train(world, tmp_path, changed, "--mode=data", f"--config.preview.output={tmp_path / 'seen'}") == 2
+    assert "must have the student's vocabulary" in capsys.readouterr().err
     other = runs.write_model(tmp_path / "other", family="qwen3_vl")
     refused(other, "must have the student's model_type 'qwen2_5_vl', and has 'qwen3_vl'; choices: a model of")
 
