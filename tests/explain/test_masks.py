@@ -47,7 +47,7 @@ def test_what_they_show():
     last = {colour: runs for (_, colour, _), runs in by_row.items()}
     perception, reasoning = last["#0072b2"], last["#d55e00"]
     assert len(perception) == 1 and len(reasoning) == 2, "a gap where perception's branch stands"
-    assert reasoning[0][1] == 5 * 6, "header and image"
+    assert reasoning[0][1] == 10 * 6, "header and image"
     assert sum(s == "1" for (_, colour, s) in by_row if colour == "#0072b2") == 4, (
         "as many as the description has tokens"
     )

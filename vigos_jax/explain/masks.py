@@ -28,7 +28,7 @@ _CELL = 6  # pixels
 _LEFT, _TOP, _GAP, _WIDTH = 184, 40, 24, 530
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by the colour-blind
 _GREY = "#8a8a8a"
-_IMAGE, _SIDE = 1, {"original": 4, "other": 4, "shuffled": 4, "blank": 4, "resized": 2, "crop": 2}  # patches a side
+_IMAGE, _SIDE = 1, {"original": 6, "other": 6, "shuffled": 6, "blank": 6, "resized": 4, "crop": 4}  # patches a side
 _PROMPT, _SPANS = 3, Spans(True, (0, 4), (4, 8), (8, 10), None)  # tokens of a prompt, and of the completion's parts
 _BUCKETS = Buckets(patches=(64,), prompt=(64,), completion=(64,), sequence=(1024,))
 _MODEL = ModelConfig(
@@ -99,7 +99,7 @@ def _sequences(roles: tuple[TeacherRole, ...]) -> Iterator[_Sequence]:
             mine = places[0][used & (supervised.role[0] == r)] - start
             scored |= set(mine.tolist())
             end = int(mine.max()) + 1
-            where = " (invalid rollouts)" if roles[r].when == "invalid" else ""
+            where = ", if invalid" if roles[r].when == "invalid" else ""
             name = f"{shown[r].name}{' without image' if is_control else where}"
             colour = _COLOURS[k % len(_COLOURS)]
             done = sum(part.length for part in parts)
@@ -129,7 +129,7 @@ def _sample(roles: tuple[TeacherRole, ...]) -> Row:
     sides = [0 if role.view.kind == "none" else _SIDE[role.view.kind] for role in roles]
     views: Mapping = {r.view: (image(s),) for r, s in zip(roles, sides, strict=True) if r.view.is_read}
     controls = tuple(turn(0) if role.has_control else None for role in roles)
-    return Row((image(4),), turn(4), tuple(map(turn, sides)), controls if any(controls) else (), views)
+    return Row((image(6),), turn(6), tuple(map(turn, sides)), controls if any(controls) else (), views)
 
 
 def _mask(text: TextInputs, length: int) -> np.ndarray:
