@@ -275,9 +275,7 @@ def test_the_models_of_roles_are_paths_as_the_students_is(tmp_path, monkeypatch)
         assert differences(kept, taught_by(path)) == []
     (line,) = differences(kept, taught_by("owner/name"))
     assert line.startswith("roles.reasoning.model: ") and line.endswith("-> 'owner/name'")
-    with pytest.raises(
-        InputError, match="config.roles.reasoning.model='~nobody-here/x' begins with the home"
-    ):
+    with pytest.raises(InputError, match="config.roles.reasoning.model='~nobody-here/x' begins with the home"):
         validate(taught_by("~nobody-here/x"))
 
 

@@ -404,7 +404,7 @@ def compiled_gradient(run, config, **options):
         run.whole(jnp.float32, len(run.objective.roles)),
         run.whole(jax.eval_shape(lambda: jax.random.key(0)).dtype),
     )
-    args = (run.state.trained, run.base, run.state.average, run.scores(micro), shares, key)
+    args = (run.state.trained, run.base, run.state.average, run.scores(micro), shares, key, run.others)
     return step.gradient.lower(*args).compile(options).as_text()
 
 

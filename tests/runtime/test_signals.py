@@ -16,7 +16,7 @@ from vigos_jax.data.examples import Encoder
 from vigos_jax.data.loader import Order, make_batches
 from vigos_jax.errors import InputError, Stopped
 from vigos_jax.runtime.signals import Interrupt
-from vigos_jax.training import loop
+from vigos_jax.training import loop, snapshots
 from vigos_jax.training.run_log import MetricsFile
 
 
@@ -83,6 +83,19 @@ def test_a_signal_after_the_last_step_stops_what_comes_then(world, tmp_path, cap
     assert not (tmp_path / "run" / "export").exists()
     assert world.run(*arguments) == 0
     assert (tmp_path / "run" / "export" / "config.json").is_file()
+
+
+def test_a_signal_while_servers_sample_a_snapshot_loses_no_step(world, tmp_path, monkeypatch):
+    """What waits for a server raises at once, and the step before was not due to be saved."""
+
+    def at(self, step, state):
+        if step == 2:
+            raise Stopped("SIGINT: stopped")
+
+    monkeypatch.setattr(snapshots.Snapshots, "at", at)
+    options = ["--config.checkpoint_every=100", "--config.steps=4"]
+    assert world.run(f"--workdir={tmp_path / 'run'}", *options) == 0
+    assert runs.saved_state(tmp_path / "run", 2)
 
 
 def test_a_second_signal_ends_the_process():

@@ -1,8 +1,8 @@
-"""What a role's teacher is shown in place of the row's images: a choice of the role table, as its text is.
+"""Image views: what a role's teacher sees in place of the row's images, set per role in `config.roles`.
 
-The student always sees the row's own images. A view's images come from those: cut out, blanked, made smaller, or taken
-from elsewhere; a row that cannot give them is a bad row. Roles with the same view and weights share one packed
-sequence, for which each image of the view is encoded once in a step.
+The student always sees the row's own images. A view's images are made from these (cut out, blanked, made smaller), come
+from another column or another row, or are left out; a row that cannot give them is a bad row. Roles with the same view
+and weights share one packed sequence, for which each image of the view is encoded once in a step.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ class ImageView:
 
     @property
     def is_read(self) -> bool:
-        """Whether a row must bring images for it, beside its own."""
+        """Whether its images are encoded separately from the row's own: all kinds but "original" and "none"."""
         return self.kind not in ("original", "none")
 
 
@@ -218,7 +218,7 @@ def _marked(value: object, size: tuple[int, int], *, column: str, image_roots: S
 
 
 def _whole(box: Box, size: tuple[int, int], *, margin: float, least: int) -> tuple[int, int, int, int]:
-    """Whole pixels around a box with its margin, inside the image, at least `least` of them along each side.
+    """Rounds a box with its margin outwards to whole pixels inside the image, with sides of at least `least` pixels.
 
     The image itself has as many.
     """

@@ -57,11 +57,11 @@ class Buckets:
     """The sizes that arrays may be padded to, ascending per kind. Few sizes mean few shapes to compile programs for.
 
     Attributes:
-      patches: window slots of a row's images under one view.
+      patches: slots for the patches of a row's images under one view, with the empty ones of partly filled windows.
       prompt: tokens of a student's prompt.
       completion: tokens of a completion.
       sequence: tokens of a student's prompt and completion, or of a prefix and all its branches.
-      agree: maps the size that this process needs to the largest that any process needs.
+      agree: maps the size that this process needs to the largest that any process needs; `int` for one process.
     """
 
     patches: tuple[int, ...]
@@ -120,7 +120,7 @@ def _gap(length: int, config: ModelConfig) -> int:
 def _vision(
     rows: Sequence[Row], view: ImageView, config: ModelConfig, buckets: Buckets, *, least: Sequence[Row] = ()
 ) -> VisionInputs:
-    """The rows' images under a view, in no fewer slots than the original images of the rows in `least` take."""
+    """Packs the rows' images under a view, in at least the slots that the rows in `least` need for their own images."""
     own = max((slot_count(row, config) for row in least), default=0)
     slots = buckets.fit("patches", max(own, *(slot_count(row, config, view) for row in rows)))
     return padded_vision([row.images_of(view) for row in rows], slots, config.vision)
@@ -143,11 +143,12 @@ _UNUSED = _Token(-1, 0, 0, 0, 0, np.nan, np.inf)
 
 
 class _Packed(NamedTuple):
-    """A row's branches behind one prefix.
+    """A row's branches after one prefix.
 
     Attributes:
-      tokens: what its roles score.
-      controls: (role, position) -> place of the control's state that predicts the token.
+      tokens: the supervised tokens of its roles; `teacher_at` is a place in `sequence`.
+      controls: (role, position) -> place in `sequence` of the state that predicts the token in the role's control,
+        which is the role run without an image (`TeacherRole.has_control`).
     """
 
     sequence: TokenSequence = EMPTY
@@ -208,7 +209,7 @@ def length_groups(rows: Sequence[Row], rollouts: Sequence[Rollout | None], count
 
 
 def token_clip(role: TeacherRole, position: int, scored: Sequence[int]) -> float:
-    """The smallest of the clips that apply to a scored token as a whole; infinity if none does.
+    """The smallest clip, in nats, of a token's divergence summed over the vocabulary; infinity if it has none.
 
     Args:
       position: of the token in the completion, one of `scored`.
@@ -242,7 +243,8 @@ def pack_scores(
 
     Raises:
       InputError: a row does not fit the largest bucket.
-      ValueError: a row has not one turn per role, or one that does not share the header and images of its prefix.
+      ValueError: a row does not have exactly one turn per role, or a turn's header and image tokens differ from those
+        of its prefix.
     """
     prefixes = prefixes_of(roles)
     students: list[TokenSequence] = []
@@ -259,7 +261,7 @@ def pack_scores(
     entries = buckets.fit("completion", -(-most // times)) * times
     vision = _vision(rows, ORIGINAL, config, buckets) if with_images else None
     student = padded_text(students, buckets.fit("sequence", max(len(s.ids) for s in students)), branches=0)
-    # One length for all prefixes, or the number of programs would be the product of their lengths' numbers.
+    # One length for all prefixes: with one each, every combination of lengths would be another program to compile.
     length = buckets.fit("sequence", max((len(p.sequence.ids) for row in rows_packed for p in row), default=0))
     texts = []
     for i, prefix in enumerate(prefixes):
@@ -283,17 +285,17 @@ def pack_scores(
 
 
 def _starts(prefixes: Sequence[Prefix], length: int) -> list[int]:
-    """Where each prefix's sequence begins in its model's, one after the other: what `teacher_at` counts from."""
+    """Each prefix's offset, in tokens, in the concatenated sequences of its model; `teacher_at` counts in these."""
     return [length * sum(p.model == prefix.model for p in prefixes[:i]) for i, prefix in enumerate(prefixes)]
 
 
 def _used(rows: Sequence[Row], packed: Sequence[_Packed]) -> list[Row]:
-    """The rows, with `Row()` in place of those that nothing reads behind a prefix: their images need no encoding."""
+    """The rows, with `Row()` in place of those without a branch after this prefix: their images are not encoded."""
     return [row if len(p.sequence.ids) else Row() for row, p in zip(rows, packed, strict=True)]
 
 
 def _joined(packed: Sequence[_Packed], starts: Sequence[int]) -> list[_Token]:
-    """A row's tokens behind all prefixes, by role. starts: see `_starts`."""
+    """A row's supervised tokens after all prefixes, sorted by role and moved by `starts` (see `_starts`)."""
     parts = [*zip(packed, starts, strict=True)]
     controls = {key: start + at for part, start in parts for key, at in part.controls.items()}
     placed = [
@@ -307,7 +309,7 @@ def _joined(packed: Sequence[_Packed], starts: Sequence[int]) -> list[_Token]:
 def _pack_row(
     row: Row, rollout: Rollout, roles: tuple[TeacherRole, ...], prefix: Prefix, config: ModelConfig
 ) -> _Packed:
-    """The branches of a row's roles behind a prefix, and the tokens that they score."""
+    """The branches of a row's roles after a prefix, and the tokens that they score; ValueError as for `pack_scores`."""
     if len(row.teachers) != len(roles):
         raise ValueError(f"a row has {len(row.teachers)} turns for {len(roles)} roles")
     branches = [(r, is_control, row.turn(r, is_control=is_control)) for r, is_control in branches_of(prefix, roles)]

@@ -39,9 +39,16 @@ def sampler_of(run: AbstractRun, memory: float | None = None) -> Sampler:
 
 
 def programs_of(run: AbstractRun, target: Topology, only: tuple[str, ...]) -> Iterator[Program]:
-    """In the order of a step. What another program would have made, had it fit, is not compiled on."""
+    """Yields the compiled programs in the order of a step.
+
+    If one does not fit, the programs that need the shapes of its results are not compiled.
+
+    Args:
+      only: names of programs, () for all. Any name of the rollout or of the update brings all of that phase, but
+        "prefill" comes alone.
+    """
     b = run.config.batch_size
-    # What a step has at hand all the time, beside the two batches of prompts, this step's and the next.
+    # What stays on the devices throughout a step; "prompts" counts two batches, this step's and the next one's.
     stays = {"base": run.base, "state": run.state, "images": run.images(b), "prompts": (run.prompts(b),) * 2}
     stays["others"] = run.others
     if "params" in run.state.trained:
@@ -66,7 +73,10 @@ _Beside = Callable[..., int]  # bytes of what stays on a device, but for the nam
 
 
 def _handed(run: AbstractRun) -> tuple[str, int]:
-    """Which part is the sampler's student, and the bytes of an adapter it is handed, which the state has too."""
+    """Returns (the entry of `stays` with the sampler's parameters, bytes of its adapter or 0 without one).
+
+    The adapter is an argument of the sampler's programs and part of `state` as well, so it is subtracted once.
+    """
     return ("student", 0) if "params" in run.state.trained else ("base", device_bytes(run.state.trained))
 
 
@@ -74,7 +84,7 @@ def _encode(run: AbstractRun, target: Topology, measure: _Measure, beside: _Besi
     sampler, (student, twice) = sampler_of(run, target.rates.memory_gb * _GB), _handed(run)
     groups = sampler.micro_groups(run.prompts(run.config.batch_size))
     vision = run.vision(run.config.batch_size // groups)
-    # One group's images are the batch's.
+    # With one group, its output is the batch's "images" and its input is in "prompts"; with several, both are extra.
     extra = beside(student, "images") if groups == 1 else beside(student) + device_bytes(vision)
     function = sampler.programs.encode
     return measure("encode", groups, function, run.student, vision, beside=extra - twice - device_bytes(vision))[0]
@@ -86,7 +96,7 @@ def _rollout(run: AbstractRun, target: Topology, measure: _Measure, beside: _Bes
     groups = sampler.micro_groups(run.prompts(run.config.batch_size))
     rows, programs = run.config.batch_size // groups, sampler.programs
     given = (run.prompts(rows), run.images(rows), run.whole(jax.eval_shape(lambda: jax.random.key(0)).dtype, rows))
-    # Of one group's arguments the batch has prompts and images already; of several they are copies.
+    # With one group, its prompts and images are the batch's, which `beside` counts; with several, they are copies.
     extra = beside(student) - twice - (device_bytes(given[:2]) if groups == 1 else 0)
     program, part = measure("prefill", groups, programs.prefill, run.student, *given, beside=extra)
     if part is None:
@@ -103,7 +113,7 @@ def _rollout(run: AbstractRun, target: Topology, measure: _Measure, beside: _Bes
     if len(capacities) > 1:
         before, slots = _grown(state, capacities[-2]), capacities[-1] - capacities[-2]
         entries = [x for x in before.cache.layers if isinstance(x, KeyValues)]
-        # Layer by layer: when the last one's turn comes, all others have grown.
+        # The cache grows layer by layer: memory peaks at the last one, when all the others have grown.
         extra = beside() + device_bytes(own) + device_bytes(_grown(state, capacities[-1]))
         extra -= device_bytes(_grown(state, capacities[-1]).cache.layers[-1])
         runs = (len(capacities) - 1) * len(entries)
@@ -123,7 +133,7 @@ def _update(run: AbstractRun, measure: _Measure, beside: _Beside) -> Iterator[Pr
     extra = beside("base", "others") - device_bytes(run.state.trained) - device_bytes(average)
     args = (run.state.trained, run.base, average, batch, normalizers, key, run.others)
     program, sums = measure("gradient", config.gradient_accumulation_steps, step.gradient, *args, beside=extra)
-    if sums is not None and config.gradient_accumulation_steps > 1:  # those of the micro-batches before
+    if sums is not None and config.gradient_accumulation_steps > 1:  # the sums of the earlier micro-batches
         program = dataclasses.replace(program, beside=program.beside + device_bytes(sums))
     yield program
     if sums is not None:
@@ -135,12 +145,12 @@ def _resized(x: jax.ShapeDtypeStruct, axis: int, size: int) -> jax.ShapeDtypeStr
 
 
 def _of_all(part: Any, groups: int) -> Any:
-    """The decoding state of all groups' rows."""
+    """The shapes of one group's decoding state (`part`), enlarged to the rows of all groups."""
     return jax.tree.map(lambda x: _resized(x, 0, groups * x.shape[0]) if x.ndim else x, part)
 
 
 def _grown(state: Any, capacity: int) -> Any:
-    """The decoding state with a cache of so many completion slots, rows where they were."""
+    """The shapes of the decoding state if its cache has `capacity` completion slots; shardings are unchanged."""
     slots = state.prompt_slots + capacity
 
     def grown(x: Any) -> Any:
@@ -162,7 +172,10 @@ def measured(
     beside: int,
     sampler_steps: int,
 ) -> tuple[Program, Any]:
-    """Compiles one program; returns what it takes, and its results as shapes, or None where it does not fit at all."""
+    """Compiles one program; returns (its costs, its results as shapes with shardings).
+
+    If it does not fit, `Program.refused` says why, and the results are None.
+    """
     started = time.perf_counter()
     traced = function.trace(*args)
     n = len(target.devices)
@@ -208,7 +221,7 @@ def measured(
 
 
 def _unread(args: tuple[Any, ...], compiled: Any) -> int:
-    """Bytes on one device of arguments that the program does not read, and so does not count: they are there."""
+    """Bytes on one device of unused arguments: not in the compiler's argument size, but still in memory."""
     is_none = lambda x: x is None  # noqa: E731
     given = [x for x in jax.tree.leaves(args, is_leaf=is_none) if not isinstance(x, int)]
     read = jax.tree.leaves(compiled.input_shardings[0], is_leaf=is_none)

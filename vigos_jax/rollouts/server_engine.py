@@ -88,11 +88,15 @@ class ServerEngine:
         self._unproved: Any = None  # the latest adapter, until servers are shown to apply its vision-tower part
 
     def prepare(self, rows: Sequence[Row]) -> list[Prompt | str | None]:
-        """What is sent for each row, why it cannot be sent, or None for a bad row."""
+        """For each row: the `Prompt` to send, a text that says why it cannot be sent, or None if the row is bad."""
         return [None if row.student is None else self._prompt(row) for row in rows]
 
     def sync(self, trained: Variables, *, step: int = 0) -> None:
-        """Loads the student's adapter on the servers, under a new name."""
+        """Makes this student the current one: its adapter is loaded on the servers under a new name; `{}` is the base.
+
+        Raises:
+          EngineFailed: all weights are trained, or the adapter cannot be written or loaded.
+        """
         self._adapters.publish(trained, step=step)
         if self._must_prove_vision and "lora" in trained:
             self._unproved = trained["lora"]
@@ -105,7 +109,8 @@ class ServerEngine:
           keys: [B], one per row of the global batch.
 
         Returns:
-          What `finish` takes. Where a row cannot be sent, nothing is, and `finish` raises why in all processes.
+          A ticket for `finish`. If a row cannot be sent, this process sends none of its rows, and `finish` raises the
+          reason in all processes.
 
         Raises:
           EngineFailed: a server ignores adapters of the vision tower.

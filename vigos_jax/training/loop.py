@@ -76,7 +76,8 @@ def train(config, workdir: pathlib.Path, *, open_engine: EngineFactory | None = 
       number of evaluation questions that could not be asked.
 
     Raises:
-      Stopped: a signal arrived. All completed steps are saved.
+      Stopped: a signal arrived. All completed steps are saved; with several processes, all but one that servers were
+        still sampling a snapshot of.
       InputError: the config or the data is bad. Or a guard (`config.guards`) or the engine ended the run: then all
         completed steps are saved.
     """
@@ -299,7 +300,8 @@ class Run:
 
         Raises:
           InputError: the checkpoint cannot be written, or another process has failed.
-          Stopped: a signal arrived during the evaluation, before which the step was saved.
+          Stopped: a signal arrived during the evaluation, before which the step was saved, or while servers sampled a
+            snapshot; with several processes the step is not saved then.
         """
         config, number = self._config, self.number
         # A signal to any process must stop all of them after the same step. `exchange` raises if a process has failed.
@@ -320,14 +322,23 @@ class Run:
             self.ending = Stopped(f"{signals[0]}: stopped, {saved}; the same command goes on")
         if self.ending is not None:
             return
+        self._look(interrupt, saved)
+
+    def _look(self, interrupt: Interrupt, saved: str) -> None:
+        """Takes the snapshot and the evaluation of this step, where they are due; errors as of `keep`."""
         try:
-            self._snapshots.at(number, self.state)  # takes about as long as a step, so signals wait until it is done
-            if self._evaluations.due(number):
+            # Takes about as long as a step. Signals wait until it is done, unless servers sample: that raises Stopped.
+            self._snapshots.at(self.number, self.state)
+            if self._evaluations.due(self.number):
                 with interrupt.at_once():
-                    self._evaluations.at(number, self.state.trained)
+                    self._evaluations.at(self.number, self.state.trained)
         except EngineFailed as e:
             self._save()
             self.ending = InputError(f"{e}; {saved}; the same command goes on")
+        except Stopped:  # other processes may not have stopped, and all must save together
+            if jax.process_count() == 1:
+                self._save()
+            raise
 
     def _save(self) -> None:
         """A checkpoint of the present step, unless there is one; before the first step there is nothing to keep."""
