@@ -220,7 +220,7 @@ def _marked(value: object, size: tuple[int, int], *, column: str, image_roots: S
 def _whole(box: Box, size: tuple[int, int], *, margin: float, least: int) -> tuple[int, int, int, int]:
     """Rounds a box with its margin outwards to whole pixels inside the image, with sides of at least `least` pixels.
 
-    The image itself has as many.
+    The image's own sides must be at least as long.
     """
     sides = []
     for low, high, end in ((box[0], box[2], size[0]), (box[1], box[3], size[1])):
