@@ -271,8 +271,10 @@ def with_absolute_paths(config: ConfigDict) -> ConfigDict:
 
 
 def _models_of_roles(config: ConfigDict) -> dict[str, str]:
-    """The models that roles name: {field: path}."""
-    entries = {name: entry for name, entry in _section(config, "roles").items() if hasattr(entry, "items")}
+    """The models that roles name: {field: path}. A config of other tables, or of none, names no model."""
+    roles = config.get("roles")
+    tables = roles.items() if hasattr(roles, "items") else ()
+    entries = {name: entry for name, entry in tables if hasattr(entry, "items")}
     models = {f"roles.{name}.model": entry.get("model", "") for name, entry in entries.items()}
     return {field: model for field, model in models.items() if isinstance(model, str)}
 
