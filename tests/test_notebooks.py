@@ -132,8 +132,12 @@ def execute(name: str, folder: pathlib.Path) -> nbformat.NotebookNode:
 
 
 def printed(notebook: nbformat.NotebookNode) -> str:
-    outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
-    return "".join(o.text for o in outputs if o.output_type == "stream")
+    return "".join(shown_by(c) for c in notebook.cells if c.cell_type == "code")
+
+
+def shown_by(cell: nbformat.NotebookNode) -> str:
+    """What a cell printed, which the kernel may send in several pieces."""
+    return "".join(o.text for o in cell.outputs if o.output_type == "stream")
 
 
 def pictures(notebook: nbformat.NotebookNode) -> list[np.ndarray]:
@@ -176,7 +180,7 @@ def test_mask_figure_shows_every_role(executed):
         assert count_pixels(picture, color) > 100, name  # the marks of scored rows
     # The parser told the two hand-written rollouts apart.
     (cell,) = [c for c in notebook.cells if c.id == "pack"]
-    assert re.findall(r"^valid (True|False) +(\w*)", cell.outputs[0].text, flags=re.M) == [
+    assert re.findall(r"^valid (True|False) +(\w*)", shown_by(cell), flags=re.M) == [
         ("True", ""),
         ("False", "no_think_close"),
     ]
@@ -240,8 +244,7 @@ def test_palr(tmp_path):
         leak = json.loads((folder / "summary.json").read_text())["T_d"]["palr"]
         assert (leak == 0) == (name == "base")
     (cell,) = [c for c in notebook.cells if "barh" in c.source]
-    shown = "".join(o.text for o in cell.outputs if o.output_type == "stream")  # in as many pieces as the kernel sent
-    numbers = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in shown.splitlines()}
+    numbers = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in shown_by(cell).splitlines()}
     for method, name in (("ViGOS", "base"), ("OPSD", "opsd_same_prompt")):
         summary = json.loads((tmp_path / "runs" / f"palr-{name}" / "diagnose" / "summary.json").read_text())
         assert numbers[method] == pytest.approx([summary[g]["palr"] for g in ("T_d", "T_ra", "T_y")], abs=1e-3)
