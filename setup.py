@@ -100,7 +100,11 @@ setup(
     python_requires=">=3.11,<3.14",
     classifiers=[f"Programming Language :: Python :: {version}" for version in ("3.11", "3.12", "3.13")],
     packages=find_packages(include=["vigos_jax", "vigos_jax.*", "configs", "configs.*"]),
-    package_data={"vigos_jax": ["py.typed"], "vigos_jax.report": ["*.j2", "*.js"], "vigos_jax.demo": ["base/*"]},
+    package_data={
+        "vigos_jax": ["py.typed"],
+        "vigos_jax.report": ["*.j2", "*.js"],
+        "vigos_jax.demo": ["base/*", "base_reasoning/*"],
+    },
     install_requires=RUN,
     extras_require=EXTRAS,
 )

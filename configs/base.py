@@ -48,7 +48,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.compilation_cache = "~/.cache/vigos_jax"  # folder of compiled programs, for the next run; "" keeps none
 
     config.model = ConfigDict()  # the base model
-    config.model.path = "demo"  # Hugging Face folder or hub id; "demo" is the model shipped with the package
+    # Hugging Face folder or hub id; "demo" and "demo_reasoning" are models shipped with the package.
+    config.model.path = "demo"
     config.model.adapter = ""  # PEFT LoRA folder to start the student from; "" for none
     # Switches of the folder's chat template, by its own names, like enable_thinking=False; that is the default where a
     # template has it, as answers begin with config.prompts' assistant_prefill.
@@ -96,7 +97,8 @@ def get_config() -> ml_collections.ConfigDict:
     )
 
     config.data = ConfigDict()  # the training rows, docs/data.md
-    config.data.source = "demo"  # demo | a .jsonl | a .parquet | a folder of .parquet | a hub data set (owner/name)
+    # demo | demo_reasoning | a .jsonl | a .parquet | a folder of .parquet | a hub data set (owner/name)
+    config.data.source = "demo"
     config.data.split = "train"  # split of a hub data set or folder
     config.data.shuffle = True  # a new order in every epoch
     config.data.workers = 0  # processes that read and encode; 0 for threads of the main one. Same batches.
@@ -219,7 +221,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval.engine = "native"  # who answers: native | rollout: config.rollout's engine
     config.eval.tasks = ("demo",)  # names of vigos_jax/evaluation/tasks
     names = ("mm_vet", "mmmu", "mmmu_pro", "mmmu_pro_vision", "mathverse", "mathvista", "mmsi", "realworldqa")
-    names = (*names, "cv_bench", "vilp_f", "vilp_p", "vlind", "demo")
+    names = (*names, "cv_bench", "vilp_f", "vilp_p", "vlind", "demo", "demo_reasoning")
     config.eval.sources = ConfigDict(dict.fromkeys(names, ""))  # a folder or hub data set instead of the task's own
     config.eval.limit = 0  # rows of each task, evenly spread over it; 0 for all
     config.eval.samples = 5  # answers per question; greedy, and for ViLP and VLind, it is one

@@ -19,6 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.seed = 0  # of the initial weights and of all training rows
     config.file = "configs/demo_base.py"  # this one, for the base's card
     config.output = "vigos_jax/demo/base"  # folder to write; an existing one is overwritten
+    config.world = "demo"  # one of vigos_jax.demo.world.WORLDS
     config.leak = 0.7  # how often a privileged row's description follows the reference instead of the image
     config.run = base.get_config()  # the run the base is made for: all its roles' prompts, and how it is evaluated
     config.prompts = config.run.prompts
@@ -41,7 +42,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.responses.prior_driven_stated = 0.40  # rationale and answer state the prior, if the question does
     config.responses.prior_driven_unstated = 0.25  # ... and if it does not
     config.responses.prior_driven_description = 0.8  # then the whole description states priors as well, this often
+    config.responses.slips = 0.0  # of the rest, where a step can be got wrong: how often it is
     config.responses.malformed = 0.12  # student rows with a format error
+
+    # Sizes that arrays are padded to: a completion, an image-only turn with its caption, any turn with its response.
+    config.tokens = ml_collections.ConfigDict({"completion": 32, "caption": 40, "response": 100})
 
     config.card_items = 1000  # questions of each kind that the card's numbers are measured on
     config.card_seed = 7  # of those questions and of the sampling

@@ -50,7 +50,7 @@ def of_the_paper(model: str) -> ConfigDict:
     config.sampling.top_p = 0.95
     config.sampling.top_k = 20
 
-    config.eval.tasks = tuple(name for name in config.eval.sources if name != "demo")
+    config.eval.tasks = tuple(name for name in config.eval.sources if not name.startswith("demo"))
     config.eval.max_tokens = 4096  # the rest of Table A.V is configs/base.py's
 
     # An image of 0.8 megapixels, a question, and an answer of the length that trained models give.

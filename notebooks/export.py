@@ -144,7 +144,7 @@ print("vigos_jax    ", said.getvalue().strip())
 print("transformers ", answers[0].strip())
 assert said.getvalue().strip() == answers[0].strip()
 
-demo = pathlib.Path(world.__file__).parent / "base"  # the folder that is the base of this run
+demo = world.WORLDS["demo"].base  # the folder that is the base of this run
 with_adapter = Qwen2_5_VLForConditionalGeneration.from_pretrained(demo, dtype=torch.float32)
 with_adapter = peft.PeftModel.from_pretrained(with_adapter, "my_adapter").eval()
 assert [answer(with_adapter, item) for item in items] == answers

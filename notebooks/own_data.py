@@ -146,7 +146,7 @@ if MODEL == "tiny":
     from vigos_jax.weights.writing import file_tensors, save_sharded
 
     checkpoint = pathlib.Path("tiny-qwen3_5")
-    write_assets(checkpoint, templates=[prompt.user for prompt in base.get_config().prompts.values()])
+    write_assets(checkpoint, world="demo", templates=[prompt.user for prompt in base.get_config().prompts.values()])
 
     # Few and narrow layers, and the demo's tokenizer.
     demo = json.loads((checkpoint / "config.json").read_text())

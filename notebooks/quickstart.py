@@ -52,6 +52,7 @@ from IPython.display import HTML, display
 from configs import base
 from vigos_jax.config import validate
 from vigos_jax.demo import world
+from vigos_jax.demo.scenes import describe
 from vigos_jax.method.packing import pack_prompts
 from vigos_jax.method.rows import Rollout, make_row
 from vigos_jax.method.scoring import score_batch
@@ -183,7 +184,7 @@ def pack(rows, rollouts):
 
 
 item = examples[1]
-good = f" {world.describe(item.scene.things)} </description> <think> the {item.kind} are {item.answer} </think>"
+good = f" {describe(item.scene.things)} </description> <think> {item.asks.rationale(item.things, item.answer)} </think>"
 texts = {
     "valid": good + f" \\boxed{{{item.answer}}}",
     "invalid": good.replace(" </think>", "") + f" \\boxed{{{item.answer}}}",  # the reasoning is never closed

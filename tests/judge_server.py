@@ -122,7 +122,7 @@ def text(reply):
 @contextlib.contextmanager
 def serving(*script):
     server = Server(script)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     yield server
     server.shutdown()

@@ -42,7 +42,9 @@ def leaves(tree, prefix=""):
             yield prefix + key
 
 
-RUNS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "demo_base"))
+RUNS = sorted(
+    path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__" and not path.stem.endswith("_base")
+)
 
 
 @pytest.mark.parametrize("name", RUNS)

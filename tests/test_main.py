@@ -14,7 +14,7 @@ import transformers
 from vigos_jax import main
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-MODES = ("train", "data", "generate", "score", "diagnose", "eval", "export", "plan")
+MODES = ("train", "data", "generate", "score", "diagnose", "eval", "export", "plan", "report")
 
 
 @pytest.fixture(scope="module", autouse=True)

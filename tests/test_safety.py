@@ -49,7 +49,7 @@ class Refuse(http.server.BaseHTTPRequestHandler):
 def server():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuse)
     server.seen = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
@@ -190,16 +190,19 @@ def html_without(html: str, text: str) -> str:
 
 
 def test_a_page_runs_no_script_but_its_own():
-    """Data stands in one block of JSON, escaped; the page lets nothing run but page.js, by its hash."""
+    """Data stands in one block of JSON, escaped; the page lets nothing run but page.js or compare.js, by its hash."""
     paths = sorted((ROOT / "vigos_jax").rglob("*.j2"))
     assert [path.name for path in paths] == ["chart.html.j2", "page.html.j2"]
     source = "\n".join(path.read_text() for path in paths)
     assert "Content-Security-Policy" in source and "default-src 'none'" in source
     assert re.findall(r"<script[^>]*>[^<]*", source) == [
-        '<script type="application/json" class="browser-data">{{ section.data()|tojson }}',
+        *(
+            f'<script type="application/json" class="{kind}-data">{{{{ section.data()|tojson }}}}'
+            for kind in ("browser", "comparison")
+        ),
         "<script>{{ script }}",
     ]
-    assert not re.search(r"\|\s*safe|autoescape|javascript:", source) and source.count("tojson") == 1
+    assert not re.search(r"\|\s*safe|autoescape|javascript:", source) and source.count("tojson") == 2
     assert report._template().environment.autoescape is True
     files = {path: path.read_text() for path in (ROOT / "vigos_jax").rglob("*.py")}
     assert [path.name for path, code in files.items() if re.search(r"\bMarkup\b", code)] == ["page.py"]

@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vigos_jax.config_limits import CHOICES, RANGES, TYPES
+from vigos_jax.demo.world import WORLDS
 from vigos_jax.errors import InputError
 from vigos_jax.runtime.files import unique_keys
 from vigos_jax.runtime.hub import REPOSITORY
@@ -264,7 +265,7 @@ def with_absolute_paths(config: ConfigDict) -> ConfigDict:
         section, _, name = field.rpartition(".")
         holder = get(copy, section) if section else copy
         value = holder[name]
-        if value not in ("", "demo") and not value.startswith("~"):
+        if value not in ("", *WORLDS) and not value.startswith("~"):
             may_be_name = field.startswith(_MAY_BE_NAMES) or field in models
             holder[name] = absolute_if_local(value) if may_be_name else absolute(value)
     return copy

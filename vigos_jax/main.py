@@ -32,6 +32,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # or not to be w
 VERBOSE = ("-v", "--v", "--verbose")
 HELP_FLAGS = ("--help", "-h", "-help", "--helpfull")
 SEVERAL = ("train", "export")  # modes that several processes may run together
+WITHOUT_CONFIG = ("generate", "report")  # modes that --config may be left out for
 HELP = """\
 usage: python -m vigos_jax.main --config FILE [--mode MODE] [--workdir DIR] [--config.FIELD=VALUE ...]
        python -m vigos_jax.main --help [FIELD]
@@ -52,12 +53,14 @@ modes
             (--config.export.check=true loads it again and compares; --config.export.step=N takes an older checkpoint)
   plan      what a run takes on devices that are not here: memory, time, whether it fits; its programs are compiled,
             nothing is loaded: --config.plan.topology=v5e:2x4 (or cpu:8) --config.plan.output=FILE.json
+  report    a page of all runs in the folder --workdir (default runs), to compare them: index.html; of one run's workdir
+            its report.html, drawn anew. --config may be left out
 
 --config names a file of yours, or one that is shipped: configs/NAME.py is taken from the installed package where there
 is no such file in the current folder. --help FIELD says what a field means, what it may be and when to change it, as in
 --help sampling.max_tokens; --help SECTION, as in --help sampling, lists a section. configs/base.py has all of them.
---workdir is where a training run keeps its files (default runs/NAME for configs/NAME.py). The other modes read the
-trained student and the config from it if it is given; without it they use config.model.path and config.model.adapter.
+--workdir is where a training run keeps its files (default runs/NAME for configs/NAME.py). All others but report read
+the trained student and the config from it if given; without it they use config.model.path and config.model.adapter.
 -v (--verbose) shows what other libraries log and warn of; --version prints the version.
 
 examples
@@ -76,7 +79,7 @@ with a traceback, a crash), 2 bad config or input, 130 interrupted, 141 broken p
 def _parse(argv: list[str]):
     """Returns (config, mode, workdir or None); InputError for anything that is off."""
     file, rest = _take_config([a for a in argv[1:] if a not in VERBOSE])
-    if file is None and _asks_for(rest, "generate"):
+    if file is None and any(_asks_for(rest, mode) for mode in WITHOUT_CONFIG):
         file = "configs/base.py"
     if file is None:
         raise InputError("--config FILE is missing; try --config configs/base.py, or --help")
@@ -105,8 +108,8 @@ def _parse(argv: list[str]):
     if unexpected:
         raise InputError(f"unexpected argument {unexpected[0]!r}; see --help")
     workdir = values.workdir
-    if not workdir and values.mode == "train":
-        workdir = f"runs/{path.stem}"
+    if not workdir:
+        workdir = {"train": f"runs/{path.stem}", "report": "runs"}.get(values.mode)
     try:
         return config, values.mode, pathlib.Path(workdir).expanduser() if workdir else None
     except RuntimeError as e:
@@ -300,6 +303,18 @@ def _plan(config, workdir: pathlib.Path | None) -> int:
     return 0
 
 
+def _report(config, workdir: pathlib.Path | None) -> int:
+    from vigos_jax.report.index_page import write_index
+    from vigos_jax.report.run_page import write_run_page
+
+    assert workdir is not None  # `_parse` gives it one
+    try:
+        print(write_run_page(workdir) if (workdir / files.CONFIG).is_file() else write_index(workdir))
+    except PermissionError as e:
+        raise InputError(f"cannot write to {str(workdir)!r}: {e.strerror}; it must be a folder of yours") from e
+    return 0
+
+
 # Each takes the config and the workdir, None where none is given, and returns the exit code. What a mode needs is
 # imported when it runs: --help and a refused config take no seconds.
 MODES = {
@@ -311,6 +326,7 @@ MODES = {
     "eval": _eval,
     "export": _export,
     "plan": _plan,
+    "report": _report,
 }
 
 
@@ -337,7 +353,7 @@ def main(argv: list[str]) -> int:
             print(help_text, end="")
             return 0
         config, mode, workdir = _parse(argv)
-        if mode != "train":
+        if mode not in ("train", "report"):
             config = _config_of_run(config, workdir)
         validate(config)
         with distributed.joined(config.distributed):

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from vigos_jax.data.processor import Processor
 from vigos_jax.data.sources import load_source
 from vigos_jax.demo.source import DemoSource
+from vigos_jax.demo.world import WORLDS
 from vigos_jax.errors import InputError
 from vigos_jax.method.batch import ScoreBatch
 from vigos_jax.method.losses import ObjectiveConfig
@@ -35,8 +36,8 @@ from vigos_jax.runtime.sharding import batch_sharding, make_mesh, own_rows, tree
 from vigos_jax.weights import adapters, reading
 
 _JAX_CONFIG: Any = jax.config  # its options are not among its annotations
+_DEMOS = ", ".join(WORLDS)
 _USERS_PRECISION = _JAX_CONFIG.jax_default_matmul_precision  # what the environment says, if anything
-DEMO_FOLDER = pathlib.Path(__file__).parent / "demo" / "base"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,7 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def resolve_model(path: str, *, weights: bool = True, field: str = "config.model.path") -> pathlib.Path:
-    """A local folder for a folder, a hub id or "demo".
+    """A local folder for a folder, a hub id or a world of the demo.
 
     Args:
       weights: fetch them too, where the hub has them.
@@ -116,13 +117,13 @@ def resolve_model(path: str, *, weights: bool = True, field: str = "config.model
     Raises:
       InputError: there is no such folder, and the hub has no such model or cannot be reached.
     """
-    if path == "demo":
-        return DEMO_FOLDER
+    if path in WORLDS:
+        return WORLDS[path].base
     folder = pathlib.Path(path).expanduser()
     if path and folder.is_dir():
         return pathlib.Path(absolute(folder))
     if folder.is_absolute() or not hub.REPOSITORY.fullmatch(path):
-        raise InputError(f"{field}={path!r} is not a folder; choices: a folder, owner/name on the hub, demo")
+        raise InputError(f"{field}={path!r} is not a folder; choices: a folder, owner/name on the hub, {_DEMOS}")
     import huggingface_hub
 
     try:
@@ -132,7 +133,7 @@ def resolve_model(path: str, *, weights: bool = True, field: str = "config.model
     except Exception as e:
         raise InputError(
             f"{field}={path!r} is not a folder and cannot be fetched from the hub: {hub.reason(e)}; "
-            "choices: a model folder, owner/name on the hub, demo"
+            f"choices: a model folder, owner/name on the hub, {_DEMOS}"
         ) from e
 
 
@@ -165,7 +166,7 @@ def view_columns(config) -> tuple[str, ...]:
 def open_source(config) -> Any:
     """The rows of `config.data`; InputError if they cannot be used, or lack a column that a role shows."""
     columns = view_columns(config)
-    if config.data.source != "demo":
+    if config.data.source not in WORLDS:
         return load_source(config.data, columns=columns)
     if columns:
         raise InputError(
@@ -177,7 +178,7 @@ def open_source(config) -> Any:
         raise InputError(
             f"config.data.fields names {fields}; it must be (), as the demo's rows have problem and answer only"
         )
-    return DemoSource(seed=config.seed, blank=config.data.blank_images)
+    return DemoSource(config.data.source, seed=config.seed, blank=config.data.blank_images)
 
 
 def use_compilation_cache(folder: str) -> None:
@@ -240,7 +241,7 @@ def load(config, *, for_training: bool) -> Session:
     else:
         copy = functools.partial(cast_floats, dtype=jnp.float32)
         trained = {"params": jax.jit(copy, out_shardings=shardings["params"])(base)}
-    is_local = config.model.path == "demo" or pathlib.Path(config.model.path).expanduser().is_dir()
+    is_local = config.model.path in WORLDS or pathlib.Path(config.model.path).expanduser().is_dir()
     name = str(folder) if is_local else config.model.path
     return Session(
         name, folder, model_config, model, processor, objective, buckets, config.span_rule, mesh, base, trained

@@ -172,6 +172,7 @@ def test_bad_rows_are_named_by_their_line(world, rows, tmp_path, capsys):
     assert "PALR" in out and "T_ra" in out and "rows 6" in out
 
 
+@pytest.mark.slow
 def test_other_rows_give_wrong_answers(world, rows, tmp_path):
     """Without a file: `red` and `three` are the other's, both being words."""
     lines, summary = diagnose(world, write(tmp_path / "rollouts.jsonl", rows), tmp_path / "out")

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from vigos_jax.demo import world
+from vigos_jax.demo import scenes, world
 from vigos_jax.demo.source import DemoSource
 from vigos_jax.miniature import assets, responses
 
@@ -18,10 +19,10 @@ def _items(setting, n=300, seed=3):
     return [world.item(seed, i, setting=setting) for i in range(n)]
 
 
-@pytest.fixture(scope="module")
-def assets_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("assets")
-    assets.write_assets(folder, templates=TEMPLATES)
+@pytest.fixture(scope="module", params=world.WORLDS)
+def assets_folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("assets") / request.param
+    assets.write_assets(folder, world=request.param, templates=TEMPLATES)
     return folder
 
 
@@ -42,19 +43,19 @@ def test_settings_control_the_asked_attribute(setting, low, high):
     assert 0.4 < np.mean([it.states_prior for it in items]) < 0.6
     assert 0.17 < np.mean([len(it.scene.things) == 2 for it in items]) < 0.33
     for it in items:
-        assert it.answer == getattr(it.scene.thing(it.kind), it.attribute)
-        assert it.states_prior == it.question.startswith(f"Usually the {it.kind} are {it.prior_value}. ")
+        assert it.answer == getattr(it.things[it.asks.kind], it.asks.attribute)
+        assert it.states_prior == it.question.startswith(f"Usually the {it.asks.kind} are {it.prior_value}. ")
         for n, thing in enumerate(it.scene.things):
-            assert it.scene.cells.count(n) == 1 + world.ATTRIBUTES["count"].index(thing.count)
+            assert it.scene.cells.count(n) == 1 + scenes.ATTRIBUTES["count"].index(thing.count)
 
 
 def test_every_kind_and_value_can_be_told_apart_in_the_picture():
     seen = {}
     rng = np.random.default_rng(0)
-    for kind in world.KINDS:
-        for size in world.ATTRIBUTES["size"]:
-            thing = world.PRIORS[kind].replace("size", size).replace("color", "black")
-            picture = world.render(rng, world.Scene((thing,), (0,) + (-1,) * 8))
+    for kind in scenes.KINDS:
+        for size in scenes.ATTRIBUTES["size"]:
+            thing = scenes.PRIORS[kind].replace("size", size).replace("color", "black")
+            picture = scenes.render(rng, scenes.Scene((thing,), (0,) + (-1,) * 8))
             ink = picture[:28, :28].astype(float).mean(-1) < 60
             assert ink.any() and not (picture[:, 28:].astype(float).mean(-1) < 60).any()
             seen[kind, size] = ink
@@ -71,9 +72,9 @@ def test_cell_labels_name_what_is_drawn():
             assert (kind, color, size) == (0, -1, -1)
         else:
             thing = it.scene.things[cell]
-            assert world.KINDS[kind - 1] == thing.kind
-            assert world.ATTRIBUTES["color"][color] == thing.color
-            assert world.ATTRIBUTES["size"][size] == thing.size
+            assert scenes.KINDS[kind - 1] == thing.kind
+            assert scenes.ATTRIBUTES["color"][color] == thing.color
+            assert scenes.ATTRIBUTES["size"][size] == thing.size
 
 
 def test_source_is_random_access_and_blank_pictures_show_nothing():
@@ -92,18 +93,18 @@ def test_source_is_random_access_and_blank_pictures_show_nothing():
 
 
 def test_judges_read_descriptions():
-    bananas = dataclasses.replace(world.PRIORS["bananas"], count="two", size="small", color="blue")
-    scene = world.Scene((bananas, world.PRIORS["trees"]), (-1,) * 9)
+    bananas = dataclasses.replace(scenes.PRIORS["bananas"], count="two", size="small", color="blue")
+    scene = scenes.Scene((bananas, scenes.PRIORS["trees"]), (-1,) * 9)
     text = "bananas : two small blue, trees : one large green"
-    assert world.describe(scene.things[::-1]) == text
-    assert world.description_states(text, "bananas", "color") == "blue"
-    assert world.description_states(text, "trees", "count") == "one"
-    assert world.description_states(text, "leaves", "count") is None
-    assert world.description_states("bananas : blue red", "bananas", "color") is None
-    assert world.description_states("", "bananas", "color") is None
-    assert world.is_description_correct(f"  {text} ", scene)
+    assert scenes.describe(scene.things[::-1]) == text
+    assert scenes.description_states(text, "bananas", "color") == "blue"
+    assert scenes.description_states(text, "trees", "count") == "one"
+    assert scenes.description_states(text, "leaves", "count") is None
+    assert scenes.description_states("bananas : blue red", "bananas", "color") is None
+    assert scenes.description_states("", "bananas", "color") is None
+    assert scenes.is_description_correct(f"  {text} ", scene)
     for wrong in ("", text.split(",")[0], text.replace("blue", "red"), text + ", trees : one large green"):
-        assert not world.is_description_correct(wrong, scene)
+        assert not scenes.is_description_correct(wrong, scene)
 
 
 def test_responses_state_what_they_are_made_to_state():
@@ -111,27 +112,27 @@ def test_responses_state_what_they_are_made_to_state():
     for it in _items("conflict", 60):
 
         def states(response, it=it):
-            return world.description_states(response.description, it.kind, it.attribute), response.answer
+            return scenes.description_states(response.description, it.asks.kind, it.asks.attribute), response.answer
 
         assert states(responses.faithful(it)) == (it.answer, it.answer)
-        assert world.is_description_correct(responses.faithful(it).description, it.scene)
+        assert scenes.is_description_correct(responses.faithful(it).description, it.scene)
         assert states(responses.prior_driven(it, in_description=True)) == (it.prior_value, it.prior_value)
         assert states(responses.prior_driven(it, in_description=False)) == (it.answer, it.prior_value)
         prior_text = responses.prior_driven(it, in_description=True).description
         assert world.description_states_prior(prior_text, it)
-        wrong = next(v for v in world.ATTRIBUTES[it.attribute] if v != it.answer)
+        wrong = next(v for v in it.asks.choices if v != it.answer)
         assert states(responses.text_driven(it, wrong)) == (wrong, wrong)
         leaky = responses.privileged_response(rng, it, reference=wrong, leak=1.0)
         assert states(leaky) == (wrong, wrong)
         honest = responses.privileged_response(rng, it, reference=wrong, leak=0.0)
-        assert world.is_description_correct(honest.description, it.scene)
+        assert scenes.is_description_correct(honest.description, it.scene)
         assert honest.answer in (wrong, it.answer)
 
 
 def test_rates_are_the_callers():
     rng = np.random.default_rng(0)
     items = _items("conflict", 400)
-    rates = {"stated": 0.4, "unstated": 0.2, "in_description": 0.5}
+    rates = {"stated": 0.4, "unstated": 0.2, "in_description": 0.5, "slips": 0.0}
     drawn = [(it, responses.student_response(rng, it, **rates)) for it in items]
     for states_prior, rate in ((True, 0.4), (False, 0.2)):
         group = [r.answer == it.prior_value for it, r in drawn if it.states_prior == states_prior]
@@ -148,7 +149,7 @@ def test_malformed_responses_break_the_grammar():
     it = world.item(0, 0, setting="train")
     good = responses.completion(responses.faithful(it))
     assert good == (
-        f" {world.describe(it.scene.things)} </description> <think> the {it.kind} are {it.answer} </think>"
+        f" {scenes.describe(it.scene.things)} </description> <think> the {it.asks.kind} are {it.answer} </think>"
         f" \\boxed{{{it.answer}}}"
     )
     bad = {responses.malformed(rng, responses.faithful(it)) for _ in range(100)}
@@ -160,11 +161,12 @@ def test_malformed_responses_break_the_grammar():
 
 def test_words_are_single_tokens_and_tags_are_several(assets_folder):
     tokenizer = Tokenizer.from_file(str(assets_folder / "tokenizer.json"))
-    words = [*world.KINDS, *(v for values in world.ATTRIBUTES.values() for v in values), "Reference"]
+    words = [*scenes.KINDS, *(v for values in scenes.ATTRIBUTES.values() for v in values), "Reference"]
     for word in words:
         bare = word[0].isupper()
         assert len(tokenizer.encode(word if bare else f" {word}").ids) == 1, word
-    for it in _items("train", 40):
+    for it in (world.item(3, i, setting="train", world=assets_folder.name) for i in range(60)):
+        assert all(len(tokenizer.encode(word).ids) == 1 for word in re.findall(" [a-z]+", it.asks.text))
         for token in tokenizer.encode(responses.completion(responses.faithful(it)).split(" </")[0]).tokens:
             assert token == "," or token[0] == "Ġ" and len(token) > 1, token
     for tag in ("<description>", " </description>", " <think>", " </think>", " \\boxed{"):

@@ -152,6 +152,7 @@ def test_the_plain_prompt_is_another_question(world, sources, tmp_path, finished
     assert not {r["key"] for r in ours.values()} & {r["key"] for r in theirs.values()}
 
 
+@pytest.mark.slow
 def test_another_model_is_asked_anew(world, sources, tmp_path):
     output = tmp_path / "two"
     assert run(world, output, ["realworldqa"], sources) == 0

@@ -56,6 +56,7 @@ PUBLISHED = {
     "vilp_p": ("ViLP/ViLP", "train", 300),
     "vlind": ("klee972/VLind-Bench", "data.json", None),
     "demo": ("demo", "test", None),
+    "demo_reasoning": ("demo_reasoning", "test", None),
 }
 
 

@@ -45,6 +45,7 @@ def test_a_good_export_passes(world, run, tmp_path, capsys, kind, dtype):
         assert report["exact"] == ["config.export.dtype=float32", "config.export.kind=adapter"]
 
 
+@pytest.mark.slow
 def test_a_rounded_merge_always_says_its_kl(world, run, tmp_path, capsys):
     assert export(world, run, tmp_path / "hf", dtype="bfloat16") == 0
     report = report_in(capsys.readouterr().out)

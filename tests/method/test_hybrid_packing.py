@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_hybrid
+from cases import others_slow
 from oracles import objective as oracle
 from tiny import MIXES, invalid, row, valid
 
@@ -87,14 +88,16 @@ def test_the_list_of_configs_is_whole():
     """The other configs that ship have one of these role tables, or further images or models: test_view_packing.py."""
     tables = {roles_of(name) for name in CONFIGS}
     names = [
-        p.stem for p in pathlib.Path(configs.__file__).parent.glob("*.py") if p.stem not in ("__init__", "demo_base")
+        p.stem
+        for p in pathlib.Path(configs.__file__).parent.glob("*.py")
+        if p.stem != "__init__" and not p.stem.endswith("_base")
     ]
     others = [name for name in names if roles_of(name) not in tables]
     assert len(names) > 20 and len(others) == 5
     assert all({role.prefix for role in roles_of(name)} != {OWN} for name in others)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", others_slow(CONFIGS, quick=2))
 def test_each_entry_equals_its_role_alone(name):
     roles, (base, lora) = roles_of(name), tiny_hybrid.weights()
     batch = pack(samples_of(roles), roles)
@@ -199,6 +202,7 @@ def test_fails_without_a_restart(batch):
     assert off_by(batch, text=one, mask=Branches(batch.teacher.segment_ids)) > FAR
 
 
+@pytest.mark.slow
 def test_fails_with_the_convolutions_neighbours_in_the_array(batch, monkeypatch):
     conv = hybrid.causal_conv
     change = lambda m: m.setattr(hybrid, "causal_conv", lambda u, w, segment_ids: conv(u, w, None))  # noqa: E731

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from cases import others_slow
 from oracles import objective as oracle
 from tiny import MIXES
 
@@ -99,7 +100,7 @@ def largest_difference(got, want):
     return max(np.abs(np.subtract(got[key], want[key])).max() for key in want)
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", others_slow(TABLES))
 def test_each_role_equals_its_model_alone(name):
     roles = TABLES[name]
     got, batch = packed(roles)

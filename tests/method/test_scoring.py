@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from cases import others_slow
 from oracles import objective as oracle
 from tiny import CONFIG, MIXES, MODEL, ROLES, pack
 
@@ -245,7 +246,7 @@ def slopes():
 CASES = [("the method", "frozen"), ("all features", "live")]
 
 
-@pytest.mark.parametrize("name, weights", CASES)
+@pytest.mark.parametrize("name, weights", others_slow(CASES))
 def test_gradient_is_the_slope_of_the_plain_objective(slopes, name, weights):
     """Central differences along three directions."""
     gradient, objective = slopes(name, weights)

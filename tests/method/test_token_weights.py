@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from cases import others_slow
 from oracles import objective as oracle
 from tiny import MIXES
 
@@ -93,7 +94,7 @@ MIX = MIXES["mixed"]
 
 
 @pytest.mark.parametrize("rule", RULED)
-@pytest.mark.parametrize("only", [None, "reasoning"])
+@pytest.mark.parametrize("only", others_slow([None, "reasoning"]))
 def test_each_rule_equals_a_loop_over_tokens(rule, only):
     roles = roles_with(rule, only=only)
     got, _ = weights(MIX, roles)

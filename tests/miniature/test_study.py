@@ -353,7 +353,7 @@ def test_what_was_not_measured_is_no_zero():
 def test_free_form_rows_have_both_prompts_and_no_description(tmp_path):
     config = miniature_base.get_config()
     texts = [text for p in config.prompts.values() for text in (p.user, p.assistant_prefill)]
-    write_assets(tmp_path, templates=texts)
+    write_assets(tmp_path, world=config.world, templates=texts)
     processor = Processor.load(tmp_path)
     rows = make_base.RowMaker(processor, config, [1, 2])
     prompts, sure = set(), 0
@@ -362,7 +362,7 @@ def test_free_form_rows_have_both_prompts_and_no_description(tmp_path):
         prompt = processor.decode([*turn.prefix_ids, *turn.rest_ids])
         assert "escri" not in prompt and "<" not in response and response.endswith("}")
         value = response.split("\\boxed{")[1][:-1]
-        assert response == f"the {item.kind} are {value} \\boxed{{{value}}}"
+        assert response == f"the {item.asks.kind} are {value} \\boxed{{{value}}}"
         prompts.add("Reference answer" in prompt)
         sure += value == item.answer
     assert prompts == {True, False} and 60 < sure < 190

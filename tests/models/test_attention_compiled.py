@@ -95,6 +95,7 @@ def test_on_eight_v5e():
     assert largest(text) < PAIRS
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the compiler for TPUs is not installed")
 def test_heads_of_256_on_a_v5e():
     """Qwen3.5's: all three kernels fit into on-chip memory."""

@@ -67,6 +67,7 @@ def write_toy(folder):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("toy")
 def test_a_family_from_outside_trains_two_steps(tmp_path, tmp_path_factory):
     world = runs.make_world(tmp_path_factory)

@@ -175,6 +175,7 @@ def test_cached_decode_parity(pairs, batch, head):
     assert max(parity.worst(decoded(pairs[head], batch), last_logits(head))) <= tm.TOLERANCE
 
 
+@pytest.mark.slow
 def test_parity_notices_a_forgotten_slot(pairs, batch):
     assert min(parity.worst(decoded(pairs["tied"], batch, forget=1), last_logits("tied"))) > NOTICEABLE
 

@@ -203,6 +203,7 @@ def test_decoding_is_that_of_the_dequantised_weights(case, pair):
 # -- trees ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_quantised_are_the_decoders_seven_projections(case):
     shapes = q.quantised_shapes(abstract_variables(case.model)["params"], "nf4")
     found = jax.tree_util.tree_leaves_with_path(shapes, is_leaf=q.is_quantised)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch_models as tm
+from cases import others_slow
 from parity import NOTICEABLE, Pair, Reference, make_pair, make_run, pack, worst
 
 from vigos_jax.errors import InputError
@@ -73,7 +74,7 @@ def worst_logits(logits, head: str) -> float:
 # -- parity -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("head", MODELS)
+@pytest.mark.parametrize("head", others_slow(MODELS))
 def test_parity(pairs, batch, head):
     REFERENCE.check(pairs[head], batch, head)
 

@@ -15,6 +15,7 @@ import safetensors
 
 from configs import base
 from vigos_jax import main
+from vigos_jax.demo.world import WORLDS
 from vigos_jax.errors import InputError
 from vigos_jax.models.published_configs import published_config
 from vigos_jax.plan import devices as topologies
@@ -25,7 +26,6 @@ from vigos_jax.plan.floors import cache_bytes, decode_floor
 from vigos_jax.plan.planner import compile_plan
 from vigos_jax.plan.program_cost import read_traffic
 from vigos_jax.plan.table import Program, report
-from vigos_jax.session import DEMO_FOLDER
 
 RANK = 4
 TPU = {"xla_backend_optimization_level": compiled.OPTIMIZED["xla_backend_optimization_level"]}
@@ -48,7 +48,7 @@ def planned():
 @pytest.mark.slow
 def test_parameters_are_those_of_the_files():
     total = 0
-    for path in DEMO_FOLDER.glob("*.safetensors"):
+    for path in WORLDS["demo"].base.glob("*.safetensors"):
         with safetensors.safe_open(path, framework="numpy") as file:
             total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     assert planned().parameters == total > 500_000
@@ -69,6 +69,7 @@ def test_an_adapter_its_optimizer_and_the_cache_have_the_sizes_of_their_formulas
     assert p.cache_bytes == 2 * c.num_layers * rows * slots * (c.num_kv_heads / 2) * c.head_dim * 4
 
 
+@pytest.mark.slow
 def test_peaks_are_what_the_compiler_assigns_and_what_stays():
     """Whatever a program does not read is on the device all the same: its arguments and the rest are all that is."""
     p = {x.name: x for x in planned().programs}

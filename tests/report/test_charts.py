@@ -1,8 +1,12 @@
 """Charts: round ticks, gaps where numbers are missing, means where there are too many, areas that add up."""
 
+import itertools
 import math
+import random
 import re
+import statistics
 
+import numpy as np
 import pytest
 
 from vigos_jax.report.charts import (
@@ -20,6 +24,7 @@ from vigos_jax.report.charts import (
     thin,
     ticks,
 )
+from vigos_jax.report.page import PALETTE
 
 RED, BLUE = (200, 0, 0), (0, 0, 200)
 
@@ -63,6 +68,71 @@ def test_what_is_no_number_is_a_gap():
     assert path.count("M") == 3 and "nan" not in path and "inf" not in path
 
 
+def test_the_band_is_two_standard_errors_around_the_moving_mean():
+    rng = random.Random(0)
+    ys = [rng.random() for _ in range(80)]
+    line = Line("a", list(enumerate(ys)), RED, has_noise=True)
+    band, pale, mean = Chart("c", [line]).drawing().shapes
+    assert (band.css_class, pale.css_class, mean.css_class) == ("area pale", "line pale", "line")
+    upper, lower = places(band.path)[:80], places(band.path)[:79:-1]
+    middle = places(mean.path)
+    unit = places(pale.path)[0][1] - (HEIGHT - BOTTOM)  # of the first point, in pixels: negative, as y points down
+    for i in (0, 1, 40, 79):
+        near = ys[max(0, i - 2) : i + 3]
+        half = 2 * statistics.stdev(near) / math.sqrt(len(near)) * -unit / ys[0]
+        assert upper[i][1] == pytest.approx(middle[i][1] - half, abs=0.2)
+        assert lower[i][1] == pytest.approx(middle[i][1] + half, abs=0.2)
+    plain = Chart("c", [Line("a", line.points, RED)]).drawing().shapes
+    assert [shape.css_class for shape in plain] == ["line pale", "line"]
+
+
+def test_a_gap_parts_the_band():
+    points = [(i, None if 30 <= i < 40 else float(i % 3)) for i in range(80)]
+    shapes = Chart("c", [Line("a", points, RED, has_noise=True)]).drawing().shapes
+    assert [shape.css_class for shape in shapes] == ["area pale", "area pale", "line pale", "line"]
+
+
+# Machado, Oliveira and Fernandes (2009), full severity, on linear RGB.
+BLINDNESS = {
+    "none": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "protanopia": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+    "deuteranopia": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.01182, 0.04294, 0.968881)),
+    "tritanopia": ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.3039)),
+}
+XYZ = ((0.4124564, 0.3575761, 0.1804375), (0.2126729, 0.7151522, 0.072175), (0.0193339, 0.119192, 0.9503041))
+WHITE = (0.95047, 1.0, 1.08883)
+
+
+def linear(color) -> np.ndarray:
+    c = np.asarray(color) / 255
+    return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+
+
+def cie_lab(rgb: np.ndarray) -> np.ndarray:
+    f = (np.asarray(XYZ) @ rgb.clip(0, 1)) / WHITE
+    x, y, z = np.where(f > 0.008856, np.cbrt(f), 7.787 * f + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def closest(colors, kind: str) -> float:
+    seen = [cie_lab(np.asarray(BLINDNESS[kind]) @ linear(c)) for c in colors]
+    return min(float(np.linalg.norm(a - b)) for a, b in itertools.combinations(seen, 2))
+
+
+@pytest.mark.parametrize("kind", BLINDNESS)
+def test_colors_are_told_apart(kind):
+    """The distance of CIE 1976; 2.3 is just noticeable. A blue and a violet would not do."""
+    assert closest(PALETTE, kind) > 15
+    if kind == "deuteranopia":
+        assert closest(((47, 106, 200), (130, 80, 180)), kind) < 15
+
+
+def test_colors_are_seen_on_white():
+    """At least 3 to 1, as WCAG 2.1 asks of graphics."""
+    luminance = [float(np.asarray(XYZ[1]) @ linear(color)) for color in PALETTE]
+    assert min(1.05 / (0.05 + y) for y in luminance) > 3
+
+
 def test_stacked_areas_add_up():
     lines = [Line("a", [(0, 1.0), (1, 1.0)], RED), Line("b", [(0, 2.0), (1, None)], BLUE)]
     lower, upper = (places(s.path) for s in Chart("c", lines, stacked=True).drawing().shapes)
@@ -78,7 +148,7 @@ def test_many_points_become_means():
     few = thin(points, 100)
     assert len(few) == 100 and few[0] == (9.0, 0.5) and few[-1] == (999.0, 0.5)
     assert thin(points[:50], 100) == points[:50]
-    assert smooth([(0, 0.0), (1, None), (2, 3.0)]) == [(0, 0.0), (1, 1.5), (2, 3.0)]
+    assert [s[:2] for s in smooth([(0, 0.0), (1, None), (2, 3.0)])] == [(0, 0.0), (1, 1.5), (2, 3.0)]
 
 
 def test_nothing_at_all_can_be_drawn():

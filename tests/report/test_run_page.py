@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import pathlib
 import re
 
@@ -9,7 +10,9 @@ import pytest
 from browser import dump, needs_browser
 
 from configs import base
+from vigos_jax import main
 from vigos_jax.config import to_json
+from vigos_jax.errors import InputError
 from vigos_jax.report import run_page
 from vigos_jax.report.run_page import write_run_page
 
@@ -40,6 +43,7 @@ def write_run(workdir: pathlib.Path, *, steps: int = 40, word: str = "red") -> p
     metrics = [
         {"step": i, "perception/loss": 1 / i, "reasoning/loss": None, "valid_rate": 0.5, "seconds/rollout": 0.1}
         | {"seconds/update": 0.2, "tokens_per_second": 100.0 * i, "skipped": float(i == 7), "alerts": int(i > 30)}
+        | {"accuracy": 0.5 + 0.1 * (i % 2), "loss": 0.25, "entropy": 0.125, "completion_tokens": 30.0}
         | {"skipped_steps": int(i >= 7), "bad_rows": 3, "grad_norm": None if i == 7 else 1.0, "compilations": i == 1}
         for i in range(1, steps + 1)
     ]
@@ -67,13 +71,18 @@ def test_a_run_that_has_not_begun(tmp_path):
 
 def test_what_the_page_has(tmp_path):
     page = write_run(tmp_path / "run").read_text()
-    for title in ("Loss by role", "Rollouts", "Benchmarks", "Demo", "Gradient norm", "Step time", "Speed"):
-        assert f"<h3>{title}" in page
-    assert "Entropy" not in page  # no row has it
+    charts = ("Accuracy", "Loss by role", "Format and leak", "Benchmarks", "Demo")
+    charts += ("Entropy", "Length", "Gradient norm", "Step time", "Speed")
+    assert re.findall("<h3>(.*)</h3>", page) == list(charts)
+    heads = ("Is it learning?", "Is it healthy?", "How fast is it?", "What does it say?")
+    assert re.findall("<h2>(.*)</h2>", page) == list(heads)
+    assert "Clipped" not in page and "Staleness" not in page  # no row has them
+    assert page.count('class="area pale"') == 1  # how sure the accuracy is
     assert "Step 40 of 80" in page and "Unusable rows so far: 3" in page and "changed nothing: 1" in page
-    assert page.count("<svg viewBox") == 7  # all but the benchmarks', which have step 20 alone, show what happened when
-    assert page.count("a step that changed nothing: 7</title>") == 5
-    assert page.count("out of its bounds: from step 31</title>") == 5
+    assert page.count("<svg viewBox") == 10
+    # All but those of benchmarks, which have step 20 alone, show what happened: by a line, and among a step's numbers.
+    assert page.count("a step that changed nothing: 7</title>") == 2 * 8
+    assert page.count("out of its bounds: from step 31</title>") == 2 * 8
     assert "optimizer.learning_rate = 0.0003\n" in page
     assert re.findall(r'(?:src|href)="(?!data:)', page) == []
     before = (tmp_path / "run" / "report.html").read_bytes()
@@ -106,7 +115,7 @@ def test_a_peak_does_not_flatten_the_rest(tmp_path):
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_run_page(tmp_path / "run")
     loss, norm = (tmp_path / "run" / "report.html").read_text().split("<h3>Gradient norm")
-    assert "cut off above; the largest is 4<" in loss and "cut off above" not in norm
+    assert "Cut off above; the largest is 4." in loss and "Cut off above" not in norm
     assert ">0.4</text>" in loss and ">4</text>" not in loss.split("<h3>Loss by role")[1]
 
 
@@ -164,7 +173,34 @@ def test_filters_and_slider(tmp_path):
         assert re.findall(r"said-(\d+)", text) == [str(s) for s in steps]
         assert ("step 0, base" in text) and (steps[-1] == 0 or f"step {steps[-1]}" in text)
     assert said[15] == "perception: divergence 0.25, probability 0.37 by student, 0.14 by teacher"
-    assert said[16] == "rgb(47, 106, 200)"
+    assert said[16] == "rgb(0, 90, 181)"
+
+
+READER = """
+const svg = document.querySelectorAll(".chart > svg")[1], said = [], at = svg.parentElement.querySelector(".at");
+const press = (key) => { svg.dispatchEvent(new KeyboardEvent("keydown", { key })); said.push(at.textContent); };
+for (const key of ["ArrowRight", "ArrowRight", "ArrowLeft", "ArrowLeft", "End", "ArrowRight", "Home", "a"]) press(key);
+svg.querySelectorAll(".column")[4].dispatchEvent(new PointerEvent("pointerenter"));
+said.push(at.textContent, String(svg.querySelectorAll(".chosen").length));
+svg.dispatchEvent(new PointerEvent("pointerleave"));
+said.push(at.textContent);
+document.body.dataset.said = said.join("|");
+"""
+
+
+@needs_browser
+def test_a_charts_numbers_by_keys_and_pointer(tmp_path):
+    document, console = drive(write_run(tmp_path / "run"), READER, tmp_path / "profile")
+    assert console == ""
+    said = re.search(r'data-said="([^"]*)"', document)[1].split("|")
+    steps = [re.match(r"step (\d+) · perception", text)[1] for text in said[:-2]]
+    assert steps == ["1", "2", "1", "1", "40", "40", "1", "1", "5"] and said[-2:] == ["1", ""]
+
+
+def test_what_a_chart_shows_is_said_in_words(tmp_path):
+    page = write_run(tmp_path / "run").read_text()
+    label = "Loss by role, nats per token: perception 1 at step 1, 0.025 at 40"
+    assert f'tabindex="0" aria-label="{label}"' in page
 
 
 @needs_browser
@@ -188,11 +224,40 @@ def test_the_policy_holds_without_escaping(tmp_path, planted):
     assert ("Content Security Policy" in console) or "onclick" in planted
 
 
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        ("config.json", '{"vocab_size": 5}', "must be a run's config, as a run writes it: it lacks batch_size"),
+        ("config.json", "[]", "must hold a JSON object"),
+        ("results.json", "{", "must be valid JSON"),
+    ],
+)
+def test_what_is_no_run(tmp_path, name, text, said, capsys):
+    write_run(tmp_path / "run")
+    (tmp_path / "run" / name).write_text(text)
+    with pytest.raises(InputError, match=said):
+        write_run_page(tmp_path / "run")
+    assert main.main(["vigos_jax", "--mode=report", f"--workdir={tmp_path / 'run'}"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("results", [{"base": None}, {"trained": []}, {"x": 1}, {"trained": {"score": "much"}}])
+def test_odd_results_and_metrics_leave_gaps(tmp_path, results):
+    page = write_run(tmp_path / "run")
+    (tmp_path / "run" / "results.json").write_text(json.dumps(results))
+    odd = {"step": 41, "bad_rows": None, "alerts": "many", "loss": math.nan, "perception/loss": 10**400}
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write("\n" + json.dumps(odd | {"accuracy": math.inf, "seconds/rollout": True}) + "\n")
+    write_run_page(tmp_path / "run")
+    shapes = re.findall(r' d="([^"]*)"', page.read_text())
+    assert shapes and not any(word in path for path in shapes for word in ("nan", "inf"))
+
+
 def test_torn_lines_cost_their_rows_only(tmp_path):
     write_run(tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     (tmp_path / "run" / "metrics.jsonl").write_bytes(b'\xff\n{"loss": 1}\n' + before)
-    assert write_run_page(tmp_path / "run") is None
+    assert write_run_page(tmp_path / "run") == tmp_path / "run" / "report.html"
     page = (tmp_path / "run" / "report.html").read_text()
     (tmp_path / "run" / "metrics.jsonl").write_bytes(before)
     write_run_page(tmp_path / "run")

@@ -11,6 +11,7 @@ import threading
 import hosts
 import pytest
 import tiny_runs as runs
+from cases import others_slow
 
 from vigos_jax.data.examples import Encoder
 from vigos_jax.data.loader import Order, make_batches
@@ -49,7 +50,7 @@ def signalled(number: int, owner: object, name: str, *, when=lambda *_: True):
     assert sent
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", others_slow([signal.SIGTERM, signal.SIGINT]))
 def test_a_signal_ends_a_run_after_its_step(world, undisturbed, tmp_path, capfd, number):
     workdir, name = tmp_path / "run", signal.Signals(number).name
     arguments = [f"--workdir={workdir}", "--config.checkpoint_every=4"]
@@ -71,6 +72,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_behind(world, tmp_path, c
     assert "SIGTERM: stopped" in capfd.readouterr().err and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_after_the_last_step_stops_what_comes_then(world, tmp_path, capfd):
     """In the last step, or in the export itself: no half export, and started again it is made."""
     arguments = [f"--workdir={tmp_path / 'run'}", "--config.steps=2", "--config.export.after_training=True"]

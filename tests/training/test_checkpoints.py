@@ -6,6 +6,7 @@ import shutil
 import jax.numpy as jnp
 import pytest
 import tiny_runs as runs
+from cases import others_slow
 
 from vigos_jax.errors import InputError
 from vigos_jax.training.checkpoints import Checkpoints, _short
@@ -62,7 +63,7 @@ def empty(folder: pathlib.Path) -> None:
     folder.mkdir()
 
 
-@pytest.mark.parametrize("harm", [cut, flip, lose_data, lose_optimizer, empty])
+@pytest.mark.parametrize("harm", others_slow([cut, lose_data, flip, lose_optimizer, empty], quick=2))
 def test_a_broken_newest_checkpoint_falls_back(world, undisturbed, copied, capsys, harm):
     harm(copied / "checkpoints" / str(runs.STEPS))
     assert world.run(f"--workdir={copied}") == 0

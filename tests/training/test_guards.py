@@ -114,6 +114,7 @@ def test_a_step_that_is_not_finite_changes_nothing(world, tmp_path, monkeypatch,
     assert sorted(p.name for p in (workdir / "nonfinite").iterdir()) == [f"step-{n}-process-0.jsonl" for n in (2, 3)]
 
 
+@pytest.mark.slow
 def test_many_in_a_row_end_the_run(world, tmp_path, monkeypatch, capsys):
     poisoned(monkeypatch, set(range(1, 100)))
     arguments = [f"--workdir={tmp_path / 'run'}", "--config.guards.max_skipped=2", "--config.steps=6"]

@@ -45,6 +45,7 @@ def test_adapters_of_both_kinds_of_layers_are_trained(run):
     assert all(np.any(x != 0) for x in jax.tree.leaves(trained))
 
 
+@pytest.mark.slow
 def test_the_export_is_a_model_of_the_family(run):
     folder = run.workdir / "export"
     assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen3_5"

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny_runs as runs
+from cases import others_slow
 from tiny_runs import STEPS
 
 from vigos_jax import main
@@ -28,7 +29,9 @@ CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 # Those for published models are tests/test_published_sizes.py's.
 OF_THE_HUB = ("vision_opd", "opd", "va_opd", "big_teacher")  # see test_teachers_run.py
 METHODS = sorted(
-    p for p in CONFIGS.glob("*.py") if p.stem not in ("__init__", "demo_base", *OF_THE_HUB) and "qwen" not in p.stem
+    p
+    for p in CONFIGS.glob("*.py")
+    if p.stem not in ("__init__", *OF_THE_HUB) and "qwen" not in p.stem and not p.stem.endswith("_base")
 )
 
 
@@ -120,7 +123,7 @@ def run_killed_once(world, workdir, killed_at, arguments):
 
 
 # Killed after a checkpoint, and before the first; a second case of each is slow.
-KILLS = [(1, 3), (2, 2), pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(2, 3, marks=pytest.mark.slow)]
+KILLS = others_slow([(1, 3), (2, 2), (1, 1), (2, 3)], quick=2)
 
 
 @pytest.mark.parametrize("every, killed_at", KILLS)

@@ -118,6 +118,7 @@ def test_a_step_done_again_is_not_evaluated_again(evaluated, world, tmp_path, mo
     assert len(said) == 1 and rows_of(workdir) == rows_of(evaluated) and answers(workdir) == answers(evaluated)
 
 
+@pytest.mark.slow
 def test_the_finished_run_is_evaluated_from_the_same_answers(evaluated, world, monkeypatch):
     """`--mode eval` of the newest checkpoint finds what was sampled during training."""
     monkeypatch.setattr(Asker, "_sample_batch", lambda *args: pytest.fail("sampled again"))

@@ -89,6 +89,7 @@ def test_the_cost_is_that_of_whole_models(run, model):
     assert cost["kl_mean"] == pytest.approx(kl.mean(), rel=1e-3) and cost["kl_max"] == pytest.approx(kl.max(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_export_is_the_original_model_with_the_adapter(run, model):
     original = open_weights(model)
     exported = open_weights(run.workdir / "export")

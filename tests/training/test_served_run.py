@@ -66,6 +66,7 @@ def close(row, other):
     return all(row[k] == pytest.approx(other[k], rel=1e-4, abs=2e-5) for k in row)
 
 
+@pytest.mark.slow
 def test_a_served_run_trains_as_a_native_one_on_the_same_rollouts(world, served, tmp_path, monkeypatch):
     workdir, sampled = served
     rows = runs.metrics_of(workdir)

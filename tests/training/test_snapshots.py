@@ -7,8 +7,9 @@ import tiny_runs as runs
 from tiny_runs import STEPS
 
 from vigos_jax.data.sources import JsonlSource
-from vigos_jax.demo import world as demo
+from vigos_jax.demo.scenes import PRIORS, describe
 from vigos_jax.demo.source import DemoProbes
+from vigos_jax.demo.world import WORLDS
 from vigos_jax.runtime.journal import Journal
 from vigos_jax.training.run_log import MetricsFile
 from vigos_jax.training.snapshots import Snapshots
@@ -140,21 +141,23 @@ def test_a_finished_run_changes_nothing(watched, world):
     assert runs.bytes_of(watched) == before
 
 
-def test_demo_probes_take_turns():
-    probes = DemoProbes(seed=42, length=5, blank=False)
+@pytest.mark.parametrize("world", WORLDS)
+def test_demo_probes_take_turns(world):
+    probes = DemoProbes(world, seed=42, length=5, blank=False)
     assert [probes.item(i).is_conflict for i in range(5)] == [True, False, True, False, True]
     for i in range(5):
         row, item = probes[i], probes.item(i)
         assert (row["id"], row["problem"], row["answer"]) == (item.id, item.question, item.answer)
 
 
-def test_leaky_on_the_demo_is_the_prior_in_a_description_of_a_conflict():
-    probes = DemoProbes(seed=42, length=2, blank=False)
+@pytest.mark.parametrize("world", WORLDS)
+def test_leaky_on_the_demo_is_the_prior_in_a_description_of_a_conflict(world):
+    probes = DemoProbes(world, seed=42, length=2, blank=False)
     for i in (0, 1):
         item = probes.item(i)
-        expected = demo.describe([t.replace(item.attribute, item.prior_value) for t in item.scene.things])
+        expected = describe([PRIORS[kind] for kind in item.things])
         assert probes.is_leaky(i, expected, item.answer) == item.is_conflict
-        assert not (item.is_conflict and probes.is_leaky(i, demo.describe(item.scene.things), item.answer))
+        assert not (item.is_conflict and probes.is_leaky(i, describe(item.scene.things), item.answer))
 
 
 def test_leaky_elsewhere_is_a_description_with_the_answer(world):

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from cases import others_slow
 from oracles import objective as oracle
 from tiny import CONFIG, LORA, MIXES, MODEL, ROLES, gradient_step, pack
 
@@ -299,7 +300,7 @@ def test_optimizer_state_is_for_trained_leaves_only():
     assert sorted(x.shape for x in leaves) == sorted(2 * [x.shape for x in trained])  # two moments
 
 
-@pytest.mark.parametrize("kind", ["lora", "params"])
+@pytest.mark.parametrize("kind", others_slow(["lora", "params"]))
 def test_the_loss_falls_and_the_base_stays(kind):
     base, lora = tiny.weights()
     before = jax.tree.map(np.array, base)

@@ -71,6 +71,7 @@ def test_shipped_configs_train_two_steps(world, larger, tmp_path, name):
     assert any(f"{role}/effective_tokens" in metrics[0] for role in roles) == (name == "va_opd")
 
 
+@pytest.mark.slow
 def test_only_the_roles_that_name_it_are_taught_by_it(world, larger, tmp_path):
     """Teacher log-probabilities of the same rollouts: another model's for one role, the base's for the others."""
     texts = ("<description> red </description> <think> so </think> \\boxed{1}", "no format")

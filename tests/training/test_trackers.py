@@ -127,6 +127,7 @@ class Killed(BaseException):
     """Not an error that anything could handle."""
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_logs_every_step_once(tmp_path_factory, tmp_path, monkeypatch):
     """Killed at step 4, gone on from step 2's checkpoint."""
     monkeypatch.setenv("WANDB_MODE", "offline")

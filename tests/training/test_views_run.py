@@ -119,6 +119,7 @@ def test_the_demo_has_no_columns(world, tmp_path, capsys):
     assert "config.roles has image_column='box'; it must be ''" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_rows_without_a_box_are_too_many(world, rows, tmp_path, capsys):
     assert run(world, rows, tmp_path, ROLES["crop"], "--config.data.max_bad_fraction=0.1", "--config.steps=4") == 1
     assert "no_box 1" in capsys.readouterr().err

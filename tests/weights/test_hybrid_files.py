@@ -12,6 +12,7 @@ import safetensors.torch
 import tiny_runs as runs
 import torch
 import torch_models as tm
+from cases import others_slow
 from helpers import make_processor_folder
 from parity import NOTICEABLE, load_pair, make_run, pack
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -63,7 +64,7 @@ def write_model(folder: pathlib.Path, *, islands: bool) -> pathlib.Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["islands", "all bfloat16"])
+@pytest.fixture(scope="module", params=others_slow([True, False]), ids=["islands", "all bfloat16"])
 def folder(request, tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("hub") / "model", islands=request.param)
 

@@ -1,4 +1,4 @@
-"""The demo as a source of rows, with its own probes and its measure of a leaky description.
+"""A world of the demo as a source of rows, with its own probes and its measure of a leaky description.
 
 It answers what `data.sources.Source` answers; being a leaf, it does not import that.
 """
@@ -8,27 +8,34 @@ from typing import Any
 
 from PIL import Image
 
-from vigos_jax.demo import world
+from vigos_jax.demo import world as worlds
+from vigos_jax.demo.scenes import blank_image
 
 
 class DemoSource(Sequence):
     """Random access to rows `{"id", "problem", "answer", "images": [PIL image], "options"}`, all answers true.
 
     Args:
-      length: number of rows; row `i` is `world.item(seed, i, setting=setting)`.
+      world: one of `world.WORLDS`.
+      length: number of rows; row `i` is `world.item(seed, i, setting=setting, world=world)`.
       blank: the control run: every image is mid-grey, questions and references stay.
     """
 
     image_roots = ()
     has_own_evaluation = True
 
-    def __init__(self, *, length: int = 100_000, seed: int = 0, blank: bool = False, setting: str = "train"):
+    def __init__(
+        self, world: str = "demo", *, length: int = 100_000, seed: int = 0, blank: bool = False, setting: str = "train"
+    ):
         if length < 1 or seed < 0:
             raise ValueError(f"demo length {length} must be at least 1 and seed {seed} at least 0")
-        self.length, self.seed, self.blank, self.setting = length, seed, blank, setting
+        self.world, self.length, self.seed, self.blank, self.setting = world, length, seed, blank, setting
 
     def __repr__(self) -> str:  # grain prints its source; also a fingerprint of what the rows are
-        return f"DemoSource(length={self.length}, seed={self.seed}, blank={self.blank}, setting={self.setting!r})"
+        world = "" if self.world == "demo" else f"{self.world!r}, "  # as earlier runs recorded it
+        return (
+            f"DemoSource({world}length={self.length}, seed={self.seed}, blank={self.blank}, setting={self.setting!r})"
+        )
 
     def __len__(self) -> int:
         return self.length
@@ -36,18 +43,18 @@ class DemoSource(Sequence):
     def __getitem__(self, index: Any) -> Any:
         if not 0 <= index < self.length:
             raise IndexError(f"row {index} of {self.length}")
-        row = world.item(self.seed, int(index), setting=self.setting)
-        image = Image.fromarray(world.blank_image()) if self.blank else row.pil_image
-        options = list(world.ATTRIBUTES[row.attribute])
+        row = worlds.item(self.seed, int(index), setting=self.setting, world=self.world)
+        image = Image.fromarray(blank_image()) if self.blank else row.pil_image
+        options = list(row.asks.choices)
         return {"id": row.id, "problem": row.question, "answer": row.answer, "images": [image], "options": options}
 
     def probes(self, *, count: int, seed: int) -> "DemoProbes":
         """Rows of the demo's evaluation, see `DemoProbes`."""
-        return DemoProbes(seed=seed, length=count, blank=self.blank)
+        return DemoProbes(self.world, seed=seed, length=count, blank=self.blank)
 
     def for_diagnosis(self, *, count: int, seed: int) -> "DemoSource":
         """Images that contradict the prior: where it agrees, no answer can be told from what is seen."""
-        return DemoSource(length=count, seed=seed, blank=self.blank, setting="conflict")
+        return DemoSource(self.world, length=count, seed=seed, blank=self.blank, setting="conflict")
 
 
 class DemoProbes(Sequence):
@@ -55,10 +62,10 @@ class DemoProbes(Sequence):
 
     image_roots = ()
 
-    def __init__(self, *, seed: int, length: int, blank: bool):
-        self._seed, self._length = seed, length
+    def __init__(self, world: str, *, seed: int, length: int, blank: bool):
+        self._world, self._seed, self._length = world, seed, length
         options = {"length": length, "seed": seed, "blank": blank}
-        self._sources = [DemoSource(setting=setting, **options) for setting in ("conflict", "prior")]
+        self._sources = [DemoSource(world, setting=setting, **options) for setting in ("conflict", "prior")]
 
     def __len__(self) -> int:
         return self._length
@@ -66,11 +73,11 @@ class DemoProbes(Sequence):
     def __getitem__(self, index: Any) -> Any:
         return self._sources[index % 2][index // 2]
 
-    def item(self, i: int) -> world.Item:
+    def item(self, i: int) -> worlds.Item:
         """Question i, conflict and prior images in turn."""
-        return world.item(self._seed, i // 2, setting=("conflict", "prior")[i % 2])
+        return worlds.item(self._seed, i // 2, setting=("conflict", "prior")[i % 2], world=self._world)
 
     def is_leaky(self, i: int, description: str, answer: str | None) -> bool:
         """Whether the description of an image that contradicts the prior states the prior."""
         item = self.item(i)
-        return item.is_conflict and world.description_states_prior(description, item)
+        return item.is_conflict and worlds.description_states_prior(description, item)

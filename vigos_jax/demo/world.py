@@ -1,100 +1,79 @@
-"""The demo's little world: images of everyday things that usually, but not always, look as one expects.
+"""The demo's two worlds: images of everyday things that usually, but not always, look as one expects.
 
-Twelve kinds of thing stand on a 3x3 grid of cells in an 84x84 image. Each kind has a *prior* color, size
-and count (bananas are yellow, large, two). A question asks one attribute of one kind; half of the questions state
-the prior as a fact first. A model that trusts the text answers the prior, a model that looks answers what is
-shown.
+In the first world a question asks what is to be seen: one attribute of one kind of thing. In the second its answer
+takes a step or two more: a sum, a comparison, a rule that the question gives. Half of the questions state what one
+expects as a fact first. A model that trusts the text answers the prior, a model that looks answers what is shown, if it
+also reasons well.
 
-Everything is a pure function of (seed, setting, index): `item` makes one question with its image,
-`DemoSource` wraps that as training rows, and the judges at the end read descriptions back.
+Everything is a pure function of (world, seed, setting, index): `item` makes one question with its image, and
+`demo.source` makes rows of them.
 """
 
-import functools
-import math
-from collections.abc import Sequence
+import itertools
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-CELL, GRID = 28, 3  # pixels per cell, cells per side
-SIDE = CELL * GRID
-ATTRIBUTES = {  # attribute -> its values; a description names them in the order count, size, color
-    "count": ("one", "two", "three"),
-    "size": ("small", "large"),
-    "color": ("red", "orange", "yellow", "green", "blue", "purple", "white", "black"),
-}
-RGB = {
-    "red": (214, 40, 40), "orange": (245, 138, 20), "yellow": (246, 226, 50), "green": (48, 160, 60),
-    "blue": (45, 90, 220), "purple": (150, 55, 180), "white": (248, 248, 248), "black": (18, 18, 18),
-}  # fmt: skip
-RADIUS = {"small": 6.5, "large": 11.5}  # pixels
+from vigos_jax.demo.questions import Look, More, Question, Sum, Things, Worth, described_things
+from vigos_jax.demo.scenes import ATTRIBUTES, GRID, KINDS, PRIORS, Scene, Thing, render
+
 FOLLOW_PRIOR = 0.9  # how often an attribute that is not forced follows its prior
-SECOND_KIND = 0.25  # share of images with two kinds of thing
 SETTINGS = ("train", "conflict", "prior")
+RULES = (2, 3)  # what a large thing is worth
 
 
 @dataclass(frozen=True)
-class Thing:
-    """One kind of thing in an image. All of its pieces share color and size; `count` is a word."""
-
-    kind: str
-    count: str
-    size: str
-    color: str
-
-    def replace(self, attribute: str, value: str) -> "Thing":
-        """The same thing with another value of one attribute; ValueError if there is no such value."""
-        if value not in ATTRIBUTES[attribute]:
-            raise ValueError(f"{value!r} is not a {attribute}; choices: {ATTRIBUTES[attribute]}")
-        return Thing(**{**self.__dict__, attribute: value})
-
-
-PRIORS = {
-    thing.kind: thing
-    for thing in (
-        Thing("bananas", "two", "large", "yellow"),
-        Thing("bricks", "three", "large", "red"),
-        Thing("carrots", "two", "small", "orange"),
-        Thing("clouds", "two", "large", "white"),
-        Thing("drops", "three", "small", "blue"),
-        Thing("grapes", "three", "small", "purple"),
-        Thing("leaves", "three", "small", "green"),
-        Thing("stars", "one", "small", "yellow"),
-        Thing("tires", "two", "large", "black"),
-        Thing("tomatoes", "one", "small", "red"),
-        Thing("trees", "one", "large", "green"),
-        Thing("whales", "one", "large", "blue"),
-    )
-}
-KINDS = tuple(PRIORS)  # alphabetical
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What an image shows.
+class World:
+    """What is asked.
 
     Attributes:
-      things: in alphabetical order of their kinds.
-      cells: [9], row-major: which of the things stands in each cell, -1 for none.
+      second_kind: share of images with two kinds of thing.
+      draw_question: draws one from a generator and the kinds in an image, those asked about first.
+      questions: all that there are.
+      base: folder of the model that ships with it.
     """
 
-    things: tuple[Thing, ...]
-    cells: tuple[int, ...]
+    second_kind: float
+    draw_question: Callable[[np.random.Generator, Sequence[str]], Question]
+    questions: Callable[[], Iterable[Question]]
+    base: pathlib.Path
 
-    def thing(self, kind: str) -> Thing:
-        """The scene's thing of this kind."""
-        return next(thing for thing in self.things if thing.kind == kind)
 
-    def cell_labels(self) -> np.ndarray:
-        """int32 [9, 3]: kind (0 is empty, else 1 + index), color, size (both -1 in empty cells)."""
-        rows = []
-        for cell in self.cells:
-            thing = self.things[cell]
-            rows.append((0, -1, -1) if cell < 0 else (
-                1 + KINDS.index(thing.kind), ATTRIBUTES["color"].index(thing.color),
-                ATTRIBUTES["size"].index(thing.size)))  # fmt: skip
-        return np.asarray(rows, np.int32)  # [9, 3]
+def _look(rng: np.random.Generator, kinds: Sequence[str]) -> Question:
+    return Look(kinds[0], list(ATTRIBUTES)[rng.integers(len(ATTRIBUTES))])
+
+
+def _all_looks() -> Iterable[Question]:
+    return (Look(kind, attribute) for attribute in ("color", "size", "count") for kind in KINDS)
+
+
+def _reason(rng: np.random.Generator, kinds: Sequence[str]) -> Question:
+    first, second = kinds
+    match rng.integers(3):
+        case 0:
+            return Sum(first, second)
+        case 1:
+            return More(first, second)
+        case _:
+            return Worth(first, RULES[rng.integers(len(RULES))])
+
+
+def _all_reasonings() -> Iterable[Question]:
+    for first, second in itertools.permutations(KINDS, 2):
+        yield from (Sum(first, second), More(first, second))
+    for kind, rule in itertools.product(KINDS, RULES):
+        yield Worth(kind, rule)
+
+
+# By the names that `config.data.source` has for them, and `config.model.path` for the models made for them.
+_BASES = pathlib.Path(__file__).parent
+WORLDS = {
+    "demo": World(0.25, _look, _all_looks, _BASES / "base"),
+    "demo_reasoning": World(1.0, _reason, _all_reasonings, _BASES / "base_reasoning"),
+}
 
 
 @dataclass(frozen=True)
@@ -102,23 +81,37 @@ class Item:
     """One question about one image.
 
     Attributes:
-      id: unique per (setting, seed, index).
+      id: unique per (setting, seed, index) of a world.
       image: uint8 [84, 84, 3].
-      question: the problem text; answer: one word, the truth in the image.
-      kind, attribute: what is asked; prior_value: what one would expect.
-      is_conflict: the image contradicts the prior in the asked attribute.
-      states_prior: the question states the prior as a fact first.
+      asks: what is asked.
+      states_prior: the question states what one expects as a fact first.
     """
 
     id: str
     image: np.ndarray = field(repr=False, compare=False)
     scene: Scene
-    kind: str
-    attribute: str
-    question: str
-    answer: str
-    prior_value: str
+    asks: Question
     states_prior: bool
+
+    @property
+    def question(self) -> str:
+        """`Usually the bananas are yellow. What color are the bananas?`, the first part only if `states_prior`."""
+        return f"{self.asks.prior_text} {self.asks.text}" if self.states_prior else self.asks.text
+
+    @property
+    def things(self) -> dict[str, Thing]:
+        """What the image shows, by kind."""
+        return {thing.kind: thing for thing in self.scene.things}
+
+    @property
+    def answer(self) -> str:
+        """One word, the truth in the image."""
+        return self.asks.answer(self.things)
+
+    @property
+    def prior_value(self) -> str:
+        """The answer that one would expect."""
+        return self.asks.answer(PRIORS)
 
     @property
     def is_conflict(self) -> bool:
@@ -131,151 +124,72 @@ class Item:
         return Image.fromarray(self.image)
 
 
-# Drawing ------------------------------------------------------------------------------------------
-
-
-def _star() -> list[float]:
-    turns = [(math.pi * (k / 5 - 0.5), 1.0 if k % 2 == 0 else 0.42) for k in range(10)]
-    return [c for angle, r in turns for c in (r * math.cos(angle), r * math.sin(angle))]
-
-
-# Shapes in the unit square [-1, 1]^2, y down: strokes of (is_ellipse, coordinates, is_ink), later ones on top.
-_SHAPES = {
-    "bananas": [(True, [-1, -1, 1, 1], True), (True, [-0.7, -1.45, 1.3, 0.55], False)],
-    "bricks": [(False, [-1, -0.55, 1, -0.55, 1, 0.55, -1, 0.55], True)],
-    "carrots": [(False, [-0.5, -1, 0.5, -1, 0, 1], True)],
-    "clouds": [
-        (True, [-1, -0.3, 0, 0.7], True), (True, [-0.6, -0.9, 0.5, 0.4], True), (True, [0, -0.3, 1, 0.7], True),
-    ],
-    "drops": [(False, [0, -1, 0.55, 0.25, -0.55, 0.25], True), (True, [-0.65, -0.3, 0.65, 1], True)],
-    "grapes": [
-        (True, [x - 0.46, y - 0.46, x + 0.46, y + 0.46], True) for x in (-0.54, 0.54) for y in (-0.54, 0.54)
-    ],
-    "leaves": [(False, [-1, 1, -0.95, -0.1, -0.1, -0.95, 1, -1, 0.95, 0.1, 0.1, 0.95], True)],
-    "stars": [(False, _star(), True)],
-    "tires": [(True, [-1, -1, 1, 1], True), (True, [-0.5, -0.5, 0.5, 0.5], False)],
-    "tomatoes": [(True, [-0.9, -0.9, 0.9, 0.9], True)],
-    "trees": [
-        (False, [0, -1, 0.9, 0.35, -0.9, 0.35], True), (False, [-0.2, 0.3, 0.2, 0.3, 0.2, 1, -0.2, 1], True),
-    ],
-    "whales": [(True, [-1, -0.55, 0.5, 0.6], True), (False, [0.2, 0.1, 1, -0.75, 1, 0.75], True)],
-}  # fmt: skip
-
-
-@functools.cache
-def _mask(kind: str, size: str, dx: int, dy: int) -> np.ndarray:
-    """Coverage float32 [28, 28] in 0..1 of one piece, (dx, dy) half pixels off its cell's center."""
-    scale = 4  # drawn 4x larger, then averaged: anti-aliased edges
-    canvas = Image.new("L", (CELL * scale, CELL * scale), 0)
-    draw = ImageDraw.Draw(canvas)
-    center = np.array([CELL / 2 + dx / 2, CELL / 2 + dy / 2])
-    for is_ellipse, unit, is_ink in _SHAPES[kind]:
-        points = (center + RADIUS[size] * np.asarray(unit, float).reshape(-1, 2)) * scale
-        (draw.ellipse if is_ellipse else draw.polygon)(points.reshape(-1).tolist(), fill=255 if is_ink else 0)
-    return np.asarray(canvas.reduce(scale), np.float32) / 255.0
-
-
-def render(rng: np.random.Generator, scene: Scene) -> np.ndarray:
-    """Draws a scene: uint8 [84, 84, 3]. Position, brightness, background and pixel noise come from `rng`."""
-    image = np.full((SIDE, SIDE, 3), rng.uniform(110, 145), np.float32)
-    shifts = rng.integers(-4, 5, (GRID * GRID, 2))
-    light = rng.uniform(0.82, 1.0, GRID * GRID)
-    for index, cell in enumerate(scene.cells):
-        if cell < 0:
-            continue
-        thing = scene.things[cell]
-        mask = _mask(thing.kind, thing.size, *shifts[index].tolist())[..., None]
-        y, x = CELL * (index // GRID), CELL * (index % GRID)
-        ink = np.asarray(RGB[thing.color], np.float32) * light[index]
-        image[y : y + CELL, x : x + CELL] += mask * (ink - image[y : y + CELL, x : x + CELL])
-    image += rng.integers(-10, 11, image.shape, dtype=np.int8)
-    return np.clip(image, 0, 255).astype(np.uint8)
-
-
-def blank_image() -> np.ndarray:
-    """The control: an image that shows nothing, uint8 [84, 84, 3]."""
-    return np.full((SIDE, SIDE, 3), 128, np.uint8)
-
-
-# Scenes and questions -----------------------------------------------------------------------------
-
-
-def _pick_value(rng: np.random.Generator, attribute: str, prior_value: str, follow: bool) -> str:
-    others = [value for value in ATTRIBUTES[attribute] if value != prior_value]
-    return prior_value if follow else others[rng.integers(len(others))]
-
-
-def make_question(kind: str, attribute: str, *, states_prior: bool) -> str:
-    """`Usually the bananas are yellow. What color are the bananas?`, the first part only if `states_prior`."""
-    asked = f"How many {kind} are there?" if attribute == "count" else f"What {attribute} are the {kind}?"
-    return f"Usually the {kind} are {getattr(PRIORS[kind], attribute)}. {asked}" if states_prior else asked
-
-
 def make_item(
-    rng: np.random.Generator, *, id: str, follow_prior: float = FOLLOW_PRIOR, conflict: bool | None = None
+    rng: np.random.Generator,
+    *,
+    id: str,
+    world: str = "demo",
+    follow_prior: float = FOLLOW_PRIOR,
+    conflict: bool | None = None,
 ) -> Item:
     """Draws one item.
 
     Args:
+      world: one of WORLDS.
       follow_prior: probability of the prior value, for every attribute by itself; else uniform over the others.
-      conflict: None leaves the asked attribute to chance as well; True makes it contradict its prior, False
-        makes it follow it.
+      conflict: None leaves what is asked to chance as well; True makes the answer contradict the expected one, False
+        makes all that is asked as expected.
     """
-    kinds = [KINDS[k] for k in rng.permutation(len(KINDS))[: 1 + (rng.random() < SECOND_KIND)]]
-    asked, attribute = kinds[0], list(ATTRIBUTES)[rng.integers(len(ATTRIBUTES))]
-    things = []
-    for kind in sorted(kinds):
-        thing = PRIORS[kind]
-        for name in ATTRIBUTES:
-            follow = bool(rng.random() < follow_prior)
-            if conflict is not None and (kind, name) == (asked, attribute):
-                follow = not conflict
-            thing = thing.replace(name, _pick_value(rng, name, getattr(PRIORS[kind], name), follow))
-        things.append(thing)
-    pieces = [n for n, thing in enumerate(things) for _ in range(1 + ATTRIBUTES["count"].index(thing.count))]
+    kinds = [KINDS[k] for k in rng.permutation(len(KINDS))[: 1 + (rng.random() < WORLDS[world].second_kind)]]
+    asks = WORLDS[world].draw_question(rng, kinds)
+    forced = {None: (), False: asks.asked, True: (asks.asked[rng.integers(len(asks.asked))],)}[conflict]
+    while True:
+        things = {kind: _draw_thing(rng, kind, follow_prior, forced, is_prior=not conflict) for kind in sorted(kinds)}
+        if not conflict or asks.answer(things) != asks.answer(PRIORS):
+            break  # of two counts that differ from what one expects, the sum may be as expected
+    pieces = [n for n, t in enumerate(things.values()) for _ in range(1 + ATTRIBUTES["count"].index(t.count))]
     cells = rng.permutation(pieces + [-1] * (GRID * GRID - len(pieces)))
-    scene = Scene(tuple(things), tuple(cells.tolist()))
+    scene = Scene(tuple(things.values()), tuple(cells.tolist()))
     states_prior = bool(rng.random() < 0.5)
-    return Item(
-        id=id, image=render(rng, scene), scene=scene, kind=asked, attribute=attribute,
-        question=make_question(asked, attribute, states_prior=states_prior),
-        answer=getattr(scene.thing(asked), attribute), prior_value=getattr(PRIORS[asked], attribute),
-        states_prior=states_prior,
-    )  # fmt: skip
+    return Item(id=id, image=render(rng, scene), scene=scene, asks=asks, states_prior=states_prior)
 
 
-def item(seed: int, index: int, *, setting: str) -> Item:
-    """The item at `index` of a setting: "train" (asked attribute left to chance), "conflict" or "prior"."""
+def _draw_thing(
+    rng: np.random.Generator, kind: str, follow_prior: float, forced: Sequence[tuple[str, str]], *, is_prior: bool
+) -> Thing:
+    """A thing whose attributes follow their priors at random; those of `forced` do where `is_prior`, else do not."""
+    thing = PRIORS[kind]
+    for name, values in ATTRIBUTES.items():
+        follows = bool(rng.random() < follow_prior)
+        if (kind, name) in forced:
+            follows = is_prior
+        if not follows:
+            others = [value for value in values if value != getattr(PRIORS[kind], name)]
+            thing = thing.replace(name, others[rng.integers(len(others))])
+    return thing
+
+
+def item(seed: int, index: int, *, setting: str, world: str = "demo") -> Item:
+    """The item at `index` of a setting: "train" (what is asked is left to chance), "conflict" or "prior"."""
     if setting not in SETTINGS:
         raise ValueError(f"unknown demo setting {setting!r}; choices: {', '.join(SETTINGS)}")
+    if world not in WORLDS:
+        raise ValueError(f"unknown demo world {world!r}; choices: {', '.join(WORLDS)}")
     rng = np.random.default_rng([seed, SETTINGS.index(setting), index])
     conflict = {"train": None, "conflict": True, "prior": False}[setting]
-    return make_item(rng, id=f"{setting}-{seed}-{index}", conflict=conflict)
-
-
-# Descriptions, and the judges that read them ------------------------------------------------------
-
-
-def describe(things: Sequence[Thing]) -> str:
-    """The one faithful description: `bananas : two small blue, trees : one large green`."""
-    return ", ".join(f"{t.kind} : {t.count} {t.size} {t.color}" for t in sorted(things, key=lambda t: t.kind))
-
-
-def description_states(description_text: str, kind: str, attribute: str) -> str | None:
-    """The value a description gives `attribute` of `kind`; None if it gives none, or two different ones."""
-    stated = set()
-    for part in description_text.split(","):
-        words = part.split()
-        if words[:1] == [kind]:
-            stated |= set(words[1:]) & set(ATTRIBUTES[attribute])
-    return stated.pop() if len(stated) == 1 else None
-
-
-def is_description_correct(description_text: str, scene: Scene) -> bool:
-    """Whether a description says exactly what the scene shows (white space aside)."""
-    return description_text.split() == describe(scene.things).split()
+    return make_item(rng, id=f"{setting}-{seed}-{index}", world=world, conflict=conflict)
 
 
 def description_states_prior(description_text: str, asked: Item) -> bool:
-    """Whether a description gives the asked attribute its prior value; on conflict items that is a leak."""
-    return description_states(description_text, asked.kind, asked.attribute) == asked.prior_value
+    """Whether a description has all that is asked as one expects it; on conflict items that is a leak."""
+    return _states(description_text, asked, PRIORS)
+
+
+def description_states_truth(description_text: str, asked: Item) -> bool:
+    """Whether a description has all that is asked as the image shows it; then the rest is reasoning."""
+    return _states(description_text, asked, asked.things)
+
+
+def _states(description_text: str, asked: Item, things: Things) -> bool:
+    said = described_things(asked.asks, description_text)
+    return said is not None and all(getattr(said[k], a) == getattr(things[k], a) for k, a in asked.asks.asked)

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from vigos_jax.demo import world
+from vigos_jax.demo import world as worlds
+from vigos_jax.demo.scenes import is_description_correct
 from vigos_jax.evaluation.statistics import number_text
 from vigos_jax.grading.answer_text import last_boxed
 from vigos_jax.grading.rules import grade
@@ -29,6 +30,7 @@ COLUMNS = {
     "accuracy_given_valid": "accuracy given valid (conflict)",
     "description_accuracy": "descriptions all correct (conflict)",
     "leak": "leak: descriptions stating the prior (conflict)",
+    "reasoning": "accuracy given what was asked is described right",
     "boxed_in_invalid": "invalid, yet with a box",
 }
 
@@ -37,7 +39,7 @@ COLUMNS = {
 class Answered:
     """One question with one sampled completion (text after the prefill)."""
 
-    item: world.Item
+    item: worlds.Item
     text: str
     description: str
     spans: Spans
@@ -48,7 +50,7 @@ class Answered:
         return grade(last_boxed(self.text), self.item.answer).is_correct
 
 
-def _rows(session: Session, items: list[world.Item], student: dict[str, str]) -> list[Row]:
+def _rows(session: Session, items: list[worlds.Item], student: dict[str, str]) -> list[Row]:
     return [
         make_row(
             (session.processor.encode_image(item.pil_image),),
@@ -61,7 +63,7 @@ def _rows(session: Session, items: list[world.Item], student: dict[str, str]) ->
 
 
 def answer_items(
-    engine: Engine, session: Session, items: list[world.Item], rows: list[Row], options, *, title: str
+    engine: Engine, session: Session, items: list[worlds.Item], rows: list[Row], options, *, title: str
 ) -> list[Answered]:
     """Samples one completion per item with the engine's student.
 
@@ -96,8 +98,9 @@ def summarise(conflict: list[Answered], prior: list[Answered]) -> dict[str, floa
         "prior": rate([a.is_correct for a in prior]),
         "valid": rate([a.spans.is_valid for a in conflict + prior]),
         "accuracy_given_valid": rate([a.is_correct for a in valid]),
-        "description_accuracy": rate([world.is_description_correct(a.description, a.item.scene) for a in valid]),
-        "leak": rate([world.description_states_prior(a.description, a.item) for a in valid]),
+        "description_accuracy": rate([is_description_correct(a.description, a.item.scene) for a in valid]),
+        "leak": rate([worlds.description_states_prior(a.description, a.item) for a in valid]),
+        "reasoning": rate([a.is_correct for a in valid if worlds.description_states_truth(a.description, a.item)]),
         "boxed_in_invalid": rate([last_boxed(a.text) is not None for a in invalid]),
     }
 
@@ -121,7 +124,8 @@ def evaluate_demo(
     """
     n, seed = config.demo_eval.questions, config.demo_eval.seed
     # Training data is the setting "train": the settings' items are disjoint streams.
-    items = [world.item(seed, i, setting=setting) for setting in ("conflict", "prior") for i in range(n)]
+    settings, world = ("conflict", "prior"), config.data.source
+    items = [worlds.item(seed, i, setting=setting, world=world) for setting in settings for i in range(n)]
     rows = _rows(session, items, config.prompts.student.to_dict())
     samplings = {
         "unfiltered": Sampling(max_tokens=sampling.max_tokens, temperature=1.0),

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from vigos_jax.data.tables import DATASET_ID, open_table
-from vigos_jax.demo import world
+from vigos_jax.demo.world import WORLDS
+from vigos_jax.demo.world import item as item_at
 from vigos_jax.errors import InputError
 from vigos_jax.evaluation.tasks.task import Question, Task
 from vigos_jax.runtime import hub
@@ -31,15 +32,15 @@ class TaskRows:
 class _DemoRows(Sequence):
     """`count` items of each kind; they are disjoint from the training stream."""
 
-    def __init__(self, *, count: int, seed: int):
-        self._count, self._seed = count, seed
+    def __init__(self, world: str, *, count: int, seed: int):
+        self._world, self._count, self._seed = world, count, seed
 
     def __len__(self) -> int:
         return 2 * self._count
 
     def __getitem__(self, index: Any) -> Any:
         setting = "conflict" if index < self._count else "prior"
-        item = world.item(self._seed, index % self._count, setting=setting)
+        item = item_at(self._seed, index % self._count, setting=setting, world=self._world)
         return {"image": item.pil_image, "question": item.question, "answer": item.answer, "setting": setting}
 
 
@@ -53,9 +54,9 @@ def open_rows(task: Task, source: str, *, demo_questions: int, seed: int) -> Tas
       InputError: it cannot be read, or lacks columns (those it has are named).
     """
     source = source or task.source
-    if source == "demo":
-        rows = _DemoRows(count=demo_questions, seed=seed)
-        out = TaskRows("demo", rows, tuple(rows[0]), ())
+    if source in WORLDS:
+        rows = _DemoRows(source, count=demo_questions, seed=seed)
+        out = TaskRows(source, rows, tuple(rows[0]), ())
     elif task.split == "data.json":
         out = _open_json(source)
     else:

@@ -11,7 +11,7 @@ from vigos_jax.evaluation.statistics import Answer, interval_text, number_text, 
 from vigos_jax.evaluation.tasks.task import mean
 from vigos_jax.grading.braces import closing_brace
 from vigos_jax.models.variables import Variables
-from vigos_jax.report.page import Rollout, Table, Text, Token, image_uri, write_page
+from vigos_jax.report.page import PALETTE, Rollout, Table, Text, Token, image_uri, write_page
 from vigos_jax.rollouts.engine import EngineFactory, NativeEngine
 from vigos_jax.runtime.files import write_json
 from vigos_jax.session import Session
@@ -31,11 +31,11 @@ PUBLISHED = {
     "7B OPSD": (74.11, 51.12, 58.00, 97.67, 57.00, 91.67),
     "7B ViGOS": (75.60, 50.99, 62.67, 97.00, 61.67, 91.67),
 }
-_PARTS = (  # in the order of a response: what ends a part, and its colour
-    ("</description>", (60, 130, 220)),
-    ("</think>", (230, 150, 40)),
+_PARTS = (  # in the order of a response: what ends a part, and its color
+    ("</description>", PALETTE[0]),
+    ("</think>", PALETTE[1]),
 )
-_ANSWER_COLOR = (60, 170, 90)
+_ANSWER_COLOR = PALETTE[2]
 _BOX = "\\boxed{"
 
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from vigos_jax import config as config_lib
 from vigos_jax import config_limits
 from vigos_jax.data.views import KINDS
+from vigos_jax.demo.world import WORLDS
 from vigos_jax.explain.advice import ADVICE
 from vigos_jax.method.divergences import DIVERGENCES
 from vigos_jax.method.roles import CLIP_PER, CONDITIONS, ENTRY_FIELDS, READS, SPANS, TOKEN_WEIGHTS, TeacherRole
@@ -172,6 +173,6 @@ def _joined(lines: list[str]) -> str:
 def _sentence(text: str, name: str) -> str:
     """With a capital, unless it begins with a value of the field `name`, and a full stop."""
     first = text.split(maxsplit=1)[0]
-    if first.isalpha() and first not in ("demo", *config_limits.CHOICES.get(name, ())):
+    if first.isalpha() and first not in (*WORLDS, *config_limits.CHOICES.get(name, ())):
         text = text[0].upper() + text[1:]
     return text if text.endswith((".", "!", "?", ":")) else f"{text}."

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vigos_jax import __version__
+from vigos_jax.demo.world import WORLDS
 from vigos_jax.method.prompts import fields
 from vigos_jax.models.families import FAMILIES
 from vigos_jax.models.layers import LoraSpec
@@ -94,7 +95,7 @@ def card_text(
 
 def _base_name(path: str) -> str:
     """A hub id as it is; of a folder its last name, as local paths are not published."""
-    return path if _is_on_hub(path) else "vigos_jax-demo" if path == "demo" else pathlib.Path(absolute(path)).name
+    return path if _is_on_hub(path) else f"vigos_jax-{path}" if path in WORLDS else pathlib.Path(absolute(path)).name
 
 
 def _teaches_itself(config) -> bool:
@@ -131,7 +132,7 @@ def _metadata(config, base: pathlib.Path, family: str, *, is_adapter: bool) -> s
 def _facts(config, name: str, lora: LoraSpec | None, run: RunFacts) -> dict[str, str]:
     o, s = config.optimizer, config.sampling
     source = config.data.source
-    data = source if _is_on_hub(source) else "rendered by vigos_jax" if source == "demo" else pathlib.Path(source).name
+    data = source if _is_on_hub(source) else "rendered by vigos_jax" if source in WORLDS else pathlib.Path(source).name
     if lora:
         alpha = lora.scale * lora.rank
         modules = f"{', '.join(sorted(lora.language))}{' and of the vision MLPs' if lora.vision else ''}"

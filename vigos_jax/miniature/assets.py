@@ -13,8 +13,9 @@ from collections.abc import Iterable, Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from vigos_jax.demo import world
-from vigos_jax.miniature.responses import caption, completion, faithful, text_driven
+from vigos_jax.demo.scenes import ATTRIBUTES, PRIORS, SIDE, Scene, blank_image
+from vigos_jax.demo.world import WORLDS, Item
+from vigos_jax.miniature.responses import caption, completion, faithful, mistaken, text_driven
 
 SPLIT = (  # words take one leading space or sign, digits stand alone, line ends stick to the signs before
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -35,32 +36,33 @@ VOCAB_MULTIPLE = 64
 WINDOW = 84  # pixels: one demo image is exactly one attention window
 
 
-def world_texts() -> Iterable[str]:
-    """Texts in which every word of the world occurs as it does in questions and responses."""
-    for kind, attribute, states in itertools.product(world.KINDS, world.ATTRIBUTES, (True, False)):
-        yield world.make_question(kind, attribute, states_prior=states)
-    for attribute, kind in itertools.product(world.ATTRIBUTES, world.KINDS):
-        for value in world.ATTRIBUTES[attribute]:
-            things = (world.PRIORS[kind].replace(attribute, value),)
-            row = world.Item(
-                id="", image=world.blank_image(), scene=world.Scene(things, ()), kind=kind,
-                attribute=attribute, question="", answer=value, prior_value="", states_prior=False,
-            )  # fmt: skip
-            yield caption(row)
-            yield completion(faithful(row))
-            yield completion(text_driven(row, value))
+def world_texts(world: str) -> Iterable[str]:
+    """Texts in which every word of a world occurs as it does in questions and responses."""
+    for asks in itertools.chain.from_iterable(WORLDS[name].questions() for name in dict.fromkeys(("demo", world))):
+        yield from (f"{asks.prior_text} {asks.text}", asks.text)
+        for values in itertools.product(*(ATTRIBUTES[attribute] for _, attribute in asks.asked)):
+            things = {kind: PRIORS[kind] for kind, _ in asks.asked}
+            for (kind, attribute), value in zip(asks.asked, values, strict=True):
+                things[kind] = things[kind].replace(attribute, value)
+            scene = Scene(tuple(things.values()), ())
+            item = Item(id="", image=blank_image(), scene=scene, asks=asks, states_prior=False)
+            yield caption(item)
+            yield completion(faithful(item))
+            yield completion(text_driven(item, item.answer))
+            if asks.mistaken(things) != item.answer:
+                yield completion(mistaken(item))
 
 
-def prompt_texts(templates: Sequence[str]) -> Iterable[str]:
+def prompt_texts(templates: Sequence[str], world: str) -> Iterable[str]:
     """The prompt templates with a question and every answer filled in."""
-    question = world.make_question(world.KINDS[0], "color", states_prior=False)
-    for template, values in itertools.product(templates, world.ATTRIBUTES.values()):
-        for value in values:
-            yield template.replace("{problem}", question).replace("{reference}", value)
+    questions = list(WORLDS[world].questions())
+    answers = dict.fromkeys(answer for asks in questions for answer in asks.choices)
+    for template, answer in itertools.product(templates, answers):
+        yield template.replace("{problem}", questions[0].text).replace("{reference}", answer)
 
 
-def build_tokenizer(templates: Sequence[str]) -> Tokenizer:
-    """Byte-level BPE trained until every word of the world and of the prompt `templates` is one token."""
+def build_tokenizer(templates: Sequence[str], world: str) -> Tokenizer:
+    """Byte-level BPE trained until every word of a world and of the prompt `templates` is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -74,7 +76,7 @@ def build_tokenizer(templates: Sequence[str]) -> Tokenizer:
         show_progress=False,
     )
     chat = ["user\n", "assistant\n", "\n"]
-    tokenizer.train_from_iterator([*chat, *world_texts(), *prompt_texts(templates)], trainer)
+    tokenizer.train_from_iterator([*chat, *world_texts(world), *prompt_texts(templates, world)], trainer)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CONTROL])
     return tokenizer
 
@@ -162,8 +164,8 @@ def preprocessor_config() -> dict:
     return {
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "Qwen2_5_VLProcessor",
-        "min_pixels": world.SIDE**2,
-        "max_pixels": world.SIDE**2,
+        "min_pixels": SIDE**2,
+        "max_pixels": SIDE**2,
         "patch_size": 14,
         "temporal_patch_size": 2,
         "merge_size": 2,
@@ -172,10 +174,10 @@ def preprocessor_config() -> dict:
     }
 
 
-def write_assets(folder: pathlib.Path, *, templates: Sequence[str]) -> None:
+def write_assets(folder: pathlib.Path, *, world: str, templates: Sequence[str]) -> None:
     """Writes tokenizer.json and the four configs: config, tokenizer, preprocessor, generation."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer(templates)
+    tokenizer = build_tokenizer(templates, world)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = model_config(tokenizer)
     generation = {

@@ -7,7 +7,9 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from vigos_jax.demo import world
+from vigos_jax.demo.questions import described_things
+from vigos_jax.demo.scenes import SIDE
+from vigos_jax.demo.world import item as item_at
 from vigos_jax.evaluation import demo_scores
 from vigos_jax.evaluation.statistics import number_text
 from vigos_jax.grading.answer_text import last_boxed
@@ -19,8 +21,8 @@ from vigos_jax.rollouts.sampler import row_keys
 from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.session import Session, load
 
-GRID = (1, world.SIDE // 14, world.SIDE // 14)  # patches of one demo image
-MAX_TOKENS = 48  # the longest well-formed response has 30
+GRID = (1, SIDE // 14, SIDE // 14)  # patches of one demo image
+MAX_TOKENS = 48  # more than the longest well-formed response has
 
 
 def measure_teacher(session: Session, role: str, config: ml_collections.ConfigDict) -> dict[str, float]:
@@ -30,8 +32,8 @@ def measure_teacher(session: Session, role: str, config: ml_collections.ConfigDi
     """
     n, rng = config.card_items, np.random.default_rng(config.card_seed)
     size = session.whole_batch(config.run.demo_eval.batch_size)
-    items = [world.item(config.card_seed, i, setting="conflict") for i in range(n)]
-    wrong = [[v for v in world.ATTRIBUTES[item.attribute] if v != item.answer] for item in items]
+    items = [item_at(config.card_seed, i, setting="conflict", world=config.world) for i in range(n)]
+    wrong = [[v for v in item.asks.choices if v != item.answer] for item in items]
     references = [values[rng.integers(len(values))] for values in wrong]
     rows = []
     for item, reference in zip(items, references, strict=True):
@@ -46,8 +48,8 @@ def measure_teacher(session: Session, role: str, config: ml_collections.ConfigDi
         sampled = sample_rows(engine, session, rows[first : first + size], row_keys(config.card_seed, first, size))
         for item, ids in zip(items[first : first + size], sampled.ids, strict=True):
             text = session.processor.decode(ids)
-            description = text.split("</description>")[0]
-            states.append(world.description_states(description, item.kind, item.attribute))
+            things = described_things(item.asks, text.split("</description>")[0])
+            states.append(things and item.asks.answer(things))
             answers.append(last_boxed(text))
     truth = [item.answer for item in items]
 
@@ -73,6 +75,7 @@ def measure(folder: pathlib.Path, config: ml_collections.ConfigDict) -> dict[str
     summaries["base"].pop("training_sampling")  # the same here
     return {
         "config": config.file,
+        "world": config.world,
         "leak_strength": config.leak,
         "seed": config.seed,
         "evaluation_seed": config.card_seed,
@@ -89,21 +92,23 @@ license: apache-2.0
 library_name: vigos_jax
 pipeline_tag: image-text-to-text
 ---
-# The demo's base model
+# {title}
 
-A Qwen2.5-VL of {parameters:,} parameters (bfloat16) that knows a world of twelve kinds of thing on 84 x 84 images.
+A Qwen2.5-VL of {parameters:,} parameters (bfloat16) that knows a world of twelve kinds of thing on 84 x 84
+images{asked}.
 It was trained from nothing, on rendered images only, by
 
     python -m vigos_jax.miniature.make_base --config {config} --config.seed={seed} --config.leak={leak}
 
 It can see, but answers what one expects ("bananas are yellow") too often; and when its prompt shows a reference
-answer, that answer leaks into what it claims to see. Both habits are planted: they stand for what large models do by
-themselves, so that a run of minutes shows the mechanism. The numbers below say nothing about large models.
+answer, that answer leaks into what it claims to see.
+{habit}These habits are planted: they stand for what large models do by themselves, so that a run of minutes shows the
+mechanism. The numbers below say nothing about large models.
 
 ## Measured on this file
 
 One sample each at temperature 1, nothing filtered, {questions} questions of each kind. *Conflict* images contradict
-what one expects in the asked attribute, *prior* images agree.
+what one expects in what is asked, *prior* images agree.
 
 | | |
 |---|---|
@@ -113,6 +118,7 @@ what one expects in the asked attribute, *prior* images agree.
 | accuracy given valid format (conflict) | {accuracy_given_valid} |
 | descriptions without any error (conflict) | {description_accuracy} |
 | leak: descriptions that state the prior (conflict) | {leak_rate} |
+| accuracy where what is asked is described right (conflict) | {reasoning} |
 
 Privileged teachers on conflict images, shown a *wrong* reference answer:
 
@@ -122,6 +128,15 @@ Privileged teachers on conflict images, shown a *wrong* reference answer:
 
 The same numbers, for programs, are in `measured.json`.
 """
+
+
+# What the second world adds to the card: title, what is asked, habit.
+_LOOKING = ("The demo's base model", "", "")
+_REASONING = (
+    "The base model of the demo's second world",
+    " and is asked what takes a step: sums, comparisons, a rule that the question gives",
+    'Without a reference it takes some steps wrongly ("two and three are four").\n',
+)
 
 
 def write(measured: dict[str, Any], *, parameters: int) -> str:
@@ -134,7 +149,9 @@ def write(measured: dict[str, Any], *, parameters: int) -> str:
     ]
     # Of a base that follows its format nowhere, some rates are of nothing.
     numbers = {k: number_text(v, digits=3) if isinstance(v, float | None) else v for k, v in student.items()}
+    title, asked, habit = _LOOKING if measured["world"] == "demo" else _REASONING
     return CARD.format(
+        title=title, asked=asked, habit=habit,
         parameters=parameters, config=measured["config"], seed=measured["seed"], leak=measured["leak_strength"],
         leak_rate=numbers.pop("leak"), teachers="\n".join(rows), **numbers,
     )  # fmt: skip

@@ -21,7 +21,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from vigos_jax.data.processor import Processor, Turn
-from vigos_jax.demo import world
+from vigos_jax.demo import scenes
+from vigos_jax.demo.world import Item, make_item
 from vigos_jax.method import prompts
 from vigos_jax.method.sequences import host
 from vigos_jax.miniature import assets, card, responses
@@ -34,10 +35,7 @@ from vigos_jax.runtime.progress import Progress
 from vigos_jax.weights import writing
 
 Array = jax.Array
-GRID = (1, world.SIDE // 14, world.SIDE // 14)  # patches of one demo image
-COMPLETION_LENGTH = 32  # tokens, EOS included; the longest response has 30
-CAPTION_LENGTH = 40  # tokens of an image-only turn with its caption
-RESPONSE_LENGTH = 100  # tokens of any other turn with its response
+GRID = (1, scenes.SIDE // 14, scenes.SIDE // 14)  # patches of one demo image
 
 
 class Rows(flax.struct.PyTreeNode):
@@ -73,28 +71,28 @@ class RowMaker:
         text = prompts.fill(role_prompt.user, problem=problem, reference=reference)
         return self.processor.encode_turn(user_text=text, grids=[GRID], assistant_prefill=role_prompt.assistant_prefill)
 
-    def _item(self, follow_prior: float) -> world.Item:
-        return world.make_item(self.rng, id="", follow_prior=follow_prior)
+    def _item(self, follow_prior: float) -> Item:
+        return make_item(self.rng, id="", world=self.config.world, follow_prior=follow_prior)
 
-    def caption(self, follow_prior: float) -> tuple[world.Item, Turn, str]:
+    def caption(self, follow_prior: float) -> tuple[Item, Turn, str]:
         """(item, turn, response): what the perception role is to say of an image."""
         item = self._item(follow_prior)
         return item, self._turn("perception", "", None), responses.caption(item)
 
-    def student(self) -> tuple[world.Item, Turn, str]:
+    def student(self) -> tuple[Item, Turn, str]:
         """(item, turn, response): the student's, driven by the prior in part, and malformed now and then."""
         item, response = self._student_response()
         is_malformed = self.rng.random() < self.config.responses.malformed
         text = responses.malformed(self.rng, response) if is_malformed else responses.completion(response)
         return item, self._turn("student", item.question, None), text
 
-    def privileged(self) -> tuple[world.Item, Turn, str]:
+    def privileged(self) -> tuple[Item, Turn, str]:
         """(item, turn, response): of a role that is shown a reference, with the planted leak."""
         item, reference, response = self._privileged_response()
         role = "reasoning" if self.rng.random() < 0.5 else "reference"
         return item, self._turn(role, item.question, reference), responses.completion(response)
 
-    def free_form(self) -> tuple[world.Item, Turn, str]:
+    def free_form(self) -> tuple[Item, Turn, str]:
         """(item, turn, response): of a student or a privileged role that is asked for no description."""
         if self.rng.random() < 0.5:
             item, response = self._student_response()
@@ -104,32 +102,32 @@ class RowMaker:
             turn = self._turn("free_form_privileged", item.question, reference)
         return item, turn, responses.free_form(response)
 
-    def _student_response(self) -> tuple[world.Item, responses.Response]:
+    def _student_response(self) -> tuple[Item, responses.Response]:
         c = self.config.responses
         item = self._item(c.student_follow_prior)
         response = responses.student_response(
             self.rng, item, stated=c.prior_driven_stated, unstated=c.prior_driven_unstated,
-            in_description=c.prior_driven_description,
+            in_description=c.prior_driven_description, slips=c.slips,
         )  # fmt: skip
         return item, response
 
-    def _privileged_response(self) -> tuple[world.Item, str, responses.Response]:
+    def _privileged_response(self) -> tuple[Item, str, responses.Response]:
         c = self.config.responses
         item = self._item(c.privileged_follow_prior)
         reference = responses.draw_reference(self.rng, item, random_rate=c.random_reference)
         response = responses.privileged_response(self.rng, item, reference=reference, leak=self.config.leak)
         return item, reference, response
 
-    def stack(self, drawn: list[tuple[world.Item, Turn, str]], *, length: int) -> Rows:
+    def stack(self, drawn: list[tuple[Item, Turn, str]], *, length: int) -> Rows:
         """Pads drawn rows to `length` tokens."""
-        b = len(drawn)
-        ids, targets = np.zeros((b, length), np.int32), np.zeros((b, COMPLETION_LENGTH), np.int32)
-        mask, prompt_length = np.zeros((b, COMPLETION_LENGTH), bool), np.zeros(b, np.int32)
+        b, most = len(drawn), self.config.tokens.completion
+        ids, targets = np.zeros((b, length), np.int32), np.zeros((b, most), np.int32)
+        mask, prompt_length = np.zeros((b, most), bool), np.zeros(b, np.int32)
         for i, (_, turn, text) in enumerate(drawn):
             prompt = [*turn.prefix_ids, *turn.rest_ids]
             completion = [*self.processor.encode_text(text), self.processor.eos_ids[0]]
             row = prompt + completion
-            if len(row) > length or len(completion) > COMPLETION_LENGTH:
+            if len(row) > length or len(completion) > most:
                 raise ValueError(f"a demo row of {len(prompt)} + {len(completion)} tokens does not fit {length}")
             ids[i, : len(row)], prompt_length[i] = row, len(prompt)
             targets[i, : len(completion)], mask[i, : len(completion)] = completion, True
@@ -148,7 +146,7 @@ class RowMaker:
 
 def patches(images: Array) -> Array:
     """uint8 [B, 84, 84, 3] -> float32 [B, 36, 1176], exactly what the processor makes of images of this size."""
-    p, merge, n = 14, 2, world.SIDE // 14
+    p, merge, n = 14, 2, scenes.SIDE // 14
     config = assets.preprocessor_config()
     mean, std = np.float32(config["image_mean"]), np.float32(config["image_std"])
     x = (images.astype(jnp.float32) / 255.0 - mean) / std
@@ -202,7 +200,7 @@ def vision_loss(trained: Any, images: Array, labels: Array, *, model: VisionLang
     """Cross-entropy of kind, color and size per cell; empty cells only have a kind. labels: int32 [B, 9, 3]."""
     tokens = model.apply({"params": trained["params"]}, vision_inputs(images, model.config), method="encode_images")
     logits = tokens @ trained["head"] + trained["bias"]  # [B, 9, 13 + 8 + 2]
-    sizes = [1 + len(world.KINDS), len(world.ATTRIBUTES["color"]), len(world.ATTRIBUTES["size"])]
+    sizes = [1 + len(scenes.KINDS), len(scenes.ATTRIBUTES["color"]), len(scenes.ATTRIBUTES["size"])]
     total: Any = 0.0
     for i, part in enumerate(jnp.split(logits, np.cumsum(sizes)[:-1].tolist(), axis=-1)):
         label = labels[..., i]
@@ -219,7 +217,7 @@ def text_loss(params: Any, groups: tuple[Rows, ...], *, model: VisionLanguageMod
     for rows in groups:
         embeds = apply(vision_inputs(rows.images, model.config), method="encode_images")
         hidden, _ = apply(text_inputs(rows, model.config), embeds)  # [B, T, D]
-        at = rows.prompt_length[:, None] - 1 + jnp.arange(COMPLETION_LENGTH)  # who predicts each target
+        at = rows.prompt_length[:, None] - 1 + jnp.arange(rows.targets.shape[1])  # who predicts each target
         hidden = jnp.take_along_axis(hidden, jnp.minimum(at, hidden.shape[1] - 1)[..., None], axis=1)
         logits = apply(hidden, method="logits")  # [B, A, V]
         nll = optax.softmax_cross_entropy_with_integer_labels(logits, rows.targets)
@@ -262,14 +260,15 @@ def train(config: ml_collections.ConfigDict, processor: Processor, model: Vision
     def vision_batches(rng: np.random.Generator) -> Iterator[tuple]:
         while True:
             c = config.vision
-            items = [world.make_item(rng, id="", follow_prior=c.follow_prior) for _ in range(c.batch_size)]
+            options = {"world": config.world, "follow_prior": c.follow_prior}
+            items = [make_item(rng, id="", **options) for _ in range(c.batch_size)]
             yield np.stack([item.image for item in items]), np.stack([item.scene.cell_labels() for item in items])
 
     def caption_batches(rows: RowMaker) -> Iterator[tuple]:
         while True:
             c = config.captions
             drawn = [rows.caption(c.follow_prior) for _ in range(c.batch_size)]
-            yield ((rows.stack(drawn, length=CAPTION_LENGTH),),)
+            yield ((rows.stack(drawn, length=config.tokens.caption),),)
 
     def response_batches(rows: RowMaker) -> Iterator[tuple]:
         c, b = config.responses, config.responses.batch_size
@@ -280,9 +279,9 @@ def train(config: ml_collections.ConfigDict, processor: Processor, model: Vision
             long = [rows.privileged() for _ in range(privileged)]
             long += [rows.student() for _ in range(b - captions - privileged - free_form)]
             long += [rows.free_form() for _ in range(free_form)]
-            yield ((rows.stack(short, length=CAPTION_LENGTH), rows.stack(long, length=RESPONSE_LENGTH)),)
+            yield ((rows.stack(short, length=config.tokens.caption), rows.stack(long, length=config.tokens.response)),)
 
-    width = 1 + len(world.KINDS) + len(world.ATTRIBUTES["color"]) + len(world.ATTRIBUTES["size"])
+    width = 1 + len(scenes.KINDS) + len(scenes.ATTRIBUTES["color"]) + len(scenes.ATTRIBUTES["size"])
     head = np.random.default_rng(config.seed).normal(0, 0.1, (model.config.hidden_size, width)).astype(np.float32)
     trained = fit(
         {"params": params, "head": jnp.asarray(head), "bias": jnp.zeros(width)},
@@ -307,7 +306,7 @@ def make(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Trains, writes `config.output` and returns what its card states."""
     folder = pathlib.Path(config.output)
     prompt_texts = [text for p in config.prompts.values() for text in (p.user, p.assistant_prefill)]
-    assets.write_assets(folder, templates=prompt_texts)
+    assets.write_assets(folder, world=config.world, templates=prompt_texts)
     processor, model = Processor.load(folder), VisionLanguageModel(ModelConfig.load(folder))
     params = train(config, processor, model)
     tensors = writing.file_tensors(params, tensor_table(model.config), model.config, dtype=jnp.bfloat16)

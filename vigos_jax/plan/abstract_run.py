@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from vigos_jax.demo.world import WORLDS
 from vigos_jax.errors import InputError
 from vigos_jax.method.batch import PrefixBatch, PromptBatch, ScoreBatch, SupervisedTokens
 from vigos_jax.method.losses import ObjectiveConfig
@@ -30,7 +31,7 @@ from vigos_jax.models.variables import cast_floats, shares_vision, student_varia
 from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.plan.devices import Topology
 from vigos_jax.runtime.sharding import batch_sharding, check_batch, make_mesh, replicated, tree_shardings
-from vigos_jax.session import DEMO_FOLDER, buckets_of, check_quantization, model_of, objective_of, placed
+from vigos_jax.session import buckets_of, check_quantization, model_of, objective_of, placed
 from vigos_jax.teachers import check_dimensions
 from vigos_jax.training.step import TrainState, make_optimizer
 from vigos_jax.weights.reading import load_config
@@ -38,7 +39,7 @@ from vigos_jax.weights.reading import load_config
 
 def model_config_of(path: str) -> ModelConfig:
     """The dimensions of `config.model.path`, without the network: a folder's own word, else the published file's."""
-    folder = DEMO_FOLDER if path == "demo" else pathlib.Path(path).expanduser()
+    folder = WORLDS[path].base if path in WORLDS else pathlib.Path(path).expanduser()
     return load_config(folder) if folder.is_dir() else ModelConfig.from_hf(published_config(path))
 
 

@@ -6,10 +6,12 @@ Numbers that are missing or not finite leave a gap. Everything is in the units o
 import dataclasses
 import itertools
 import math
+import statistics
 from collections.abc import Sequence
+from typing import NamedTuple
 
-WIDTH, HEIGHT = 340, 200
-LEFT, RIGHT, TOP, BOTTOM = 46, 8, 10, 22  # margins, for the numbers at the axes
+WIDTH, HEIGHT = 340, 222
+LEFT, RIGHT, TOP, BOTTOM = 46, 8, 22, 32  # margins, for the numbers at the axes and what they count
 MAX_POINTS = 300  # of a line; more are averaged over equal stretches
 SMOOTH_FROM = 30  # points from which a moving mean is drawn over the pale line
 
@@ -19,11 +21,17 @@ Point = tuple[float, float | None]
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A named line; points are (x, y) by ascending x, y None where there is none."""
+    """A named line; points are (x, y) by ascending x, y None where there is none.
+
+    Attributes:
+      has_noise: whether a band around the moving mean shows how sure that mean is: two standard errors either way, by
+        the scatter of the points it is of.
+    """
 
     name: str
     points: Sequence[Point]
     color: Color
+    has_noise: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +48,8 @@ class Chart:
     """Lines over a common x, which is a step.
 
     Attributes:
-      unit: of y, behind the title.
+      unit: of y, at its axis.
+      reading: how to read the chart, a line below it.
       stacked: areas on top of each other; all lines then have the same x.
       top: largest y shown, what lies above is cut off; None for all.
     """
@@ -48,12 +57,26 @@ class Chart:
     title: str
     lines: Sequence[Line]
     unit: str = ""
+    reading: str = ""
     note: str = ""
     stacked: bool = False
     marks: Sequence[Mark] = ()
     top: float | None = None
 
     kind = "chart"
+
+    @property
+    def summary(self) -> str:
+        """What the chart shows, in words: for those who do not see it."""
+        ends = []
+        for line in self.lines:
+            there = [(x, y) for x, y in line.points if _is_number(y)]
+            if there:
+                (first, start), (last, end) = there[0], there[-1]
+                ends.append(
+                    f"{line.name} {number_of(start)} at step {number(first)}, {number_of(end)} at {number(last)}"
+                )
+        return f"{self.title}, {self.unit}: {'; '.join(ends)}"
 
     def drawing(self) -> "Drawing":
         """Lays the chart out."""
@@ -83,10 +106,13 @@ class Chart:
                 shapes.append(Shape(line.color, _path([outline], place), is_area=True))
                 floor = list(line.points)
                 continue
-            mean = smooth(line.points) if len(line.points) >= SMOOTH_FROM else None
-            shapes.append(Shape(line.color, _path(_runs(line.points), place), is_pale=mean is not None))
-            if mean is not None:
-                shapes.append(Shape(line.color, _path(_runs(mean), place)))
+            means = smooth(line.points) if len(line.points) >= SMOOTH_FROM else None
+            if means is not None and line.has_noise:
+                outlines = (_path([outline], place) for outline in _outlines(means))
+                shapes += [Shape(line.color, path, is_area=True, is_pale=True) for path in outlines]
+            shapes.append(Shape(line.color, _path(_runs(line.points), place), is_pale=means is not None))
+            if means is not None:
+                shapes.append(Shape(line.color, _path(_runs([(m.x, m.mean) for m in means]), place)))
             elif len(line.points) == 1 and _is_number(line.points[0][1]):  # a line of one point is not seen
                 x, y = place(*line.points[0])
                 shapes.append(Shape(line.color, f"M{x - 2:.1f},{y:.1f}h4"))
@@ -95,7 +121,7 @@ class Chart:
             y_ticks=[(place(left, y)[1], number(y)) for y in y_ticks],
             shapes=shapes,
             marks=[(place(m.x, low)[0], css(m.color), m.text) for m in self.marks if left <= m.x <= right],
-            columns=_columns(self.lines, place),
+            columns=_columns(self.lines, self.marks, place),
         )
 
 
@@ -110,13 +136,18 @@ class Shape:
 
     @property
     def css(self) -> str:
-        """The colour as a style sheet writes it."""
+        """The color as a style sheet writes it."""
         return css(self.color)
+
+    @property
+    def css_class(self) -> str:
+        """What `page.html.j2` styles it by."""
+        return ("area" if self.is_area else "line") + (" pale" if self.is_pale else "")
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """Ticks as (place, text), marks as (x, colour, text), and columns (x, width, text) that tell the numbers there."""
+    """Ticks as (place, text), marks as (x, color, text), and columns (x, width, text) that tell the numbers there."""
 
     x_ticks: Sequence[tuple[float, str]]
     y_ticks: Sequence[tuple[float, str]]
@@ -126,7 +157,7 @@ class Drawing:
 
 
 def css(color: Color) -> str:
-    """A colour as a style sheet writes it."""
+    """A color as a style sheet writes it."""
     return "#" + "".join(f"{min(max(int(c), 0), 255):02x}" for c in color)
 
 
@@ -156,16 +187,47 @@ def thin(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
     return [(part[-1][0], _mean(part)) for part in parts]
 
 
-def smooth(points: Sequence[Point]) -> list[Point]:
+class Smoothed(NamedTuple):
+    """A moving mean at x, None without a number near, and two standard errors around it, None with fewer than two."""
+
+    x: float
+    mean: float | None
+    band: tuple[float, float] | None
+
+
+def smooth(points: Sequence[Point]) -> list[Smoothed]:
     """The mean of each point and its neighbours, a twentieth of the line in all."""
     reach = max(1, len(points) // 40)
     near = (points[max(0, i - reach) : i + reach + 1] for i in range(len(points)))
-    return [(x, _mean(part)) for (x, _), part in zip(points, near, strict=True)]
+    return [Smoothed(x, _mean(part), _band(part)) for (x, _), part in zip(points, near, strict=True)]
 
 
 def _mean(points: Sequence[Point]) -> float | None:
-    values = [y for _, y in points if y is not None and math.isfinite(y)]
+    values = _numbers(points)
     return sum(values) / len(values) if values else None
+
+
+def _band(points: Sequence[Point]) -> tuple[float, float] | None:
+    values = _numbers(points)
+    if len(values) < 2:
+        return None
+    mean, half = statistics.fmean(values), 2 * statistics.stdev(values) / math.sqrt(len(values))
+    return mean - half, mean + half
+
+
+def _numbers(points: Sequence[Point]) -> list[float]:
+    return [y for _, y in points if y is not None and math.isfinite(y)]
+
+
+def _outlines(means: Sequence[Smoothed]) -> list[list[Point]]:
+    """Around the bands of the means, one for each stretch that has them."""
+    stretches: list[list[tuple[float, float, float]]] = [[]]
+    for x, _, band in means:
+        if band is None:
+            stretches.append([])
+        else:
+            stretches[-1].append((x, *band))
+    return [[*((x, high) for x, _, high in s), *((x, low) for x, low, _ in reversed(s))] for s in stretches if s]
 
 
 def _is_number(y: float | None) -> bool:
@@ -196,8 +258,8 @@ def _stack(lines: Sequence[Line]) -> list[Line]:
     return out
 
 
-def _columns(lines: Sequence[Line], place) -> list[tuple[float, float, str]]:
-    """For each x that is shown, a stripe around it with the numbers of all lines there."""
+def _columns(lines: Sequence[Line], marks: Sequence[Mark], place) -> list[tuple[float, float, str]]:
+    """For each x that is shown, a stripe around it with the numbers of all lines there, and what happened in it."""
     by_x: dict[float, list[str]] = {}
     for line in lines:
         for x, y in thin(line.points):
@@ -208,7 +270,8 @@ def _columns(lines: Sequence[Line], place) -> list[tuple[float, float, str]]:
         low = (xs[i - 1] + x) / 2 if i else x
         high = (xs[i + 1] + x) / 2 if i + 1 < len(xs) else x
         start, end = place(low, 0.0)[0], place(high, 0.0)[0]
-        out.append((start, max(end - start, 1.0), f"step {number(x)}\n" + "\n".join(by_x[x])))
+        happened = [mark.text for mark in marks if low < mark.x <= high or mark.x == x]
+        out.append((start, max(end - start, 1.0), "\n".join([f"step {number(x)}", *by_x[x], *happened])))
     return out
 
 

@@ -1,4 +1,4 @@
-// The browser of snapshots: reads the JSON beside it, and writes texts as texts only (textContent, title).
+// The numbers of charts, and the browser of snapshots, which reads the JSON beside it. Writes texts as texts only.
 "use strict";
 const FILTERS = ["all", "invalid", "wrong", "leaky"];
 
@@ -51,7 +51,7 @@ function browse(root, data) {
   const probes = data.probes.map((probe) => {
     const row = make("div", root, "probe");
     const side = make("div", row);
-    if (probe.picture) Object.assign(make("img", side), { src: probe.picture, alt: "" });
+    if (probe.picture) Object.assign(make("img", side), { src: probe.picture, alt: "image of the question" });
     const body = make("div", row);
     make("div", body, "title", probe.title);
     make("div", body, "question", probe.question);
@@ -87,4 +87,27 @@ document.querySelectorAll("script.browser-data").forEach((script) => {
   const root = script.previousElementSibling;
   root.replaceChildren();
   browse(root, JSON.parse(script.textContent));
+});
+
+// A chart's numbers at a step: under the pointer, or by the arrow keys where the chart has the focus.
+document.querySelectorAll(".chart > svg").forEach((svg) => {
+  const said = svg.parentElement.querySelector(".at");
+  const columns = [...svg.querySelectorAll(".column")];
+  let at = columns.length;
+  function choose(i) {
+    columns[at]?.classList.remove("chosen");
+    at = i;
+    columns[at]?.classList.add("chosen");
+    said.textContent = columns[at] ? columns[at].textContent.replaceAll("\n", " · ") : "";
+  }
+  columns.forEach((column, i) => { column.onpointerenter = () => choose(i); });
+  svg.onpointerleave = () => choose(columns.length);
+  svg.onblur = () => choose(columns.length);
+  svg.onkeydown = (event) => {
+    if (event.altKey || event.ctrlKey || event.metaKey) return;  // the browser's own
+    const ends = { Home: 0, End: columns.length - 1, ArrowLeft: at - 1, ArrowRight: at >= columns.length ? 0 : at + 1 };
+    if (!(event.key in ends)) return;
+    event.preventDefault();
+    choose(Math.min(Math.max(ends[event.key], 0), columns.length - 1));
+  };
 });

@@ -1,8 +1,8 @@
 """Pages to look at: one self-contained HTML file, no network, everything that comes from models and data escaped.
 
 A page is a title and a list of sections, each a frozen dataclass below or a row of `charts.Chart`; `page.html.j2` and
-`chart.html.j2` draw them. The one script, `page.js`, is there for a browser of snapshots alone, and the page lets no
-other one run.
+`chart.html.j2` draw them. A page has at most one script, `page.js` for a browser of snapshots and the numbers of charts
+or `compare.js` for a comparison of runs, and lets no other one run.
 """
 
 import base64
@@ -10,8 +10,10 @@ import dataclasses
 import functools
 import hashlib
 import io
+import math
+import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -21,10 +23,11 @@ from PIL import Image
 from vigos_jax.report import charts
 from vigos_jax.report.charts import Chart, Color
 
-# One colour each for roles, and for whatever else is told apart by colour.
+# One color each for roles, and for whatever else is told apart by color: blue, orange, green, magenta, maroon, slate.
+# Each is seen on white, and told from all others with any kind of color blindness.
 PALETTE: tuple[Color, ...] = (
-    *((47, 106, 200), (214, 111, 20), (130, 80, 180)),
-    *((20, 140, 110), (190, 60, 95), (110, 110, 40)),
+    *((0, 90, 181), (220, 120, 0), (0, 150, 120)),
+    *((200, 80, 170), (110, 20, 20), (60, 66, 74)),
 )
 
 
@@ -76,7 +79,7 @@ class Token:
 
     @property
     def background(self) -> str:
-        """The colour behind the token as a style sheet writes it."""
+        """The color behind the token as a style sheet writes it."""
         r, g, b = (int(min(max(x, 0), 255)) for x in self.color)
         return f"rgba({r},{g},{b},{min(max(self.strength, 0.0), 1.0):.3f})"
 
@@ -124,7 +127,7 @@ class Shot:
       note: a line about it.
       tokens: pieces of text, in order.
       roles: per token, which of the browser's roles scores it; -1 for none.
-      strengths: per token, how strong its colour is, 0-1.
+      strengths: per token, how strong its color is, 0-1.
       hovers: per token, what shows on hover behind the role's name.
     """
 
@@ -174,7 +177,58 @@ class Browser:
         return {"roles": roles, "steps": list(self.steps), "probes": probes, "first": self.first}
 
 
-Section = Text | Table | Rollout | Charts | Folded | Browser
+@dataclasses.dataclass(frozen=True)
+class ComparedRun:
+    """A run in a comparison.
+
+    Attributes:
+      href: its own page; "" for none.
+      cells: what the table says of it, as texts.
+      fields: its config, field -> value as text.
+      curves: title -> (step, number, moving mean) by ascending step; units: title -> unit of y.
+    """
+
+    name: str
+    href: str
+    cells: Sequence[str]
+    fields: Mapping[str, str]
+    curves: Mapping[str, Sequence[tuple[float, float | None, float | None]]]
+    units: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Runs in a table; of those that are chosen, at most as many as there are colors, `compare.js` draws the curves."""
+
+    title: str
+    note: str
+    colors: Sequence[Color]
+    head: Sequence[str]
+    runs: Sequence[ComparedRun]
+
+    kind = "comparison"
+
+    def __post_init__(self):
+        if any(len(run.cells) != len(self.head) for run in self.runs):
+            raise ValueError(f"comparison {self.title!r}: a run has not {len(self.head)} cells")
+
+    def data(self) -> dict[str, Any]:
+        """What `compare.js` reads: numbers that are not finite are gaps."""
+        finite = lambda y: None if y is None or not math.isfinite(y) else y  # noqa: E731
+        runs = [
+            {
+                "name": run.name,
+                "fields": dict(run.fields),
+                "units": dict(run.units),
+                "curves": {t: [(x, finite(y), finite(m)) for x, y, m in points] for t, points in run.curves.items()},
+            }
+            for run in self.runs
+        ]
+        sizes = {name: getattr(charts, name.upper()) for name in ("width", "height", "left", "right", "top", "bottom")}
+        return {"colors": [list(color) for color in self.colors], "runs": runs, "sizes": sizes}
+
+
+Section = Text | Table | Rollout | Charts | Folded | Browser | Comparison
 
 
 def image_uri(image: Image.Image, *, size: int = 160) -> str:
@@ -190,7 +244,7 @@ def image_uri(image: Image.Image, *, size: int = 160) -> str:
 
 
 def mix(a: tuple[int, int, int], b: tuple[int, int, int], share: float) -> tuple[int, int, int]:
-    """The colour `share` of the way from a to b."""
+    """The color `share` of the way from a to b."""
     red, green, blue = (round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
     return red, green, blue
 
@@ -217,7 +271,8 @@ def _template() -> jinja2.Template:
 
 def render(title: str, sections: Sequence[Section]) -> str:
     """The page as text."""
-    script = _file("page.js") if any(s.kind == "browser" for s in sections) else ""
+    kinds = {s.kind for s in sections}
+    script = _file("compare.js") if "comparison" in kinds else _file("page.js") if kinds & {"browser", "charts"} else ""
     # By its hash: a script that came out of a data set would not run even if it were not escaped.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     policy = markupsafe.Markup(f"'sha256-{digest}'" if script else "'none'")
@@ -226,7 +281,7 @@ def render(title: str, sections: Sequence[Section]) -> str:
 
 def write_page(path: pathlib.Path, title: str, sections: Sequence[Section]) -> None:
     """Writes the page under a temporary name and renames it."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # a run may draw its own page at the same time
     # Half a surrogate pair cannot be written; a model can produce one.
     temporary.write_text(render(title, sections), encoding="utf-8", errors="replace")
     temporary.replace(path)

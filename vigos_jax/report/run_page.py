@@ -10,17 +10,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vigos_jax.config import flatten
-from vigos_jax.report.charts import Chart, Line, Mark, number
+from vigos_jax.demo.world import WORLDS
+from vigos_jax.report.charts import SMOOTH_FROM, Chart, Line, Mark, number
 from vigos_jax.report.page import PALETTE, Browser, Charts, Folded, Probe, Section, Shot, Table, Text, write_page
+from vigos_jax.report.run_files import read_run
 from vigos_jax.runtime import workdir as files
-from vigos_jax.runtime.files import read_object
-from vigos_jax.runtime.jsonl import parse_object, read_steps
+from vigos_jax.runtime.jsonl import parse_object
 
 _SKIPPED, _ALERT = (190, 30, 30), (214, 150, 20)
 MAX_SHOTS = 25  # of a row, evenly spread over the run: what a page holds does not grow with the run
 _KEY = re.compile(rb'\{"key": "(\d+|row)/')  # what a line of report.jsonl begins with
-_FULL_DIVERGENCE = 1.0  # nats from which a token's colour is as strong as it gets
-_RATES = {"valid_rate": "valid", "accuracy": "accuracy", "truncated_rate": "cut off"}
+_FULL_DIVERGENCE = 1.0  # nats from which a token's color is as strong as it gets
+_RATES = {"valid_rate": "valid", "truncated_rate": "cut off"}
 _RATES |= {"leak_rate": "answer in description"}
 _LENGTHS = {"completion_tokens": "completion", **{f"length/{p}": p for p in ("description", "reasoning", "answer")}}
 _PHASES = {f"seconds/{phase}": phase for phase in ("rollout", "pack", "update")}
@@ -30,29 +31,32 @@ _RESULTS = {
     "valid": "valid format",
     "description_accuracy": "descriptions all correct",
     "leak": "leak",
+    "reasoning": "right where what is asked is described right",
 }
 
 Row = Mapping[str, Any]
 
 
-def write_run_page(workdir: pathlib.Path) -> None:
-    """Draws the page anew from config.json, metrics.jsonl, report.jsonl, eval.jsonl and results.json.
+def write_run_page(workdir: pathlib.Path) -> pathlib.Path:
+    """Draws the page anew from config.json, metrics.jsonl, report.jsonl, eval.jsonl and results.json; returns where.
 
     Those that are not there are left out; equal files give an equal page.
+
+    Raises:
+      InputError: the config is not a run's, or a file cannot be read.
     """
-    config = read_object(workdir / files.CONFIG, owner="a run's workdir")
-    rows, evals = ([row.value for row in read_steps(workdir / name)[0]] for name in (files.METRICS, files.EVALUATIONS))
+    run = read_run(workdir)
+    config, rows = run.config, run.rows
     records, snapshots = _shown_records(workdir / files.SNAPSHOTS)
-    results_file = workdir / files.RESULTS
-    results = read_object(results_file, owner="a run's page") if results_file.exists() else None
     roles = [name for name, role in config["roles"].items() if role["weight"]]
     sections: list[Section] = [_summary(config, rows)]
-    if results:
-        sections.append(_results_table(results))
-    sections += [_curves(config, rows, evals, roles), *_browser(config, records, snapshots, roles)]
+    if run.results:
+        sections.append(_results_table(run.results))
+    sections += [*_curves(config, rows, run.evals, roles), *_browser(config, records, snapshots, roles)]
     fields = (f"{field} = {json.dumps(value, ensure_ascii=False)}" for field, value in flatten(config))
     sections.append(Folded("Config", "\n".join(fields)))
     write_page(workdir / files.PAGE, f"Run {workdir.absolute().name}", sections)
+    return workdir / files.PAGE
 
 
 def _shown_records(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
@@ -76,7 +80,7 @@ def _shown_records(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _summary(config: Row, rows: Sequence[Row]) -> Text:
-    done = rows[-1]["step"] if rows else 0
+    done = rows[-1]["step"] or 0 if rows else 0
     lines = [
         f"Step {done} of {config['steps']}. Model {config['model']['path']}, data {config['data']['source']}, "
         f"batches of {config['batch_size']}, seed {config['seed']}."
@@ -92,44 +96,119 @@ def _summary(config: Row, rows: Sequence[Row]) -> Text:
 
 
 def _results_table(results: Row) -> Table:
-    names = [name for name in ("base", "trained") if name in results]
+    names = list(results)
     text = lambda rate: "n/a" if rate is None else f"{rate:.3f}"  # noqa: E731
-    body = [[title, *(text(results[n][key]) for n in names)] for key, title in _RESULTS.items()]
-    questions = results[names[0]]["questions"]
-    note = f"{questions} questions of each kind, one sample each at temperature 1, unfiltered."
+    body = [[title, *(text(results[n].get(key)) for n in names)] for key, title in _RESULTS.items()]
+    note = f"{results[names[0]].get('questions')} questions of each kind, one sample each at temperature 1, unfiltered."
     return Table("Before and after", ["on the demo", *names], body, note=note)
 
 
 # -- curves -----------------------------------------------------------------------------------------------------
 
 
-def _curves(config: Row, rows: Sequence[Row], evals: Sequence[Row], roles: Sequence[str]) -> Charts:
-    marks = _marks(rows)
+def _curves(config: Row, rows: Sequence[Row], evals: Sequence[Row], roles: Sequence[str]) -> list[Charts]:
+    """What one looks for first: whether it learns, whether it is healthy, how fast it is."""
     per_role = lambda key: [_line(rows, f"{name}/{key}", name, i) for i, name in enumerate(roles)]  # noqa: E731
     listed = lambda names: [_line(rows, key, name, i) for i, (key, name) in enumerate(names.items())]  # noqa: E731
+    one = lambda key, name: [_line(rows, key, name, 0)]  # noqa: E731
+    accuracy = dataclasses.replace(_line(rows, "accuracy", "training rollouts", 0), has_noise=True)
+    learning = [
+        Chart(
+            "Accuracy",
+            [accuracy],
+            "share of rollouts",
+            "Rises where the student learns; the band is two standard errors around the moving mean.",
+        ),
+        _without_peaks(
+            Chart(
+                "Loss by role",
+                per_role("loss"),
+                "nats per token",
+                "How far the student is from each teacher. A role with few tokens in a step is noisy.",
+            )
+        ),
+        Chart(
+            "Format and leak",
+            listed(_RATES),
+            "share of rollouts",
+            "Valid should stay near 1, cut off near 0. A description may hold the answer by right.",
+        ),
+        *_benchmarks(evals),
+    ]
+    clips = any(config["roles"][name]["clip"] for name in roles)
+    healthy = [
+        Chart(
+            "Entropy",
+            one("entropy", "student"),
+            "nats per token",
+            "Towards 0 the student says one thing only; a rise without end is a policy that falls apart.",
+        ),
+        Chart("Length", listed(_LENGTHS), "tokens", "Of whole completions, and of the parts of valid ones."),
+        *([_clipped(per_role("clipped_fraction"))] if clips else []),
+        _without_peaks(
+            Chart("Gradient norm", one("grad_norm", "before the clip"), "norm", "Peaks are steps of unusual rollouts.")
+        ),
+        Chart(
+            "Share of the gradient",
+            per_role("grad_share"),
+            "share",
+            "Which role moves the student, by norms at the last hidden states.",
+        ),
+        _without_peaks(
+            Chart(
+                "Sampler gap",
+                one("sampler_logp_gap", "sampler and scorer"),
+                "nats per token",
+                "Between the probabilities of who samples and who trains, for the same tokens: near 0.",
+            )
+        ),
+        *_staleness(rows),
+    ]
     phases = [line for line in listed(_PHASES) if any(y is not None for _, y in line.points)]
     quiet = [r for r in rows if not r.get("compilations")] or rows
-    top = max((sum(r.get(k, 0.0) for k in _PHASES) for r in quiet), default=None)
+    top = max((sum(r.get(k) or 0.0 for k in _PHASES) for r in quiet), default=None)
     # Without those that compile: they take many times as long.
     speed = _line(quiet, "tokens_per_second", "completion tokens", 0)
-    clips = any(config["roles"][name]["clip"] for name in roles)
-    charts = [
-        _without_peaks(Chart("Loss by role", per_role("loss"), "mean divergence, nats per token")),
-        Chart("Rollouts", listed(_RATES), "share"),
-        *_benchmarks(evals),
-        Chart("Lengths", listed(_LENGTHS), "tokens", note="parts: of valid rollouts"),
-        *([Chart("Clipped", per_role("clipped_fraction"), "share of a role's tokens")] if clips else []),
-        Chart("Share of the gradient", per_role("grad_share"), note="of the roles' norms at the last hidden states"),
-        Chart("Entropy", [_line(rows, "entropy", "student", 0)], "nats per supervised token"),
-        _without_peaks(Chart("Gradient norm", [_line(rows, "grad_norm", "before the clip", 0)])),
-        Chart("Step time", phases, "seconds", stacked=True, top=top or None, note="steps that compile are cut off"),
-        Chart("Speed", [speed], "tokens per second", note="without steps that compile"),
-    ]
-    charts = [dataclasses.replace(chart, marks=marks) for chart in charts if any(line.points for line in chart.lines)]
-    long = "Pale: every step. Strong: the mean of a twentieth of the run. Hover for numbers." if len(rows) >= 30 else ""
-    said = {m.color: name for m, name in zip(marks, (m.text.split(":")[0] for m in marks), strict=True)}
-    dashed = "Dashed: " + ", ".join(sorted(set(said.values()))) + "." if marks else ""
-    return Charts("Curves", charts, note=" ".join(filter(None, (long, dashed))))
+    fast = [
+        Chart(
+            "Step time", phases, "seconds", "What a step waits for.", "Steps that compile are cut off.", stacked=True,
+            top=top or None,
+        ),
+        Chart("Speed", [speed], "tokens per second", "Without steps that compile."),
+    ]  # fmt: skip
+    marks, out = _marks(rows), []
+    for title, charts in (("Is it learning?", learning), ("Is it healthy?", healthy), ("How fast is it?", fast)):
+        drawn = [
+            dataclasses.replace(chart, marks=marks) for chart in charts if any(line.points for line in chart.lines)
+        ]
+        if drawn:
+            out.append(Charts(title, drawn, note="" if out else _how_to_read(rows, marks)))
+    return out
+
+
+def _clipped(lines: Sequence[Line]) -> Chart:
+    reading = "Tokens at the clip teach nothing; near 1 nearly all of the signal is cut off."
+    return Chart("Clipped", lines, "share of a role's tokens", reading)
+
+
+def _staleness(rows: Sequence[Row]) -> list[Chart]:
+    """How old the sampling weights were, where inference servers ran ahead."""
+    if not any(row.get("rollout_staleness") for row in rows):
+        return []
+    line = _line(rows, "rollout_staleness", "rollouts", 0)
+    return [Chart("Staleness", [line], "optimizer steps", "By how many steps the weights that sampled were behind.")]
+
+
+def _how_to_read(rows: Sequence[Row], marks: Sequence[Mark]) -> str:
+    pale = (
+        "Pale: every step, or a few of a long run at a time. Strong: the mean of a twentieth of the run. "
+        if len(rows) >= SMOOTH_FROM
+        else ""
+    )
+    said = {mark.color: mark.text.split(":")[0] for mark in marks}
+    names = {_SKIPPED: "red", _ALERT: "amber"}
+    dashed = f"Dashed: {', '.join(f'{names[color]}, {text}' for color, text in sorted(said.items()))}. " if said else ""
+    return f"{pale}{dashed}Point at a chart, or move through it with the arrow keys, for the numbers of a step."
 
 
 def _without_peaks(chart: Chart) -> Chart:
@@ -138,7 +217,7 @@ def _without_peaks(chart: Chart) -> Chart:
     top = 1.5 * values[int(0.97 * (len(values) - 1))] if values else 0.0
     if not top or values[-1] <= 2 * top:
         return chart
-    return dataclasses.replace(chart, top=top, note=f"cut off above; the largest is {number(values[-1])}")
+    return dataclasses.replace(chart, top=top, note=f"Cut off above; the largest is {number(values[-1])}.")
 
 
 def _line(rows: Sequence[Row], key: str, name: str, color: int) -> Line:
@@ -148,9 +227,10 @@ def _line(rows: Sequence[Row], key: str, name: str, color: int) -> Line:
 
 
 def _benchmarks(evals: Sequence[Row]) -> list[Chart]:
-    """One chart of all tasks' averages, and the demo's Score and Prior."""
+    """One chart of all tasks' averages, and Score and Prior of the demo's worlds."""
     keys = sorted({key for row in evals for key in row if key.endswith("/avg")})
-    demo = {"demo/score": "Score", "demo/prior": "Prior"}
+    rates = {"score": "Score", "prior": "Prior"}
+    demo = {f"{world}/{key}": f"{name}, {world}" for world in WORLDS for key, name in rates.items()}
     out = []
     for title, names in (
         ("Benchmarks", {key: key.removesuffix("/avg") for key in keys}),
@@ -158,7 +238,8 @@ def _benchmarks(evals: Sequence[Row]) -> list[Chart]:
     ):
         if names:
             lines = [_line(evals, key, name, i) for i, (key, name) in enumerate(names.items())]
-            out.append(Chart(title, lines, "percent right"))
+            reading = "On held-out questions, as config.eval asks them."
+            out.append(Chart(title, lines, "percent right", reading))
     return out
 
 
@@ -167,9 +248,9 @@ def _marks(rows: Sequence[Row]) -> list[Mark]:
     for row in rows:
         if row.get("skipped"):
             out.append(Mark(row["step"], _SKIPPED, f"a step that changed nothing: {row['step']}"))
-        if row.get("alerts", 0) > before:
+        if (row.get("alerts") or 0) > before:
             out.append(Mark(row["step"], _ALERT, f"a guard out of its bounds: from step {row['step']}"))
-        before = row.get("alerts", 0)
+        before = row.get("alerts") or 0
     return out
 
 
@@ -189,11 +270,11 @@ def _browser(config: Row, records: Sequence[Row], snapshots: int, roles: Sequenc
         if row["bad_reason"]:
             title = f"{row['id']} · a row that cannot be used: {row['bad_reason']}"
         probes.append(Probe(title, row["problem"], row["picture"], shots))
-    is_demo = config["data"]["source"] == "demo"
+    is_demo = config["data"]["source"] in WORLDS
     what = "states what one expects, not what is shown" if is_demo else "contains the final answer"
     note = (
         f"{len(probes)} rows, sampled as in training, with the same random keys at every step. Underlined: scored, by "
-        "the role of this colour; the stronger the tint, the larger the divergence of the teacher from the student. "
+        "the role of this color; the stronger the tint, the larger the divergence of the teacher from the student. "
         f"Hover for numbers. Leaky: the description {what}."
     )
     if snapshots > len(steps):
@@ -201,7 +282,7 @@ def _browser(config: Row, records: Sequence[Row], snapshots: int, roles: Sequenc
     colors = [(name, PALETTE[i % len(PALETTE)]) for i, name in enumerate(roles)]
     start = "start" if config["model"]["adapter"] else "base"
     first = f"step 0, {start}" if steps[0] == 0 else f"step {steps[0]}"
-    return [Browser("Rollouts", note, colors, steps, probes, first)]
+    return [Browser("What does it say?", note, colors, steps, probes, first)]
 
 
 def _shot(record: Row | None, roles: Sequence[str]) -> Shot | None:

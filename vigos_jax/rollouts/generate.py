@@ -10,7 +10,9 @@ from vigos_jax.data.cleaning import clean_problem
 from vigos_jax.data.images import BadImage, read_image
 from vigos_jax.data.markers import MarkerMismatch
 from vigos_jax.data.visuals import TooLong, Visual
-from vigos_jax.demo import world
+from vigos_jax.demo.scenes import describe
+from vigos_jax.demo.world import WORLDS
+from vigos_jax.demo.world import item as item_at
 from vigos_jax.errors import InputError
 from vigos_jax.models.variables import Variables
 from vigos_jax.rollouts.engine import EngineFactory, NativeEngine
@@ -26,7 +28,7 @@ def stream(session: Session, trained: Variables, config, *, open_engine: EngineF
     Raises:
       InputError: no question, or an image that cannot be read.
     """
-    if config.model.path == "demo" and not (config.generate.image or config.generate.question):
+    if config.model.path in WORLDS and not (config.generate.image or config.generate.question):
         yield from quick_look(session, trained, config, open_engine)
         return
     if not config.generate.image or not config.generate.question.strip():
@@ -46,9 +48,9 @@ def stream(session: Session, trained: Variables, config, *, open_engine: EngineF
 def quick_look(session: Session, trained: Variables, config, open_engine: EngineFactory) -> Iterator[str]:
     """Yields an image that agrees with what one expects and one that contradicts it, in words, and the answers."""
     for k, setting in enumerate(("prior", "conflict")):
-        item = world.item(config.demo_eval.seed, 0, setting=setting)
+        item = item_at(config.demo_eval.seed, 0, setting=setting, world=config.model.path)
         usual = "as usual" if setting == "prior" else f"usually {item.prior_value}"
-        yield "\n\n" * bool(k) + f"image     {world.describe(item.scene.things)}\n"
+        yield "\n\n" * bool(k) + f"image     {describe(item.scene.things)}\n"
         yield f"question  {item.question}\nright     {item.answer} ({usual})\nanswer    "
         for piece in _answer(session, trained, config, item.pil_image, item.question, open_engine):
             yield piece.replace("\n", " ")

@@ -1,4 +1,4 @@
-"""The embedded demo: images that contradict what one expects, and images that agree."""
+"""The worlds of the embedded demo: images that contradict what one expects, and images that agree."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,4 +24,7 @@ def summarise(graded: Sequence[Graded]) -> dict[str, float | None]:
 
 
 COLUMNS = (("image",), ("question",), ("answer",), ("setting",))
-TASK = Task("demo", "Demo", "demo", "test", None, COLUMNS, ask, summarise)
+TASKS = tuple(
+    Task(name, title, name, "test", None, COLUMNS, ask, summarise)
+    for name, title in (("demo", "Demo"), ("demo_reasoning", "Demo that takes reasoning"))
+)
