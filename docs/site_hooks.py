@@ -97,7 +97,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, **_):
-    """Leaves out what a code block's first line tells the tests behind its language."""
+    """Leaves out what a code block's first line tells the tests after its language."""
     return re.sub(r"^```(\w+) [^`\n]+$", r"```\1", markdown, flags=re.M)
 
 

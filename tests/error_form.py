@@ -12,7 +12,7 @@ MOST = 2000  # characters; some list all columns or fields
 ADVICE = re.compile(
     r"\bmust\b|\bchoices?:|\bchoose\b|\bneeds?\b|\bneeded\b|\ballows?\b|\bchoice\b|\binstall\b|\bit has\b|\bthey have\b"
     r"|\bthe (?:nearest|largest|only)\b|\bsee\b|\btry\b|\bis now\b|\bshipped are\b|\bits (?:files|fields) are\b"
-    r"|\bgoes on\b|\bat (?:most|least)\b|\bfetch\b|\bmove\b|\bmake (?:room|it)\b|\bwait\b|\blower\b|\braise\b|\bset\b"
+    r"|\bresumes\b|\bat (?:most|least)\b|\bfetch\b|\bmove\b|\bmake (?:room|it)\b|\bwait\b|\blower\b|\braise\b|\bset\b"
     r"|\bname\b|\bleave\b|\bgive\b|\bgo back\b|\bwrite (?:it|them)\b|\binstead\b|\bstart again\b|\bunset\b|\bend them\b"
     r"|\btakes an older\b"
 )

@@ -38,8 +38,8 @@ usage: python -m vigos_jax.main --config FILE [--mode MODE] [--workdir DIR] [--c
        python -m vigos_jax.main --help [FIELD]
 
 modes
-  train     (default) post-train a model; goes on where an earlier run in the same workdir stopped; with more
-            config.steps, beyond the end of a finished one
+  train     (default) post-train a model; resumes an earlier run in the same workdir; with more config.steps, a finished
+            one too
   data      read some rows and show how they are understood: columns, bad rows, sizes, padding, and a few as the student
             and each teacher will read them; --config.preview.rows=200, --config.preview.output=DIR for a page
   generate  answer one question about one image: --config.generate.image=FILE --config.generate.question=TEXT;
@@ -47,8 +47,8 @@ modes
   score     score rollouts made by any engine: --config.score.rollouts=FILE.jsonl --config.score.output=DIR
   diagnose  how much of the teachers' correction the answer made, and how much the image (PALR): on rollouts of the
             student, or --config.diagnose.rollouts=FILE.jsonl; writes palr.jsonl and palr.html
-  eval      answer benchmark questions and grade them, --config.eval.tasks="('vilp_f', 'cv_bench')"; goes on where an
-            earlier one stopped
+  eval      answer benchmark questions and grade them, --config.eval.tasks="('vilp_f', 'cv_bench')"; resumes an
+            earlier one
   export    write a Hugging Face folder: --config.export.output=DIR --config.export.kind=merged|adapter
             (--config.export.check=true loads it again and compares; --config.export.step=N takes an older checkpoint)
   plan      what a run takes on devices that are not here: memory, time, whether it fits; its programs are compiled,
@@ -94,7 +94,7 @@ def _parse(argv: list[str]):
     except InputError:
         raise
     except Exception as e:  # a config file is code and may raise anything
-        # ml_collections puts a whole traceback into some messages; what happened is behind its last frame.
+        # ml_collections puts a whole traceback into some messages; what happened follows its last frame.
         message = re.sub(r"Traceback \(most recent call last\):.*\n  +\S[^\n]*", "", str(e), flags=re.DOTALL)
         reason = " ".join(message.split())
         reason = re.sub(r" Other fields present: .*?(?=Did you mean|$)", " ", reason)  # all of them
@@ -331,7 +331,7 @@ MODES = {
 
 
 def _help(arguments: list[str]) -> str | None:
-    """What --help prints: of the fields that stand behind it, else of the program. None where it is not asked for."""
+    """What --help prints: of the fields that follow it, else of the program. None where it is not asked for."""
     at = next((i for i, argument in enumerate(arguments) if argument in HELP_FLAGS), None)
     if at is None:
         return None

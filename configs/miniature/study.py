@@ -4,7 +4,7 @@
     python -m vigos_jax.miniature.study --config configs/miniature/study.py --workdir runs/miniature
 
 Makes the bases, trains, measures PALR, and writes tables and figures into the workdir; some hours on two cores. It can
-be stopped at any time: the same command goes on. docs/miniature.md has what came out.
+be stopped at any time: the same command resumes. docs/miniature.md has what came out.
 
 Nothing was chosen on these seeds. The runs are those of the named configs, whose settings were fixed on the shipped
 base (seed 0), on runs of seeds 0 to 2 and on the evaluation's questions of seed 42. Here a seed has its own base, made

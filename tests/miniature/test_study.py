@@ -264,7 +264,7 @@ def test_a_job_that_fails_ends_the_others_and_says_where_to_look(tmp_path):
     """The first runs for a minute, the second fails at once: the first is ended, the third is not begun."""
     failing = Job("b", ("zipfile", "-e", str(tmp_path / "none.zip"), str(tmp_path)), tmp_path / "b.zip")
     began = time.monotonic()
-    with pytest.raises(InputError, match="b: exit code 1; what it said is in .*b.log; the same command goes on"):
+    with pytest.raises(InputError, match="b: exit code 1; what it said is in .*b.log; the same command resumes"):
         run_jobs([slow_job(tmp_path, name="a"), failing, *(zip_job(tmp_path, name=n) for n in "cdef")], tmp_path)
     assert time.monotonic() - began < 50
     assert "none.zip" in (tmp_path / "jobs" / "b.log").read_text()

@@ -357,7 +357,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(one, two):
         assert result["signalled"]["code"] == 0 and len(result["signalled"]["parsed"]) == 2
         assert result["gone_on"]["code"] == 1 and len(result["gone_on"]["parsed"]) == runs.STEPS - 2
     said = (two[0] / "launch" / "output-0.txt").read_text()
-    assert f"SIGTERM: stopped, saved at step 2 of {runs.STEPS}" in said and "going on from step 2" in said
+    assert f"SIGTERM: stopped, saved at step 2 of {runs.STEPS}" in said and "resuming from step 2" in said
     assert_same_rows(one[0] / "whole", two[0] / "signalled")
 
 

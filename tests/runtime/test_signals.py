@@ -58,11 +58,11 @@ def test_a_signal_ends_a_run_after_its_step(world, undisturbed, tmp_path, capfd,
         assert world.run(*arguments) == 0
     said = capfd.readouterr().err
     assert f"{name}: stopping after this step" in said
-    assert f"{name}: stopped, saved at step 1 of {runs.STEPS}; the same command goes on" in said
+    assert f"{name}: stopped, saved at step 1 of {runs.STEPS}; the same command resumes" in said
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
     assert len(runs.read_rows(workdir / "metrics.jsonl")) == 1
     assert world.run(*arguments) == 0
-    assert "going on from step 1" in capfd.readouterr().err
+    assert "resuming from step 1" in capfd.readouterr().err
     runs.assert_same_trees(runs.saved_state(workdir, runs.STEPS), runs.saved_state(undisturbed.workdir, runs.STEPS))
 
 

@@ -141,7 +141,7 @@ def main(kills: int, seed: int, folder: pathlib.Path) -> int:
             kill(process, phase, folder / "b", steps, rng, log)
         finally:
             process.kill()
-        said = [line for line in log.read_text().splitlines() if line.startswith("going on from step")]
+        said = [line for line in log.read_text().splitlines() if line.startswith("resuming from step")]
         resumed |= {int(line.split()[4]) for line in said}
         unfinished = sorted(saves(folder / "b")[1])
         where = "save" if phase == "save" and not unfinished else phase

@@ -69,7 +69,7 @@ def test_a_broken_newest_checkpoint_falls_back(world, undisturbed, copied, capsy
     assert world.run(f"--workdir={copied}") == 0
     said = capsys.readouterr().err
     assert f"warning: the checkpoint of step {runs.STEPS} is broken" in said
-    assert f"going back to step {runs.STEPS - 1}" in said and f"going on from step {runs.STEPS - 1}" in said
+    assert f"going back to step {runs.STEPS - 1}" in said and f"resuming from step {runs.STEPS - 1}" in said
     assert (copied / "checkpoints-broken" / str(runs.STEPS)).is_dir()
     runs.assert_same_trees(runs.saved_state(copied, runs.STEPS), runs.saved_state(undisturbed.workdir, runs.STEPS))
     assert [row["step"] for row in runs.read_rows(copied / "metrics.jsonl")] == list(range(1, runs.STEPS + 1))

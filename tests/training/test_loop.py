@@ -186,7 +186,7 @@ def test_a_changed_data_set_is_not_gone_on_with(world, tmp_path, capsys):
     runs.write_rows(data, [rows[0] | {"problem": "another question"}])
     capsys.readouterr()
     assert world.run(f"--workdir={tmp_path / 'run'}", *allowed) == 2
-    assert "cannot go on with other data" in capsys.readouterr().err
+    assert "cannot resume with other data" in capsys.readouterr().err
 
 
 @pytest.mark.slow

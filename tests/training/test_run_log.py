@@ -132,5 +132,5 @@ def test_bar_on_a_terminal(monkeypatch):
 
 
 def test_say_goes_to_the_person_watching(capsys):
-    say("going on from step 2")
-    assert capsys.readouterr() == ("", "going on from step 2\n")
+    say("resuming from step 2")
+    assert capsys.readouterr() == ("", "resuming from step 2\n")

@@ -17,7 +17,7 @@ from vigos_jax.grading.options import parse_options
 from vigos_jax.grading.rules import grade
 from vigos_jax.runtime.jsonl import lines_of, parse_object
 
-# "(A) red", "A. red", "A) red" at the start of a line, of the text, or behind white space.
+# "(A) red", "A. red", "A) red" at the start of a line, of the text, or after white space.
 _LETTER_OPTION = re.compile(r"(?:^|\s)(?:\(([A-J])\)|([A-J])[.):])(?=\s)")
 
 

@@ -1,4 +1,4 @@
-"""Counts unusable rows by reason, with an example of each, and says when the data is too broken to go on."""
+"""Counts unusable rows by reason, with an example of each, and says when the data is too broken to continue."""
 
 import collections
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ class BadRows:
         return f"{self.bad} of {self.rows} rows bad" + (f": {kinds}" if kinds else "")
 
     def check(self, max_fraction: float) -> None:
-        """Raises InputError, with the counts, if the data is too broken to go on.
+        """Raises InputError, with the counts, if the data is too broken to continue.
 
         A few bad rows at the start prove little: they may be `max_fraction` of the rows seen or of MIN_ROWS,
         whichever is more. But if none of the first MIN_ROWS_ALL_BAD rows or more is usable, that is enough.

@@ -59,7 +59,7 @@ def read_chat(value: object) -> Chat:
     System turns are left out: this program's prompts are its own. Parts alone are a user turn's.
 
     Raises:
-      BadChat: unknown roles or parts, or turns that are not one question and at most one answer behind it.
+      BadChat: unknown roles or parts, or turns that are not one question and at most one answer after it.
     """
     items = [{k: v for k, v in item.items() if v is not None} for item in _items(value)]
     if not any(item.keys() & {"role", "from"} for item in items):
@@ -122,7 +122,7 @@ def _parts(content: object) -> tuple[str, tuple[Any, ...], int]:
         images += [] if held is None else [held]
     if images and len(images) != len(places):
         raise BadChat("chat_not_understood", f"{len(images)} of {len(places)} image parts hold an image")
-    # Images in front of the text or behind it are not part of a sentence; some texts say themselves where they stand.
+    # Images before the text or after it are not part of a sentence; some texts say themselves where they stand.
     are_inside = any(0 < place < len(texts) for place in places) and not count_markers("".join(texts))
     if are_inside:
         for place in reversed(places):

@@ -66,7 +66,7 @@ class ChatTemplate:
         )
 
     def turn_end(self, control: Collection[str]) -> str | None:
-        """The control token that the template puts behind an assistant's message; None if it puts none there."""
+        """The control token that the template puts after an assistant's message; None if it puts none there."""
         question = _message("user", [{"type": "text", "text": "?"}])
         for answer in (_MARK, [{"type": "text", "text": _MARK}]):  # some templates take only one of the two
             try:

@@ -15,7 +15,7 @@ _ANSWER_LABEL = re.compile(r"\*{0,2}(?:answer|答案)\s*[:：]\*{0,2}", re.IGNOR
 
 
 def clean_problem(text: object, *, images: int = 1, videos: int = 0) -> str:
-    """The question behind its images, see `markers.without_markers`; "" (none) if it is not a text.
+    """The question after its images, see `markers.without_markers`; "" (none) if it is not a text.
 
     Raises:
       MarkerMismatch: its markers do not go with so many images and videos.
@@ -27,7 +27,7 @@ def clean_reference(answer: object) -> str:
     r"""The reference answer of a data row as it is shown to a teacher; "" means that the row has none.
 
     A number keeps its value (0 is an answer; 2.0 is written "2"). A thought in front and a code fence are removed. What
-    stands in the last `<answer>` tags counts, else behind a last line's `####`; of that the last closed box. An
+    stands in the last `<answer>` tags counts, else after a last line's `####`; of that the last closed box. An
     "Answer:" label and quotes are removed. None, NaN, an infinity and anything that is neither text nor number are not
     an answer.
     """

@@ -112,7 +112,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def image_size(item: object, *, image_roots: Sequence[str]) -> tuple[int, int]:
     """(width, height) of an image as `read_image` would give it, from its header alone; BadImage if it has none.
 
-    A PNG may say behind its pixels that it lies on its side; that is not looked for.
+    A PNG may say after its pixels that it lies on its side; that is not looked for.
     """
     try:
         image = _open(item, image_roots)

@@ -215,14 +215,14 @@ def make_batches(
 
 
 def data_state(source: Any, order: Order, *, next_batch: int) -> dict[str, Any]:
-    """What a checkpoint keeps of the data, JSON; any number of processes and workers can go on from it."""
+    """What a checkpoint keeps of the data, JSON; any number of processes and workers can resume from it."""
     return {"next_batch": next_batch, **dataclasses.asdict(order), "source": fingerprint(source)}
 
 
 def resume_batch(saved: Mapping[str, Any], current: Mapping[str, Any]) -> int:
-    """The batch to go on with, given `data_state` then and now; InputError if they differ."""
+    """The batch to resume with, given `data_state` then and now; InputError if they differ."""
     differing = [key for key in current if key != "next_batch" and saved.get(key) != current[key]]
     if differing:
         words = ", ".join(f"{key} was {saved.get(key)!r} and is {current[key]!r}" for key in differing)
-        raise InputError(f"cannot go on with other data: {words}; choices: the old values, a new workdir")
+        raise InputError(f"cannot resume with other data: {words}; choices: the old values, a new workdir")
     return int(saved["next_batch"])

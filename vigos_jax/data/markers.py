@@ -1,9 +1,9 @@
 r"""Image markers in a question: `<image>`, `<image 2>`, `<image_2>`, `<|image_2|>`, `<video>` and what else is in use.
 
-Every role reads the images first and the question behind them (roles share that prefix), so a marker cannot keep an
-image at its place. Markers that stand together in front of the question, or behind it, say no more than that there are
+Every role reads the images first and the question after them (roles share that prefix), so a marker cannot keep an
+image at its place. Markers that stand together before the question, or after it, say no more than that there are
 images, and go. Others are part of a sentence, and become words: "the image", or "image 2" where the row has several.
-Of a model's control tokens only the three that a template writes for an image, one behind the other, are a marker:
+Of a model's control tokens only the three that a template writes for an image, one after the other, are a marker:
 others (`<|image_pad|>` alone) are text in a question, as any control token.
 """
 
@@ -37,7 +37,7 @@ def numbers_as_words(text: str) -> str:
 
 
 def without_markers(text: str, *, images: int, videos: int = 0) -> str:
-    """The question as it is asked behind its images, stripped.
+    """The question as it is asked after its images, stripped.
 
     Args:
       images, videos: how many come with it. A text without markers goes with any number of them.
@@ -102,7 +102,7 @@ def _numbers(places: Sequence[_Marker], counts: Mapping[str, int]) -> list[int]:
 
 
 def _are_all(places: Sequence[_Marker], numbers: Sequence[int], counts: Mapping[str, int]) -> bool:
-    """Whether the markers are those of all images (or videos), one behind the other."""
+    """Whether the markers are those of all images (or videos), one after the other."""
     seen = dict.fromkeys(counts, 0)
     for place, number in zip(places, numbers, strict=True):
         seen[place.kind] += 1

@@ -77,8 +77,8 @@ AS_THE_FOLDER = PixelLimits()
 class Turn:
     """A prompt in two parts; prompt = prefix_ids + rest_ids.
 
-    The split lies behind the last image, so all roles of a sample share `prefix_ids`; without an image,
-    behind the last control token before the text.
+    The split lies after the last image, so all roles of a sample share `prefix_ids`; without an image,
+    after the last control token before the text.
     """
 
     prefix_ids: tuple[int, ...]  # system header .. last <|vision_end|>; one image pad per visual token
@@ -256,7 +256,7 @@ class Processor:
     ) -> tuple[EncodedImage, ...]:
         """Frames of a video, in pairs (`frames_per_patch`); the last one stands in for those that lack for a pair.
 
-        Qwen2.5-VL reads them as one block whose positions tell the time, the others as blocks of a pair, each behind a
+        Qwen2.5-VL reads them as one block whose positions tell the time, the others as blocks of a pair, each after a
         timestamp. They are resized as images are, each by the limits.
 
         Args:
@@ -286,7 +286,7 @@ class Processor:
 
     @functools.cached_property
     def behind_header(self) -> str:
-        """What the chat template puts behind the assistant's header, in front of every answer."""
+        """What the chat template puts after the assistant's header, in front of every answer."""
         return self._chat_template.behind_header()
 
     @property
@@ -306,14 +306,14 @@ class Processor:
         """Prompt of one user turn: the images, then the text; then the assistant's header and prefill.
 
         Args:
-          user_text: exactly the text behind the images; may be empty.
+          user_text: exactly the text after the images; may be empty.
           grids: one per image, from `EncodedImage.grid`.
           labels: one per image, from `EncodedImage.label`; () if all are images.
           continues: one per image, from `EncodedImage.continues`; () if every frame is a video of its own.
           assistant_prefill: forced start of the answer, tokenised by itself; may be empty.
 
         Raises:
-          InputError: the chat template does not put the images first and the text behind them, once; or it opens a
+          InputError: the chat template does not put the images first and the text after them, once; or it opens a
             thought in front of the prefill.
         """
         self._chat_template.check_prefill(self.behind_header, assistant_prefill)

@@ -70,7 +70,7 @@ def _option_reference(text: str, options: Sequence[str], first: int) -> Referenc
 
 
 def with_options(text: str, options: Sequence[str], *, template: str = "{letter}. {option}") -> str:
-    """The question with its options under it, a line for each, unless it shows them already behind their letters."""
+    """The question with its options under it, a line for each, unless it shows them already after their letters."""
     labelled = list(zip(LETTERS, options, strict=False))
     if all(re.search(rf"(?<!\w)\(?{letter}[).:] *{re.escape(o)}", text) for letter, o in labelled):
         return text

@@ -33,7 +33,7 @@ _OTHER_DATA = (".jsonl", ".json", ".csv", ".tsv", ".arrow", ".tar", ".zip")
 
 
 class Table(Sequence):
-    """Rows of `datasets.Dataset`s, memory-mapped, one table behind the other: images as bytes or paths, labels by name.
+    """Rows of `datasets.Dataset`s, memory-mapped, one table after the other: images as bytes or paths, labels by name.
 
     Tables of different columns or types stay as they are: nothing is cast, and a column that a table lacks is None.
 

@@ -137,7 +137,7 @@ class Asker:
                 yield batch, rows
 
     def _rows(self, batch: Sequence[Job], size: int) -> dict[int, Row | str]:
-        """This process's rows by their place in a batch of `size`; behind the last job they are empty."""
+        """This process's rows by their place in a batch of `size`; after the last job they are empty."""
         made: dict[str, Row | str] = {}
         rows: dict[int, Row | str] = {}
         for i in self.session.own_rows(size):

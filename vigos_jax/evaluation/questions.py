@@ -94,8 +94,8 @@ def _open_json(source: str) -> TaskRows:
 def questions_of(task: Task, rows: TaskRows, *, limit: int) -> list[Question]:
     """The questions of `limit` rows that are evenly spread over the source (0: of all rows), in order.
 
-    An id that was there before gets its row's number behind it. Answers that count a row's options count from 0; where
-    one of them leads behind the last option the source counts otherwise, and none of them can be trusted.
+    An id that was there before gets its row's number appended. Answers that count a row's options count from 0; where
+    one of them points past the last option the source counts otherwise, and none of them can be trusted.
     """
     size = len(rows.rows)
     count = min(limit, size) if limit else size

@@ -6,7 +6,7 @@ name.
 
 ADVICE = {
     "seed": "Repeat an experiment with several seeds before you believe a small difference.",
-    "steps": "Set it to rows / batch_size for one epoch. A finished run goes on if you raise it.",
+    "steps": "Set it to rows / batch_size for one epoch. A finished run resumes if you raise it.",
     "batch_size": "Keep it at the published value; out of memory, raise gradient_accumulation_steps instead.",
     "gradient_accumulation_steps": "Raise it first when the gradient runs out of memory; the result is the same.",
     "checkpoint_every": "Lower it where machines are preempted often or steps take minutes.",
@@ -19,7 +19,7 @@ ADVICE = {
     "log.wandb": "Set it to follow a run from elsewhere.",
     "compilation_cache": "Name a folder on a local disk where the home folder is slow or small.",
     "model.path": "Always, for a run of your own.",
-    "model.adapter": "Set it to go on from an adapter that was trained before.",
+    "model.adapter": "Set it to start from an adapter that was trained before.",
     "model.chat_template_kwargs": "Set enable_thinking=False if the template opens a thought in front of the answer.",
     "model.dtype": "bfloat16 for every model of a billion parameters or more.",
     "model.quantization": "int8, else nf4, where the base does not fit beside its adapters; int8 is closer and faster.",

@@ -137,7 +137,7 @@ def _attributes(cls: type) -> dict[str, str]:
 
 
 def _comments(source: str) -> dict[str, str]:
-    """What is said of each field that the file sets: the comment lines above it, and the one behind it."""
+    """What is said of each field that the file sets: the comment lines above it, and the one after it."""
     notes: dict[int, str] = {}
     alone: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):

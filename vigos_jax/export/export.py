@@ -62,7 +62,7 @@ def export(
     Args:
       trained: what lies over the base; `{}` for the base itself.
       output: the folder; not there yet, or empty.
-      run: the training behind it, for the model card.
+      run: the training that it comes from, for the model card.
       record: file of a `folder.Record`, by which a run finds its export again.
 
     Returns:

@@ -32,7 +32,7 @@ model = PeftModel.from_pretrained(base, FOLDER)"""
 
 @dataclasses.dataclass(frozen=True)
 class RunFacts:
-    """The training behind an export.
+    """The training that an export comes from.
 
     Attributes:
       step: optimizer steps taken.

@@ -117,7 +117,7 @@ def prompt_rows(processor: Processor, student) -> list[Row]:
 
 
 def pack(rows: list[Row], config: ModelConfig) -> tuple[PromptBatch, np.ndarray]:
-    """The rows as one batch, and which of its last n positions are text behind the image, bool [B, n]."""
+    """The rows as one batch, and which of its last n positions are text after the image, bool [B, n]."""
     buckets = Buckets(
         patches=(max(slot_count(row, config) for row in rows),),
         prompt=(max(len(row.prompt.ids) for row in rows),),

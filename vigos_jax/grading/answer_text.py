@@ -10,7 +10,7 @@ from vigos_jax.grading.braces import closing_brace
 from vigos_jax.grading.reading import ORDINAL, read
 
 _BOX_OPEN = "\\boxed{"
-_NUMBER_BEFORE = re.compile(r"(?:[0-9][.,/]|(?<!\w)[-−])$")  # what makes the digits behind it part of a number
+_NUMBER_BEFORE = re.compile(r"(?:[0-9][.,/]|(?<!\w)[-−])$")  # what makes the digits after it part of a number
 _NUMBER_AFTER = re.compile(r"[.,/][0-9]")
 
 

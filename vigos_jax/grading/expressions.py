@@ -106,7 +106,7 @@ def _same_value(a: Reading, b: Reading, math: MathGrader | None) -> bool | None:
 
 
 def _value_and_unit(reading: Reading) -> tuple[str, str]:
-    """An expression and the unit behind it, "" without one."""
+    """An expression and the unit after it, "" without one."""
     words = reading.body.split(" ")
     for count in (3, 2, 1):
         if len(words) > count and (unit := unit_of(" ".join(words[-count:]))) is not None:

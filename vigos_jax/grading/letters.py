@@ -17,7 +17,7 @@ _HEADS = (  # the letter, and what stands beside it
     re.compile(r"(?P<rest>[0-9]{1,30}[°%]?)\((?P<letter>[A-Z])\)"),  # "13(B)"
 )
 _UNMARKED = re.compile(r"(?P<letter>[A-Z]) (?P<rest>.+)")
-# A letter that names an option: marked as one, or behind a word that joins alternatives.
+# A letter that names an option: marked as one, or after a word that joins alternatives.
 _NAMED = re.compile(
     r"(?<![\w'])(?:[(\[]([A-Za-z])[)\]]|([A-Za-z])\)|([A-Z])[.:](?= ?\S)(?![A-Z]\.))"
     r"|(?:^|[,;/&|+]|\b(?:or|and|maybe|perhaps|possibly|probably|also|either|answer|option|choice|be|is|but|else|no|guess"

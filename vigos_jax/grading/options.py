@@ -162,7 +162,7 @@ def _of_mapping(value: Mapping[Any, Any]) -> list[str] | None:
 
 
 def _marked(text: str) -> list[str] | None:
-    """The options of "A. red B. blue" or "(A) red (B) blue"; None unless it begins with A and goes on in order.
+    """The options of "A. red B. blue" or "(A) red (B) blue"; None unless it begins with A and continues in order.
 
     A heading before them ("Choices:") is none.
     """

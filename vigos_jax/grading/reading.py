@@ -16,7 +16,7 @@ from vigos_jax.grading.spelling import MAX_ANSWER_CHARS, spell
 from vigos_jax.grading.units import CURRENCY, same_unit, several_units, unit_of
 from vigos_jax.grading.words import word_form
 
-ORDINAL = "th"  # what stands in the unit's place behind an ordinal number
+ORDINAL = "th"  # what stands in the unit's place after an ordinal number
 _YES_NO = {"yes": True, "true": True, "correct": True, "no": False, "false": False, "incorrect": False}
 _YES_NO_FIRST = re.compile(
     rf"({'|'.join(_YES_NO)})"

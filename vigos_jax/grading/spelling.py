@@ -153,7 +153,7 @@ def _greek(match: re.Match) -> str:
 
 
 def _unwrap(text: str) -> str:
-    r"""Without `\text{...}` and its like around their content, however deep; a unit behind a number stands apart.
+    r"""Without `\text{...}` and its like around their content, however deep; a unit after a number stands apart.
 
     One that is never closed stays as it is.
     """

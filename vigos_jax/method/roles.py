@@ -97,12 +97,12 @@ class TeacherRole:
 
     @property
     def prefix(self) -> Prefix:
-        """What its branch stands behind."""
+        """The prefix that its branch follows."""
         return Prefix(self.model, self.view)
 
     @property
     def control_prefix(self) -> Prefix | None:
-        """What its control stands behind: the role run without an image, to weigh its tokens; None without one."""
+        """The prefix that its control follows: the role run without an image, to weigh its tokens; None without one."""
         return Prefix(self.model, NONE) if self.has_control else None
 
     @property
@@ -224,13 +224,13 @@ def prefixes_of(table: tuple[TeacherRole, ...]) -> tuple[Prefix, ...]:
 
 
 def branches_of(prefix: Prefix, table: tuple[TeacherRole, ...]) -> tuple[tuple[int, bool], ...]:
-    """(index of the role, whether the branch is its control) of all branches behind a prefix."""
+    """(index of the role, whether the branch is its control) of all branches after a prefix."""
     own = [(i, False) for i, role in enumerate(table) if role.prefix == prefix]
     return (*own, *((i, True) for i, role in enumerate(table) if role.control_prefix == prefix))
 
 
 def branches_per_rollout(prefix: Prefix, table: tuple[TeacherRole, ...]) -> int:
-    """The most branches that one rollout may have behind a prefix."""
+    """The most branches that one rollout may have after a prefix."""
     roles = [table[i] for i, _ in branches_of(prefix, table)]
     return max(sum(r.applies(is_valid) for r in roles) for is_valid in (True, False))
 

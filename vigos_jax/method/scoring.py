@@ -39,7 +39,7 @@ def supervised_states(
     others: Mapping[str, TeacherModel] = NO_OTHERS,
     dropout_key: Key[AnyArray, ""] | None = None,
 ) -> SupervisedStates:
-    """The states behind every supervised token: the student runs on its sequences, all roles on their packed branches.
+    """The states that predict every supervised token: student sequences and all roles' packed branches are run.
 
     Gradients flow to `trained` only: the teachers and, where it is shared, the vision tower are cut off. Where heads
     have different numbers of rows, all are cut to the least: a tokenizer's ids are in all, the rest is padding.

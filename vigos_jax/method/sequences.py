@@ -60,7 +60,7 @@ def token_sequence(
 
 
 def next_position(positions: np.ndarray) -> int:
-    """Where text goes on behind a sequence with these positions that ends with text."""
+    """The next text position after a sequence with these positions that ends with text."""
     return int(positions[0, -1]) + 1 if positions.size else 0
 
 

@@ -64,13 +64,13 @@ def find_spans(token_bytes: Sequence[bytes], *, rule: str = "paper") -> Spans:
       rule: "paper" is the grammar above. "released" is how the authors' code reads a completion whose
         ids are the tokenizer's own: text between the parts, a white-space description and an empty reasoning or box
         are valid; a token that runs into `</description>` belongs to the description; and the reasoning reaches
-        from behind `<think>` to the brace that closes the box, `</think>` included, so the answer is part of it.
+        from after `<think>` to the brace that closes the box, `</think>` included, so the answer is part of it.
     """
     text = b"".join(token_bytes)
     found = _find_tags(text)
     if isinstance(found, str):
         return _invalid(found)
-    ends = list(accumulate(map(len, token_bytes)))  # [T] byte offset just behind each token
+    ends = list(accumulate(map(len, token_bytes)))  # [T] byte offset just after each token
 
     def token_of(byte: int) -> int:  # the one token that holds this byte
         return bisect_right(ends, byte)
@@ -99,7 +99,7 @@ def find_spans(token_bytes: Sequence[bytes], *, rule: str = "paper") -> Spans:
     after_think_open = token_of(found.reasoning_start - 1) + 1
     after_think_close = token_of(reasoning_gap - 1) + 1
     # Tags win: a token that holds the end of a tag and the start of a part stays outside the part. So a part
-    # starts behind the tag before it at the earliest, and an end never falls before its start.
+    # starts after the tag before it at the earliest, and an end never falls before its start.
     answer_first = max(token_of(found.answer_start), after_think_close)
     return Spans(
         is_valid=True,

@@ -23,7 +23,7 @@ class Job:
 
     Attributes:
       name: unique, a file name.
-      arguments: behind `python -m`.
+      arguments: after `python -m`.
       done: the file that says it is finished.
     """
 
@@ -114,7 +114,7 @@ class Jobs:
         if code or not job.done.exists():
             self._stop()
             how = f"exit code {code}" if code else "it was stopped"
-            raise InputError(f"{job.name}: {how}; what it said is in {log}; the same command goes on")
+            raise InputError(f"{job.name}: {how}; what it said is in {log}; the same command resumes")
         return time.perf_counter() - began
 
     def _stop(self) -> None:

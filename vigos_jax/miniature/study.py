@@ -31,7 +31,7 @@ usage: python -m vigos_jax.miniature.study [--config configs/miniature/study.py]
 
 Makes the bases, trains and measures whatever is not finished in --workdir (default runs/miniature), then writes
 results.json, report.md, methods.svg, palr.svg and leak.svg there. Exit codes: 0 done, 2 a job failed or bad input,
-130 stopped; the same command goes on. What is finished is known by its command line: after a change of a config file or
+130 stopped; the same command resumes. What is finished is known by its command line: after a change of a config file or
 of the code, take another --workdir.
 """
 

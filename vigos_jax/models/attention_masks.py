@@ -30,7 +30,7 @@ class Causal(flax.struct.PyTreeNode):
 
 
 class Branches(flax.struct.PyTreeNode):
-    """Packed rows, a prefix and branches behind it: causal, within the own branch or the prefix, never padding.
+    """Packed rows, a prefix and branches after it: causal, within the own branch or the prefix, never padding.
 
     For segment_ids `1 1 2 2 3` (a prefix of two, branches of two and one):
 

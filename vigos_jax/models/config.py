@@ -51,7 +51,7 @@ class VisionConfig:
 
     @property
     def merge_unit(self) -> int:
-        """Patches behind one visual token."""
+        """Patches of one visual token."""
         return self.spatial_merge_size**2
 
     @property

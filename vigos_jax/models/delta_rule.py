@@ -9,7 +9,7 @@ k is divided by sqrt(sum of squares + 1e-6), q as well and then by sqrt(H). Valu
 
 A packed row is [prefix | branch | branch ..]: every branch continues the state and the convolution of the prefix, not
 those of the branch before it in the array. `segment_ids` describes it: 0 padding, 1 prefix, 2, 3, .. branches, which
-ascend along the row. A branch starts at a multiple of `CHUNK`; the prefix may end anywhere, with padding behind it.
+ascend along the row. A branch starts at a multiple of `CHUNK`; the prefix may end anywhere, with padding after it.
 
 Letters as in models/shapes.py; N value heads of size Hv, K key heads of size H, F features of the convolution.
 Source: Yang et al., "Gated Delta Networks: Improving Mamba2 with Delta Rule", 2024 (arXiv:2412.06464).
@@ -37,8 +37,8 @@ class Delta(NamedTuple):
 
     Attributes:
       out: in v's dtype. Finite and meaningless at padding.
-      state: float32, behind the last token.
-      prefix_state: float32, behind the prefix's last token; without segment ids the same as `state`.
+      state: float32, after the last token.
+      prefix_state: float32, after the prefix's last token; without segment ids the same as `state`.
     """
 
     out: Float[Array, "B T N Hv"]
@@ -58,7 +58,7 @@ def _zeros(k: Float[Array, "B T K H"], v: Float[Array, "B T N Hv"]) -> Float[Arr
 
 
 class StepState(NamedTuple):
-    """The state behind a token, S = decay * before + key error^T, which the next token forms when it reads `before`.
+    """The state after a token, S = decay * before + key error^T, which the next token forms when it reads `before`.
 
     Formed at once it would be read a second time: the error is known only when the whole state has been read.
 
@@ -92,7 +92,7 @@ def delta_rule_step(
     beta: Float[Array, "B N"],
     state: StepState,
 ) -> tuple[Float[Array, "B N Hv"], StepState]:
-    """One token: its output in v's dtype, and the state behind it.
+    """One token: its output in v's dtype, and the state after it.
 
     One pass forms the state and takes S^T k and S^T q from it; o is exp(g) S^T q + e (k^T q). Sums of elementwise
     products: a matrix product with two rows is no faster, and these are exact float32 everywhere.
@@ -186,7 +186,7 @@ _solve.defvjp(_solve_forward, _solve_backward)
 
 
 def _chunk(state, q, k, v, g, beta):
-    """C tokens from the state before them: outputs [B, C, N, H] and the state behind them."""
+    """C tokens from the state before them: outputs [B, C, N, H] and the state after them."""
     c, dtype = q.shape[1], v.dtype
     q, k = (jnp.repeat(x, v.shape[2] // k.shape[2], axis=2) for x in _normalized(q, k))
     q, k, v, g, beta = (jnp.swapaxes(x, 1, 2).astype(jnp.float32) for x in (q, k, v, g, beta))  # heads first

@@ -71,10 +71,10 @@ class GatedDeltaRule(nn.Module):
           h: normed states.
           real: false at padding, which changes no state.
           segment_ids: of packed rows; None where each row is one sequence.
-          before: the state that one further token (T = 1) goes on from; None for whole rows.
+          before: the state that one further token (T = 1) continues from; None for whole rows.
 
         Returns:
-          What is added to the states, and the state behind each row's last token.
+          What is added to the states, and the state after each row's last token.
         """
         d, real = self.delta, real[:, :, None]
 
@@ -182,7 +182,7 @@ class Group(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], group: Int[Array, ""], inputs: LayerInputs, deterministic: bool
     ) -> tuple[Float[Array, "B T D"], dict[str, KeyValues | DeltaState | None]]:
-        """Runs the layers: the states behind the last, and what each keeps if `inputs.keep`."""
+        """Runs the layers: the states after the last, and what each keeps if `inputs.keep`."""
         c, kept = self.config, {}
         linear = rematerialised(LinearLayer, self.remat, c.groups, static=(4,))
         full = rematerialised(DecoderLayer, self.remat, c.groups, static=(4,))

@@ -24,12 +24,12 @@ class VisionInputs(flax.struct.PyTreeNode):
 
 
 class TextInputs(flax.struct.PyTreeNode):
-    """Token sequences, one per row; several branches may share one row behind a common prefix.
+    """Token sequences, one per row; several branches may share one row after a common prefix.
 
     Attributes:
       ids: int32 [B, T].
       positions: int32 [B, 3, T], M-RoPE positions.
-      segment_ids: int32 [B, T]; 0 padding, 1 the shared prefix (or the whole sequence), 2.. the branches behind it.
+      segment_ids: int32 [B, T]; 0 padding, 1 the shared prefix (or the whole sequence), 2.. the branches after it.
       image_index: int32 [B, T], which visual token of the row stands here, -1 for text.
       branches: the most in a row, where every row is its prefix, its branches, then padding: what the fused attention
         kernels need to know. None: not known, XLA attends under any segment_ids.

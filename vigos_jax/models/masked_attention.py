@@ -151,7 +151,7 @@ def _join_queries(x: Float[Array, "parts B t *rest"], t: int) -> Float[Array, "B
 
 
 def heads_first(x: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B {kv_heads} N*T//{kv_heads} H"]:
-    """The N / K query heads of a key/value head behind each other: rows of one product."""
+    """The N / K query heads of a key/value head one after the other: rows of one product."""
     b, t, n, h = x.shape
     return x.reshape(b, t, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, -1, h)
 

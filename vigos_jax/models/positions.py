@@ -86,8 +86,8 @@ def mrope_positions(
 ) -> Int[np.ndarray, "3 {len(ids)}"]:
     """M-RoPE positions of a token sequence: text counts up by one, an image spans a (time, height, width) box.
 
-    Text behind a box goes on at its start plus its larger side. As in transformers, its length in time does not count:
-    the positions of a long video may overlap those of the text behind it.
+    Text after a box continues at its start plus its larger side. As in transformers, its length in time does not count:
+    the positions of a long video may overlap those of the text after it.
 
     Args:
       ids: T token ids with image tokens expanded.

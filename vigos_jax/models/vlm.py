@@ -98,7 +98,7 @@ class VisionLanguageModel(nn.Module):
         x = self._embedded(text)
         deepstack = None
         if image_embeds.shape[1]:
-            # The tower's last features stand first; those of its earlier blocks, for DeepStack, behind them.
+            # The tower's last features stand first; those of its earlier blocks, for DeepStack, after them.
             first, *others = jnp.split(image_embeds.astype(self.dtype), 1 + len(c.vision.deepstack_blocks), axis=-1)
             x = jnp.where(text.image_index[:, :, None] >= 0, pick_visual(first, text.image_index), x)
             deepstack = jnp.stack(others) if others else None  # [n, B, M, D]

@@ -128,7 +128,7 @@ class Shot:
       tokens: pieces of text, in order.
       roles: per token, which of the browser's roles scores it; -1 for none.
       strengths: per token, how strong its color is, 0-1.
-      hovers: per token, what shows on hover behind the role's name.
+      hovers: per token, what shows on hover after the role's name.
     """
 
     tags: Sequence[str]

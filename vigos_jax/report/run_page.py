@@ -86,7 +86,7 @@ def _summary(config: Row, rows: Sequence[Row]) -> Text:
         f"batches of {config['batch_size']}, seed {config['seed']}."
     ]
     if done < config["steps"]:
-        lines.append("The run goes on: load the page again for what came since.")
+        lines.append("The run continues: reload the page for later steps.")
     if rows:
         last = rows[-1]
         lines += [f"Unusable rows so far: {last['bad_rows']}."] if last.get("bad_rows") else []

@@ -24,7 +24,7 @@ _TOKENS_PER_PIECE = 8  # of a stream
 
 
 class EngineFailed(InputError):
-    """An engine cannot sample. A run saves what it has done; the same command goes on when the reason is gone."""
+    """An engine cannot sample. A run saves what it has done; the same command resumes when the reason is gone."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -220,7 +220,7 @@ class Sampler:
         return whole
 
     def advance(self, weights: DecodeWeights, state: DecodeState, until: int) -> DecodeState:
-        """Decodes until every row has `until` tokens or has stopped; may be called again to go on.
+        """Decodes until every row has `until` tokens or has stopped; may be called again to continue.
 
         Args:
           weights: from `weights`.

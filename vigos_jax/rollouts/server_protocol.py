@@ -67,7 +67,7 @@ class Rules:
 
 @dataclasses.dataclass(frozen=True)
 class Dialect:
-    """How one kind of server is spoken to. Paths are behind a server's base address.
+    """How one kind of server is spoken to. Paths are after a server's base address.
 
     Attributes:
       health, models: GET; the second lists what is served, as OpenAI's protocol does.

@@ -62,7 +62,7 @@ class Interrupt:
         os.write(2, f"\nvigos_jax: {self.asked}: stopping after this step; once more stops at once\n".encode())
 
     def _stopped(self) -> Stopped:
-        return Stopped(f"{self.asked}: stopped; the same command goes on with what is saved")
+        return Stopped(f"{self.asked}: stopped; the same command resumes from what is saved")
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 The frozen base is not copied: it is named in the run's config. Every key is a function of seed and step, so the step
 is all there is to save of randomness. With the arrays goes a digest of each: a file system may return other bits
-than it was given, and a run must not go on from those.
+than it was given, and a run must not resume from those.
 """
 
 import dataclasses
@@ -108,7 +108,7 @@ class Checkpoints:
                 if older is None:
                     raise InputError(f"{aside}; no older one is left; choose another --workdir") from e
                 if several():  # others may still be waiting inside the restore
-                    raise InputError(f"{aside}; the same command goes on from step {older}") from e
+                    raise InputError(f"{aside}; the same command resumes from step {older}") from e
                 say(f"warning: {aside}; going back to step {older}")
         return None
 

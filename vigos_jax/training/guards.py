@@ -18,7 +18,7 @@ class Health:
 
     Args:
       guards: `config.guards`.
-      saved: `state()` of the run this one goes on from.
+      saved: `state()` of the run that this one resumes.
       largest_gap: of `sampler_gap_bound`.
 
     Attributes:
@@ -72,7 +72,7 @@ class Health:
         return out
 
     def reason_to_stop(self, folder: pathlib.Path) -> str:
-        """Why the run should not go on; "" if it should. folder: where `write_nonfinite` writes."""
+        """Why the run should stop; "" if it should not. folder: where `write_nonfinite` writes."""
         if self._in_a_row >= self._guards["max_skipped"]:
             return (
                 f"{self._in_a_row} steps in a row had a loss or gradient that is not finite and changed nothing; their "
@@ -84,7 +84,7 @@ class Health:
 
 
 def sampler_gap_bound(config: ConfigDict) -> float:
-    """The largest `sampler_logp_gap` that a run goes on with: `config.guards.sampler_gap`, which says what 0 is.
+    """The largest `sampler_logp_gap` that a run continues with: `config.guards.sampler_gap`, which says what 0 is.
 
     The student's dropout and its steps ahead of the sampler are part of the gap, as is the rounding of bfloat16.
     """

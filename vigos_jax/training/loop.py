@@ -132,7 +132,7 @@ class Run:
     Attributes:
       number: optimizer steps taken so far.
       state: the train state after those steps; it exists once `resume` has been called.
-      ending: why the run must stop, or None while it may go on: Stopped for a signal, InputError for a guard or an
+      ending: why the run must stop, or None while it may continue: Stopped for a signal, InputError for a guard or an
         engine that failed. All completed steps are saved when it is set.
     """
 
@@ -194,7 +194,7 @@ class Run:
             self._bad_rows.update(saved["rows_seen"], saved["bad_rows"], saved.get("bad_examples"))
             self._failed_rows.update(saved["rows_seen"], saved.get("failed_rows", {}), saved.get("failed_examples"))
             saved_health, self._saved = saved["health"], self.number
-            say(f"going on from step {self.number} of {config.steps} in {self._workdir}")
+            say(f"resuming from step {self.number} of {config.steps} in {self._workdir}")
         self._health = Health(config.guards, saved_health, largest_gap=bound)
         if bound < math.inf:
             say(f"a step whose sampler_logp_gap is above {bound:g} ends the run (config.guards.sampler_gap)")
@@ -315,11 +315,11 @@ class Run:
                 say(rows.summary())
         saved = f"saved at step {number} of {config.steps}"
         if self._engine_error:
-            self.ending = InputError(f"{self._engine_error}; {saved}; the same command goes on")
+            self.ending = InputError(f"{self._engine_error}; {saved}; the same command resumes")
         elif unwell:
             self.ending = InputError(f"{unwell}; {saved}")
         elif signals:
-            self.ending = Stopped(f"{signals[0]}: stopped, {saved}; the same command goes on")
+            self.ending = Stopped(f"{signals[0]}: stopped, {saved}; the same command resumes")
         if self.ending is not None:
             return
         self._look(interrupt, saved)
@@ -334,7 +334,7 @@ class Run:
                     self._evaluations.at(self.number, self.state.trained)
         except EngineFailed as e:
             self._save()
-            self.ending = InputError(f"{e}; {saved}; the same command goes on")
+            self.ending = InputError(f"{e}; {saved}; the same command resumes")
         except Stopped:  # other processes may not have stopped, and all must save together
             if jax.process_count() == 1:
                 self._save()

@@ -19,8 +19,8 @@ class StepEvaluations:
     """Writes a row of WORKDIR/eval.jsonl for every step evaluated; does nothing where `config.eval_every` is 0.
 
     A row has `step`, `model` (the student's fingerprint), `seconds`, and the numbers of each task as TASK/NUMBER, null
-    where there is nothing to count. No key of the run's own is used: training goes on as if nothing had happened. Every
-    method is all processes'.
+    where there is nothing to count. No key of the run's own is used: training continues as if nothing had happened.
+    Every method is all processes'.
 
     Raises:
       InputError: as `Evaluation`, before the first step.

@@ -55,7 +55,7 @@ def quantization_cost(session: Session, config, rows: Sequence[Row]) -> dict[str
 
 
 def _last_states(session: Session, rules: Any, prompts: PromptBatch) -> tuple[Array, Array]:
-    """States [B, T, D] behind the last layer, of the original and of the quantised base."""
+    """States [B, T, D] after the last layer, of the original and of the quantised base."""
     model, base = session.model, session.base
     one_layer = model.clone(config=dataclasses.replace(session.config, num_layers=len(session.config.layer_pattern)))
     start, step = jax.jit(functools.partial(_start, model)), jax.jit(functools.partial(_layer, one_layer))

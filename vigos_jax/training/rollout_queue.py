@@ -14,7 +14,7 @@ class RolloutQueue:
 
     The engine has the weights of the last step that is a multiple of `sync_every`; that and asking ahead together never
     make rollouts lag behind by more than `max_staleness`. What was asked for and not taken when a run ends is asked for
-    again when it goes on.
+    again when it resumes.
 
     Args:
       first: the step that the first batch is for.

@@ -1,4 +1,4 @@
-"""A run's workdir: whose it is, whether the run may go on in it with this config, and what of it is finished."""
+"""A run's workdir: whose it is, whether the run may resume in it with this config, and what of it is finished."""
 
 import os
 import pathlib
@@ -22,7 +22,7 @@ _BEFORE_THE_FIRST_STEP = (files.METRICS, files.QUANTIZATION, files.SNAPSHOTS, fi
 def check_workdir(config, workdir: pathlib.Path) -> None:
     """Raises InputError unless the workdir is this config's own, or no run's at all.
 
-    A config with more `steps` goes on with a run whose steps so far would have been the same. A run that took no step
+    A config with more `steps` resumes a run whose steps so far would have been the same. A run that took no step
     holds nothing: another config may have its workdir.
     """
     path = workdir / files.CONFIG
@@ -73,7 +73,7 @@ def _steps_taken(workdir: pathlib.Path) -> int:
 def open_workdir(config, workdir: pathlib.Path) -> None:
     """Makes the workdir this config's own. Only when a run can begin: a mistyped one must not take it.
 
-    Of a run that goes on beyond its former end, what was made there stays under names with that step. What another
+    Of a run that continues beyond its former end, what was made there stays under names with that step. What another
     config's run wrote before its first step, which never came, goes.
     """
     path = workdir / files.CONFIG

@@ -39,7 +39,7 @@ class Snapshots:
     The first `config.report.rows` rows of the data (on the demo: of its evaluation, images that contradict the prior
     and that agree by turns) are sampled as in training, with keys of their own that are the same at every step and in
     every run: what changes is the student. A key of report.jsonl is `row/I` for what was asked and `STEP/I` for a
-    response; a step that is done again finds its responses there. Training goes on as if nothing had happened. Every
+    response; a step that is done again finds its responses there. Training continues as if nothing had happened. Every
     method is all processes'.
 
     Args:

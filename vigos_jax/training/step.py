@@ -102,7 +102,7 @@ class TrainStep:
 
 
 def make_optimizer(options, *, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW behind a clip of the global norm, and its learning-rate schedule.
+    """AdamW after a clip of the global norm, and its learning-rate schedule.
 
     Args:
       options: `config.optimizer`.

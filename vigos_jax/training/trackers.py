@@ -17,7 +17,7 @@ from vigos_jax.runtime import workdir as files
 class Tracker(Protocol):
     """Takes the rows of a run, one per step, in order.
 
-    A class is made with (workdir, its value in `config.log`, first=steps in the checkpoint that this start goes on
+    A class is made with (workdir, its value in `config.log`, first=steps in the checkpoint that this start resumes
     from, last_step=the newest step that an earlier start wrote), and has a static `import_package` that raises
     InputError where what it needs is not installed.
     """
@@ -130,7 +130,7 @@ def open_trackers(log: Mapping[str, Any], workdir: pathlib.Path, *, first: int, 
     """The trackers of `config.log`.
 
     Args:
-      first: steps that are in the checkpoint this start goes on from.
+      first: steps that are in the checkpoint that this start resumes from.
       last_step: the newest step that an earlier start wrote into metrics.jsonl.
 
     Raises:

@@ -69,7 +69,7 @@ def _broken(path: pathlib.Path, problem: str) -> InputError:
 
 
 def _header(path: pathlib.Path) -> tuple[dict[str, Any], int, int]:
-    """(parsed header, first byte behind it, bytes of the file); InputError if there is none."""
+    """(parsed header, first byte after it, bytes of the file); InputError if there is none."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         first = file.read(len(_POINTER))
