@@ -40,17 +40,17 @@ _TEMPLATE_ARGUMENTS = (
 RENAMED = {"accumulation": "gradient_accumulation_steps", "evaluate": "demo_eval"}
 _PROMPT_FIELDS = ("user", "assistant_prefill")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
-# They say what to do with a run, or where, not what the run is.
+# Sections that say what to do with a run, or where; a change in them does not make it a different run.
 _MODE_SECTIONS = (
     *("eval", "eval_every", "score", "diagnose", "preview", "generate", "export", "guards", "plan", "rollout"),
     *("compilation_cache", "mesh", "distributed", "report", "log"),
 )
-# Of `rollout`, only how far rollouts lag behind is a part of what the run is; the rest says who samples, and where.
-# The values are those of runs by versions that had no such fields.
+# Of `rollout`, only the staleness fields define the run; the others say what samples, and where.
+# The values are those of runs saved by versions without these fields.
 _OF_THE_RUN = {"rollout.sync_every": 1, "rollout.max_staleness": 0}
 
 
-# The same of fields that roles had not before.
+# Likewise for fields of roles that earlier versions did not have.
 _OF_ROLES = {"image": "original", "image_column": "", "image_margin": 0.0, "image_pixels": 0}
 _OF_ROLES |= {"token_weights": "uniform", "token_top_k": 0, "model": ""}
 
@@ -65,7 +65,7 @@ def get(config: ConfigDict, field: str) -> Any:
 
 
 def default_config() -> ConfigDict:
-    """That of configs/base.py beside this package, whatever `configs` may mean in the folder where a program starts."""
+    """The config of configs/base.py beside this package, even if the working directory has its own `configs`."""
     return runpy.run_path(str(DEFAULTS_FILE))["get_config"]()
 
 
@@ -85,7 +85,7 @@ def _section(config: ConfigDict, field: str) -> ConfigDict:
 def validate(config: ConfigDict) -> None:
     """Raises InputError for the first field that is missing, of a wrong type, out of range or not among its choices.
 
-    What other rooms check (roles, mesh) has the right types afterwards.
+    What other modules check (roles, mesh) has the right types afterwards.
     """
     try:
         for check in (_check_renamed, _check_fields, _check_sections, _check_buckets, _check_prompts, _check_guards):
@@ -258,7 +258,7 @@ def _check_prompts(config: ConfigDict) -> None:
 
 
 def with_absolute_paths(config: ConfigDict) -> ConfigDict:
-    """A copy whose relative paths lead from the root, so that a file that keeps it can be used from any folder."""
+    """A copy with absolute paths (~ is kept), so that a saved config can be used from any folder."""
     copy = ConfigDict(config.to_dict())
     models = _models_of_roles(copy)
     for field in (*_PATHS, *(f"eval.sources.{task}" for task in get(copy, "eval.sources")), *models):

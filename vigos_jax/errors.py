@@ -16,7 +16,7 @@ class InputError(ValueError):
 
 
 class Stopped(BaseException):
-    """The run stops because it was asked to, and can be gone on with: no error, and nothing to handle on the way."""
+    """The run was asked to stop and can be resumed: not an error, so `except Exception` does not catch it."""
 
 
 def one_line(error: BaseException, *, most: int = 300) -> str:

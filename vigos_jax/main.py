@@ -182,7 +182,7 @@ def _check_fields(config, arguments: list[str]) -> None:
 
 
 def _config_of_run(config, workdir: pathlib.Path | None):
-    """With a run's workdir, the run's own config counts, but for what is done with the run, and on which devices."""
+    """The config to use: with a run's workdir, the saved one, but sections of modes, devices and logs from `config`."""
     if workdir is None:
         return config
     saved = read_json(workdir / files.CONFIG)
@@ -315,8 +315,8 @@ def _report(config, workdir: pathlib.Path | None) -> int:
     return 0
 
 
-# Each takes the config and the workdir, None where none is given, and returns the exit code. What a mode needs is
-# imported when it runs: --help and a refused config take no seconds.
+# Each takes the config and the workdir (None if not given) and returns the exit code. A mode imports what it needs when
+# it runs, so that --help and a refused config are fast.
 MODES = {
     "train": _train,
     "data": _data,

@@ -138,7 +138,7 @@ def resolve_model(path: str, *, weights: bool = True, field: str = "config.model
 
 
 def lora_spec(config, model: ModelConfig) -> LoraSpec | None:
-    """The adapters of a run: an adapter folder's own word, else `config.lora`; None for full fine-tuning."""
+    """The adapters of a run, from the adapter folder if given, else `config.lora`; None for full fine-tuning."""
     if config.model.adapter:
         folder = pathlib.Path(config.model.adapter).expanduser()
         if not (folder / "adapter_model.safetensors").is_file():
@@ -193,8 +193,8 @@ def model_of(
 ) -> VisionLanguageModel:
     """The model that a config asks for, without weights. platform, is_served: see `attention.choose`."""
     dtype = jnp.dtype(config.model.dtype)
-    # Accelerators multiply float32 in fewer bits unless told otherwise. A bfloat16 model loaded after a float32 one
-    # needs the user's setting back: a TPU's kernels refuse this one.
+    # By default accelerators multiply float32 at lower precision. A bfloat16 model loaded after a float32 one needs
+    # the user's setting restored: TPU kernels reject "float32".
     jax.config.update("jax_default_matmul_precision", "float32" if dtype == jnp.float32 else _USERS_PRECISION)
     return VisionLanguageModel(
         model_config,
@@ -210,8 +210,8 @@ def load(config, *, for_training: bool) -> Session:
     """Checks the config's parts against each other and loads the model onto the mesh.
 
     Args:
-      for_training: make the trained weights float32 leaves of their own: a new adapter, a loaded one, or, without
-        any, a full copy. Otherwise only a loaded adapter is trained weights, and `{}` means the base itself.
+      for_training: create trainable float32 weights: a new adapter, a loaded one or, without an adapter, a full copy
+        of the base. Otherwise `Session.trained` is a loaded adapter, or `{}` for the base itself.
     """
     objective = objective_of(config)
     buckets = buckets_of(config)
@@ -257,7 +257,7 @@ def placed(config, model: VisionLanguageModel) -> tuple[Variables, Variables]:
 
 
 def check_quantization(config, spec: LoraSpec | None, *, for_training: bool) -> None:
-    """Raises InputError where the base would be quantised and trained: codes take no gradient, and have no average."""
+    """Raises InputError if a quantised base would be trained: codes have neither gradients nor a moving average."""
     kind = config.model.quantization
     if kind != "none" and for_training and spec is None:
         raise InputError(
@@ -267,7 +267,7 @@ def check_quantization(config, spec: LoraSpec | None, *, for_training: bool) -> 
 
 
 def check_template(config, processor: Processor, *, for_training: bool) -> None:
-    """Says what the chat template puts in front of answers; InputError where a run's prompts do not fit it."""
+    """Logs what the chat template puts in front of answers; InputError if a run's prompts do not fit it."""
     if for_training:
         for prompt in config.prompts.values():
             processor.encode_turn(user_text="", grids=(), assistant_prefill=prompt.assistant_prefill)

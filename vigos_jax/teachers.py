@@ -56,7 +56,7 @@ def check_dimensions(where: str, teacher: ModelConfig, student: ModelConfig) -> 
 
 
 def _reads(model: ModelConfig) -> dict[str, Any]:
-    """What packing makes sequences and patches by."""
+    """The settings that packed sequences and patches depend on."""
     v = model.vision
     return {
         "model_type": model.family,

@@ -119,7 +119,7 @@ def diagnose(
 def _cases(
     session: Session, trained: Variables, config, open_engine: EngineFactory
 ) -> tuple[Any, int, Iterator[Case], Callable[[int], str]]:
-    """(source, its rows that are used, their rollouts, row number -> its name): of a file, or of the student."""
+    """(source, number of rows used, their rollouts, row index -> name): from a file, or sampled from the student."""
     d = config.diagnose
     if d.rollouts:
         source = rollouts_source(d.rollouts, "diagnose.rollouts", config)
@@ -166,7 +166,7 @@ def _checked(cases: Iterator[Case], name, bad_lines: list[str], counts: Counter)
 def _with_counterfactuals(
     cases: Iterator[Case], source: Any, rows: int, given: dict[str, list[str]], reader: Reader, counts: Counter, config
 ) -> Iterator[_Counterfactuals]:
-    """Cases with wrong answers and the image of the next case that has another one; the last get the first's."""
+    """Adds wrong answers, and the images of the next case whose images differ; the last cases get the first one's."""
     others = _answers_by_kind(source, rows)
     waiting: list[tuple[Case, tuple[str, ...]]] = []
     first: Case | None = None
@@ -296,7 +296,7 @@ def _mask(case: Case, parts: tuple[str, ...]) -> np.ndarray:
 def _record(item: _Counterfactuals, scores: palr.TokenCorrections, session: Session) -> dict[str, Any]:
     """The line of palr.jsonl: lists over the completion's tokens, null where no role scores one.
 
-    Where two roles score a token, the sums of both count, and the lists show the table's first.
+    If two roles score a token, the PALR sums include both, and the lists show the one that is first in the role table.
     """
     rollout = item.case.scored
     n = len(rollout.ids)

@@ -74,7 +74,7 @@ def token_corrections(
 
 
 class Sums(NamedTuple):
-    """Over a group of supervised tokens: of s c^A, s c^I, s, c^A and c^I, and their number."""
+    """Sums of s c^A, s c^I, s, c^A and c^I over a group of supervised tokens, and the number of tokens."""
 
     corrected_by_answer: float
     corrected_by_image: float

@@ -1,7 +1,6 @@
-"""`--mode data`: how a run will understand its rows, before it costs a night. No weights are read.
+"""`--mode data`: shows how a run will read its rows, before it is started. No weights are read.
 
-The rows are those of the run's first batches, encoded as the run encodes them, so that what is said of padding and of
-bad rows holds for it.
+The rows are those of the run's first batches, encoded as in the run, so the reported padding and bad rows apply to it.
 """
 
 import contextlib

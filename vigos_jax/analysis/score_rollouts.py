@@ -27,15 +27,15 @@ from vigos_jax.session import Session, view_columns
 def token_lists(
     rollout: Rollout, supervised: SupervisedTokens, scores: TokenScores, roles: tuple[TeacherRole, ...]
 ) -> dict[str, list[Any]]:
-    """Lists over a completion's tokens, None where no role scores one; of roles that score one twice, the first's.
+    """Lists over a completion's tokens; None where no role scores the token, the first role's values where several do.
 
     Args:
       supervised, scores: numpy arrays [E], of the rollout's row.
 
     Returns:
-      role (its name), kl (the role's divergence), kl_clipped, student_logp, teacher_logp and, where a role has a rule,
-      the token's weight; `by_role`, all but the first for each role, where a token may have two. A number that is not
-      finite is None.
+      `role` (a name), `kl` (the role's divergence), `kl_clipped`, `student_logp`, `teacher_logp`; `weight` if any role
+      weights its tokens; `by_role`, the same without `role` for every role, if a token may have several. A number that
+      is not finite is None.
     """
     n = len(rollout.ids)
     values = {

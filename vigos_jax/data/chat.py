@@ -39,7 +39,7 @@ class Chat:
     Attributes:
       problem: the user's text, markers where its images stand.
       answer: the assistant's text; None without such a turn.
-      images: what its image parts hold; () where they hold nothing, and stand for the row's other images.
+      images: the contents of its image parts; () if these are empty placeholders for the row's image columns.
     """
 
     problem: str
@@ -54,9 +54,9 @@ def is_chat(value: object) -> bool:
 
 
 def read_chat(value: object) -> Chat:
-    """The question, its images and the answer of a conversation that `is_chat` knows.
+    """The question, its images and the answer of a conversation that `is_chat` accepts.
 
-    System turns are left out: this program's prompts are its own. Parts alone are a user turn's.
+    System turns are dropped, as this program has its own prompts. A bare list of parts is read as one user turn.
 
     Raises:
       BadChat: unknown roles or parts, or turns that are not one question and at most one answer after it.
@@ -99,7 +99,7 @@ def _items(value: object) -> list[Any]:
 
 
 def _parts(content: object) -> tuple[str, tuple[Any, ...], int]:
-    """(text with a marker for each image part, what those hold, how many they are) of a turn's content."""
+    """A turn's content as (text with image markers, contents of its image parts, number of image parts)."""
     if isinstance(content, str):
         return content, (), 0
     if isinstance(content, Mapping):

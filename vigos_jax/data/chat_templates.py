@@ -83,8 +83,8 @@ def open_chat_template(root: pathlib.Path, tokenizer: Any, switches: Mapping[str
     """The folder's default template.
 
     Args:
-      switches: variables that the template reads. Where it has enable_thinking and this does not, that is False: a
-        forced start of the answer is not a thought.
+      switches: variables of the template. If it has enable_thinking and `switches` does not, that is False, since a
+        prefill starts the answer, not a thought.
 
     Raises:
       InputError: there is no template, or it does not mention one of the switches.

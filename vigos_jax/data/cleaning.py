@@ -26,10 +26,10 @@ def clean_problem(text: object, *, images: int = 1, videos: int = 0) -> str:
 def clean_reference(answer: object) -> str:
     r"""The reference answer of a data row as it is shown to a teacher; "" means that the row has none.
 
-    A number keeps its value (0 is an answer; 2.0 is written "2"). A thought in front and a code fence are removed. What
-    stands in the last `<answer>` tags counts, else after a last line's `####`; of that the last closed box. An
-    "Answer:" label and quotes are removed. None, NaN, an infinity and anything that is neither text nor number are not
-    an answer.
+    A number keeps its value (0 is an answer; 2.0 is written "2"). A leading thought and a code fence are removed. The
+    text in the last `<answer>` tags is used, else that after `####` on the last line, else all of it; within it, the
+    last closed box if there is one. An "Answer:" label and quotes are removed. None, NaN, infinities and anything that
+    is neither text nor number are not answers.
     """
     if isinstance(answer, decimal.Decimal):
         answer = int(answer) if answer == answer.to_integral_value() else str(answer.normalize())

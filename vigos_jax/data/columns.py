@@ -1,4 +1,4 @@
-"""Which columns of a source hold what a row needs: by the user's word, else by the names that people use."""
+"""Which columns of a source hold the parts of a row: as configured, else found by common names."""
 
 import dataclasses
 import re
@@ -10,7 +10,7 @@ import numpy as np
 from vigos_jax.data.chat import BadChat, answer_text, is_chat, read_chat
 from vigos_jax.errors import InputError
 
-# The first of each is this program's own name. Of the others, one alone is taken.
+# The first of each is this program's own name. For problem and answer it wins; several of the others are an error.
 NAMES = {
     "problem": ("problem", "question", "query", "prompt", "instruction"),
     "answer": (
@@ -26,7 +26,7 @@ _NUMBERED = re.compile(r"image_?([0-9]{1,3})")
 
 
 def lookup(row: Mapping[str, Any], path: str) -> Any:
-    """What lies at a dotted path, `messages.0.content`; None where there is nothing. A column's name may have dots."""
+    """The value at a dotted path like `messages.0.content`, None if there is none; column names may have dots."""
     if path in row:
         return row[path]
     value: Any = row
@@ -45,10 +45,10 @@ class Columns:
     """Where a row's parts are, as dotted paths.
 
     Attributes:
-      problem: a question, or a conversation of one.
-      answer: "" where the conversation has it.
-      images: the first that a row has counts; all of them if they are `numbered`. () where the conversation has them.
-      ids, options: the first that a row has counts; its number if it has no id.
+      problem: holds a question or a conversation.
+      answer: "" if the conversation holds it.
+      images: a row's first non-empty one is used, or all of them if `numbered`; () if the conversation holds them.
+      ids, options: the first one that a row has is used; without an id, the row's index.
     """
 
     problem: str = "problem"
@@ -116,18 +116,18 @@ def find_columns(
     views: Sequence[str] = (),
     samples: Sequence[Mapping[str, Any]] = (),
 ) -> Columns:
-    """The columns of a source that has these.
+    """Finds the columns that hold a row's parts.
 
     Args:
-      names: of all its columns.
-      where: the source, for messages.
+      names: all columns of the source.
+      where: the source's name, for error messages.
       mapping: `config.data.columns`: part -> dotted path, "" to find it.
       fields: further columns that must be there.
-      views: columns of roles' images, dotted paths: they must be there too, and are not searched for the row's parts.
-      samples: some rows: whether a column holds conversations.
+      views: dotted paths of roles' image columns; they must exist, and are not searched for the row's parts.
+      samples: some rows, to detect conversations and nested columns.
 
     Raises:
-      InputError: a part is not there, or could be either of two columns.
+      InputError: a part has no column, or several candidates.
     """
     wanted = {part: (mapping or {}).get(part, "") for part in NAMES}
     for part, path in wanted.items():

@@ -34,12 +34,12 @@ class Example:
     """One row, ready for the model; a bad one has no images and empty texts.
 
     Attributes:
-      views: the images of roles that see others, by view.
+      views: images other than the row's own that roles see, by view.
       options: texts of options A, B, ... of a multiple-choice row; () without any.
-      alternatives: further references, each as right as `reference`, which alone is shown to teachers.
-      shrunk: whether its images were made smaller than its limits say, so that the row fits the buckets.
-      bad_detail: the value that made a bad row one, for people.
-      place: where a bad row stands in its source.
+      alternatives: further references, as right as `reference`; teachers see only `reference`.
+      shrunk: whether its images were shrunk below the configured limits to fit the buckets.
+      bad_detail: the value that makes a row bad, for people.
+      place: the location of a bad row in its source.
     """
 
     id: str
@@ -83,13 +83,12 @@ class Encoder:
 
     Attributes:
       max_images: more images and videos than this make a row bad.
-      fields: further columns of texts that prompts show; a row without one of them is bad.
-      views: that roles have of a row besides its own images; a row that cannot give one of them is bad.
-      image_roots: folders that images may lie in, beside the source's own; see `read_image`.
-      options_template: what a row's options are appended to the question with, "{letter}. {option}" for each; "" leaves
-        the question as it is.
-      pixels: what each image is resized to; less where the row would not fit otherwise, the same for all its images.
-      too_long: names the kind of an example that does not fit, None if it fits; it looks at images' grids alone.
+      fields: further text columns that prompts show; a row that lacks one is bad.
+      views: image views that roles need besides a row's own images; a row that cannot provide one is bad.
+      image_roots: folders that may hold images, besides the source's own; see `read_image`.
+      options_template: how each option is appended to the question, like "{letter}. {option}"; "" appends none.
+      pixels: limits for resizing each image, lowered alike for all images of a row that would not fit otherwise.
+      too_long: returns the kind of an example that does not fit, None if it fits; of images it uses only the grids.
     """
 
     processor: Processor
@@ -156,7 +155,7 @@ class Encoder:
         return dataclasses.replace(example, images=images, views=views, shrunk=shrunk)
 
     def _other_rows_images(self, source: Any, index: int, roots: Sequence[str]) -> Iterator[tuple[Visual, ...]]:
-        """Those of the rows from half the source away on, since neighbours often share an image; a few at most."""
+        """Images of a few rows, starting half the source away, as neighbouring rows often share an image."""
         for step in range(min(_OTHER_ROWS, len(source) - 1)):
             other = (index + max(1, len(source) // 2) + step) % len(source)
             items = images_of_row(raw_row(source[other], other)) if other != index else []
@@ -167,8 +166,8 @@ class Encoder:
     def _options(self, problem: str, options: object, answer: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """(the row's options, its references); BadRow if they cannot be used.
 
-        Where the question shows the options, or the template does, a reference may be a letter. Where nothing shows
-        them it is the option's text: nobody could say the letter.
+        If the question or the template shows the options, a reference may be a letter. If nothing shows them, it is
+        the option's text, as the letter cannot be inferred.
         """
         if any(not isinstance(v, _ANSWERS) for v in parse_references(answer)):
             raise BadRow("bad_answer_type", f"answer is {_short(answer)}, neither text nor number")
@@ -184,7 +183,7 @@ class Encoder:
         are_shown = bool(self.options_template) or with_options(problem, texts) == problem
         if reference.error and (are_shown or reference.error != "answer_not_an_option" or reference.is_index):
             raise BadRow(reference.error, f"answer is {_short(answer)}, options are {_short(list(texts))}")
-        if reference.error:  # an answer of its own: nobody is asked to choose
+        if reference.error:  # a free-form answer: no options are shown
             return (), reference_of(answer, ()).texts
         index = option_index(reference.texts[0], texts)
         return texts, reference.texts if are_shown or index is None else (texts[index],)
@@ -196,9 +195,9 @@ class Encoder:
         shown: Sequence[ViewOfRow],
         too_long: Callable[[Example], str | None],
     ) -> tuple[PixelLimits, PixelLimits]:
-        """The limits under which the row fits, of its own images and of its views; BadRow if it cannot.
+        """The limits (own images, views) under which the row fits; BadRow if there are none.
 
-        The student comes first: its images are only made smaller where the smallest views do not help.
+        The student has priority: its images shrink only if the row does not fit even with the smallest views.
         """
 
         def reason(own: PixelLimits, others: PixelLimits) -> str | None:

@@ -36,7 +36,7 @@ _PNG.MAX_TEXT_CHUNK = 2**26  # bytes; image generators write their whole program
 
 
 class TrustedRoot(str):
-    """A folder that the user named: links in it may lead anywhere, as whoever made it chose."""
+    """A folder named by the user: symlinks in it may lead anywhere."""
 
 
 class BadImage(InputError):
@@ -112,7 +112,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def image_size(item: object, *, image_roots: Sequence[str]) -> tuple[int, int]:
     """(width, height) of an image as `read_image` would give it, from its header alone; BadImage if it has none.
 
-    A PNG may say after its pixels that it lies on its side; that is not looked for.
+    An EXIF orientation that a PNG stores after its pixels is ignored.
     """
     try:
         image = _open(item, image_roots)

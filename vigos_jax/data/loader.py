@@ -21,13 +21,13 @@ from vigos_jax.runtime.signals import ignore_signals, signals_blocked
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """Global batch i is a function of the source and of these alone, whatever part of it a process reads.
+    """The order of a run's rows: global batch i depends only on the source and these fields, not on the process.
 
     Attributes:
       batch_size: rows of a global batch.
       seed: 0 .. 2**32 - 1.
-      shuffle: anew in every epoch; a batch may reach over an epoch's end, and no row is dropped.
-      window: batches whose rows are grouped by size among themselves; 1 leaves the order as it is.
+      shuffle: reshuffles every epoch; batches may span epochs, and no row is dropped.
+      window: consecutive batches within which rows are grouped by size; 1 keeps the order.
     """
 
     batch_size: int
@@ -108,10 +108,10 @@ class _EncodeBatch:
 
 
 class _Workers:
-    """The batches of a data set of row numbers, encoded by processes: each has a pipe of its own and every n-th batch.
+    """Encodes batches of row numbers in worker processes; each has its own pipe and takes every n-th batch.
 
-    Not grain's worker processes: they end only when all that they have written was read, which nothing does after
-    `close()`, and are killed after 25 seconds each.
+    Grain's worker processes are not used: they exit only when all their output has been read, which nothing does after
+    `close()`, and are killed only after 25 seconds each.
     """
 
     def __init__(self, batches: Any, encode: Callable[[np.ndarray], list[Example]], *, workers: int):

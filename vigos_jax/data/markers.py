@@ -1,10 +1,10 @@
 r"""Image markers in a question: `<image>`, `<image 2>`, `<image_2>`, `<|image_2|>`, `<video>` and what else is in use.
 
-Every role reads the images first and the question after them (roles share that prefix), so a marker cannot keep an
-image at its place. Markers that stand together before the question, or after it, say no more than that there are
-images, and go. Others are part of a sentence, and become words: "the image", or "image 2" where the row has several.
-Of a model's control tokens only the three that a template writes for an image, one after the other, are a marker:
-others (`<|image_pad|>` alone) are text in a question, as any control token.
+Every role reads the images first and the question after them (roles share that prefix), so a marker cannot place an
+image inside the text. Markers grouped before or after the question only announce the images and are removed. Others
+are part of a sentence and become words: "the image", or "image 2" if the row has several. Of a model's control tokens,
+only the sequence of three that a template writes for an image counts as a marker; others (`<|image_pad|>` alone) stay
+text in a question, like any control token.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ def count_markers(text: str) -> int:
 
 
 def numbers_as_words(text: str) -> str:
-    """A text beside a question, an option: `<image 2>` becomes "image 2", a marker without a number goes."""
+    """Another text, such as an option: `<image 2>` becomes "image 2", a marker without a number is removed."""
     words = lambda m: f"{(m['kind'] or 'image').lower()} {m['number']}" if m["number"] else ""  # noqa: E731
     return _MARKER.sub(words, text).strip()
 

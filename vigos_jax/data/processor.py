@@ -92,9 +92,9 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Processor:
-    """What a model folder says about text and images. Build it with `Processor.load`.
+    """The tokenizer, chat template and image processor of a model folder. Build it with `Processor.load`.
 
-    Safe to share between threads. It pickles as the arguments of `load`; the other side loads it, once a process.
+    Thread-safe. It pickles as the arguments of `load`; the receiving process loads it once.
     """
 
     folder: str
@@ -107,7 +107,7 @@ class Processor:
     patch_size: int  # pixels
     merge_size: int  # patches along a side of one visual token
     frames_per_patch: int  # of a video
-    tokens_per_second: float  # M-RoPE positions of a video; 0 where timestamps tell its frames apart
+    tokens_per_second: float  # M-RoPE positions per second of video; 0 if timestamps mark its frames instead
     wraps_videos: bool  # the template's pair of vision tokens stands around all frames of a video
     _image_processor: Any
     _text_tokenizer: tokenizers.Tokenizer  # a private copy in which control tokens are plain text
@@ -192,7 +192,7 @@ class Processor:
         return b"".join(self.token_bytes(ids)).decode("utf-8", errors="replace")
 
     def limits(self, wanted: PixelLimits = AS_THE_FOLDER) -> PixelLimits:
-        """The wanted limits, the folder's own in place of zeros. The user's moves the folder's other one."""
+        """The wanted limits, with zeros replaced by the folder's, which are clamped to the user's other limit."""
         size = self._image_processor.size
         least, most = wanted.least or size["shortest_edge"], wanted.most or max(size["longest_edge"], wanted.least)
         return PixelLimits(min(least, wanted.most) if wanted.most else least, most)
@@ -254,10 +254,10 @@ class Processor:
     def encode_video(
         self, frames: Sequence[Image.Image], *, fps: float, wanted: PixelLimits = AS_THE_FOLDER
     ) -> tuple[EncodedImage, ...]:
-        """Frames of a video, in pairs (`frames_per_patch`); the last one stands in for those that lack for a pair.
+        """Encodes a video's frames in groups of `frames_per_patch`; the last frame is repeated to fill its group.
 
-        Qwen2.5-VL reads them as one block whose positions tell the time, the others as blocks of a pair, each after a
-        timestamp. They are resized as images are, each by the limits.
+        Qwen2.5-VL reads one block whose M-RoPE positions encode time, the other models one block per group, each after
+        a timestamp. The limits apply to each frame, as to an image.
 
         Args:
           fps: frames per second of these frames (not of the file they were taken from).
@@ -380,7 +380,7 @@ def _load_once(folder: str, chat_template_kwargs: tuple[tuple[str, Any], ...]) -
 
 
 def _probe(processor: Processor) -> None:
-    """Encodes an image: what a folder's settings are good for shows before a run has begun."""
+    """Encodes a test image, so that unusable settings of a folder fail before a run begins."""
     ramp = np.linspace(0, 255, 90 * 60 * 3).reshape(60, 90, 3).astype(np.uint8)
     if (tokens := processor.visual_tokens(90, 60)) > _PROBE_TOKENS:
         raise ValueError(f"an image of 90 x 60 pixels would take {tokens} visual tokens, more than {_PROBE_TOKENS}")

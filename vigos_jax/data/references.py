@@ -16,7 +16,7 @@ from vigos_jax.grading.reading import agree, read
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What a row's answer column says: references that are equally right, and why they cannot be used, if so."""
+    """A row's references, all equally right; `error` is the reason if they cannot be used."""
 
     texts: tuple[str, ...]
     is_index: bool = False
@@ -24,11 +24,12 @@ class Reference:
 
 
 def reference_of(answer: Any, options: Sequence[str], *, first: int = 0) -> Reference:
-    """The references of a row whose answer column holds this.
+    """The references in the value of a row's answer column.
 
-    With options an answer is read as the text of one, then as a letter, then as a number that counts them from
-    `first`. What names none of them, or several of a list, is an error; so is a number that is one option's text and
-    another one's place. Without options every text of a list is right; a list of numbers is one answer.
+    With options, an answer is read as a letter or an option's text, then as an index counted from `first`. It is an
+    error if an answer names no option, if the items of a list name different options, or if a number is the text of
+    one option and the index of another. Without options, every text of a list is accepted; a list of numbers is one
+    answer.
     """
     if isinstance(answer, list | tuple | np.ndarray) and len(answer) and not any(isinstance(v, str) for v in answer):
         answer = _list_text(answer)

@@ -1,8 +1,7 @@
 """Where rows come from: a hub data set, parquet, jsonl or json, with random access and images left undecoded.
 
-A source's row has `id`, `problem`, `answer`, `images` and `options`, wherever `config.data.columns` or the names that
-people use found them (see `columns`), and what else the file holds: `wrong_answers`, the columns of
-`config.data.fields`.
+A source's row has `id`, `problem`, `answer`, `images` and `options`, found by `config.data.columns` or by common names
+(see `columns`), and other fields of the file: `wrong_answers`, the columns of `config.data.fields`.
 """
 
 import hashlib
@@ -21,8 +20,8 @@ from vigos_jax.errors import InputError
 from vigos_jax.grading.answer_text import mentions
 from vigos_jax.runtime.progress import say
 
-VIEW_COLUMNS = "columns of roles' images"  # of a row: column -> its value, for `load_source`'s `columns`
-_SAMPLES = 1000  # rows of a file without a header that are looked at for its columns, evenly spread over it
+VIEW_COLUMNS = "columns of roles' images"  # a row's key for {column: value} of `load_source`'s `columns`
+_SAMPLES = 1000  # evenly spaced rows from which the columns of a file without a header are inferred
 
 
 def _spread(size: int, most: int) -> list[int]:
@@ -47,15 +46,15 @@ class Source(Sequence):
         return f"row {index}"
 
     def probes(self, *, count: int, seed: int) -> "Source":
-        """The source whose first `count` rows a run answers again and again: its own."""
+        """The source whose first `count` rows a run answers repeatedly; by default this source."""
         return self
 
     def for_diagnosis(self, *, count: int, seed: int) -> "Source":
-        """The source whose first `count` rows a diagnosis samples rollouts for: its own."""
+        """The source whose first `count` rows a diagnosis samples rollouts for; by default this source."""
         return self
 
     def is_leaky(self, index: int, description: str, answer: str | None) -> bool:
-        """Whether the description contains the final answer, which is right where the answer can be seen."""
+        """Whether the description contains the final answer, which is legitimate if the image shows it."""
         return bool(answer and mentions(description, answer))
 
 
@@ -210,16 +209,16 @@ class JsonSource(Source):
 
 
 def _roots(path: str) -> tuple[str, ...]:
-    """The folder of a file, and that of what it is a link to: in the hub's cache, images lie there."""
+    """The folder of a file and that of its symlink target: in the hub's cache, the images are there."""
     return tuple(dict.fromkeys((os.path.dirname(path), os.path.dirname(os.path.realpath(path)))))
 
 
 def _read(
     columns: Columns, row: Mapping[str, Any], index: int, fields: Sequence[str] = (), views: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """A row with its parts under this program's names, and no other claim to them but by `config.data.fields`.
+    """A row with its parts under this program's names; aliases of these are dropped unless in `config.data.fields`.
 
-    What roles see stands apart, where it cannot be taken for the row's own images.
+    Roles' image columns are kept separately, under VIEW_COLUMNS, so that they are not taken for the row's own images.
     """
     own = {v.split(".")[0] for v in views} - columns.names() - set(fields)
     others = {name: value for name, value in row.items() if name not in ("problem_id", "image", "choices", *own)}

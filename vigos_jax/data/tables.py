@@ -150,7 +150,7 @@ def _parquet_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _split_of(file: pathlib.Path, folder: pathlib.Path) -> str:
-    """The split that a word in a file's name, or in that of a folder around it, says; "" if none does."""
+    """The split that a word in the name of a file or of a parent folder denotes; "" if none does."""
     inside = file.relative_to(folder)
     for part in (inside.stem, *reversed(inside.parts[:-1])):
         for word in _WORD.findall(part):
@@ -167,10 +167,10 @@ def _is_named(file: pathlib.Path, folder: pathlib.Path, split: str) -> bool:
 
 
 def _of_split(name: str, folder: pathlib.Path, files: list[pathlib.Path], *, split: str) -> list[pathlib.Path]:
-    """The files of a folder that a split is made of; what is left out is said.
+    """The files of a folder that belong to a split; files left out are logged.
 
-    A file whose name says `split` belongs to it; for "train", so does one whose name says none. Where no name says any
-    split, all files are what was asked for.
+    A file belongs to `split` if its name denotes it; for "train", also if its name denotes no split. If no name denotes
+    a split, all files belong to the requested one.
     """
     asked = next((key for key, words in _SPLIT_WORDS.items() if split in words), split)
     of = {f: asked if _is_named(f, folder, split) else _split_of(f, folder) for f in files}

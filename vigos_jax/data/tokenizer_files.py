@@ -118,11 +118,11 @@ def text_tokenizer(tokenizer) -> tuple[tokenizers.Tokenizer, dict[str, tuple[int
 def end_and_pad(root: pathlib.Path, tokenizer, turn_end: int | None) -> tuple[tuple[int, ...], int]:
     """(ids that end a sequence, pad id).
 
-    A sequence ends at whatever any file of the folder calls its end: each of them is wrong alone in some published
-    folder, and without the end of a turn among them an answer runs on to the last token.
+    The end ids are the union over all files of the folder and `turn_end`: each file alone is wrong in some published
+    folder, and without the end-of-turn token generation runs to the token limit.
 
     Args:
-      turn_end: of the chat template.
+      turn_end: id of the chat template's end-of-turn token.
     """
     config = read_settings(root / "config.json")
     generation = read_settings(root / "generation_config.json", optional=True)

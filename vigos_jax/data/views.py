@@ -91,7 +91,7 @@ class ViewOfRow:
         return self.view.kind == "blank"
 
     def limits(self, pixels: PixelLimits, processor: Processor) -> PixelLimits:
-        """Those of the row's own images, and the view's."""
+        """The limits of the row's own images, lowered to the view's `pixels` if it has any."""
         if not self.view.pixels:
             return pixels
         whole = processor.limits(pixels)

@@ -1,7 +1,7 @@
-"""The demo's questions: what each one's answer follows from, and how one gets there step by step.
+"""The demo's questions: what each answer depends on, and the reasoning steps that lead to it.
 
-A question knows nothing of an image. Given things, as they are shown, described or expected, it says what the answer
-is and how that is argued.
+A question does not depend on an image: given things, as shown, described or expected, it returns the answer and its
+rationale.
 """
 
 import itertools
@@ -49,7 +49,7 @@ class Question(Protocol):
         ...
 
     def mistaken(self, things: Things) -> str:
-        """The answer of someone who sees what is there and has learned the last step wrongly; at times it is right."""
+        """The answer given correct perception but a wrong last reasoning step; it may happen to be right."""
         ...
 
 
@@ -97,7 +97,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Sum:
-    """How many things of two kinds there are; who is mistaken adds one to the larger number."""
+    """The total number of things of two kinds; the mistaken answer is the larger count plus one."""
 
     first: str
     second: str
@@ -137,7 +137,7 @@ class Sum:
 
 @dataclass(frozen=True)
 class More:
-    """Of which of two kinds there are more; who is mistaken takes neighboring numbers for the same."""
+    """Which of two kinds there are more of; the mistaken answer treats counts that differ by one as equal."""
 
     first: str
     second: str
@@ -180,9 +180,9 @@ class More:
 
 @dataclass(frozen=True)
 class Worth:
-    """What the things of a kind are worth by a rule in the question, in which a small thing is worth one.
+    """The total worth of a kind's things by the rule in the question, in which a small thing is worth one.
 
-    Who is mistaken counts the extra worth of large ones but once.
+    The mistaken answer counts the extra worth of large things only once.
 
     Attributes:
       large: what a large one is worth.
@@ -249,9 +249,9 @@ def things_for(question: Question, answer: str) -> Things:
 
 
 def described_things(question: Question, description_text: str) -> Things | None:
-    """What a description says of the asked attributes, all others as expected.
+    """Things with the asked attributes as described, and all others at their priors.
 
-    None where it lacks one of those asked, or has two values for it.
+    None if the description lacks one of the asked attributes, or gives two values for it.
     """
     things = dict(PRIORS)
     for kind, attribute in question.asked:

@@ -1,6 +1,6 @@
 """A world of the demo as a source of rows, with its own probes and its measure of a leaky description.
 
-It answers what `data.sources.Source` answers; being a leaf, it does not import that.
+It has the interface of `data.sources.Source`, but does not import it: this package is a leaf.
 """
 
 from collections.abc import Sequence
@@ -53,12 +53,12 @@ class DemoSource(Sequence):
         return DemoProbes(self.world, seed=seed, length=count, blank=self.blank)
 
     def for_diagnosis(self, *, count: int, seed: int) -> "DemoSource":
-        """Images that contradict the prior: where it agrees, no answer can be told from what is seen."""
+        """Images that contradict the prior: if they agree with it, guessing and looking give the same answer."""
         return DemoSource(self.world, length=count, seed=seed, blank=self.blank, setting="conflict")
 
 
 class DemoProbes(Sequence):
-    """Rows of the demo's evaluation: images that contradict the prior, and images that agree, by turns."""
+    """Rows of the demo's evaluation: images that contradict the prior and images that agree, alternating."""
 
     image_roots = ()
 

@@ -1,9 +1,9 @@
 """The demo's two worlds: images of everyday things that usually, but not always, look as one expects.
 
-In the first world a question asks what is to be seen: one attribute of one kind of thing. In the second its answer
-takes a step or two more: a sum, a comparison, a rule that the question gives. Half of the questions state what one
-expects as a fact first. A model that trusts the text answers the prior, a model that looks answers what is shown, if it
-also reasons well.
+In the first world a question asks for something directly visible: one attribute of one kind of thing. In the second
+the answer takes one or two more steps: a sum, a comparison, or a rule given in the question. Half of the questions
+first state the prior as a fact. A model that trusts the text answers with the prior; a model that looks answers with
+what is shown, if it also reasons well.
 
 Everything is a pure function of (world, seed, setting, index): `item` makes one question with its image, and
 `demo.source` makes rows of them.
@@ -136,9 +136,9 @@ def make_item(
 
     Args:
       world: one of WORLDS.
-      follow_prior: probability of the prior value, for every attribute by itself; else uniform over the others.
-      conflict: None leaves what is asked to chance as well; True makes the answer contradict the expected one, False
-        makes all that is asked as expected.
+      follow_prior: probability of the prior value, independently per attribute; else uniform over the other values.
+      conflict: None draws the asked attributes at random too; True makes the answer differ from the expected one;
+        False sets all asked attributes to their priors.
     """
     kinds = [KINDS[k] for k in rng.permutation(len(KINDS))[: 1 + (rng.random() < WORLDS[world].second_kind)]]
     asks = WORLDS[world].draw_question(rng, kinds)
@@ -186,7 +186,7 @@ def description_states_prior(description_text: str, asked: Item) -> bool:
 
 
 def description_states_truth(description_text: str, asked: Item) -> bool:
-    """Whether a description has all that is asked as the image shows it; then the rest is reasoning."""
+    """Whether a description gives every asked attribute as shown; what is left is reasoning."""
     return _states(description_text, asked, asked.things)
 
 

@@ -1,6 +1,6 @@
-"""Answers to a task's questions, sampled on the mesh and kept by content: what is there already is never sampled again.
+"""Samples answers to a task's questions on the mesh. They are stored by content key, and never sampled twice.
 
-With several processes all sample, each the rows that its own devices hold; the first keeps the answers.
+With several processes, each samples the rows that its own devices hold; the first one stores the answers.
 """
 
 import concurrent.futures
@@ -65,7 +65,7 @@ class Asker:
         return self.config.prompts.student.to_dict() if e.prompt == "structured" else plain
 
     def jobs(self, questions: Sequence[Question]) -> tuple[list[Job], list[tuple[Question, str]]]:
-        """Every answer to be had, with its key; and the questions that cannot be asked, with the reason."""
+        """Returns (a job per answer needed, the questions that cannot be asked with the reason)."""
         e, prompt = self.config.eval, self._prompt()
         # Greedy answers to one question are equal.
         samples = self.task.samples or (e.samples if e.temperature else 1)
@@ -90,17 +90,17 @@ class Asker:
         return jobs, errors
 
     def _pixels(self, question: Question) -> tuple[int, int]:
-        """How large the question's images are made: part of what is asked. From their headers alone."""
+        """(least, most) pixel limits for the question's images, part of the key; reads image headers only."""
         outlines = [Outline(image_size(item, image_roots=self.rows.image_roots)) for item in question.images]
         options = {"problem": question.text, "student": self._prompt()}
         limits = prompt_pixels(outlines, self.session, self.config, **options)
         return limits.least, limits.most
 
     def sample(self, jobs: Sequence[Job], responses: Journal | None) -> list[tuple[Question, str]]:
-        """Answers what is not answered yet; returns the questions that turned out not to be askable.
+        """Samples the missing answers; returns the questions that turned out to be unusable, with the reason.
 
         Args:
-          responses: where answers are kept; None in all processes but the first.
+          responses: the stored answers; None except in the first process.
         """
         there = set(first_decides(lambda: [job.key for job in jobs if responses is not None and job.key in responses]))
         pending = [job for job in jobs if job.key not in there]
@@ -169,7 +169,7 @@ class Asker:
             pair for pairs in exchange([(i, row) for i, row in rows.items() if isinstance(row, str)]) for pair in pairs
         )
         asked = [row if isinstance(row := rows.get(i), Row) else Row() for i in range(size)]
-        # By question and sample, not by place: the same answer whatever is sampled beside it.
+        # Keys depend on question and sample, not on batch position: answers do not depend on the batch.
         names = [f"{self.task.name}/{job.question.id}/{job.sample}" for job in batch] + [""] * (size - len(batch))
         sampled = sample_rows(self.engine, self.session, asked, named_keys(self.config.eval.seed, names))
         errors = {i: FAILED for i in range(len(batch)) if sampled.failure(i) is not None} | errors

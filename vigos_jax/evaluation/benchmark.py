@@ -34,7 +34,7 @@ _RESPONSES, _VERDICTS = "responses.jsonl", "verdicts.jsonl"
 WRITTEN = ("results.json", "report.md", "report.html")  # after all is answered, each time anew
 _WIDTHS = (10, 8, 8, 17, 9, 8, 7, 8)  # of the table's columns
 GRADING = 4  # raised when the rules change: verdicts of other rules are not reused
-# What of a model folder changes its answers: weights, shapes, how they are sampled, texts and images as it reads them.
+# Files of a model folder that affect its answers: weights, configs, tokenizer, chat template and processor.
 _ANSWER_FILES = (
     *("model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
@@ -58,9 +58,9 @@ class TaskResult:
 
 
 class Evaluation:
-    """`config.eval` made ready: sources opened, the judge found, the sampler compiled once for all students.
+    """An evaluation by `config.eval`: opened sources, a reachable judge, a sampler compiled once for all students.
 
-    With several processes all make one and run it; the first one alone keeps files, grades and has results.
+    With several processes, all construct and run it; only the first one writes files, grades and returns results.
 
     Raises:
       InputError: an unknown task, a source that cannot be read or lacks columns, a judge that cannot be reached.
@@ -87,7 +87,7 @@ class Evaluation:
         return content_key(self._base, adapter, digests(trained))
 
     def run(self, trained: Variables, *, output: pathlib.Path) -> list[TaskResult]:
-        """Evaluates a student; appends to responses.jsonl and verdicts.jsonl in `output` what is not there yet.
+        """Evaluates a student; appends missing answers and verdicts to responses.jsonl and verdicts.jsonl in `output`.
 
         Args:
           trained: as `Session.student` takes it.
@@ -234,9 +234,9 @@ def _judged(answers: Sequence[Answer], judge: Judge, verdicts: Journal, *, mode:
 
 
 def fingerprint_of(folder: pathlib.Path, *facts: Any) -> str:
-    """A short text that changes with a model folder's files that answers depend on (`_ANSWER_FILES`) and with `facts`.
+    """A short hash of `facts` and of the model folder's files that affect answers (`_ANSWER_FILES`).
 
-    Of large files the size and 17 places are read. A card, a license or an evaluation that lies there has no part.
+    Of large files, only the size and 17 blocks are hashed. A model card, a license or an evaluation does not count.
     """
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     for path in sorted({p for pattern in _ANSWER_FILES for p in folder.glob(pattern) if p.is_file()}):

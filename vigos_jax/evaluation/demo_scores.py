@@ -86,7 +86,7 @@ def answer_items(
 
 
 def summarise(conflict: list[Answered], prior: list[Answered]) -> dict[str, float | None]:
-    """Rates in 0..1 as named in COLUMNS, None of nothing. An answer is the last closed box; none is wrong."""
+    """Rates in 0..1 as in COLUMNS; None over no answers. The answer is the last closed box; without one it is wrong."""
     valid = [a for a in conflict if a.spans.is_valid]
     invalid = [a for a in conflict + prior if not a.spans.is_valid]
 

@@ -92,10 +92,10 @@ def _open_json(source: str) -> TaskRows:
 
 
 def questions_of(task: Task, rows: TaskRows, *, limit: int) -> list[Question]:
-    """The questions of `limit` rows that are evenly spread over the source (0: of all rows), in order.
+    """The questions of `limit` rows (0: of all rows), spread evenly over the source, in order.
 
-    An id that was there before gets its row's number appended. Answers that count a row's options count from 0; where
-    one of them points past the last option the source counts otherwise, and none of them can be trusted.
+    A repeated id gets its row number appended. Answers given as an option's index count from 0; if one of them is out
+    of range, the source counts differently, and all questions with such answers become unusable.
     """
     size = len(rows.rows)
     count = min(limit, size) if limit else size

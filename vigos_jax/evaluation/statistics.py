@@ -1,4 +1,4 @@
-"""From graded answers to the numbers of a table: pass@k, avg@k with its interval, and how answers look. Pure."""
+"""Metrics of graded answers: pass@k, avg@k with its interval, and format and length statistics. Pure functions."""
 
 import dataclasses
 from collections import defaultdict
@@ -24,12 +24,12 @@ class Answer:
     Attributes:
       text: the completion, without prefill and end token.
       answer: the content of its last closed box, None without one.
-      is_correct: None while a judge has still to say.
+      is_correct: None until a judge has decided.
       grader: which rule, or "judge".
-      is_correct_leniently: the verdict on an answer that may stand outside a box.
+      is_correct_leniently: the verdict if the answer may also be outside a box.
       tokens: length of the completion.
-      is_valid: in the asked format.
-      is_truncated: it did not end by itself.
+      is_valid: whether it has the requested format.
+      is_truncated: whether it ends without an end token.
     """
 
     question: Question
@@ -68,10 +68,10 @@ def per_question(answers: Sequence[Answer], *, leniently: bool = False) -> dict[
 def summarise(task: Task, answers: Sequence[Answer], *, seed: int) -> dict[str, Any]:
     """Percentages of one task.
 
-    pass: questions of which any sample is right; avg: mean over questions of the share of samples that are, with
-    `avg_low` and `avg_high`; `avg_lenient`: with answers outside a box; format_valid, truncated: shares of samples;
-    tokens: mean length. `unjudged` counts samples without a verdict, which are in no number; a number over nothing is
-    None. What the task adds stands beside, and `groups` breaks avg down.
+    pass: questions with at least one correct sample; avg: mean over questions of the share of correct samples, with
+    `avg_low` and `avg_high`; `avg_lenient`: avg if answers outside a box count; format_valid, truncated: shares of
+    samples; tokens: mean length. `unjudged` counts samples without a verdict, which pass and avg exclude; a metric over
+    nothing is None. The task's own metrics are added, and `groups` breaks avg down by category.
     """
     verdicts = per_question(answers)
     means = [float(np.mean(v)) for v in verdicts.values()]

@@ -171,7 +171,7 @@ def _joined(lines: list[str]) -> str:
 
 
 def _sentence(text: str, name: str) -> str:
-    """With a capital, unless it begins with a value of the field `name`, and a full stop."""
+    """Capitalises a text, unless it begins with a value of the field `name`, and adds a full stop if needed."""
     first = text.split(maxsplit=1)[0]
     if first.isalpha() and first not in (*WORLDS, *config_limits.CHOICES.get(name, ())):
         text = text[0].upper() + text[1:]

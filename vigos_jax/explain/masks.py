@@ -1,4 +1,4 @@
-"""Draws who attends to whom in the packed sequences of a role table: the figures of docs/roles.md.
+"""Draws the attention masks of a role table's packed sequences: the figures of docs/roles.md.
 
     python -m vigos_jax.explain.masks docs/masks opsd vision_opd
 

@@ -1,7 +1,7 @@
-"""Hugging Face checkpoints out: a full (merged) model or a PEFT adapter, in a folder that is whole or not there.
+"""Exports a full (merged) model or a PEFT adapter as a Hugging Face folder, which is either complete or absent.
 
-Everything is written into a hidden folder, checked if asked for, brought to the disk, and put in place (`folder`).
-Of several processes the first writes; all take part in gathering the tensors, and all stop if one step fails there.
+Everything is written into a hidden folder, checked if requested, synced to disk and moved into place (`folder`).
+The first process writes; all take part in gathering the tensors, and all stop if a step fails in the first.
 """
 
 import itertools
@@ -30,8 +30,8 @@ from vigos_jax.weights.adapters import adapter_tensors, write_adapter
 from vigos_jax.weights.safetensors_file import byte_count
 from vigos_jax.weights.weight_files import open_weights
 
-# What of a base folder is about text, images and shapes. Copied byte for byte: rewriting these files through a
-# library would change what other programs read. Weights and cards of the base, and whatever else lies there, stay.
+# Config, tokenizer, processor and license files of a base folder, copied byte for byte: rewriting them through a
+# library would change what other programs read. Weights, model card and any other files are not copied.
 _COMPANIONS = (
     *("config.json", "*_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.json", "*.jinja", "LICENSE*", "NOTICE*"),
@@ -41,7 +41,7 @@ _NO_COMPANIONS = ("adapter_config.json",)
 
 
 def check_options(options, *, has_adapter: bool) -> None:
-    """Raises InputError for what in `config.export` is bound to fail, before it has cost anything."""
+    """Raises InputError early for settings in `config.export` that are bound to fail."""
     if options.kind == "adapter" and not has_adapter:
         raise InputError("config.export.kind=adapter needs an adapter, and this student has none; choices: merged")
     if options.push_to:
@@ -60,10 +60,10 @@ def export(
     """Writes the student as a Hugging Face folder, as `config.export` says.
 
     Args:
-      trained: what lies over the base; `{}` for the base itself.
-      output: the folder; not there yet, or empty.
+      trained: variables that replace or adapt the base; `{}` for the base itself.
+      output: the folder; must be absent or empty.
       run: the training that it comes from, for the model card.
-      record: file of a `folder.Record`, by which a run finds its export again.
+      record: file for a `folder.Record`, by which a run later recognises its export.
 
     Returns:
       What `verify.compare` found, where `config.export.check` asks for it or an adapter was merged into
@@ -154,7 +154,7 @@ def _copy_companions(session: Session, written: pathlib.Path, *, dtype: str) -> 
 
 
 def _correct(path: pathlib.Path, *, dtype: str, is_tied: bool) -> None:
-    """Says of the written weights what the base's config says of its own; everything else stays as it was."""
+    """Updates dtype and tied embeddings in the copied config.json to the written weights; the rest is unchanged."""
     config = json.loads(path.read_text(encoding="utf-8"))
     now = {"torch_dtype": dtype, "dtype": dtype} | ({} if is_tied else {"tie_word_embeddings": False})
     changed = False

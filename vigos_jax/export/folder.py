@@ -1,7 +1,7 @@
-"""The folder of an export: whole or not there, also where it is a mount point or another file system.
+"""The folder of an export: complete or absent, even if it is a mount point or on another file system.
 
-What is written goes into a hidden folder: beside the final one, which is then a rename away; or inside of it where it
-is there already, empty, as a mount point is. From inside, the files are moved out at the end, config last.
+Files are written to a hidden folder: next to the final one, and then renamed; or inside the final one if it already
+exists and is empty, like a mount point. From inside, the files are moved out at the end, config last.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _NOTHING = (_INSIDE, files.LOCK, "lost+found")  # what a folder may hold and be 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a run's export wrote, kept in the workdir: so that it knows the folder again.
+    """What a run's export wrote, kept in the workdir so that the run recognises the folder later.
 
     Attributes:
       output: the folder.
@@ -108,14 +108,14 @@ def prepare(output: pathlib.Path, *, size: int) -> pathlib.Path:
 
 
 def publish(temporary: pathlib.Path, output: pathlib.Path, *, record: pathlib.Path | None, facts: Any) -> None:
-    """Brings what was written to the disk, and then under its name.
+    """Syncs the written files to disk, then moves them into place.
 
     Args:
-      record: a file that is told first what it is.
+      record: file to write the `Record` to before the move; None for none.
       facts: `kind`, `dtype` and `step` of the record.
 
     Raises:
-      InputError: it cannot be put there. It stays where it was written.
+      InputError: they cannot be moved; they stay where they were written.
     """
     target = output.resolve()
     _sync(temporary)
@@ -153,7 +153,7 @@ def _move_out(temporary: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def _moved(folder: pathlib.Path) -> list[str]:
-    """Names of what was moved out of a hidden folder when the process that did it was killed."""
+    """Names of the files that a killed export was moving out of a hidden folder."""
     try:
         return [str(name) for name in json.loads((folder / _MOVED).read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError):

@@ -99,7 +99,7 @@ def _base_name(path: str) -> str:
 
 
 def _teaches_itself(config) -> bool:
-    """Whether no role that counts has other weights than the student's base."""
+    """Whether every role with a non-zero weight uses the student's own base."""
     return not any(role.get("model", "") for role in config.roles.values() if role.weight)
 
 

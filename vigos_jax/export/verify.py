@@ -1,6 +1,6 @@
-"""Does an export hold the student? Its files are loaded again and their logits compared with those in memory.
+"""Verifies an export: its files are loaded again, and their logits compared with those of the student in memory.
 
-Both sides compute in float32, so that what they differ by is the rounding of the written weights, and no computation's.
+Both sides compute in float32, so any difference comes from rounding the written weights, not from the computation.
 """
 
 import functools
@@ -32,7 +32,7 @@ PROMPTS = (
     ("Which color is the square?\nA. red\nB. green", "The square is red.</description> <think> So the answer is A."),
     ("1 + 2 = ?", "There are no numbers in it.</description> <think> 1 + 2 is 3. </think> \\boxed{3}"),
 )
-# Nats per token: what merging may cost in float32, and what rounding to bfloat16 surely does not.
+# Nats per token: the most that merging may cost in float32, and a bound far above the rounding to bfloat16.
 LIMITS = {"float32": 1e-4, "bfloat16": 0.5}
 
 
@@ -88,7 +88,7 @@ def compare(session: Session, trained: Variables, config, folder: pathlib.Path) 
         "kl_mean": float(kl.mean()),
         "kl_max": float(kl.max()),
     }
-    # Beside a quantised base the student differs from its merge into the original weights by what quantising costs.
+    # With a quantised base, the student and its merge into the original weights differ by the quantisation error.
     limit = LIMITS["bfloat16" if e.kind == "merged" and has_quantised(session.base) else dtype]
     if not report["kl_mean"] <= limit or not np.isfinite(difference).all():
         raise InputError(

@@ -108,14 +108,14 @@ def _pump(pipe: Any, lines: "queue.Queue[str]") -> None:
 
 
 def _compare(prediction: str, reference: str) -> bool | None:
-    """math-verify's word; None where one of the two is not an expression to it."""
+    """math-verify's verdict; None if it cannot parse one of the two."""
     import math_verify
 
     # Its cleaning would also take letters off an end, as if they were units: "x + 2m" would be "x + 2".
     keep_units = dataclasses.replace(math_verify.LatexExtractionConfig().normalization_config, units=False)
     kinds = (math_verify.LatexExtractionConfig(normalization_config=keep_units), math_verify.ExprExtractionConfig())
     parse: Any = math_verify.parse  # its annotation forgets that None means no limit
-    # Its own time limits are signals, for which its caller must be a main thread; here the parent watches the clock.
+    # Its own timeouts use signals, which need the main thread; here the parent process enforces the deadline.
     gold, ours = (parse(f"${x}$", kinds, parsing_timeout=None) for x in (reference, prediction))
     return bool(math_verify.verify(gold, ours, timeout_seconds=None)) if gold and ours else None
 

@@ -36,9 +36,9 @@ def _letters_of_parts(answer: Reading, options: Sequence[Reading]) -> list[str]:
 
 
 def same_letters(answer: Reading, reference: Reading) -> bool:
-    """Whether both name the same several letters, where the options are not known: "A, C" and "AC".
+    """Whether both name the same set of letters, for unknown options: "A, C" and "AC".
 
-    "AC" names letters where they are in order, which few words and no other name of an angle are.
+    A reference without separators ("AC") must be in alphabetical order, as few words are, and end at "J" at most.
     """
     ours, theirs = answer.body, reference.body
     if max(len(ours), len(theirs)) > MAX_ANSWER_CHARS or not _LETTERS.fullmatch(theirs):
@@ -60,8 +60,8 @@ def option_index(answer: str, options: Sequence[str]) -> int | None:
 def named_option(answer: Reading, options: Sequence[Reading]) -> int | None:
     """The option that an answer names: by its letter ("B", "(B) red", "B - red"), or by its text if only one has it.
 
-    A letter with another option's text beside it names none. "C" may be the text of option A: a letter that stands
-    alone names its place first.
+    A letter next to another option's text names none. A lone letter is read as an option's label first, even if it is
+    the text of another option.
     """
     if answer.letter:
         index = ord(answer.letter) - ord("a")

@@ -79,7 +79,7 @@ def is_mathematics(reading: Reading) -> bool:
 
 
 def _same_sets(ours: Sequence[str], theirs: Sequence[str], same_item: Callable[[str, str], bool | None]) -> bool | None:
-    """Whether each of ours is one of theirs that no other of ours is."""
+    """Whether the items, as many on both sides, match one to one; None if algebra cannot decide."""
     left = list(theirs)
     for item in ours:
         place = next((i for i, other in enumerate(left) if agree(read(item), read(other))), None)
@@ -89,7 +89,7 @@ def _same_sets(ours: Sequence[str], theirs: Sequence[str], same_item: Callable[[
                 if (verdict := same_item(item, other)) is not False:
                     break
         if not verdict or place is None:
-            return verdict  # None too: what algebra cannot say once is not asked again
+            return verdict  # None too: after one undecided item, no further ones are compared
         left.pop(place)
     return True
 

@@ -1,8 +1,8 @@
-"""A language model that says whether an answer is right, where rules cannot: any server that speaks OpenAI's protocol.
+"""An LLM judge for answers that rules cannot grade, on any server with an OpenAI-compatible API.
 
-A failed call is not a verdict: the answers stay unjudged and are asked about again the next time, never counted as
-wrong. The first failure's reason is said. One that another call would meet too (a wrong key, no such model) ends the
-asking; a server that is busy or broken (429, 5xx) is asked again, as often as `retries` says.
+A failed call is not a verdict: its answers stay unjudged and are judged again the next time, never counted as wrong.
+The reason for the first failure is logged. A permanent failure (a wrong key, an unknown model) ends all calls; if the
+server is busy or failing (429, 5xx), the call is retried, up to `retries` times.
 """
 
 import concurrent.futures
@@ -94,10 +94,10 @@ class Judge:
         self.reason = ""
 
     def check(self) -> None:
-        """Raises InputError if no server answers at the judge's address: before answers are sampled for it.
+        """Raises InputError if the judge's address accepts no connection; called before answers are sampled.
 
-        Where the environment names a proxy for it (HTTPS_PROXY, NO_PROXY and so on), as the client will use it, the
-        proxy must answer.
+        If the environment sets a proxy for it (HTTPS_PROXY, NO_PROXY and so on), which the client will use too, the
+        proxy is checked instead.
         """
         where = ""
         try:
@@ -165,7 +165,7 @@ class Judge:
         return reply
 
     def _note_failure(self, error: Any) -> None:
-        """Says why a call failed, and notes whether every other must."""
+        """Logs why a call failed, and notes whether all further calls would fail too."""
         if not isinstance(error, self._status_error):
             cause = error.__cause__ or error
             self._say(f"{type(error).__name__}: {cause} (config.eval.judge.timeout={self._timeout:g})")

@@ -56,14 +56,14 @@ def without_leads(text: str) -> str:
 
 
 def _may_go(lead: re.Pattern, rest: str) -> bool:
-    """Something must be left; what is approximate must be a number."""
+    """Whether a lead can be removed: some text must remain, and a number after "about" and the like."""
     if lead is _APPROXIMATE:
         return leading_number(rest) is not None or rest[:1] in tuple("$€£¥\\")
     return bool(rest.strip())
 
 
 def name_and_body(text: str) -> tuple[str, str]:
-    """The symbol or subject that a text speaks of, "" without one, and what it says of it."""
+    """(the symbol or subject of a text, "" without one; what is said of it): "x = 5" -> ("x", "5")."""
     if point := _POINT.fullmatch(text):
         return "", point[1]
     if point := _NAMED_POINT.fullmatch(text):

@@ -1,6 +1,6 @@
-"""What an answer says, read once: a letter, yes or no, a number with its unit, words. Two readings agree or do not.
+"""Parses an answer into a `Reading` (a letter, yes or no, a number with its unit, words) and compares two of them.
 
-The one step between the text a model wrote and every rule that compares it.
+Every grading rule compares readings, not the model's text.
 """
 
 import dataclasses
@@ -143,7 +143,7 @@ def _agree_on_letters(a: Reading, b: Reading) -> bool:
 
 
 def may_be_one_name(a: Reading, b: Reading) -> bool:
-    """Whether the two can speak of one thing; what only one of them names is forgiven."""
+    """Whether the two can refer to the same thing; a name that only one of them has is ignored."""
     if not a.name or not b.name or a.name == b.name:
         return True
     is_symbol = [len(name) <= 3 or "\\" in name for name in (a.name, b.name)]

@@ -1,7 +1,7 @@
-"""Is an answer right, and who says so? A router: options, yes or no, numbers, words, text, then algebra.
+"""Grades an answer with the rule that applies: options, yes or no, numbers, words, text, then algebra.
 
-Both texts are read once (`reading`); a verdict needs one meaning, so an answer that names two is wrong. Every verdict
-names the rule that gave it, so that a table can be questioned answer by answer.
+Both texts are read once (`reading`); an answer with two meanings is wrong. Every verdict names its rule, so that a
+results table can be checked answer by answer.
 """
 
 import dataclasses

@@ -153,9 +153,9 @@ def _greek(match: re.Match) -> str:
 
 
 def _unwrap(text: str) -> str:
-    r"""Without `\text{...}` and its like around their content, however deep; a unit after a number stands apart.
+    r"""Removes `\text{...}` and similar wrappers at any depth; a space separates a unit from its number.
 
-    One that is never closed stays as it is.
+    An unclosed wrapper stays as it is.
     """
     out: list[str] = []
     open_ones: list[int | None] = []  # where in `out` a wrapper opens; None for a plain brace

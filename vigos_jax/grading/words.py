@@ -69,7 +69,7 @@ _SINGULAR = frozenset("gas canvas atlas christmas chaos cosmos lens news series 
 
 
 def word_form(text: str) -> str:
-    """A short answer, in lower case, without article, plural and choice of synonym; above three words as it is.
+    """A lower-case answer without its article; up to three words, also in the singular, with synonyms unified.
 
     Mathematics stays as it is: "-x" is not "x".
     """

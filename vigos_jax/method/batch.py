@@ -9,18 +9,18 @@ from vigos_jax.models.shapes import Array, Bool, Float, Int
 class SupervisedTokens(flax.struct.PyTreeNode):
     """Which student state is compared with which teacher state, under which role.
 
-    A token that several roles score stands here once per role.
+    A token that several roles score has one slot per role.
 
     Attributes:
       role: index into the role table, -1 for an unused slot.
-      student_at: place in the student's sequence whose output predicts the token.
-      teacher_at: the same in the packed sequences of the role's model, those of `ScoreBatch.others` after
-        `ScoreBatch.teacher`.
-      position: the token's place in the completion.
+      student_at: index in the student's sequence of the state that predicts the token.
+      teacher_at: the same in the concatenated packed sequences of the role's model: `ScoreBatch.teacher`, then
+        `ScoreBatch.others`.
+      position: the token's index in the completion.
       token: its id.
-      sampled_logp: log-probability under the sampler, NaN where the rollout came from elsewhere.
+      sampled_logp: log-probability under the sampler, NaN if the rollout has none.
       clip: largest divergence the token contributes, infinity for no clip.
-      control_at: as `teacher_at`, of the role's control, which sees no image; None where no role has one.
+      control_at: as `teacher_at`, for the role's control, which sees no image; None if no role has one.
     """
 
     role: Int[Array, "B E"]
@@ -34,11 +34,11 @@ class SupervisedTokens(flax.struct.PyTreeNode):
 
 
 class PrefixBatch(flax.struct.PyTreeNode):
-    """The branches of roles that see other images than the student, or have other weights, after those images.
+    """The packed branches after one prefix whose images or weights are not the student's.
 
     Attributes:
-      vision: None where they see none.
-      model: whose weights read them, `roles.Prefix.model`.
+      vision: None if the prefix has no images.
+      model: the model that runs the branches, see `roles.Prefix`.
     """
 
     vision: VisionInputs | None
@@ -51,9 +51,9 @@ class ScoreBatch(flax.struct.PyTreeNode):
 
     Attributes:
       teacher: branches of the roles with the student's base and images; None if there is no such role.
-      others: branches of the others, one for each further prefix of `roles.prefixes_of`.
-      vision: None where `image_embeds` serve student and teachers.
-      image_embeds: visual tokens that are known already; else None.
+      others: branches of all other roles, one entry per further prefix of `roles.prefixes_of`.
+      vision: None if `image_embeds` serves student and teachers.
+      image_embeds: precomputed visual tokens, or None.
     """
 
     vision: VisionInputs | None
@@ -77,12 +77,12 @@ class PromptBatch(flax.struct.PyTreeNode):
 
 
 class TeacherStates(flax.struct.PyTreeNode):
-    """What one model says of the supervised tokens; states of tokens whose role has another model mean nothing.
+    """One model's states for the supervised tokens; meaningless for tokens whose role has another model.
 
     Attributes:
       hidden: the states that predict each token.
-      head: None if it is the student's: then one product serves both.
-      control: the states of the roles' controls; None where no role has one.
+      head: None if it is the student's; one matrix product then serves both.
+      control: the states of the roles' controls; None if no role has one.
     """
 
     hidden: Float[Array, "B E W"]
@@ -124,10 +124,11 @@ class RoleStats(flax.struct.PyTreeNode):
     """Sums per role over supervised tokens, float32; those of several micro-batches add up.
 
     Attributes:
-      loss: of token weight * normalizer term * clipped divergence.
-      normalizer, tokens, clipped_tokens: of the terms, of ones, of ones where the clip per token bites.
-      entropy: of the student's entropy.
-      squares: of squared token weights.
+      loss: sum of token weight * normalizer term * clipped divergence.
+      normalizer: sum of normalizer terms.
+      tokens, clipped_tokens: number of tokens, and of those whose divergence exceeds their clip.
+      entropy: sum of the student's entropy.
+      squares: sum of squared token weights.
     """
 
     loss: Float[Array, "R"]

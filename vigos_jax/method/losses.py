@@ -7,8 +7,8 @@ terms. The loss of a role, over all of its tokens in the global batch, is
     sum(weight * term * clipped divergence) / sum(term)
 
 The denominator is the role's normalizer. A token's term is 1 to average over tokens (`reduction="tokens"`), or one over
-the number of the role's tokens in the same rollout to average over rollouts (`reduction="sequences"`). Its weight is
-`token_weights`'s, 1 unless the role has a rule.
+the number of the role's tokens in the same rollout to average over rollouts (`reduction="sequences"`). Its weight
+comes from `token_weights` and is 1 unless the role has a rule.
 """
 
 import dataclasses

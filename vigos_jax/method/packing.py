@@ -11,9 +11,8 @@ attending to each other, and each branch's positions continue from the prefix as
 A branch holds only what predicts its scored tokens: the role's prompt, then the student's completion up to but not
 including the last scored token (with `reads="scored"`, only the scored tokens before it). Roles that see other images
 than the student (`data.views`), or have other weights, are branches of a separate sequence, one for each
-`roles.Prefix`. In families whose layers carry a
-state along the sequence, padding aligns each branch to a multiple of `ModelConfig.chunk`, and `models/delta_rule.py`
-starts it from the prefix's state.
+`roles.Prefix`. In families whose layers carry a state along the sequence, padding aligns each branch to a multiple of
+`ModelConfig.chunk`, and `models/delta_rule.py` starts it from the prefix's state.
 """
 
 import dataclasses
@@ -343,5 +342,5 @@ def _pack_row(
                 tokens.append(_Token(r, student_at, teacher_at, j, rollout.ids[j], logp, clip))
         length += n
     if not tokens and not controls and prefix != OWN:
-        return _Packed()  # images that nobody reads are not encoded
+        return _Packed()  # unused images are not encoded
     return _Packed(TokenSequence(*(np.concatenate(x, -1) for x in zip(*parts, strict=True))), tokens, controls)

@@ -24,8 +24,8 @@ def unknown_fields(template: str, names: Collection[str] = ()) -> list[str]:
 def fill(template: str, /, *, problem: str, reference: str | None = None, **others: str) -> str:
     r"""The template with `{problem}`, `{reference}` and the names of `others` replaced, in a single pass.
 
-    Every other brace is literal, so `\boxed{}` can stand in a template, and what is filled in is never
-    searched for fields again. Raises InputError if the template asks for a reference and there is none.
+    All other braces are literal, so a template may contain `\boxed{}`; inserted text is not searched for
+    fields. Raises InputError if the template asks for a reference and there is none.
     """
     if reference is None and "reference" in fields(template):
         raise InputError(

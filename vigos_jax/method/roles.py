@@ -130,8 +130,8 @@ def role_table(
       data_fields: `config.data.fields`, what templates may name beside problem and reference.
 
     Raises:
-      InputError: an unknown field, span, condition or divergence, a number out of its range, a role without a
-        prompt or with one that names a field no row has, no role; a student's prompt that names more than problem.
+      InputError: an unknown field, span, condition or divergence, a number out of range, a role without a prompt, a
+        role's prompt with a field that no row has, a student's prompt with any field but problem, or no role at all.
     """
     if "student" in prompts and (strangers := unknown_fields(prompts["student"]["user"])):
         raise InputError(f"config.prompts.student.user names {{{strangers[0]}}}; it must show {{problem}} alone")
@@ -196,7 +196,7 @@ def _values(where: str, entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_weights(where: str, entry: Mapping[str, Any], view: ImageView) -> None:
-    """Raises InputError unless the rule of weights has what it needs, and no more."""
+    """Raises InputError if an option of the token-weight rule is missing, unused or incompatible."""
     k, rule = entry["token_top_k"], entry["token_weights"]
     is_whole = isinstance(k, int) and not isinstance(k, bool)
     if not is_whole or k < 0 or bool(k) != (rule == "teacher_top_k"):
@@ -212,7 +212,7 @@ def views_of(table: tuple[TeacherRole, ...]) -> tuple[ImageView, ...]:
 
 
 def models_of(table: tuple[TeacherRole, ...]) -> dict[str, str]:
-    """The name of the first role that each model but the student's base teaches."""
+    """For each teacher model other than the student's base, the name of the first role that uses it."""
     return {role.model: role.name for role in reversed(table) if role.model}
 
 

@@ -39,16 +39,16 @@ def supervised_states(
     others: Mapping[str, TeacherModel] = NO_OTHERS,
     dropout_key: Key[AnyArray, ""] | None = None,
 ) -> SupervisedStates:
-    """The states that predict every supervised token: student sequences and all roles' packed branches are run.
+    """Runs the student sequences and all packed branches; returns the states that predict each supervised token.
 
-    Gradients flow to `trained` only: the teachers and, where it is shared, the vision tower are cut off. Where heads
-    have different numbers of rows, all are cut to the least: a tokenizer's ids are in all, the rest is padding.
+    Gradients flow to `trained` only, not to the teachers or a shared vision tower. Heads with different numbers of rows
+    are truncated to the smallest: all contain the tokenizer's ids, the rest is padding.
 
     Args:
-      base: the frozen parameters, of the teachers that name no other model and underneath the student.
-      trained: `{"lora": ...}`, `{"params": ...}`, or `{}` for the base as its own student.
-      teacher_params: what replaces or adapts the base for the teachers, from `teacher_params_of`; None: nothing does.
-      others: by `TeacherRole.model`, the models that roles name.
+      base: frozen parameters of the student and of the teachers that name no other model.
+      trained: `{"lora": ...}`, `{"params": ...}`, or `{}` if the student is the base.
+      teacher_params: parameters that replace or adapt the base for the teachers, from `teacher_params_of`, or None.
+      others: the models that roles name, keyed by `TeacherRole.model`.
       dropout_key: applies the adapter's dropout to the student; None for none.
     """
     apply: Any = model.apply  # which returns what its method does
@@ -59,7 +59,7 @@ def supervised_states(
     images = batch.image_embeds
     if images is None and (batch.teacher is not None or shares_vision(trained)):
         images = apply(teacher, batch.vision, method="encode_images")
-    # Adapters never sit on the head: only with parameters of its own does the student have another one.
+    # Adapters never cover the head: the student's differs only in full fine-tuning.
     teachers = _teachers(model, teacher, batch, images, others, has_head="params" in trained)
     student_images = images
     if not shares_vision(trained):
@@ -119,12 +119,12 @@ def _teachers(
     *,
     has_head: bool,
 ) -> dict[str, TeacherStates]:
-    """What each model of the table says of the supervised tokens.
+    """Each teacher model's states for the supervised tokens.
 
     Args:
-      teacher: the variables of roles without a model of their own.
+      teacher: the variables of the roles that name no model.
       images: visual tokens of the rows' own images, for `batch.teacher`.
-      has_head: whether those roles' head is another one than the student's.
+      has_head: whether to return those roles' head too; false if it is the student's.
     """
     supervised, rows, out = batch.supervised, _common_rows(model, others), {}
     models: dict[str, tuple[Any, Variables]] = {"": (model.apply, teacher)}

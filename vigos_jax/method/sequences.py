@@ -28,7 +28,7 @@ class TokenSequence(NamedTuple):
 
 
 def padding(n: int) -> TokenSequence:
-    """n tokens that are none."""
+    """n padding tokens."""
     zeros = np.zeros(n, np.int32)
     return TokenSequence(zeros, np.zeros((3, n), np.int32), zeros, zeros - 1)
 
@@ -41,7 +41,7 @@ def token_sequence(
 ) -> TokenSequence:
     """A prompt with these images, and its completion.
 
-    Only the prompt's image tokens stand for images: one that was sampled is a token like any other.
+    Only image tokens of the prompt stand for images; a sampled image token is an ordinary token.
     """
     positions = mrope_positions(
         prompt,

@@ -4,8 +4,8 @@ A completion continues the forced `<description>`, so it should read
 
     d </description> <think> r </think> \boxed{a}
 
-The grammar is searched in the bytes of the *sampled* tokens, never in re-tokenised text: a sampled sequence
-need not be the tokenizer's own encoding of what it says, and byte-pair merges cross the edges of the tags.
+The grammar is matched against the bytes of the *sampled* tokens, never re-tokenised text: a sampled sequence
+need not be the tokenizer's own encoding of its text, and byte-pair merges cross tag boundaries.
 
     grammar  the first `</description>`, the first `<think>` after it, the first `</think>` after that, the
              first `\boxed{` after that and the brace that balances it (every brace counts, `\{` and `\}` too)

@@ -1,8 +1,8 @@
-"""How much each token of a role counts: a table of rules. A new rule is one row here and its name in `roles`.
+"""Token weights within a role: a table of rules. A new rule is a row of `RULES` and a name in `roles.TOKEN_WEIGHTS`.
 
-A rule gives every token a raw weight of at least 0, from the logits at the token. It is divided by its mean over the
-role's tokens of the rollout, so that a rollout counts as much as under "uniform" and only the balance among its tokens
-moves. A rollout whose raw weights are all 0 is weighed uniformly. Weights carry no gradient.
+A rule computes a raw weight of at least 0 from the logits at each token. It is divided by its mean over the role's
+tokens of the rollout, so that a rollout counts as much as under "uniform" and only the balance among its tokens
+changes. A rollout whose raw weights are all 0 is weighted uniformly. Weights carry no gradient.
 
 Letters: B batch, C tokens of a chunk, E supervised tokens, V vocabulary.
 """
@@ -19,16 +19,16 @@ from vigos_jax.method.losses import ObjectiveConfig, both_logits, heads_of, hidd
 from vigos_jax.method.roles import TeacherRole
 from vigos_jax.models.shapes import Array, Float, Int
 
-# Nats. Log-probabilities are rounded: where the image decides nothing, weights are about equal, and not those of noise.
+# In nats. Without it, weights would be rounding noise of log-probabilities where the image decides nothing.
 LEAST = 0.01
 
 
 class TokenLogits(NamedTuple):
-    """What a rule sees of a chunk of tokens.
+    """A rule's inputs for a chunk of tokens.
 
     Attributes:
       student, teacher: float32 logits, at temperature 1.
-      control: the teacher's without an image, where the role has a control; else the teacher's own.
+      control: the teacher's logits without an image if the role has a control, else the same as `teacher`.
       token: the observed tokens.
     """
 
@@ -91,7 +91,7 @@ def token_weights(
         for r, of in enumerate(roles):
             if of.token_weights != "uniform":
                 out = jnp.where(role == r, RULES[of.token_weights](at, of), out)
-        return jnp.where(token < at.student.shape[-1], out, 0.0)  # an id that not all heads have is not a token
+        return jnp.where(token < at.student.shape[-1], out, 0.0)  # ids beyond the smallest head are not tokens
 
     parts = states.student, hidden_of(states), controls, supervised.role, supervised.token
     weights = in_chunks(raw, parts, objective.chunk)

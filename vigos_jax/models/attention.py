@@ -52,7 +52,7 @@ def has_fused(device: Any) -> bool:
 
 
 def for_heads(implementation: str, head_dim: int) -> str:
-    """The implementation that serves heads of this width where `implementation` was chosen for the device."""
+    """`implementation`, chosen for the device, or "xla" if it does not support heads of this width."""
     if implementation == "cudnn" and (head_dim > cudnn.MAX_HEAD_DIM or head_dim % 8):
         return "xla"
     return implementation
@@ -74,8 +74,7 @@ def attention(
       mask: true where query t attends to key s, or its description. A query that attends to nothing gives a finite
         result.
       implementation: "xla", "cudnn" or "splash", from `choose`, for described masks; dense ones are XLA's.
-      mesh: over which a fused kernel splits rows and heads, and of which XLA knows what a device holds; None for one
-        device.
+      mesh: fused kernels split rows and heads over it, and XLA's parts are sized by it; None for one device.
 
     Returns:
       In q's dtype; logits and softmax are float32.

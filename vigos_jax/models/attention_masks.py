@@ -1,7 +1,7 @@
-"""Who attends to whom: a few integers in place of a [B, T, S] array of booleans.
+"""Attention masks described by a few integers instead of a boolean [B, T, S] array.
 
-Each description gives any part of its mask (`of`), so that no kernel needs the whole; `dense` is the whole, for tests
-and drawings. What a query that attends to nothing (padding, an empty slot) returns is finite and means nothing.
+`of` computes some rows of a mask, so that no kernel needs all of it; `dense` computes the whole, for tests and
+drawings. The output of a query that attends to nothing (padding, an empty slot) is finite but meaningless.
 """
 
 import flax.struct

@@ -1,4 +1,4 @@
-"""Packed branches as causal sequences and windows as rows, for kernels that know no more.
+"""Packed branches as causal sequences and windows as rows, for kernels that support only those.
 
 `Attend` is (q, k, v, mask) -> [B, T, N, H], any kernel.
 """
@@ -21,12 +21,12 @@ def branch_by_branch(
     mask: Branches,
     attend: Attend,
 ) -> Float[Array, "B T N H"]:
-    """Attention of packed rows, each branch in its turn as the causal sequence [prefix | branch].
+    """Attention of packed rows, one branch at a time as the causal sequence [prefix | branch].
 
-    A branch may be as long as the row allows, so these sequences have T slots, of which a kernel computes those in use.
-    Without gaps the first one stands in the packed row already; every other branch is moved up to the prefix for its
-    own attention, and its outputs are moved back. So there are as many kernels as branches, with gaps one more for
-    the prefix, and never more than one copy of q, k and v.
+    A branch may fill the row, so each sequence has T slots, of which a kernel computes those in use. Without gaps the
+    first branch already follows the prefix; every other branch is moved next to the prefix, and its outputs are moved
+    back. This takes one kernel call per branch, plus one for the prefix if there are gaps, and at most one copy of q,
+    k and v at a time.
     """
     ids = jnp.asarray(mask.segment_ids)
     prefix = jnp.sum(ids == 1, -1, keepdims=True)  # [B, 1]

@@ -105,7 +105,7 @@ class ModelConfig:
 
     @property
     def chunk(self) -> int:
-        """Tokens that packed branches must start at a multiple of: 1 where attention alone reads earlier tokens."""
+        """Packed branches start at multiples of this many tokens; 1 if only attention reads earlier tokens."""
         return self.delta.chunk if self.delta is not None else 1
 
     @property
@@ -137,7 +137,7 @@ class ModelConfig:
 
 
 def _check_precision(raw: Mapping[str, Any], where: str) -> None:
-    """Raises InputError for a quantised checkpoint, by its own word."""
+    """Raises InputError if `config.json` declares quantised weights."""
     for section in (raw, raw.get("text_config")):
         for field in ("quantization_config", "compression_config"):
             value = section.get(field) if isinstance(section, Mapping) else None
@@ -300,7 +300,7 @@ def _common_vision(vision: Section) -> dict[str, Any]:
         "patch_size": vision.whole("patch_size"),
         "temporal_patch_size": vision.whole("temporal_patch_size"),
         "spatial_merge_size": vision.whole("spatial_merge_size"),
-        "in_channels": vision.whole("in_channels"),  # published files' `in_chans` is read by nobody
+        "in_channels": vision.whole("in_channels"),  # `in_chans` of published files is unused
     }
 
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from vigos_jax.models.attention_masks import Causal, Images
 from vigos_jax.models.shapes import Array, Float, Int
 
-# On every card; a multiple of 8. Of Hopper alone cuDNN's documentation says 256 for all passes, and jax allows it from
-# there on if the process's own card is one. XLA builds such a program for any card without asking cuDNN: not tried.
+# Supported on every card; head sizes are multiples of 8. cuDNN documents 256 for all passes on Hopper only; jax allows
+# it from Hopper on, judged by the process's own card. XLA compiles it for any card without asking cuDNN: not tried.
 MAX_HEAD_DIM = 128
-# What a logit loses for each bit in which two images' numbers differ, before the scale of the logits: exact in 16 bits,
-# and more than any two logits of one query are apart.
+# Subtracted from an unscaled logit for each bit in which two image ids differ: exact in 16 bits, and larger than the
+# difference between any two logits of one query.
 _APART = 2.0**15
 
 
@@ -24,13 +24,13 @@ def cudnn_attention(
     *,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B T N H"]:
-    """Softmax attention; nothing of [T, T] is in memory.
+    """Softmax attention without a [T, T] array in memory.
 
-    cuDNN knows lengths but not segments. Images are told apart by further features of queries and keys, two for each
-    bit of an image's number: their product is 0 for equal numbers, large and negative for different ones.
+    cuDNN supports lengths but not segments. Images are separated by extra features of queries and keys, two per bit of
+    an image id: their dot product is 0 for equal ids, large and negative for different ones.
 
     Args:
-      implementation: of `jax.nn.dot_product_attention`: "xla" answers the same question anywhere.
+      implementation: of `jax.nn.dot_product_attention`; "xla" computes the same function on any device.
     """
     h = q.shape[-1]
     if isinstance(mask, Images):

@@ -58,13 +58,13 @@ def _zeros(k: Float[Array, "B T K H"], v: Float[Array, "B T N Hv"]) -> Float[Arr
 
 
 class StepState(NamedTuple):
-    """The state after a token, S = decay * before + key error^T, which the next token forms when it reads `before`.
+    """The state after a token, S = decay * before + key error^T, evaluated only when the next token reads it.
 
-    Formed at once it would be read a second time: the error is known only when the whole state has been read.
+    Evaluating it at once would take a second pass, since the error depends on all of `before`.
 
     Attributes:
-      before: S of the token before it.
-      decay, key, error: the token's; 1, 0 and 0 where S is `before`. All are float32.
+      before: S after the previous token.
+      decay, key, error: of this token; 1, 0 and 0 if S equals `before`. All are float32.
     """
 
     before: Float[Array, "B N Hv H"]
@@ -74,7 +74,7 @@ class StepState(NamedTuple):
 
     @classmethod
     def of(cls, state: Float[Array, "B N Hv H"]) -> "StepState":
-        """Of a state that is there."""
+        """Wraps an evaluated state."""
         return cls(
             state, jnp.ones_like(state[..., 0, 0]), jnp.zeros_like(state[..., 0, :]), jnp.zeros_like(state[..., 0])
         )
@@ -221,10 +221,10 @@ def _put(arrays, parts, at):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunks(size: int, flags, tokens):
-    """`_chunk` along T: outputs, the last state, and the prefix's where there are flags.
+    """Applies `_chunk` along T: outputs, the last state and, with flags, the state after the prefix.
 
-    Chunks are cut from the arrays where they lie: a scan over an array of chunks would first copy every input into
-    another order. Hence the derivative by hand; by autodiff each cut would add to a gradient of the whole length.
+    Chunks are sliced from the arrays in place: a scan over an array of chunks would first copy every input into
+    another layout. The gradient is written by hand, as autodiff would add each slice to a full-length gradient.
 
     Args:
       flags: (chunk starts a branch, chunk is of the prefix), bool [chunks, B] each, or (None, None).
@@ -276,7 +276,7 @@ _chunks.defvjp(_chunks_forward, _chunks_backward)
 
 
 def chunk_for(platform: str) -> int:
-    """The fastest chunk on "cpu", "gpu" or "tpu": a CPU gains nothing from large products, a GPU from few steps."""
+    """The fastest chunk on "cpu", "gpu" or "tpu": large products do not help a CPU, few steps help a GPU."""
     return 32 if platform == "cpu" else CHUNK
 
 

@@ -38,8 +38,8 @@ class Family:
       decode_layer: one layer of it by itself, see `decoder.decode_layer`.
       layer_of: (the stack's parameters, adapters or kept states; layer; config) -> that layer's part.
       language_adapters: the decoder's projections that new adapters cover.
-      license: of the published models, for the card of an export whose base's folder gives none; "" where sizes differ.
-      carried: beginnings of the names of tensors that no role reads: left alone on import, copied on export.
+      license: of the published models, for the card of an export whose base folder has none; "" if it differs by size.
+      carried: name prefixes of tensors that no role uses: skipped on import, copied on export.
     """
 
     tower: Callable[..., nn.Module]

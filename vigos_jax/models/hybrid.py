@@ -94,7 +94,7 @@ class GatedDeltaRule(nn.Module):
         low = joined_low_rank(self, h)
         u = project("in_proj_qkv", d.channels)(h, deterministic, low)
         z = heads(project("in_proj_z", d.width)(h, deterministic, low), d.value_dim)
-        # Apart from the wide products of one token: a GPU's compiler would join all in every step, copying the kernels.
+        # When decoding, kept apart from the wide products: on GPUs XLA would merge them and copy the kernels each step.
         alone = h if before is None else jax.lax.optimization_barrier(h)
         b, a = (project(f"in_proj_{part}", d.value_heads)(alone).astype(jnp.float32) for part in "ba")
         rate = -jnp.exp(per_head("A_log", _log_rate))

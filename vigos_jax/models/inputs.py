@@ -31,8 +31,8 @@ class TextInputs(flax.struct.PyTreeNode):
       positions: int32 [B, 3, T], M-RoPE positions.
       segment_ids: int32 [B, T]; 0 padding, 1 the shared prefix (or the whole sequence), 2.. the branches after it.
       image_index: int32 [B, T], which visual token of the row stands here, -1 for text.
-      branches: the most in a row, where every row is its prefix, its branches, then padding: what the fused attention
-        kernels need to know. None: not known, XLA attends under any segment_ids.
+      branches: the most in a row, for rows laid out as prefix, branches, padding; fused attention kernels need it.
+        None: unknown layout, XLA attends under any segment_ids.
     """
 
     ids: Int[Array, "B T"]

@@ -1,6 +1,6 @@
-"""What decoding keeps of earlier tokens: for every layer an array of keys and an array of values of its own.
+"""The KV cache for decoding, with separate key and value arrays per layer.
 
-One array for all layers would be copied: a product reads an operand where it lies only if it reads all of it.
+A single array for all layers would be copied: a matrix product reads an operand in place only if it reads all of it.
 """
 
 from typing import Any
@@ -72,7 +72,7 @@ class Cache(flax.struct.PyTreeNode):
 def slots_axis(implementation: str, *, head_dim: int, kv_heads: int, mesh: Mesh | None) -> int:
     """The layout of `KeyValues` for an implementation of attention, see `attention.choose`.
 
-    A device of cuDNN's needs whole heads: where `tensor` does not divide them, attention to a cache is XLA's.
+    cuDNN needs whole heads on each device: if `tensor` does not divide them, XLA computes attention to the cache.
     """
     is_split = mesh is not None and kv_heads % mesh.shape["tensor"] != 0
     return 1 if for_heads(implementation, head_dim) == "cudnn" and not is_split else 2

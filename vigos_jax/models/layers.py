@@ -38,7 +38,7 @@ def scanned(layer: type[nn.Module], length: int, *, shared: int) -> type[nn.Modu
     """A stack of one kind of layer as a loop, with leaves [length, ...].
 
     Args:
-      layer: of states, of its own part of an array [length, ...], and of `shared` arguments that are every layer's.
+      layer: called with the states, its slice of an array [length, ...], and `shared` arguments that all layers get.
     """
     return nn.scan(
         layer,
@@ -57,9 +57,9 @@ JOINED = (("q_proj", "k_proj", "v_proj"), ("in_proj_qkv", "in_proj_z"), ("gate_p
 
 
 def place(x: Array, mesh: Mesh | None, *axes: str | tuple[str, ...] | None) -> Array:
-    """x with a mesh axis, several or None for each of its first dimensions; as it is without a mesh.
+    """Shards x's leading dimensions over the given mesh axes (one, several or None each); x itself without a mesh.
 
-    Left alone, the compiler may split hidden states as the weights are split, and compute every row on every device.
+    Unconstrained, the compiler may shard hidden states like the weights and compute every row on every device.
     """
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*axes)))
 
@@ -67,8 +67,8 @@ def place(x: Array, mesh: Mesh | None, *axes: str | tuple[str, ...] | None) -> A
 def place_states(x: Float[Array, "B T D"], mesh: Mesh | None) -> Float[Array, "B T D"]:
     """Hidden states [B, T, D] in the sharding of the next projection.
 
-    Sequences stay with their rows, and a layer's weights come to them when it is its turn. A single token is much
-    smaller than any weight: it is split over `fsdp` by width, as the weights are, which then stay where they are.
+    Sequences stay sharded by rows, and each layer's weights are gathered when it runs. A single token is much smaller
+    than any weight: it is split over `fsdp` by width like the weights, which then need not be gathered.
     """
     return place(x, mesh, "data", None, "fsdp") if x.shape[1] == 1 else place(x, mesh, ROWS)
 
@@ -96,7 +96,7 @@ class RMSNorm(nn.Module):
     """x / rms(x) * (offset + scale), computed in float32."""
 
     eps: float
-    offset: float = 0.0  # 1 where checkpoints hold what is added to a scale of one
+    offset: float = 0.0  # 1 if checkpoints store scale - 1
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
@@ -127,8 +127,8 @@ class LayerNorm(nn.Module):
 def low_rank(x: Float[Array, "*batch D"], a: Float[Array, "D r"], b: Float[Array, "r F"]) -> Float[Array, "*batch F"]:
     """x A B.
 
-    The gradient is written out for the sake of the compiler: left to itself, it copies the wide arrays x and dy into
-    transposed ones for the products that give dA and dB; here only the narrow ones ever are.
+    The gradient is written by hand: for autodiff's, the compiler copies the wide arrays x and dy into transposed ones
+    to compute dA and dB; here only narrow arrays are transposed.
     """
     return (x @ a) @ b
 
@@ -201,7 +201,7 @@ class Projection(nn.Module):
 
 
 def joined_low_rank(module: nn.Module, x: Float[Array, "*batch D"]) -> Float[Array, "*batch R"] | None:
-    """x A of all adapters of a module that read x, by one product, where `decoder.join_adapters` joined them."""
+    """x A of a module's adapters that read x, as one product; None unless `decoder.join_adapters` joined them."""
     return x @ module.get_variable("lora", "joined") if module.has_variable("lora", "joined") else None
 
 
@@ -237,9 +237,9 @@ def mrope_angles(
     """Rotary angles of which some follow time, some height and some width (M-RoPE).
 
     Args:
-      sections: how many frequencies follow each.
-      interleaved: they take turns (t h w t h w ... t t), until a section is used up and time takes its turns;
-        otherwise each section is one run of frequencies.
+      sections: number of frequencies for time, height and width.
+      interleaved: frequencies alternate (t h w t h w ... t t), and time replaces a section that is used up;
+        otherwise each section is one contiguous run.
 
     Returns:
       float32 [B, T, H/2] with H/2 = sum(sections).

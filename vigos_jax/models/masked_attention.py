@@ -1,4 +1,4 @@
-"""XLA's attention under any mask: forward and backward in parts, whose logits are all that is ever held of them."""
+"""XLA attention under any mask, forward and backward in parts, so that only one part's logits are in memory."""
 
 import functools
 import math
@@ -12,17 +12,17 @@ from vigos_jax.models.attention_masks import Described, visible
 from vigos_jax.models.shapes import Array, Bool, Float, Int
 
 _MASKED = -1e30
-# Bytes a device holds at a time of logits, weights, their gradients and the mask.
+# Memory limit of one part on a device, in bytes: logits, attention weights, their gradients and the mask.
 PART_BYTES = 512 * 2**20
 
 
 class Parts(NamedTuple):
-    """How attention is taken apart.
+    """How attention is split into parts.
 
     Attributes:
-      shards: over how many devices the rows lie; every part has rows of all of them.
-      rows: parts over the rows of a device.
-      queries: parts over the queries of such a part.
+      shards: number of devices that the rows are split over; every part has rows of all of them.
+      rows: number of parts that the rows of a device are split into.
+      queries: number of parts that the queries of such a part are split into.
     """
 
     shards: int

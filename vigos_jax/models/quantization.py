@@ -1,8 +1,9 @@
 """Kernels of the frozen base in fewer bits: int8 with a scale per output channel, or nf4 in blocks of 64.
 
-Of the decoder's large projections alone: norms, biases, the embedding, the head and the vision tower, whose widths no
-block divides, keep the model's dtype. `qwix` makes the codes. Products are ours: a table look-up is a gather, which a
-TPU runs at a small fraction of its memory's speed, so that codes become values by selects that fuse into one pass.
+Only the decoder's large projections are quantised: norms, biases, the embedding, the head and the vision tower, whose
+widths no block divides, keep the model's dtype. `qwix` computes the codes. Matrix products are implemented here: a
+table look-up is a gather, which a TPU runs at a small fraction of its memory bandwidth, so codes are decoded by selects
+that fuse into one pass.
 """
 
 from typing import Any
@@ -31,10 +32,10 @@ class QuantisedKernel(flax.struct.PyTreeNode):
     """A kernel [in, out], or layers of them [L, in, out], as codes and scales.
 
     Attributes:
-      codes: of int8 the numbers themselves, int8 [..., in, out]. Of nf4 two to a byte, uint8 [..., in/2, out]: byte
-        32 t + k has row 64 t + k in its low and row 64 t + 32 + k in its high half, so that whole blocks stay
-        together where the input axis is split over devices.
-      scales: of int8 float32 [..., 1, out]; of nf4 bfloat16 [..., in/64, out].
+      codes: for int8 the values, int8 [..., in, out]. For nf4 two codes per byte, uint8 [..., in/2, out]: byte
+        32 t + k holds row 64 t + k in its low and row 64 t + 32 + k in its high half, so that whole blocks stay
+        together if the input axis is sharded.
+      scales: for int8 float32 [..., 1, out]; for nf4 bfloat16 [..., in/64, out].
       kind: "int8" or "nf4"; static.
     """
 
@@ -130,8 +131,8 @@ def quantise(kernel: Float[Array, "I O"], kind: str) -> QuantisedKernel:
 def nf4_values(codes: Num[Array, "*shape"]) -> Float[Array, "*shape"]:
     """What 4-bit codes (of any integer dtype) stand for, float32: a tree of selects, a level for each bit."""
     bit = (codes & 1).astype(jnp.float32)
-    # The lowest level is arithmetic, exact for these numbers: selects between constants are arrays of constants, of the
-    # kernel's size, which jax moves out of a loop over layers and keeps.
+    # The lowest level is arithmetic, exact for these numbers: selects between constants would become kernel-sized
+    # constant arrays, which jax hoists out of a loop over layers and keeps in memory.
     pairs = zip(np.asarray(NF4[::2], np.float32), np.asarray(NF4[1::2], np.float32), strict=True)
     values = [bit * float(high - low) + float(low) for low, high in pairs]
     for level in (1, 2, 3):

@@ -16,7 +16,7 @@ _BLOCK = 128  # sequence lengths are multiples of this
 
 
 class _Diagonal(masks.Mask):
-    """Square blocks along the diagonal: what is computed. Segment numbers say what counts in them."""
+    """Square blocks along the diagonal are computed; segment ids mask within them."""
 
     def __init__(self, length: int, block: int):
         self._length, self._block = length, block
@@ -63,7 +63,7 @@ def splash_attention(
 
 
 def _segments(mask: Causal | Images | Windows, t: int) -> Int[AnyArray, "B {t}"]:
-    """Numbers that are equal where a query may attend to a key, as far as the kernel's own mask allows."""
+    """Segment ids: a query may attend to a key if theirs are equal and the kernel's own mask allows it."""
     if isinstance(mask, Causal):
         return (jnp.arange(t) < jnp.maximum(mask.lengths, 1)[:, None]).astype(jnp.int32)  # a bad row has none
     return jnp.asarray(mask.numbers() if isinstance(mask, Windows) else mask.ids)

@@ -27,11 +27,11 @@ def teacher_variables(base: Any, teacher_params: Variables) -> Variables:
 
 
 def teacher_params_of(weights: str, *, trained: Variables, average: Variables) -> Variables:
-    """What lies over the base for every teacher.
+    """The teacher parameters, which `teacher_variables` puts over the base.
 
     Args:
-      weights: "frozen" is nothing: the initial parameters, also when training starts from an adapter. "ema" is the
-        moving `average` of the trained weights, "live" the student's own.
+      weights: "frozen" adds nothing: the base alone, even if training starts from an adapter. "ema" is the moving
+        `average` of the trained weights, "live" the student's own.
     """
     return {"frozen": {}, "ema": average, "live": trained}[weights]
 

@@ -108,9 +108,9 @@ class VisionLanguageModel(nn.Module):
     def decode(
         self, text: TextInputs, layers: Sequence[Variables], cache: Cache, *, visible: Bool[Array, "B S"]
     ) -> tuple[Float[Array, "B 1 D"], Cache]:
-        """Final hidden states of one more token a row, layer by layer instead of in a loop over stacked weights.
+        """Final hidden states of one more token per row, with unrolled layers instead of a scan over stacked weights.
 
-        In a loop a layer's weights, a slice of the stack, are copied before a product reads them.
+        A scan would copy each layer's slice of the stack before a product reads it.
 
         Args:
           text: one token per row, not an image's.
@@ -189,5 +189,5 @@ def init_variables(model: VisionLanguageModel, key: Key[Array, ""]) -> dict[str,
     )
     zeros = jnp.zeros((1, 1), jnp.int32)
     text = TextInputs(ids=zeros, positions=jnp.zeros((1, 3, 1), jnp.int32), segment_ids=zeros + 1, image_index=zeros)
-    # A single row divides over no mesh, and no kernel has a part in the parameters.
+    # Fused kernels cannot split a single row over a mesh, and parameters do not depend on the implementation.
     return dict(model.clone(attention="xla").init(key, vision, text, method="init_all"))

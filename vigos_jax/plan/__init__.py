@@ -1,1 +1,1 @@
-"""What a config needs on devices that need not be here, by their own compilers."""
+"""Memory and time that a config needs on devices that need not be present, from their own compilers."""

@@ -38,17 +38,17 @@ from vigos_jax.weights.reading import load_config
 
 
 def model_config_of(path: str) -> ModelConfig:
-    """The dimensions of `config.model.path`, without the network: a folder's own word, else the published file's."""
+    """The model config of `config.model.path`, without network access: the folder's own, else the published one."""
     folder = WORLDS[path].base if path in WORLDS else pathlib.Path(path).expanduser()
     return load_config(folder) if folder.is_dir() else ModelConfig.from_hf(published_config(path))
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of the planned arrays: patch slots, visual, prompt, completion, student's and teachers' tokens of a row.
+    """Planned array sizes per row: patch slots, and visual, prompt, completion, student and teacher tokens.
 
     Attributes:
-      teachers: (prefix, patch slots, tokens) of each prefix of the roles; no slots without images.
+      teachers: (prefix, patch slots, tokens) per prefix of the roles; 0 slots for a prefix without images.
     """
 
     patches: int
@@ -65,9 +65,9 @@ class Sizes:
 
 
 def sizes_of(config, model: ModelConfig, roles: tuple[TeacherRole, ...]) -> Sizes:
-    """Declared sizes that hold a row of `config.plan`, each role's branch with as much text as the student's prompt.
+    """Bucket sizes for a row of `config.plan`, assuming every role's prompt has as much text as the student's.
 
-    No completion of that length needs more: the teachers' sequence holds all of it for every role that may score it.
+    An upper bound for completions of that length: the teachers' sequence holds all of it for every role that may score.
     """
     p = config.plan
     buckets = buckets_of(config)
@@ -89,7 +89,7 @@ def sizes_of(config, model: ModelConfig, roles: tuple[TeacherRole, ...]) -> Size
     def teachers(prefix: Prefix) -> tuple[Prefix, int, int]:
         view = prefix.view
         seen = p.patches if view.kind != "none" else 0
-        if view.pixels:  # of its tokens: its slots are those of the row's own images
+        if view.pixels:  # limits the tokens only; the slots are those of the row's own images
             seen = min(seen, max(v.merge_unit, view.pixels // v.patch_size**2))
         branches = branches_per_rollout(prefix, roles)
         parts = (seen // v.merge_unit, *[branch] * (branches - 1))
@@ -110,7 +110,7 @@ def sizes_of(config, model: ModelConfig, roles: tuple[TeacherRole, ...]) -> Size
 
 @dataclasses.dataclass(frozen=True)
 class AbstractRun:
-    """A config's run as shapes with shardings: nothing of it exists.
+    """A config's run as shapes with shardings; no array is allocated.
 
     Attributes:
       state: TrainState.

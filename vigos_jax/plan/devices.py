@@ -14,13 +14,13 @@ from vigos_jax.plan.gpu_targets import GPUS, shape_of, target_config
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Of one device; the most that its maker states.
+    """Peak rates of one device, as stated by its vendor.
 
     Attributes:
-      memory_gb: what programs can use, in 1e9 bytes.
-      tflops: 1e12 operations of 16-bit matrix products in a second.
-      bandwidth_gbs: of its memory, in 1e9 bytes a second.
-      interconnect_gbs: what it can receive from the others over all links, in 1e9 bytes a second.
+      memory_gb: memory available to programs, in 1e9 bytes.
+      tflops: 16-bit matrix products, in 1e12 operations per second.
+      bandwidth_gbs: memory bandwidth, in 1e9 bytes per second.
+      interconnect_gbs: receive bandwidth from other devices over all links, in 1e9 bytes per second.
     """
 
     memory_gb: float
@@ -47,7 +47,7 @@ class Topology:
     has_bfloat16: bool = True
 
 
-# Chips as Google's documentation states them (memory less what the runtime keeps for itself); an NVIDIA A100 80GB SXM.
+# TPUs: Google's documentation (memory minus what the runtime reserves). _HOST: an NVIDIA A100 80GB SXM.
 _TPUS = {
     "v5e": Rates(16.9, 197.0, 819.0, 200.0),
     "v5p": Rates(102.2, 459.0, 2765.0, 600.0),
@@ -84,10 +84,10 @@ def topology(plan: Any) -> Topology:
 def _host_devices(name: str, count: str) -> list[Any]:
     if not count.isdecimal() or not 1 <= int(count) <= 1024:
         raise InputError(f"config.plan.topology={name!r} must be cpu:N with N from 1 to 1024; {_HINT}")
-    try:  # before jax has looked for devices it can be told how many there are
+    try:  # the device count can only be set before jax initialises its backends
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", int(count))
-    except RuntimeError:  # it has: those that are there may be enough
+    except RuntimeError:  # already initialised: the existing devices may be enough
         pass
     devices = jax.devices("cpu")
     if len(devices) < int(count):
@@ -103,7 +103,7 @@ def _tpu_devices(name: str, shape: str) -> list[Any]:
         raise InputError(
             f"config.plan.topology={name!r} needs the compiler for TPUs: pip install 'vigos-jax[plan]'; or cpu:N"
         )
-    # The compiler alone is wanted: it need not look for a TPU, ask who its hosts are, or have it for itself.
+    # Only the compiler is used: no TPU discovery, no query for host names, no exclusive lock on libtpu.
     for variable, value in (
         ("TPU_SKIP_MDS_QUERY", "1"),
         ("TPU_WORKER_HOSTNAMES", "localhost"),

@@ -11,15 +11,15 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One exchange between devices.
+    """One collective operation.
 
     Attributes:
-      kind: of KINDS.
-      shapes: what it works on, like "bf16[1,2048,11008]": the whole of a gather, the whole input of a reduction.
+      kind: one of KINDS.
+      shapes: full arrays, like "bf16[1,2048,11008]": the output of a gather, the input of a reduction.
       moved: bytes that each device receives in one execution, by the ring algorithm.
       executions: in one run of the program, loops included.
-      depth: loops around it.
-      source: name of the operation in the model that it serves.
+      depth: number of enclosing loops.
+      source: name of the model operation it belongs to.
     """
 
     kind: str
@@ -31,10 +31,10 @@ class Collective:
 
 
 def kind_of(i: Instruction, computation: str) -> str | None:
-    """The kind of exchange that an instruction of a computation is, if it is one."""
+    """The kind of collective that an instruction of a computation is; None if it is not one."""
     if i.op not in KINDS:
         return None
-    # A TPU's way of writing it: the sum, of which the same fusion then keeps the device's part.
+    # TPUs express a reduce-scatter as an all-reduce in a fusion that keeps only the device's part.
     return "reduce-scatter" if i.op == "all-reduce" and "all-reduce-scatter" in computation else i.op
 
 

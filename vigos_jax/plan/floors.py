@@ -1,4 +1,4 @@
-"""What decoding must move at least, from shapes alone: the measure of what the compiled program moves."""
+"""Lower bound on decoding's memory traffic, from shapes alone, to compare the compiled program with."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from vigos_jax.plan.abstract_run import AbstractRun, device_bytes
 
 
 def cache_bytes(run: AbstractRun, *, slots: int) -> tuple[int, int]:
-    """Bytes on one device of keys and values in `slots` slots a row, and of what gated delta rule layers keep.
+    """Bytes on one device of a KV cache with `slots` slots per row, and of the gated delta rule layers' states.
 
-    Those keep a float32 state for each value head, and the convolution's last inputs in the dtype of computation.
+    A state is float32 for each value head, plus the convolution's last inputs in the compute dtype.
     """
     c, d, mesh = run.model.config, run.model.config.delta, run.mesh.shape
     split = lambda heads: heads // mesh["tensor"] if heads % mesh["tensor"] == 0 else heads  # noqa: E731
@@ -24,11 +24,11 @@ def cache_bytes(run: AbstractRun, *, slots: int) -> tuple[int, int]:
 
 
 def decode_floor(run: AbstractRun, *, slots: int) -> int:
-    """Bytes that one device moves for a decoded token: decoder, its head, adapters, and the whole cache, once each.
+    """Least bytes that one device moves per decoded token: decoder, head, adapters and the whole cache, once each.
 
-    A tied head is the embedding; an embedding that is not the head is read in single rows and left out, as is the
-    tower. Adapters count in the dtype of computation, in which a rollout can hold them. What gated delta rule layers
-    keep is read and written.
+    A tied embedding counts as the head; an untied one is left out, as only single rows are read, and so is the vision
+    tower. Adapters count in the compute dtype, in which a rollout can hold them. Gated delta rule states are read and
+    written.
     """
     unread = {"visual"} if run.model.config.tie_embeddings else {"visual", "embedding"}
     weights = {name: part for name, part in run.student["params"].items() if name not in unread}

@@ -1,7 +1,7 @@
-"""NVIDIA cards to plan for: their numbers, and the description from which XLA's GPU compiler builds for an absent one.
+"""NVIDIA GPUs to plan for: their specifications, and the target config that lets XLA compile without the GPU.
 
-Numbers are those of NVIDIA's data sheets, architecture white papers and the CUDA programming guide's table of compute
-capabilities. The description is a text proto of XLA's GpuTargetConfigProto.
+Specifications are from NVIDIA's data sheets, architecture white papers and the CUDA programming guide's table of
+compute capabilities. The target config is a text proto of XLA's GpuTargetConfigProto.
 """
 
 import dataclasses
@@ -22,18 +22,18 @@ class Gpu:
       capability: CUDA's compute capability, (major, minor).
       multiprocessors: streaming multiprocessors (SMs).
       fp32_units: float32 units of one SM.
-      threads: resident on one SM at most.
+      threads: maximum number of resident threads per SM.
       shared_kib: shared memory of one SM.
-      shared_block_kib: the most of it that one block can ask for.
+      shared_block_kib: maximum shared memory per block (opt-in).
       l2_mib: L2 cache.
       clock_ghz: boost clock.
       memory_mib: as the driver reports it.
-      usable_gb: of it, in 1e9 bytes, what is left beside the CUDA context, libraries and fragmentation (6 to 8 %).
-      bandwidth_gbs: of its memory, in 1e9 bytes a second.
-      tflops: 1e12 operations of dense 16-bit matrix products in a second, with float32 accumulation.
-      interconnect_gbs: received from the other cards of the host, over NVLink, or over PCIe where there is none.
-      pcie_gbs: from the host.
-      network_gbs: received from other hosts, by each card; 0 where cards of several hosts are not planned for.
+      usable_gb: memory left after CUDA context, libraries and fragmentation (6 to 8 %), in 1e9 bytes.
+      bandwidth_gbs: memory bandwidth, in 1e9 bytes per second; the other bandwidths have the same unit.
+      tflops: dense 16-bit matrix products with float32 accumulation, in 1e12 operations per second.
+      interconnect_gbs: received from other GPUs of the host, over NVLink, or over PCIe without NVLink.
+      pcie_gbs: received from the host.
+      network_gbs: received by each GPU from other hosts; 0 if several hosts are not supported.
       has_ecc: error-correcting memory.
     """
 

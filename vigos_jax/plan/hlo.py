@@ -38,9 +38,9 @@ _CALLS = ("body", "condition", "calls", "to_apply", "true_computation", "false_c
 
 
 def parse(text: str) -> tuple[Computations, str]:
-    """Computations by name, each its instructions by name in the order they run in; and which is run first.
+    """Returns (computations by name, name of the entry computation); instructions are in execution order.
 
-    The start of an asynchronous operation is that operation; its end ("-done") is an instruction of its own.
+    The start of an asynchronous operation becomes that operation; its end ("-done") stays a separate instruction.
     """
     out: dict[str, dict[str, Instruction]] = {}
     current: dict[str, Instruction] = {}
@@ -61,10 +61,10 @@ def parse(text: str) -> tuple[Computations, str]:
 
 
 def _synchronous(i: Instruction) -> Instruction:
-    """The operation that an asynchronous start names, with the shape of its result alone.
+    """Turns an asynchronous start into its synchronous operation, with only the result's shape.
 
-    The shape of a start is (operands, results, contexts), of a copy's (result, operand, context). A sum's is its
-    result's. What runs a computation asynchronously (`async-start`) stays: the computation has the operations.
+    A start's shape is (operands, results, contexts), a copy-start's (result, operand, context), an all-reduce-start's
+    the result alone. `async-start` is unchanged: its operations are in the computation that it calls.
     """
     if not i.op.endswith("-start") or i.op == "async-start":
         return i
@@ -94,8 +94,8 @@ class Shape:
     Attributes:
       name: like "bf16[2,3]".
       elements: their number.
-      size: in bytes, wherever it is.
-      is_on_chip: whether that is not the device's memory.
+      size: in bytes, wherever it is stored.
+      is_on_chip: whether it is in on-chip memory rather than device memory.
     """
 
     name: str
@@ -160,7 +160,7 @@ def source(i: Instruction) -> str:
 
 
 def through(i: Instruction, computation: Computation, ops: tuple[str, ...]) -> Instruction:
-    """The first instruction, from `i` back along first operands, that is none of `ops`."""
+    """Follows first operands back from `i`, through `ops`, to the first other instruction."""
     while i.op in ops and i.operands and i.operands[0] in computation:
         i = computation[i.operands[0]]
     return i

@@ -8,10 +8,10 @@ from vigos_jax.plan.hlo import Computation, Computations, Instruction, called, r
 
 
 def trip_count(loop: Instruction, parsed: Computations) -> int | None:
-    """What the compiler noted, else the constant that the loop's counter is compared with, divided by its step.
+    """The trip count that the compiler annotated, else the constant limit of the loop's counter divided by its step.
 
     Returns:
-      None where neither is in the program: a `while_loop`'s.
+      None if the program contains neither, as for a `while_loop`.
     """
     if match := re.search(r"known_trip_count\W+n\W+(\d+)", loop.rest):
         return int(match[1])

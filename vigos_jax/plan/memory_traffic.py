@@ -1,8 +1,8 @@
-"""Bytes of the device's memory that one instruction of a compiled program reads and writes.
+"""Bytes of device memory that one instruction of a compiled program reads and writes.
 
-A fusion is one kernel: what happens inside costs nothing, and of its operands it reads what its results need. That is
-found by following back from the results: a slice needs as many elements of its operand as it has itself, an update in
-place needs the update alone, and everything else as much as is needed of it.
+A fusion is one kernel: its intermediate values cost nothing, and it reads only the operand elements that its results
+need. They are found by walking back from the results: a slice needs as many operand elements as it has itself, an
+in-place update needs only the update, and any other instruction needs as many as are needed of it.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from vigos_jax.plan.hlo import (
     through,
 )
 
-# Elements that are needed of an array, by region: the whole, one slice, another. Regions of the same name are the
-# same elements, which a kernel reads once. `_IN_PLACE` marks a result of which the update alone is written.
+# Number of elements needed of an array, by region: the whole array, or a named slice. Equal names are the same
+# elements, which a kernel reads once. `_IN_PLACE` marks a result of which only the update is written.
 Need = dict[str, float]
 _WHOLE, _IN_PLACE = "", "="
 
@@ -53,7 +53,7 @@ class Touched:
 
 
 def touched(i: Instruction, around: Computation, parsed: Computations) -> Touched:
-    """What an instruction moves that is part of `around`, and not of a fusion."""
+    """Memory traffic of an instruction in the computation `around`, which is not a fusion's."""
     if i.op.endswith(("-done", "-update")) or is_marker(i):
         return Touched(0.0, 0.0)
     results = arrays(i.shape)
@@ -66,7 +66,7 @@ def touched(i: Instruction, around: Computation, parsed: Computations) -> Touche
         return Touched(min(operands[0], stored(i.shape)), written, new)
     if i.op == "dynamic-update-slice":
         return Touched(operands[1], min(operands[0], operands[1]))
-    if i.op == "scatter":  # of n arrays: they, the indices, n updates; what is there is read to be combined with
+    if i.op == "scatter":  # operands: n arrays, indices, n updates; old values are read to combine
         updates = sum(operands[len(operands) // 2 + 1 :])
         return Touched(2 * updates + operands[len(operands) // 2], updates)
     return Touched(sum(dict(zip(i.operands, operands, strict=True)).values()), written, new)
@@ -99,7 +99,7 @@ def _fusion(i: Instruction, around: Computation, parsed: Computations) -> Touche
 
 
 def _update(i: Instruction, inner: Computation, parsed: Computations) -> float | None:
-    """Elements that a result writes into a parameter of the fusion where that lies; None for a new array."""
+    """Number of elements that a result updates in place in a fusion parameter; None for a new array."""
     total = 0.0
     while True:
         i = through(i, inner, _RESHAPES)
@@ -141,10 +141,10 @@ def _updated_parameter(i: Instruction, inner: Computation, parsed: Computations)
 
 
 def _needs(name: str, parsed: Computations, wanted: Need | None) -> dict[int, Need]:
-    """What a fused computation needs of each parameter, by its number.
+    """Elements that a fused computation needs of each parameter, by parameter number.
 
     Args:
-      wanted: of its result; None for all of it, of which updates are written in place.
+      wanted: elements needed of its result; None for the whole result, with updates written in place.
     """
     inner = parsed[name]
     root = root_of(inner)
@@ -169,7 +169,7 @@ def _add(needs: dict[str, Need], name: str, need: Need) -> None:
 
 
 def _operand_needs(i: Instruction, need: Need, inner: Computation, parsed: Computations) -> list[tuple[str, Need]]:
-    """What one instruction in a fusion needs of its operands, when so much is needed of it."""
+    """Elements that an instruction in a fusion needs of its operands if `need` is needed of it."""
     size = lambda name: elements(inner[name].shape)  # noqa: E731
     everything = [(name, {_WHOLE: float(size(name))}) for name in i.operands if name in inner]
     if not everything or i.op in _CONTRACTIONS or i.op == "get-tuple-element":
@@ -207,7 +207,7 @@ def _region(i: Instruction) -> str:
 
 
 def converts(i: Instruction, parsed: Computations) -> bool:
-    """Whether an instruction gives an array another type, and does nothing else but choose which."""
+    """Whether an instruction only converts an array, or a slice of it, to another dtype."""
     if i.op == "convert":
         return True
     if i.op != "fusion":

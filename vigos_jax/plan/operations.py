@@ -1,4 +1,4 @@
-"""Floating-point operations of a traced program: the same on every platform, loops counted as often as they run."""
+"""FLOPs of a traced program: the same on every platform, with loop bodies multiplied by their trip counts."""
 
 import functools
 import math
@@ -10,12 +10,12 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
 def flops(jaxpr: ClosedJaxpr | Jaxpr, *, trip_count: int = 1) -> float:
-    """Multiplications and additions of all matrix products, on all devices together; 2 for each pair.
+    """FLOPs of all matrix products on all devices together; a multiply-add counts as 2.
 
-    Everything else of such a model is below a percent. A branch counts as its most expensive side.
+    Everything else in such a model is below one percent. A conditional counts as its most expensive branch.
 
     Args:
-      trip_count: of every loop whose length is not in the program (`while_loop`).
+      trip_count: assumed for every loop whose length is not in the program (`while_loop`).
     """
     inner = functools.partial(flops, trip_count=trip_count)
     total = 0.0

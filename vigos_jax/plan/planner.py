@@ -1,7 +1,7 @@
-"""`--mode plan`: what a run takes on devices that are not here. Its own programs are compiled for them, never run.
+"""`--mode plan`: memory and time of a run on devices that are not present. Its programs are compiled but never run.
 
-Memory is what the compiler assigns on one device, and what stays there between programs. Time is a lower bound: each
-program takes what the busiest of its three resources takes at full rate, arithmetic, memory or interconnect.
+Memory is what the compiler assigns on one device plus what stays resident between programs. Time is a roofline lower
+bound: a program takes as long as its slowest resource (arithmetic, memory or interconnect) takes at full rate.
 """
 
 import dataclasses
@@ -114,7 +114,7 @@ def _notes(run: AbstractRun, target: Topology) -> tuple[str, ...]:
 
 
 def _changes(config, mesh: dict[str, int], failed: set[str]) -> Iterator[dict[str, Any]]:
-    """Changes of a config, from the one that costs least: none of the first ones changes what is learned."""
+    """Yields config changes to try, cheapest first; the first ones do not change what is learned."""
     if failed <= {"gradient"}:
         if config.model.remat != "full":
             yield {"model.remat": "full"}
@@ -129,7 +129,7 @@ def _changes(config, mesh: dict[str, int], failed: set[str]) -> Iterator[dict[st
     shards = data * fsdp
     while shards % 2 == 0 and tensor < 8:
         shards, tensor = shards // 2, tensor * 2
-        # Fewer rows at a time, or the activations of a device would grow as its weights shrink.
+        # Also more micro-batches: otherwise a device's activations grow as its weights shrink.
         rows = max(1, config.batch_size // (shards * config.gradient_accumulation_steps))
         more = next((n for n in (4, 2) if rows % n == 0), 1)
         yield {
@@ -142,7 +142,7 @@ def _changes(config, mesh: dict[str, int], failed: set[str]) -> Iterator[dict[st
 
 
 def _advice(config, target: Topology, result: Plan) -> dict[str, Any]:
-    """Compiles one change after the other until everything fits: the `advice` and `tried` of a Plan."""
+    """Compiles the changes in turn until everything fits; returns `advice` and `tried` of a Plan."""
     failed = {p.name for p in result.programs if not result.holds(p)}
     tried = []
     for change in _changes(config, result.mesh, failed):

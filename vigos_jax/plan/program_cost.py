@@ -39,12 +39,12 @@ class Traffic:
 
     Attributes:
       memory: bytes read and written in the device's memory.
-      kernels: that are launched: fusions, products, copies, custom calls, exchanges.
-      split_sums: of these, kernels that add the partial products of a matrix product that the compiler split. Without
-        a card to time kernels on it splits by a rule; on a card it may not.
-      collectives: all exchanges.
-      largest: the largest array that is made; arguments, and updates in place, are not. None where none is.
-      unknown_loops: names of loops whose trip count could not be read; they count with what `read_traffic` was given.
+      kernels: number of launches: fusions, products, copies, custom calls, collectives.
+      split_sums: of these, kernels that sum the partial results of a matrix product that the compiler split. Without
+        a GPU for autotuning it splits by a heuristic; with one it may not.
+      collectives: all of them.
+      largest: the largest array allocated, arguments and in-place updates excluded; None if there is none.
+      unknown_loops: names of loops of unknown trip count; they are counted with `read_traffic`'s `trip_count`.
     """
 
     memory: float
@@ -65,15 +65,14 @@ class Traffic:
 def read_traffic(text: str, *, devices: int, trip_count: int = 1, emulates_16_bits: bool = False) -> Traffic:
     """Reads the text of a compiled program.
 
-    A loop's trip count is what the compiler noted, else the constant that its counter is compared with, divided by what
-    the counter grows by. Of a branch the side that moves more memory counts, and the exchanges of both. An exchange
-    that the compiler spread over several fusions is one. What a fusion slices out of an array is read, not the array;
-    what stays in on-chip memory is free.
+    For trip counts see `loops.trip_count`. A conditional costs its branch with the most memory traffic, and the
+    collectives of both. A collective that the compiler spread over several fusions counts once. A fusion that slices
+    an array reads only the slice; on-chip memory is free.
 
     Args:
-      devices: that run the program.
-      trip_count: of loops whose length is not in the program: those of `while_loop`.
-      emulates_16_bits: of a CPU, which computes 16-bit floats in 32 bits: these count as 16, conversions as nothing.
+      devices: number of devices that run the program.
+      trip_count: assumed for loops whose length is not in the program (`while_loop`).
+      emulates_16_bits: for a CPU, which computes 16-bit floats in float32: counts them as 16-bit, conversions as free.
     """
     parsed, entry = parse(text.replace("f32[", "bf16[") if emulates_16_bits else text)
     reader = _Reader(parsed, devices, trip_count, emulates_16_bits)

@@ -1,4 +1,4 @@
-"""What a plan found, as numbers, as JSON, and as a table that one reads."""
+"""The results of a plan: as numbers, as JSON and as a text table."""
 
 import dataclasses
 from typing import Any
@@ -15,17 +15,17 @@ class Program:
 
     Attributes:
       runs: executions in a step.
-      arguments, outputs, temporaries, aliased: as the compiler assigns them; aliased outputs lie in arguments.
-      beside: what else stays on the device meanwhile.
+      arguments, outputs, temporaries, aliased: as the compiler assigns them; aliased outputs reuse arguments' memory.
+      beside: everything else that stays resident on the device meanwhile.
       flops: of matrix products, recomputation included; the work of all devices divided by their number.
       traffic: bytes read from and written to memory.
       moved: bytes received from other devices, by kind of collective.
-      kernels: that an execution launches.
-      split_sums: of these, sums of partial products, into which the compiler splits a product without a card to try.
-      largest: the largest array that it makes in memory; arguments, and updates in place, are not.
-      floor: bytes that it must read at least, of `decode`; 0 where that is not known.
-      tokens: decoded in an execution; 1 for programs that decode none.
-      layers: of the stack that it runs through; 0 for those that run through none.
+      kernels: launched per execution.
+      split_sums: of these, sums of the partial results of a split matrix product; see `program_cost.Traffic`.
+      largest: the largest array it allocates, arguments and in-place updates excluded.
+      floor: lower bound on the traffic of `decode`; 0 if unknown.
+      tokens: decoded per execution; 1 for programs that decode none.
+      layers: number of model layers it runs; 0 for programs that run none.
       compile_seconds: of tracing, lowering and compiling, on this machine.
       unknown_loops: loops whose body was counted as often as a completion has tokens.
       refused: why the compiler refused it; else empty.
@@ -58,12 +58,12 @@ class Program:
 
     @property
     def kernels_per_token(self) -> float:
-        """Launched for a decoded token; of a program that decodes none, for an execution."""
+        """Kernels per decoded token, or per execution of a program that decodes none."""
         return self.kernels / self.tokens
 
     @property
     def kernels_per_layer(self) -> float:
-        """`kernels_per_token` over the layers, what is around these included; 0 where there are none."""
+        """`kernels_per_token` divided by `layers`, kernels outside the layers included; 0 without layers."""
         return self.kernels_per_token / self.layers if self.layers else 0.0
 
     @property

@@ -24,8 +24,7 @@ class Line:
     """A named line; points are (x, y) by ascending x, y None where there is none.
 
     Attributes:
-      has_noise: whether a band around the moving mean shows how sure that mean is: two standard errors either way, by
-        the scatter of the points it is of.
+      has_noise: whether to draw a band of two standard errors either side of the moving mean, from its points.
     """
 
     name: str
@@ -67,7 +66,7 @@ class Chart:
 
     @property
     def summary(self) -> str:
-        """What the chart shows, in words: for those who do not see it."""
+        """The chart in words, for screen readers."""
         ends = []
         for line in self.lines:
             there = [(x, y) for x, y in line.points if _is_number(y)]
@@ -95,7 +94,7 @@ class Chart:
         def place(x: float, y: float | None) -> tuple[float, float]:
             if y is None:
                 raise ValueError("a gap has no place")
-            # Far above the top is as good as just above it, and keeps the numbers short.
+            # Clamped: points far above the top are cut off anyway, and the coordinates stay short.
             return LEFT + (x - left) * across, HEIGHT - BOTTOM - (min(y, 2 * high - low) - low) * up
 
         shapes = []
@@ -188,7 +187,7 @@ def thin(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
 
 
 class Smoothed(NamedTuple):
-    """A moving mean at x, None without a number near, and two standard errors around it, None with fewer than two."""
+    """A moving mean at x, None without numbers near x, and its two-standard-error band, None with fewer than two."""
 
     x: float
     mean: float | None

@@ -57,7 +57,7 @@ def write_index(folder: pathlib.Path) -> pathlib.Path:
 
 
 def find_runs(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The folders in `folder` that are a run's: those with its config and metrics. Inside a run there is no other."""
+    """Yields the run folders in `folder`: those with a config and metrics. Runs are not nested."""
     for path, folders, names in os.walk(folder, followlinks=True):  # no deeper than _DEPTH, so no circle either
         here = pathlib.Path(path)
         if files.CONFIG in names and files.METRICS in names:

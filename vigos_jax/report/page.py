@@ -43,7 +43,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table; cells are texts, numbers are written out by whoever makes it."""
+    """A table of text cells; the caller formats numbers."""
 
     title: str
     head: Sequence[str]
@@ -260,12 +260,12 @@ def _template() -> jinja2.Template:
     options = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
     environment = jinja2.Environment(autoescape=True, loader=loader, **options)
-    # As they are, so that what cannot be written is replaced in them too; a NaN would be no JSON.
+    # Not ASCII-escaped, so that `write_page` replaces lone surrogates here too; NaN is not valid JSON.
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False}
     sizes = ("width", "height", "left", "right", "top", "bottom")
     environment.globals |= {name: getattr(charts, name.upper()) for name in sizes}
-    # It defines no macro: Jinja makes a reference cycle of a macro and its context, which holds all that a page shows.
-    # A macro that it imports belongs to the other file's context, of which there is one.
+    # This template defines no macros: Jinja makes a reference cycle of a macro and its context, which holds the page's
+    # data. An imported macro belongs to the imported file's context, which exists only once.
     return environment.get_template("page.html.j2")
 
 
@@ -273,7 +273,7 @@ def render(title: str, sections: Sequence[Section]) -> str:
     """The page as text."""
     kinds = {s.kind for s in sections}
     script = _file("compare.js") if "comparison" in kinds else _file("page.js") if kinds & {"browser", "charts"} else ""
-    # By its hash: a script that came out of a data set would not run even if it were not escaped.
+    # Allowed by its hash: a script injected by a data set would not run even if it were not escaped.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     policy = markupsafe.Markup(f"'sha256-{digest}'" if script else "'none'")
     return _template().render(title=title, sections=sections, script=markupsafe.Markup(script), script_policy=policy)

@@ -1,4 +1,4 @@
-"""What a run's files say, as its pages show it: a config with all of its sections, and numbers that are numbers."""
+"""A run's files as its pages read them: a config with all required sections, and metrics that are finite or None."""
 
 import dataclasses
 import math

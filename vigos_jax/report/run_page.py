@@ -60,9 +60,9 @@ def write_run_page(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def _shown_records(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
-    """Lines of report.jsonl: what was asked, and MAX_SHOTS snapshots; and how many snapshots there are.
+    """(records of report.jsonl: the questions and up to MAX_SHOTS snapshots; the number of all snapshots).
 
-    A line is only read when it is shown: the file of a long run is larger than what should be in memory.
+    Only lines that are shown are parsed: the file of a long run is too large to hold in memory.
     """
     if not path.exists():
         return [], 0
@@ -212,7 +212,7 @@ def _how_to_read(rows: Sequence[Row], marks: Sequence[Mark]) -> str:
 
 
 def _without_peaks(chart: Chart) -> Chart:
-    """Cuts off what a few points have far above all others: one invalid rollout is a batch of its own to its role."""
+    """Cuts off rare peaks, such as those of a role that scores a single invalid rollout in a step."""
     values = sorted(y for line in chart.lines for _, y in line.points if y is not None)
     top = 1.5 * values[int(0.97 * (len(values) - 1))] if values else 0.0
     if not top or values[-1] <= 2 * top:

@@ -1,7 +1,7 @@
-"""The student's weights as the decoding loop reads them: every product reads an array where it lies.
+"""The student's weights as the decoding loop reads them: in place, without a copy per token.
 
-On GPUs and CPUs each layer has arrays of its own, copied out of the stack once per batch; the compiler then joins
-products that read the same states. On TPUs the stack's slices are fixed while compiling and are read in place.
+On GPUs and CPUs each layer has separate arrays, copied out of the stack once per batch; the compiler then merges
+matrix products that read the same states. On TPUs static slices of the stack are read in place.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
-"""Where rollouts come from: an engine answers rows with the student that it was last given.
+"""The engine protocol: an engine samples completions of rows from the student that it was last given.
 
-Training, snapshots, evaluation, diagnosis and `--mode generate` use this protocol and nothing else. `NativeEngine` is
-the sampler of this package, on the mesh of the run.
+Training, snapshots, evaluation, diagnosis and `--mode generate` sample only through this protocol. `NativeEngine` is
+this package's sampler, on the run's mesh.
 """
 
 import dataclasses
@@ -29,13 +29,13 @@ class EngineFailed(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """What an engine gives for a batch.
+    """An engine's result for a batch.
 
     Attributes:
       completions: of this process's rows.
-      step: optimizer steps that the weights have taken which sampled them.
-      images: [B, M, D], all rows' visual tokens by the student's tower, if the engine has them at hand: whoever shares
-        the tower need not compute them again. None where it has not.
+      step: optimizer steps taken by the weights that sampled them.
+      images: [B, M, D], visual tokens of all rows from the student's vision tower, for reuse by teachers that share it;
+        None if the engine does not have them.
     """
 
     completions: Completions
@@ -44,10 +44,10 @@ class Sampled:
 
 
 class Engine(Protocol):
-    """Samples completions. With several processes every method is all processes', in the same order."""
+    """Samples completions. With several processes, all must call every method, in the same order."""
 
     def prepare(self, rows: Sequence[Row]) -> Any:
-        """What `sample` takes for a batch: all that can be done before its student is there.
+        """Returns what `sample` takes for a batch: all the work that does not need the student.
 
         Args:
           rows: this process's rows of a global batch, in the order of `Session.own_rows`; a bad row is never sampled.
@@ -66,24 +66,24 @@ class Engine(Protocol):
         ...
 
     def start(self, prepared: Any, keys: Array) -> Any:
-        """Begins what `sample` does, with the student of the last `sync`; arguments as there. What `finish` takes."""
+        """Begins sampling with the student of the last `sync`; arguments as `sample`. Returns a ticket for `finish`."""
         ...
 
     def finish(self, ticket: Any) -> Sampled:
-        """What `sample` gives, of a batch that was started; raises as it does."""
+        """The result of a batch begun by `start`; raises as `sample` does."""
         ...
 
     def sample(self, prepared: Any, keys: Array) -> Sampled:
         """One completion per row; raises EngineFailed in all processes, or Stopped for a signal.
 
         Args:
-          keys: a random key for each row of the global batch, [B]: a row's completion depends on nothing else but
-            its prompt and the student.
+          keys: [B], a random key for each row of the global batch; a row's completion depends only on its key, its
+            prompt and the student.
         """
         ...
 
     def stream(self, prepared: Any, keys: Array) -> Iterator[Completions]:
-        """The completions of `sample` as they grow; the last ones are whole."""
+        """Yields the completions of `sample` as they grow; the last ones are complete."""
         ...
 
     def close(self) -> None:

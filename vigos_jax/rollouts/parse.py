@@ -145,7 +145,7 @@ class Reader:
         reference: str | None = None,
         images: Example | None = None,
     ) -> str | None:
-        """Why a row, given as to `row`, cannot fit the buckets, or None if it does with any such completion."""
+        """Why a row (arguments as for `row`) does not fit the buckets with `max_completion` tokens; None if it does."""
         row = self.row(example, reference=reference, images=images)
         kind = too_long(row, roles=self.roles, buckets=self.buckets, max_completion=max_completion, config=self.config)
         return kind and f"{kind}_too_long"
@@ -154,10 +154,10 @@ class Reader:
 def prompt_pixels(
     visuals: Sequence[Visual | Outline], session: Session, config, *, problem: str, student: Mapping[str, str]
 ) -> PixelLimits:
-    """How large the images are made of a row that is only answered: as large as the buckets have room for.
+    """Image size limits of a row that is only sampled, not trained on: the largest that fit the buckets.
 
     Raises:
-      TooLong: the row does not fit with the smallest images either.
+      TooLong: the row does not fit even with the smallest images.
     """
     processor, buckets = session.processor, session.buckets
 
@@ -290,8 +290,8 @@ def rollout_metrics(counts: Mapping[str, float]) -> dict[str, float]:
     valid_rate, accuracy (of the last closed box), truncated_rate (no end token), completion_tokens (mean);
     invalid/REASON: share of rollouts that break this rule first;
     length/PART: mean tokens of the part in valid rollouts;
-    leak_rate: share of valid rollouts whose description already contains their final answer. Not only a leak makes
-      that so: an answer that can be seen belongs into a description. Watch where it goes.
+    leak_rate: share of valid rollouts whose description already contains their final answer. That is not always a
+      leak: an answer that can be seen belongs in the description. Watch the trend.
     """
     rollouts, valid = counts.get("rollouts", 0), counts.get("valid", 0)
     if not rollouts:

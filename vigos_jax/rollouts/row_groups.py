@@ -1,6 +1,6 @@
-"""A batch that need not be in memory at once: groups of its rows, as many of every device's rows in each.
+"""Splits a batch into groups of rows that are computed one after the other, to bound the memory.
 
-A group takes neighbouring rows of every shard, so that each device works on rows that it holds.
+A group has the same number of neighbouring rows of every shard, so that each device works on rows that it holds.
 """
 
 from typing import Any

@@ -298,10 +298,10 @@ def _doubling(sizes: Sequence[int], most: int) -> tuple[int, ...]:
 
 
 def interleave(done: Sequence[Completions], *, groups: int, parts: int) -> Completions:
-    """Completions of the first groups of rows, and empty ones, in the order of the batch's rows.
+    """Merges the completions of the first groups into the batch's row order; rows of later groups are empty.
 
     Args:
-      parts: shards of rows that this process holds, of each of which a group has the next rows.
+      parts: number of row shards that this process holds; each group has the next rows of every shard.
     """
     each = len(done[0].ids) // parts
     empty = Completions(((),) * (parts * each), ((),) * (parts * each))

@@ -1,8 +1,8 @@
 """The student on inference servers: an adapter folder per update, loaded, used, unloaded and deleted.
 
-Servers keep what they computed by an adapter's name and path, also after it was unloaded: every update has a name and a
-folder of its own. With several processes the first writes, each loads it on its own servers, and every method but
-`ensure` is all processes'.
+Servers cache results by an adapter's name and path, even after unloading it, so every update gets a new name and
+folder. With several processes the first writes the adapter and each loads it on its own servers; all must call every
+method but `ensure` and `close`.
 """
 
 import dataclasses
@@ -158,7 +158,7 @@ class Adapters:
 
 
 def together(call: Callable[[], T]) -> T:
-    """What `call` returns; where it ends in one process (EngineFailed, Stopped), it ends in all, and alike."""
+    """Returns `call()`; if it raises EngineFailed or Stopped in one process, the same error is raised in all."""
     value: Any = None
     said: list[str] | None = None
     try:

@@ -1,8 +1,8 @@
-"""HTTP to inference servers: several at a time, with retries, failover and timeouts. It knows no protocol.
+"""HTTP client for inference servers: concurrent calls, retries, failover and timeouts; independent of their protocol.
 
-A call is a function of a `Server`. What goes wrong with one is one of three things: `Unwell` (connection, timeout, 429,
-5xx, half a reply), which another attempt or another server may not meet; `Rejected` (another 4xx), which is about the
-request; or an EngineFailed, which ends everything.
+A call is a function of a `Server`. It can fail in three ways: `Unwell` (connection, timeout, 429, 5xx, incomplete
+reply), which is retried, perhaps on another server; `Rejected` (other 4xx), where the request is at fault; or
+EngineFailed, which ends everything.
 """
 
 import concurrent.futures
@@ -68,13 +68,13 @@ class Failed:
 
 
 class Server:
-    """One server's address, and what is known of it.
+    """One server: its address and health.
 
     Attributes:
-      url: its base, without a slash at the end.
-      busy: calls that it is answering.
-      failures: calls in a row that it did not answer.
-      well_at: when it may be asked again, by `time.monotonic`; in the past for one that is well.
+      url: base URL, without a trailing slash.
+      busy: number of calls in flight.
+      failures: consecutive failures.
+      well_at: when it may be called again, by `time.monotonic`; in the past if it is healthy.
     """
 
     def __init__(self, url: str, *, timeout: float, key: str):
@@ -261,10 +261,10 @@ class ServerPool:
         return Failed(reason or "it was ended")
 
     def _take(self, *, avoided: Server | None) -> Server | None:
-        """The least busy server of those that are well, or of all where none is, once it has room; None after `cut`.
+        """Waits for a free slot on the least busy healthy server (on any if none is healthy); None after `cut`.
 
         Args:
-          avoided: which has just failed the call: taken only where it is the last.
+          avoided: the server that has just failed the call; taken only if there is no other.
         """
         with self._guard:
             while not self._is_cut.is_set():

@@ -1,7 +1,7 @@
-"""Images as a server must get them: the very pixels that the processor's patches are made of.
+"""Images as sent to servers: exactly the pixels that the processor's patches are made of.
 
-A server resizes what it is sent with another library, which moves pixels. One that has its final size already is left
-as it is, so the patches are turned back into the resized, upright RGB image.
+A server resizes images with another library, which changes pixels, but leaves an image of the final size unchanged. So
+the patches are turned back into the resized, upright RGB image.
 """
 
 import base64

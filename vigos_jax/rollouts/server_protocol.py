@@ -1,7 +1,7 @@
-"""What inference servers are sent, and how their replies are read: a table of two dialects.
+"""Requests to inference servers and parsing of their replies: a table of two dialects.
 
-Every sampling field is sent, as servers fill what is missing from files of the model folder. Token ids go in and come
-out: text is never tokenised by a server. vLLM was tried (0.32); SGLang is written from its source and was not.
+Every sampling field is sent, as servers take missing ones from the model folder. Requests and replies hold token ids:
+servers never tokenise text. vLLM was tested (0.32); the SGLang dialect follows its source and is untested.
 """
 
 import dataclasses
@@ -76,9 +76,9 @@ class Dialect:
       read: reply of `generate` -> Answer; KeyError, TypeError, ValueError or IndexError for another shape.
       keeps_pads: whether the prompt ids of a reply have the pads that were sent.
       is_unknown: (status, message) of a rejected request -> whether its adapter is not loaded.
-      probes: (path, what it needs) of routes that are missing unless a server was started with them; the last is for
-        adapters.
-      refuses: sampling fields that mean something else there -> why.
+      probes: (path, required options) of routes that a server has only if it was started with those options; the last
+        is for adapters.
+      refuses: sampling field -> how its meaning differs there.
     """
 
     health: str
@@ -237,11 +237,11 @@ DIALECTS = {
 
 
 def check_answer(answer: Answer, prompt: Prompt, rules: Rules, *, url: str) -> str | None:
-    """Why a row failed, None if it did not.
+    """The reason why a row failed, or None.
 
     Raises:
-      EngineFailed: the server does something else than what is trained on: other prompt ids, other ends, another
-        model, ids that do not exist, no log-probabilities. It would do so with every row.
+      EngineFailed: the reply does not match what is trained on: other prompt ids, other stop tokens, another model,
+        invalid ids, missing log-probabilities. Every row would fail alike.
     """
     if answer.model is not None and answer.model not in rules.names:
         names = ", ".join(sorted(rules.names))

@@ -1,9 +1,9 @@
-"""Several processes, one program: how they find each other, and what they tell each other.
+"""Multi-process runs: joining the processes, and exchanging values between them on the host.
 
-Every process runs the same programs in the same order; each reads, parses and packs its own rows. Where a program or
-its shapes would depend on those rows (the size of an array, too many bad rows), the processes agree first, with
-`exchange`. It goes through the store of jax's coordinator, not through the devices: it waits for no step that they
-are computing, a slow host only delays it, and a process that stops says why before the others wait for it in vain.
+Every process runs the same programs in the same order; each reads, parses and packs its own rows. If a program or its
+shapes depend on those rows (the size of an array, too many bad rows), the processes first agree with `exchange`. It
+uses the key-value store of jax's coordinator, not the devices: it does not wait for a running step, a slow host only
+delays it, and a process that stops reports the reason, so that the others do not wait for it.
 """
 
 import contextlib
@@ -32,14 +32,15 @@ _has_ended = False  # some process stops, and all have been told
 
 @contextlib.contextmanager
 def joined(mode: str) -> Iterator[None]:
-    """Joins the processes of a run; inside, none waits for one that has stopped, and all leave together.
+    """Joins the processes of a run; inside, none waits for one that has stopped, and all exit together.
 
     Args:
-      mode: `config.distributed`. "off" is one process; "auto" is what jax finds out by itself; "env" reads variables.
+      mode: `config.distributed`: "off" for one process, "auto" for jax's cluster detection, "env" for environment
+        variables.
 
     Raises:
-      InputError: variables that are missing or contradict each other; nothing to find out; or, in all processes, what
-        stopped one of them.
+      InputError: variables are missing or contradict each other; no cluster was detected; or, in all processes, the
+        error that stopped one of them.
     """
     global _has_ended
     _initialize(mode, os.environ)
@@ -95,7 +96,7 @@ def largest(n: int) -> int:
 
 
 def first_decides(decide: Callable[[], Any]) -> Any:
-    """What `decide` gives in the first process, in all of them: files are looked at once, and never disagreed on."""
+    """Calls `decide` in the first process and returns its result in all, so that they agree, e.g. on files."""
     return exchange(decide() if is_first() else None)[0]
 
 
@@ -137,9 +138,9 @@ def _key(number: int, process: int | str) -> str:
 
 
 def _say_why(error: BaseException) -> None:
-    """Stops the others at their next exchange. Where they never come to one, leaves at once: jax then ends them.
+    """Stops the other processes at their next exchange. If none comes in time, exits at once; jax then ends them.
 
-    An orderly end would wait for them, and lose the exit code.
+    A normal exit would wait for them and lose the exit code.
     """
     global _has_ended
     if not several() or _has_ended:
@@ -210,9 +211,9 @@ def _from_variables(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _to_find_out(environment: Mapping[str, str]) -> dict[str, Any]:
-    """What jax is told where it finds out the rest: with one process on a host, all its devices are that one's.
+    """Arguments that go with jax's cluster detection: a process alone on its host gets all of the host's devices.
 
-    jax itself gives every process of SLURM and Open MPI one GPU, whatever their number.
+    By default jax gives each SLURM or Open MPI process a single GPU.
     """
     one_each = environment.get("SLURM_NTASKS", "") == environment.get("SLURM_STEP_NUM_NODES")
     one_each |= environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"

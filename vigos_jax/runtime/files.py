@@ -44,11 +44,11 @@ def write_whole(path: pathlib.Path, data: bytes) -> None:
 
 
 def check_own(folder: pathlib.Path, *, field: str, first: str, others: Sequence[str]) -> None:
-    """Raises InputError where a mode would overwrite what it did not make.
+    """Raises InputError if a mode would overwrite files that it did not write.
 
     Args:
-      field: of the config, that names the folder.
-      first: the file of the mode that is there before any other; with it, the folder is the mode's own.
+      field: the config field that names the folder.
+      first: the file that the mode writes first; if it exists, the folder belongs to the mode.
       others: the files that would be overwritten.
     """
     if folder.exists() and not folder.is_dir():

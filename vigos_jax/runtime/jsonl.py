@@ -45,8 +45,8 @@ def parse_object(line: bytes) -> dict[str, Any]:
 def read_steps(path: pathlib.Path) -> tuple[list[StepRow], list[int]]:
     """The rows of a file to which a run appends one per step, and the numbers of the lines that are not such rows.
 
-    A row is an object with a whole number as `step`. What a process that was killed, or a machine that lost its power,
-    left behind the last row is not among those lines: it is written again. No file is an empty one.
+    A row is an object with an integer `step`. Broken lines after the last row, left by a kill or a power cut, are not
+    reported, as those steps are written again. A missing file counts as empty.
     """
     rows: list[StepRow] = []
     broken: list[int] = []

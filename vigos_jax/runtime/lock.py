@@ -1,14 +1,13 @@
-"""A folder that one run at a time writes to: a lock file with its holder's name, on network file systems too.
+"""A lock file that lets one run at a time write to a folder, on network file systems too; it names its holder.
 
-The file is there while the folder is held, and is made in one step: of two that try at once, one succeeds. A holder
-that was killed leaves it behind; whether one still lives is known by
+The file exists while the folder is held. It is created atomically: if two processes try at once, one succeeds. A killed
+holder leaves it behind. Whether the holder is alive is decided by
 
-- its process, where that can be looked up (same host, boot and namespace of processes): a process of that number which
-  began at the same time;
-- its heartbeat elsewhere: it touches the file every BEAT_SECONDS. One that was not touched for STALE_SECONDS, measured
-  by the clock of the file system itself, has no holder any more. No two hosts' clocks are compared.
+- its process, if it can be looked up (same host, boot and PID namespace): one with the same PID and start time;
+- otherwise its heartbeat: the holder touches the file every BEAT_SECONDS. A file that was not touched for
+  STALE_SECONDS, by the file system's own clock, has no holder any more. Clocks of two hosts are never compared.
 
-No kernel lock (flock) is used: over networks it is missing, local to each host, or kept for a client that is gone.
+Kernel locks (flock) are not used: over networks they are missing, local to a host, or kept for a client that is gone.
 """
 
 import contextlib
@@ -37,10 +36,10 @@ _GONE = "ZX"  # states of processes that have ended and are only still listed
 
 @contextlib.contextmanager
 def held(folder: pathlib.Path, *, name: str = files.LOCK, called: str = "") -> Iterator[None]:
-    """Inside, no other run holds the lock `name` of this folder, which is made if it is not there.
+    """Holds the lock `name` of a folder, so that no other run can; creates the folder if it is missing.
 
-    With several processes all enter; the first holds it for them. A process may enter again what it holds already. A
-    folder that was made for this, and is still empty at the end, is removed.
+    With several processes all must enter; the first holds the lock for all. The lock is reentrant within a process. A
+    folder that was created here and is still empty at the end is removed.
 
     Args:
       called: what an error calls a folder that cannot be written, like "config.export.output='out'".
@@ -94,13 +93,13 @@ def alone(folder: pathlib.Path, *, name: str = files.LOCK, called: str = "") -> 
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Who holds a lock.
+    """The holder of a lock.
 
     Attributes:
-      place: host, its boot and its namespace of processes: where these are equal, processes can be looked up.
-      processes: {number: when it began}, of whose the lock is until the last has ended.
-      since: when it was taken, as text.
-      token: tells this holding from any other.
+      place: host, boot id and PID namespace; processes can be looked up if all three are equal.
+      processes: {PID: start time}; the lock is held until the last of them has ended.
+      since: when the lock was taken, as text.
+      token: unique id of this holder.
     """
 
     place: tuple[str, ...]
@@ -154,11 +153,11 @@ class FileLock:
                 self._path.unlink()
 
     def share(self, pid: int) -> None:
-        """The lock is also a process's that was started here: it lasts until that one ends, if this one is killed."""
+        """Adds a process started here as a holder: if this process is killed, the lock lasts until that one ends."""
         self._rewrite(self._holder.processes | {str(pid): _began(pid)})
 
     def unshare(self, pid: int) -> None:
-        """That process has ended."""
+        """Removes a process that has ended from the holders."""
         self._rewrite({k: v for k, v in self._holder.processes.items() if k != str(pid)})
 
     def _rewrite(self, processes: dict[str, str]) -> None:
@@ -205,7 +204,7 @@ def _take(path: pathlib.Path, holder: Holder) -> None:
         if sign := _sign_of_life(path, found):
             who = found or "a process that left no name"
             raise InputError(f"{path.parent} is in use by {who} ({sign}); wait for it, or choose another folder")
-        # One at a time removes a file that was left behind: another's, made in the meantime, is not this one.
+        # Only one process at a time removes a stale file, so that none removes a lock taken in the meantime.
         guard = path.with_name(f"{path.name}.takeover")
         _take(guard, holder)
         try:
@@ -256,7 +255,7 @@ def _read(path: pathlib.Path) -> Holder | None:
 
 
 def _sign_of_life(path: pathlib.Path, found: Holder | None) -> str:
-    """How it is known that the holder `found` of a lock lives; "" where it does not, or there is no lock any more."""
+    """The evidence that the holder `found` of a lock is alive; "" if it is not, or if the lock is gone."""
     if found is not None and found.is_near():
         return f"process {found.running()[0]} is running" if found.running() else ""
     probe = path.with_name(f"{path.name}.{secrets.token_hex(8)}")

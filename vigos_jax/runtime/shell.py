@@ -87,10 +87,10 @@ def run(program: Callable[[list[str]], int], argv: list[str], *, verbose: bool) 
 
 
 def open_outputs() -> None:
-    """Makes the process's stdout and stderr such that no text and no full disk ends a run that writes to them.
+    """Replaces stdout and stderr, so that neither unencodable text nor a full disk ends a run that writes to them.
 
-    What the terminal's encoding lacks is written escaped. A stream that was closed when the program began is
-    None in Python, and its number would be given to the next file that is opened: it gets a place that takes nothing.
+    Characters that the terminal's encoding lacks are escaped. A stream that was closed at startup is None in Python,
+    and its descriptor would go to the next file opened, so the descriptor is opened on the null device.
     """
     for number, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
@@ -160,7 +160,7 @@ def set_verbosity(verbose: bool) -> None:
         absl_logging.set_verbosity(absl_logging.INFO)
         return
     logging.getLogger().setLevel(logging.ERROR)
-    # A checkpoint that cannot be written is an error of ours, in one line; what orbax logs of it are hundreds.
+    # We report a checkpoint that cannot be written in one line; orbax would log hundreds.
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = _say_unraisable
@@ -177,10 +177,10 @@ def _say_unraisable(unraisable: Any) -> None:
 
 
 def keep_one_heap() -> None:
-    """Has glibc serve all threads from one heap; elsewhere nothing. Call it before there are threads.
+    """Makes glibc use one heap (arena) for all threads; does nothing elsewhere. Call it before threads are started.
 
-    By default there are up to eight per core. Threads that come and go, as a save's do, leave theirs half empty, and a
-    run of many saves grows by that.
+    The default is up to eight arenas per core. Short-lived threads, as of a save, leave theirs half empty, so that the
+    memory of a run grows with its saves.
     """
     try:
         set_option = ctypes.CDLL(None).mallopt

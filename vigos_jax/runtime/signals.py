@@ -19,7 +19,7 @@ def asked() -> str:
 
 
 class Interrupt:
-    """Notes SIGTERM and SIGINT while its context lasts. Outside the main thread, where Python allows no handlers, none.
+    """Records SIGTERM and SIGINT inside its context; only in the main thread, as Python allows no handlers elsewhere.
 
     Attributes:
       asked: name of the signal that came; "" while none has.

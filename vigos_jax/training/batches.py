@@ -1,7 +1,7 @@
-"""The host's work of a training step: this process's rows read, written out, packed and put on the mesh.
+"""The host side of a training step: reads, encodes and packs this process's rows and puts them on the mesh.
 
-Every process does it for the rows that its own devices hold. What the devices then run has one shape for all: each
-size is the one that the longest row of any process needs (`Buckets.agree`).
+Each process handles the rows that its own devices hold. Shapes are the same in all processes: each size is the one
+that the longest row of any process needs (`Buckets.agree`).
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ from vigos_jax.session import Session
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What a step starts from.
+    """The input of a step.
 
     Attributes:
-      examples, rows: this process's, in the order of `Session.own_rows`.
-      prompts: what the engine samples from, from `Engine.prepare`.
-      bad_rows: of all processes, how many are unusable, by reason.
-      bad_examples: the first of each reason, for people.
-      seconds: what reading and packing took here.
+      examples, rows: those of this process, in the order of `Session.own_rows`.
+      prompts: what the engine samples from, as `Engine.prepare` returns it.
+      bad_rows: number of unusable rows in all processes, by reason.
+      bad_examples: a description of the first bad row for each reason, for display.
+      seconds: time to read and pack the batch in this process.
     """
 
     examples: list[Example]
@@ -45,12 +45,12 @@ class Batch:
 
 
 class Batches:
-    """A run's batches from number `first` on, read ahead, and their micro-batches. Every method is all processes'.
+    """A run's batches from index `first` on, prefetched, and their micro-batches. All processes must call every method.
 
-    A context manager: leaving it ends the processes that read.
+    A context manager: leaving it stops the data workers.
 
     Args:
-      prepare: an engine's.
+      prepare: the engine's `prepare`.
     """
 
     def __init__(self, config, session: Session, source: Any, *, prepare: Callable[[Sequence[Row]], Any], first: int):

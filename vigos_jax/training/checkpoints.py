@@ -1,8 +1,8 @@
-"""Orbax checkpoints of what training changes: trained weights, optimizer state, step, and the place in the data.
+"""Orbax checkpoints of the training state: trained weights, optimizer state, step, and position in the data.
 
-The frozen base is not copied: it is named in the run's config. Every key is a function of seed and step, so the step
-is all there is to save of randomness. With the arrays goes a digest of each: a file system may return other bits
-than it was given, and a run must not resume from those.
+The frozen base is not saved: the run's config names it. Random keys are functions of seed and step, so no other random
+state is saved. Each array is saved with a digest: a file system may return corrupt data, and a run must not resume
+from it.
 """
 
 import dataclasses
@@ -88,15 +88,15 @@ class Checkpoints:
         )
 
     def restore_newest(self, like: TrainState) -> tuple[int, TrainState, dict[str, Any]] | None:
-        """(step, state, data) of the newest checkpoint that is whole; None where there is none at all.
+        """(step, state, data) of the newest intact checkpoint; None if there are no checkpoints.
 
-        A broken one is put aside, with a warning, into checkpoints-broken/.
+        Broken ones are moved to checkpoints-broken/, with a warning.
 
         Args:
-          like: shapes and shardings; those of the run that saved may differ in their shardings.
+          like: shapes and shardings; the shardings may differ from those of the run that saved.
 
         Raises:
-          InputError: there are checkpoints, and all are broken.
+          InputError: all checkpoints are broken; or, with several processes, the newest one is.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step, older in zip(steps, [*steps, None][1:], strict=True):
@@ -147,7 +147,7 @@ class Checkpoints:
             ) from e
 
     def _read(self, step: int, trees: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Items onto the shapes and shardings of `trees`, with their digests compared; and the JSON beside them."""
+        """Restores items onto the shapes and shardings of `trees`, compares digests; returns them and the JSON."""
         items = {item: ocp.args.StandardRestore(_abstract(tree)) for item, tree in trees.items()}
         try:
             read = self._manager.restore(step, args=ocp.args.Composite(**items, data=ocp.args.JsonRestore()))
@@ -215,7 +215,7 @@ def load_student(config, workdir: pathlib.Path | None, *, step: int = 0, teaches
 
 
 def _short(text: str) -> str:
-    """One line that keeps both ends: what failed stands first, why stands last, but for a library's own settings."""
+    """One line, cut in the middle: what failed comes first and the cause last. Tensorstore's settings are removed."""
     text = " ".join(text.split()).partition(" [tensorstore_spec=")[0]
     return text if len(text) <= 300 else f"{text[:120]} ... {text[-175:]}"
 

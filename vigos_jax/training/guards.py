@@ -22,9 +22,9 @@ class Health:
       largest_gap: of `sampler_gap_bound`.
 
     Attributes:
-      skipped: steps of the run so far that changed nothing, as their loss or gradient was not finite.
-      alerts: what is outside its bounds now, as lines.
-      news: what the last step brought, as lines: new alerts, and that it was skipped.
+      skipped: number of steps so far that changed nothing, because their loss or gradient was not finite.
+      alerts: metric -> message, for the metrics that are outside their bounds now.
+      news: messages about the last step: its new alerts, and that it was skipped, if so.
     """
 
     def __init__(self, guards: ConfigDict, saved: Mapping[str, Any] | None = None, *, largest_gap: float = math.inf):
@@ -84,9 +84,9 @@ class Health:
 
 
 def sampler_gap_bound(config: ConfigDict) -> float:
-    """The largest `sampler_logp_gap` that a run continues with: `config.guards.sampler_gap`, which says what 0 is.
+    """The largest `sampler_logp_gap` that a run may have: `config.guards.sampler_gap`, or a default if that is 0.
 
-    The student's dropout and its steps ahead of the sampler are part of the gap, as is the rounding of bfloat16.
+    The gap includes the student's dropout, the sampler's staleness, and bfloat16 rounding.
     """
     r, bound = config.rollout, config.guards.sampler_gap
     if bound or r.engine == "native":

@@ -76,8 +76,8 @@ def train(config, workdir: pathlib.Path, *, open_engine: EngineFactory | None = 
       number of evaluation questions that could not be asked.
 
     Raises:
-      Stopped: a signal arrived. All completed steps are saved; with several processes, all but one that servers were
-        still sampling a snapshot of.
+      Stopped: a signal arrived. All completed steps are saved, except, with several processes, a step whose snapshot
+        servers were still sampling.
       InputError: the config or the data is bad. Or a guard (`config.guards`) or the engine ended the run: then all
         completed steps are saved.
     """
@@ -300,8 +300,8 @@ class Run:
 
         Raises:
           InputError: the checkpoint cannot be written, or another process has failed.
-          Stopped: a signal arrived during the evaluation, before which the step was saved, or while servers sampled a
-            snapshot; with several processes the step is not saved then.
+          Stopped: a signal arrived during the evaluation (the step is already saved) or while servers sampled a
+            snapshot (the step is then saved only if there is one process).
         """
         config, number = self._config, self.number
         # A signal to any process must stop all of them after the same step. `exchange` raises if a process has failed.

@@ -16,14 +16,14 @@ from vigos_jax.training.run_log import MetricsFile
 
 
 class StepEvaluations:
-    """Writes a row of WORKDIR/eval.jsonl for every step evaluated; does nothing where `config.eval_every` is 0.
+    """Writes a row of WORKDIR/eval.jsonl for every step evaluated; does nothing if `config.eval_every` is 0.
 
     A row has `step`, `model` (the student's fingerprint), `seconds`, and the numbers of each task as TASK/NUMBER, null
-    where there is nothing to count. No key of the run's own is used: training continues as if nothing had happened.
-    Every method is all processes'.
+    if there is nothing to count. Training is not affected: the run's random keys are not used. All processes must
+    construct it and call `at`.
 
     Raises:
-      InputError: as `Evaluation`, before the first step.
+      InputError: see `Evaluation`; raised before the first step.
     """
 
     def __init__(self, config, session: Session, workdir: pathlib.Path, *, open_engine: EngineFactory):

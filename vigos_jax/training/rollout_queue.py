@@ -10,17 +10,17 @@ from vigos_jax.training.batches import Batch, Batches
 
 
 class RolloutQueue:
-    """Asks an engine for rollouts, `config.rollout.max_staleness` steps ahead at most, in the order of the data.
+    """Requests rollouts from an engine, at most `config.rollout.max_staleness` steps ahead, in data order.
 
-    The engine has the weights of the last step that is a multiple of `sync_every`; that and asking ahead together never
-    make rollouts lag behind by more than `max_staleness`. What was asked for and not taken when a run ends is asked for
-    again when it resumes.
+    The engine's weights are updated at the first step and at every multiple of `sync_every`. The staleness
+    from infrequent updates and from requesting ahead is at most `max_staleness` in total. Rollouts that were requested
+    but not taken when a run ends are requested again when it resumes.
 
     Args:
       first: the step that the first batch is for.
 
     Attributes:
-      upcoming: the next batch that is not asked for yet; None before it is read, and after the last.
+      upcoming: the next batch, not yet requested; None before it is read, and after the last one.
     """
 
     def __init__(self, config, engine: Engine, batches: Batches, *, first: int):

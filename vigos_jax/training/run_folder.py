@@ -20,10 +20,10 @@ _BEFORE_THE_FIRST_STEP = (files.METRICS, files.QUANTIZATION, files.SNAPSHOTS, fi
 
 
 def check_workdir(config, workdir: pathlib.Path) -> None:
-    """Raises InputError unless the workdir is this config's own, or no run's at all.
+    """Raises InputError unless the workdir belongs to a run of this config or to no run.
 
-    A config with more `steps` resumes a run whose steps so far would have been the same. A run that took no step
-    holds nothing: another config may have its workdir.
+    A config that differs only in more `steps` may resume a run if the steps taken so far would have been the same. A
+    run that took no step does not claim its workdir: another config may use it.
     """
     path = workdir / files.CONFIG
     if not path.exists():
@@ -71,10 +71,10 @@ def _steps_taken(workdir: pathlib.Path) -> int:
 
 
 def open_workdir(config, workdir: pathlib.Path) -> None:
-    """Makes the workdir this config's own. Only when a run can begin: a mistyped one must not take it.
+    """Claims the workdir for this config. Call it only when the run can start: a bad config must not claim a workdir.
 
-    Of a run that continues beyond its former end, what was made there stays under names with that step. What another
-    config's run wrote before its first step, which never came, goes.
+    If the config extends a finished run, the run's results and export are kept under names with its last step. Files
+    of another config's run that took no step are deleted.
     """
     path = workdir / files.CONFIG
     try:

@@ -22,12 +22,11 @@ class MetricsFile:
     """Appends rows to `metrics.jsonl`, each step exactly once.
 
     Args:
-      next_step: the first step that will be written; rows of this and later steps, left by a run that was killed
-        after its last checkpoint, are dropped, and so is what is torn at the end. A torn line before is dropped too,
-        with a warning: what follows it is kept.
+      next_step: the first step that will be written. Rows of this and later steps, left by a run that was killed
+        after its last checkpoint, are dropped, and so are torn lines, with a warning if a row follows them.
 
     Attributes:
-      last_step: the newest step that was there, dropped or not; 0 for none.
+      last_step: the newest step in the file before rows were dropped; 0 if it had none.
     """
 
     def __init__(self, path: pathlib.Path, *, next_step: int):

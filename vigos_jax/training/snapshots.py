@@ -36,15 +36,15 @@ _KEYS = 2**31 - 1  # the step index in the keys of snapshots, reserved: no train
 class Snapshots:
     """Appends to WORKDIR/report.jsonl and draws WORKDIR/report.html, every `config.report.every` steps and at the end.
 
-    The first `config.report.rows` rows of the data (on the demo: of its evaluation, images that contradict the prior
-    and that agree by turns) are sampled as in training, with keys of their own that are the same at every step and in
-    every run: what changes is the student. A key of report.jsonl is `row/I` for what was asked and `STEP/I` for a
-    response; a step that is done again finds its responses there. Training continues as if nothing had happened. Every
-    method is all processes'.
+    The first `config.report.rows` rows of the data are sampled as in training. On the demo they come from its
+    evaluation, alternating between images that contradict the prior and images that agree with it. Their random keys
+    are the same at every step and in every run, so only the student changes; training is not affected. In report.jsonl,
+    the key `row/I` holds a question and `STEP/I` a response; a repeated step reuses its responses. All processes must
+    construct it and call `at`.
 
     Args:
-      engine: the run's: the rows take the first places of an otherwise empty training batch, so that nothing new is
-        compiled for sampling.
+      engine: the run's engine. The rows fill the first places of an otherwise empty training batch, so that sampling
+        compiles nothing new.
     """
 
     def __init__(self, config, session: Session, source: Any, engine: Engine, workdir: pathlib.Path):
@@ -66,7 +66,7 @@ class Snapshots:
         )  # small, and the first process writes all of it
 
     def at(self, step: int, state: TrainState) -> None:
-        """Takes the snapshot of the student after `step` steps, if its turn has come and it is not there already."""
+        """Takes the snapshot of the student after `step` steps, if it is due and was not taken already."""
         if step % self._config.report.every and step != self._config.steps:
             return
         if self._count and not first_decides(lambda: self._has(step)):

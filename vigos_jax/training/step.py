@@ -133,7 +133,7 @@ def make_train_step(
 ) -> TrainStep:
     """Returns `train_step(state, base, batches, key) -> (state, metrics)`; `state` is donated.
 
-    The micro-batches may have shapes of their own: a program is compiled for each shape, and one for the update.
+    Micro-batches may differ in shape: programs are compiled for each shape, but the update only once.
     Every mean is over all of them together, never per micro-batch.
 
     A step whose loss or gradient is not finite changes nothing but the number of steps. Metrics: see `_metrics`.
@@ -154,7 +154,7 @@ def make_train_step(
 
 @dataclasses.dataclass(frozen=True)
 class LossGradient:
-    """The loss and the gradient of one micro-batch: a pure function, equal to another one of equal attributes.
+    """The loss and gradient of one micro-batch: a pure function; instances with equal attributes compare equal.
 
     Attributes: see `make_train_step`.
     """
@@ -252,16 +252,16 @@ def _updated(state: TrainState, gradient: Any, tx: optax.GradientTransformation,
 
 
 def _metrics(sums: StepSums, normalizers: Array, objective: ObjectiveConfig) -> dict[str, Array]:
-    """What a step says beside its gradient norm.
+    """The metrics of a step besides `grad_norm` and `skipped`.
 
     sampler_logp_gap: mean |logp by the sampler - logp by the student| of the supervised tokens: float noise if both
       are the same model, plus the adapter's dropout, which only the student has.
     entropy: mean over the supervised tokens of the student's distribution, in nats.
     ROLE/loss, ROLE/tokens, ROLE/clipped_fraction: the role's mean, its tokens, and the fraction of them clipped.
-    ROLE/loss_share: of the weighted sum of means.
-    ROLE/effective_tokens: of roles with a rule of weights, n of equal weights that spread as much: (sum w)^2 / sum w^2.
-    ROLE/grad_share: of the roles' gradient norms at the student's last hidden states, before the head. (Shares at the
-      parameters would take a backward pass per role.)
+    ROLE/loss_share: the role's fraction of the loss.
+    ROLE/effective_tokens: effective sample size (sum w)^2 / sum w^2, for roles with a token-weight rule.
+    ROLE/grad_share: the role's fraction of the sum of the roles' gradient norms at the student's last hidden states,
+      before the head. (Fractions at the parameters would need a backward pass per role.)
     """
     stats, norms = sums.stats, jnp.sqrt(sums.squares)
     metrics = {

@@ -15,11 +15,11 @@ from vigos_jax.runtime import workdir as files
 
 
 class Tracker(Protocol):
-    """Takes the rows of a run, one per step, in order.
+    """Logs the rows of a run, one per step, in order.
 
-    A class is made with (workdir, its value in `config.log`, first=steps in the checkpoint that this start resumes
-    from, last_step=the newest step that an earlier start wrote), and has a static `import_package` that raises
-    InputError where what it needs is not installed.
+    A class is constructed with (workdir, its value in `config.log`, first=step of the checkpoint that this start
+    resumes from, last_step=the newest step that an earlier start wrote). Its static `import_package` raises InputError
+    if a package it needs is not installed.
     """
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -32,9 +32,8 @@ class Tracker(Protocol):
 class TensorBoard:
     """Event files in WORKDIR/tensorboard, one per start of the run.
 
-    A step that is done again is shown once: a file says from which step on it takes the place of the earlier ones.
-    What a killed process had not written yet is lost only together with its checkpoint, so it comes again.
-
+    A repeated step is shown once: each file records the step from which it replaces the earlier ones. Rows that a
+    killed process did not write are later than its last checkpoint, so the resumed run writes them.
     """
 
     def __init__(self, workdir: pathlib.Path, asked: bool, *, first: int, last_step: int):
@@ -64,11 +63,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One run of Weights & Biases per workdir, also when it is started again; its id is in WORKDIR/wandb-id.
+    """One Weights & Biases run per workdir, also across restarts; its id is in WORKDIR/wandb-id.
 
-    No step is sent twice: rows up to `last_step` are left out, as they were sent when they were first done. What a
-    killed process had taken but not sent yet is missing there; metrics.jsonl has it.
-
+    No step is sent twice: rows up to `last_step` are left out, as an earlier start sent them. Rows that a killed
+    process had not sent yet are missing there; metrics.jsonl has them.
     """
 
     def __init__(self, workdir: pathlib.Path, project: str, *, first: int, last_step: int):
@@ -109,7 +107,7 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-# By their names in `config.log`, where a value that is not empty asks for one. A new one is a class, a row, a field.
+# By name in `config.log`, where a non-empty value enables one. A new one needs a class, an entry and a field.
 TRACKERS: dict[str, type[TensorBoard] | type[WeightsAndBiases]] = {
     "tensorboard": TensorBoard,
     "wandb": WeightsAndBiases,

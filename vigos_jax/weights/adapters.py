@@ -19,7 +19,7 @@ from vigos_jax.weights.reading import check_tensors, leaves, read_tree
 from vigos_jax.weights.safetensors_file import write_file
 from vigos_jax.weights.weight_files import WeightFiles
 
-# What would change the forward pass without a trace in the tensors, or ask for more than this program does.
+# Options that change the forward pass but leave no trace in the tensors, or that are not implemented.
 _REFUSED_OPTIONS = (
     "use_dora",
     "rank_pattern",
@@ -34,10 +34,10 @@ _PLAIN_INITS = ("gaussian", "orthogonal", "eva")  # leave the base weights as th
 
 
 def adapter_spec(folder: pathlib.Path, *, dropout: float) -> LoraSpec:
-    """What a PEFT adapter folder says of itself: rank, scale and adapted modules.
+    """The spec of a PEFT adapter folder: rank, scale and adapted modules.
 
     Args:
-      dropout: used while training on; the file's own dropout is what it was trained with.
+      dropout: for further training; replaces the file's, which is what it was trained with.
 
     Raises:
       InputError: not a plain LoRA, or its tensors name modules this program does not adapt.
@@ -111,11 +111,11 @@ def adapter_tensors(lora: Any, config: ModelConfig, spec: LoraSpec) -> list[tupl
 
 
 def write_adapter(folder: pathlib.Path, lora: Any, config: ModelConfig, spec: LoraSpec, *, base: str) -> None:
-    """Writes a PEFT folder. Of several processes the first writes, and all must call this.
+    """Writes a PEFT folder. All processes must call this; the first one writes.
 
     Args:
-      folder: there already.
-      base: name of the base model, for whoever reads the folder.
+      folder: must exist.
+      base: name of the base model, for the adapter's config file.
     """
     tensors = adapter_tensors(lora, config, spec)
     if is_first():

@@ -1,7 +1,7 @@
 """Quantised kernels from a checkpoint's files, tensor by tensor, and the original numbers behind them.
 
-The model in its own dtype is never whole in memory: of a stacked leaf this process holds the codes, and of the files
-one layer's tensor.
+The unquantised model is never in memory as a whole: a process holds a stacked leaf's codes and one layer's original
+tensor at a time.
 """
 
 import gc
@@ -31,9 +31,9 @@ def read_layer(files: WeightFiles, row: Tensor, layer: int, shape: tuple[int, ..
 def read_quantised(
     files: WeightFiles, row: Tensor, shape: tuple[int, ...], *, kind: str, shardings: QuantisedKernel | None
 ) -> QuantisedKernel:
-    """One stacked kernel as codes and scales of the file's numbers.
+    """One stacked kernel of the files, quantised to codes and scales.
 
-    A scale may span what several devices hold: every process reads whole tensors, and keeps its devices' codes.
+    A scale may span several devices' shards, so every process reads whole tensors and keeps its own devices' codes.
 
     Args:
       shape: of the stacked kernel, [L, in, out].

@@ -24,10 +24,10 @@ _ROWS = 4096  # of head and embedding, compared at a time
 
 
 def load_config(folder: pathlib.Path) -> ModelConfig:
-    """What a folder says of its model: its config.json, and its weights' word on the output head.
+    """The model config of a folder: its config.json, with tied embeddings checked against the weights.
 
-    As in transformers, `tie_word_embeddings` is wrong where the weights hold a head that differs from the embedding:
-    the model is untied then, and a line says so. Of a folder without weights the config alone counts.
+    As in transformers, weights with an output head that differs from the embedding override `tie_word_embeddings`: the
+    model is untied, which is logged. For a folder without weights, config.json alone decides.
 
     Raises:
       InputError: the config or a header of the weights is missing or broken.
@@ -132,27 +132,27 @@ def leaves(tree: Any) -> Iterator[tuple[Path, Any]]:
 
 
 def load_params(folder: pathlib.Path, config: ModelConfig, abstract: Any, *, dtype: Any, shardings: Any = None) -> Any:
-    """Reads the base parameters of a Hugging Face folder, each process the bytes of its own devices' shards.
+    """Reads the base parameters of a Hugging Face folder; each process reads its own devices' shards.
 
-    Beside what the devices hold, host memory holds one shard of one stacked leaf (`quantised`: its codes).
+    Besides the devices' arrays, memory holds one shard of one stacked leaf at a time (`quantised`: its codes).
 
     Args:
       folder: holds model.safetensors, or shards and their index; float32, bfloat16 or float16.
-      config: of `load_config`.
-      abstract: the `params` tree of shapes from `abstract_variables`, or `quantised_shapes` of it: what is a quantised
-        kernel there is quantised as it is read.
-      dtype: of the returned leaves, but for float32 islands, codes and scales.
+      config: from `load_config`.
+      abstract: the `params` tree of shapes from `abstract_variables`, or `quantised_shapes` of it, whose quantised
+        kernels are quantised as they are read.
+      dtype: of the returned leaves, except float32 islands, codes and scales.
       shardings: a tree of Shardings like `abstract`, or None for the default device.
 
     Raises:
-      InputError: before any weight is read, if a file is missing or broken; one error lists every missing, extra and
-        wrong-shaped tensor. After it, one lists every tensor that is not finite, in the file or when it is rounded.
+      InputError: before any weight is read, if a file is missing or broken, or with a list of all missing, extra and
+        wrong-shaped tensors; after reading, with a list of all tensors that are not finite in the file or once rounded.
     """
     files, table = open_weights(folder), tensor_table(config)
     shapes = {path: leaf.kernel_shape if is_quantised(leaf) else leaf.shape for path, leaf in leaves(abstract)}
     ignore = carried_names(files, config)
     if config.tie_embeddings and _HEAD in files:
-        # Written twice, or under the other name alone, as tools do that keep one of two tensors that share memory.
+        # Stored twice, or only as the head, by tools that keep one of two tensors sharing memory.
         embedding = _embedding(table)
         if embedding.name in files:
             ignore.append(_HEAD)

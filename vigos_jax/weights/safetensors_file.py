@@ -1,8 +1,8 @@
-"""Safetensors files, byte by byte: headers checked before a weight is read, mapped tensors, files written in a stream.
+"""Reads and writes safetensors files: validated headers, memory-mapped tensors, streaming writes.
 
 A file is 8 bytes with the length of its header, the header (JSON: dtype, shape and bytes of every tensor), and the
-tensors' bytes, without gaps. A mapped tensor is read where it is touched and nowhere else, and what is read of it is
-owned by the page cache, not by this program.
+tensors' bytes, without gaps. Of a mapped tensor, only the pages that are accessed are read, and they belong to the page
+cache, not to this program.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from vigos_jax.runtime.files import unique_keys
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Bytes of an entry, of what a file may hold beside what is read here.
+# Bytes per element, including dtypes that a file may hold but that are not read here.
 _ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
@@ -132,8 +132,8 @@ def write_file(path: pathlib.Path, tensors: Sequence[tuple[str, Any]]) -> None:
     """Writes a file tensor by tensor.
 
     Args:
-      tensors: (name, array), or in an array's place anything with its `shape` and `dtype` that `np.asarray` makes one
-        of; it is asked when its turn comes, and let go before the next.
+      tensors: (name, array) pairs; instead of an array, anything with `shape` and `dtype` that `np.asarray` converts.
+        They are converted one at a time, when they are written.
     """
     header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -93,10 +93,10 @@ def some(problems: list[str], separator: str = ", ", *, shown: int = 20) -> str:
 def read_leaf(
     files: WeightFiles, row: Tensor, shape: tuple[int, ...], *, dtype: np.dtype, sharding: jax.sharding.Sharding | None
 ) -> jax.Array:
-    """One leaf of ours; each shard is read once, and only those of this process's devices.
+    """One leaf of the parameters; reads each shard of this process's devices once.
 
-    One shard is in host memory at a time. `jax.make_array_from_callback` would hold them all, and read again what
-    devices share.
+    Host memory holds one shard at a time; `jax.make_array_from_callback` would hold them all, and read replicated
+    shards once per device.
 
     Args:
       sharding: of the leaf; None for the default device.
@@ -113,16 +113,16 @@ def read_leaf(
     for bounds, devices in holders.items():
         shard = read_shard(files, row, tuple(slice(*b) for b in bounds), dtype=dtype)
         arrays += [jax.device_put(shard, device).block_until_ready() for device in devices]
-        # The next shard's memory is taken when this one's is free: jax lets go of it when Python collects garbage.
+        # Free this shard before the next is allocated: jax releases it when Python collects garbage.
         del shard
         gc.collect(0)
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
 def read_shard(files: WeightFiles, row: Tensor, index: tuple[slice, ...], *, dtype: np.dtype) -> np.ndarray:
-    """What lies at `index` of a leaf, in host memory. Of the files no more than that is read.
+    """The part of a leaf at `index`, in host memory; no more than that is read from the files.
 
-    Tensors that are not finite there are noted in `files`.
+    Names of tensors with non-finite values there are added to `files.not_finite`.
     """
     out = np.empty([s.stop - s.start for s in index], dtype)
     names = row.names()[index[0]] if row.stacked else row.names()

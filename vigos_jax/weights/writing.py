@@ -25,9 +25,9 @@ from vigos_jax.weights.weight_files import WeightFiles
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FileTensor:
-    """A tensor as a checkpoint will hold it, made anew on each request and not kept.
+    """A lazy tensor in a checkpoint's layout, computed on each access and not cached.
 
-    Where its leaf is spread over several processes, all of them must ask for it, in the same order.
+    If its leaf is sharded over several processes, all of them must access it, in the same order.
     """
 
     shape: tuple[int, ...]
@@ -48,13 +48,12 @@ def stream_tensors(
     lora: Any = None,
     scale: float = 1.0,
 ) -> Iterator[tuple[str, FileTensor]]:
-    """Yields (file name, tensor to be) for every tensor of the table.
+    """Yields (name in the file, lazy tensor) for every tensor of the table.
 
     Args:
-      files: which the tree was read from: float32 islands are written in the dtype they have there, and of quantised
-        kernels the numbers there, not what the codes stand for.
-      lora: adapters of some of the tree's kernels, merged into them: W + scale * A B is added in float32 and rounded
-        once, to `dtype`.
+      files: the files the tree was read from: float32 islands stored in float32 stay float32, and quantised kernels
+        are written with their original values, not with dequantised codes.
+      lora: adapters to merge into the tree's kernels: W + scale * A B, added in float32 and rounded once, to `dtype`.
     """
     by_path, adapters = dict(leaves(tree)), dict(leaves(lora or {}))
     float32 = float32_names(files, table) if files is not None else set()
@@ -122,7 +121,7 @@ def _in_file(leaf, adapter, layer, scale, *, transposed: bool, dtype: np.dtype):
 
 
 def gather(tensors: Iterable[tuple[str, Any]]) -> None:
-    """The part in writing tensors of a process that does not write."""
+    """Takes part in gathering the tensors in a process that does not write them."""
     for _, x in tensors:
         np.asarray(x)
 
@@ -133,8 +132,8 @@ _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|sha
 def save_sharded(folder: pathlib.Path, tensors: Iterable[tuple[str, Any]], *, max_shard_bytes: int) -> None:
     """Writes model.safetensors, or numbered shards and their index when the tensors exceed one shard.
 
-    The folder's earlier weights give way when all of the new ones are written. Of several processes the first writes,
-    and all must call this.
+    Earlier weights in the folder are deleted once all new ones are written. All processes must call this; the first
+    one writes.
 
     Args:
       tensors: (name, array or `FileTensor`), written in this order, one of them in memory at a time.

@@ -18,7 +18,7 @@ def ask(row: Mapping[str, Any], index: int) -> list[Question]:
 def summarise(graded: Sequence[Graded]) -> dict[str, float | None]:
     """micro: over questions. 2d: mean of ADE20K and COCO; 3d: Omni3D; official: mean of the two.
 
-    Of a subset in which a source is missing only micro is said.
+    Only micro if a source is missing, as in a subset.
     """
     parts = {s: [g for g in graded if g.question.part == s] for s in SOURCES}
     if not all(parts.values()):

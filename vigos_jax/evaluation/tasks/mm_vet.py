@@ -1,4 +1,4 @@
-"""MM-Vet: open answers, in which `<OR>` separates alternatives and `<AND>` what all must be said."""
+"""MM-Vet: open answers; `<OR>` separates alternatives, `<AND>` parts that an answer must all contain."""
 
 import re
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ _DIGITS = re.compile(r"[0-9]+(?:[.,][0-9]+)*")
 
 
 def says_all(answer: str, parts: Sequence[str]) -> bool:
-    """Whether the answer mentions every part and means it: no alternative, not negated, no other number beside it.
+    """Whether the answer asserts every part: not as one of several alternatives, not negated, and no other number.
 
-    A yes or no among other words is left to the rules.
+    False if a part is a yes or no, which the rules grade.
     """
     said = " ".join(answer.casefold().split())
     for part in parts:

@@ -59,7 +59,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Graded:
-    """A sampled answer with its verdict; `is_correct` is None while a judge has still to say."""
+    """A sampled answer with its verdict; `is_correct` is None until the judge has decided."""
 
     question: Question
     sample: int
@@ -89,13 +89,13 @@ class Task:
       name: as in `config.eval.tasks`.
       title: as in the paper's tables.
       source: hub data set, unless the config names another or a folder of parquet.
-      split: of it.
-      rows: how many it is published with; a mismatch is reported.
-      columns: columns that must be there; of each group one is enough.
-      ask: (row, its number) -> its questions.
-      summarise: further numbers in percent, by name, of all graded answers.
+      split: the split of `source`.
+      rows: the published number of rows; a mismatch is reported.
+      columns: required columns; one of each group is enough.
+      ask: (row, row number) -> its questions.
+      summarise: all graded answers -> further metrics in percent, by name.
       grade: (question, extracted answer or None, math) -> verdict.
-      samples: answers per question where the protocol fixes their number; None for the config's.
+      samples: answers per question if the protocol fixes their number; None for the config's.
       judged: whether the official protocol asks a judge; a rule's verdict is then a lower bound.
     """
 
@@ -133,7 +133,7 @@ def first(row: Mapping[str, Any], names: Sequence[str]) -> Any:
 def images_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """All images of a row: `images` (one or a list), `image`, or image_1 .. image_n in order.
 
-    Numbered columns that are empty are not images; an empty place in a list is one that cannot be read.
+    Empty numbered columns are skipped; an empty list entry stays, as an image that cannot be read.
     """
     found = first(row, ("images", "image"))
     if found is None:

@@ -58,10 +58,10 @@ def ask(row: Mapping[str, Any], index: int) -> list[Question]:
 
 
 def summarise(graded: Sequence[Graded]) -> dict[str, float | None]:
-    """Pipeline scores in percent: a and b over all, c where a passed, d where b and c passed; ungated c and d too.
+    """Pipeline scores in percent: a and b over all, c if a passed, d if a, b and c passed; also ungated c and d.
 
-    An instance of which a stage is missing (an image that could not be read, a verdict still to come) is left out; a
-    score over no instance is None.
+    Instances with a missing stage (an unreadable image, a pending verdict) are left out; a score over no instance is
+    None.
     """
     rows: dict[int, dict[str, list[bool | None]]] = defaultdict(lambda: defaultdict(list))
     for g in graded:
