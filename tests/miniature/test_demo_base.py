@@ -42,12 +42,13 @@ def test_the_student_is_what_the_card_states(stated, measured):
 
 
 @pytest.mark.slow
-def test_privileged_teachers_leak_as_the_card_states(stated, measured):
+def test_privileged_teachers_leak_as_the_card_states(name, stated, measured):
     for role, rates in stated["teachers_given_a_wrong_reference"].items():
         for kind, rate in rates.items():
             assert measured["teachers_given_a_wrong_reference"][role][kind] == pytest.approx(rate, abs=TOLERANCE), kind
-        # The point of these bases: a wrong reference gets into what the teacher claims to see.
-        assert rates["description_follows_reference"] > 0.25
+        # The point of these bases: a wrong reference gets into what the teacher claims to see. In the second world a
+        # description must have two things right for that.
+        assert rates["description_follows_reference"] > (0.25 if name == "demo" else 0.2)
 
 
 def test_the_readme_states_the_measured_numbers(name, stated):
