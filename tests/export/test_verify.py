@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny_runs as runs
+from cases import others_slow
 
 from vigos_jax.weights import adapters, writing
 
@@ -56,7 +57,7 @@ def test_a_rounded_merge_always_says_its_kl(world, run, tmp_path, capsys):
     assert "{" not in capsys.readouterr().out  # nothing is rounded, nothing asked for
 
 
-@pytest.mark.parametrize("kind", ["merged", "adapter"])
+@pytest.mark.parametrize("kind", others_slow(["merged", "adapter"]))
 def test_what_was_written_wrong_is_found(world, run, tmp_path, monkeypatch, capsys, kind):
     """One projection of one layer doubled on its way to the disk."""
     owner, name = {"merged": (writing, "save_sharded"), "adapter": (adapters, "write_file")}[kind]

@@ -97,7 +97,7 @@ def test_the_list_of_configs_is_whole():
     assert all({role.prefix for role in roles_of(name)} != {OWN} for name in others)
 
 
-@pytest.mark.parametrize("name", others_slow(CONFIGS, quick=2))
+@pytest.mark.parametrize("name", others_slow(CONFIGS))
 def test_each_entry_equals_its_role_alone(name):
     roles, (base, lora) = roles_of(name), tiny_hybrid.weights()
     batch = pack(samples_of(roles), roles)

@@ -93,7 +93,7 @@ def expected(mix, roles):
 MIX = MIXES["mixed"]
 
 
-@pytest.mark.parametrize("rule", RULED)
+@pytest.mark.parametrize("rule", others_slow(RULED))
 @pytest.mark.parametrize("only", others_slow([None, "reasoning"]))
 def test_each_rule_equals_a_loop_over_tokens(rule, only):
     roles = roles_with(rule, only=only)

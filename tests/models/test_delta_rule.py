@@ -359,6 +359,7 @@ def test_steps_of_the_convolution(layer):
             _close(got, want[:, at])
 
 
+@pytest.mark.slow
 def test_heads_over_a_mesh_axis(plain):
     """Heads split over devices, forward and backward: the same numbers and no array sent between them."""
     arrays = plain[0]

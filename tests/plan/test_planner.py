@@ -146,6 +146,7 @@ def test_states_are_read_and_written():
     assert decode_floor(run, slots=0) > device_bytes(run.base["layers"]) + 2 * states
 
 
+@pytest.mark.slow
 def test_programs_are_counted():
     p = {x.name: x for x in planned().programs}
     for x in p.values():

@@ -66,7 +66,7 @@ def test_a_run_that_has_not_begun(tmp_path):
     (tmp_path / "config.json").write_text(to_json(base.get_config()))
     write_run_page(tmp_path)
     page = (tmp_path / "report.html").read_text()
-    assert "Step 0 of 80" in page and "load the page again" in page and "<svg" not in page
+    assert "Step 0 of 80" in page and "reload the page" in page and "<svg" not in page
 
 
 def test_what_the_page_has(tmp_path):

@@ -125,6 +125,7 @@ def test_a_stale_adapter_is_caught(world, policy, tmp_path, capsys):
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
 
 
+@pytest.mark.slow
 def test_servers_that_are_lost_end_the_run_and_it_goes_on(world, served, policy, tmp_path, capsys):
     server = PolicyServer(policy).start()
     lost = [lambda handler, right: right()] * (2 * BATCH)

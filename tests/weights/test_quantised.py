@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_runs as runs
+from cases import others_slow
 
 from vigos_jax.errors import InputError
 from vigos_jax.models.families import tensor_table
@@ -57,7 +58,7 @@ def check(params, plain, kind: str) -> None:
     assert count == 7
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", others_slow(KINDS))
 def test_codes_are_those_of_the_files_own_numbers(folder, config, plain, kind):
     check(load(folder, config, kind), plain, kind)
 

@@ -16,6 +16,7 @@ import safetensors
 import safetensors.torch
 import torch
 import torch_models as tm
+from cases import others_slow
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vigos_jax.errors import InputError
@@ -403,17 +404,19 @@ def edit_json(path: pathlib.Path, **values) -> None:
 
 @pytest.mark.parametrize(
     "config, rank, scale, language, vision",
-    [
-        ({"r": 4, "lora_alpha": 6, "target_modules": LANGUAGE}, 4, 1.5, LANGUAGE, VISION),
-        ({"r": 2, "lora_alpha": 8, "target_modules": LANGUAGE_ONLY}, 2, 4.0, LANGUAGE, []),
-        (
-            {"r": 4, "lora_alpha": 3, "target_modules": ["q_proj", "up_proj"], "use_rslora": True},
-            4,
-            1.5,
-            ["q_proj", "up_proj"],
-            ["up_proj"],
-        ),
-    ],
+    others_slow(
+        [
+            ({"r": 4, "lora_alpha": 6, "target_modules": LANGUAGE}, 4, 1.5, LANGUAGE, VISION),
+            ({"r": 2, "lora_alpha": 8, "target_modules": LANGUAGE_ONLY}, 2, 4.0, LANGUAGE, []),
+            (
+                {"r": 4, "lora_alpha": 3, "target_modules": ["q_proj", "up_proj"], "use_rslora": True},
+                4,
+                1.5,
+                ["q_proj", "up_proj"],
+                ["up_proj"],
+            ),
+        ]
+    ),
     ids=["list", "regex", "rslora"],
 )
 def test_adapters_give_pefts_logits(folders, tmp_path, config, rank, scale, language, vision):
@@ -464,15 +467,20 @@ def test_a_bfloat16_adapter_becomes_float32(folders, adapter):
 
 @pytest.mark.parametrize(
     "spelling",
-    [
-        lambda k: k.replace("model.model.language_model.", "model.model."),
-        lambda k: k.replace(".weight", ".default.weight"),
-        lambda k: k.replace(".weight", ".my_adapter.weight"),
-        lambda k: "module." + k,
-        lambda k: "_orig_mod." + k,
-        lambda k: k.replace("layers.", "layers._orig_mod."),
-        lambda k: "module." + k.replace("self_attn", "_fsdp_wrapped_module.self_attn").replace(".wei", ".default.wei"),
-    ],
+    others_slow(
+        [
+            lambda k: k.replace("model.model.language_model.", "model.model."),
+            lambda k: k.replace(".weight", ".default.weight"),
+            lambda k: k.replace(".weight", ".my_adapter.weight"),
+            lambda k: "module." + k,
+            lambda k: "_orig_mod." + k,
+            lambda k: k.replace("layers.", "layers._orig_mod."),
+            lambda k: (
+                "module." + k.replace("self_attn", "_fsdp_wrapped_module.self_attn").replace(".wei", ".default.wei")
+            ),
+        ],
+        quick=2,
+    ),
     ids=["older", "default", "named", "module", "_orig_mod", "inside", "together"],
 )
 def test_other_names_of_an_adapter_load_too(folders, adapter, spelling):
