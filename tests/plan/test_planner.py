@@ -166,6 +166,7 @@ def test_programs_are_counted():
     assert any(line.startswith("decode: ") and f"{decode.traffic / decode.floor:.2f} times" in line for line in text)
 
 
+@pytest.mark.slow
 def test_what_a_card_lacks_is_said():
     config = config_of(**{"model.dtype": "bfloat16"})
     target = dataclasses.replace(topology(config.plan), name="t4:8", platform="gpu")
@@ -231,6 +232,7 @@ def test_changes_come_from_the_one_that_costs_least():
     assert others == changes[3:]  # less at a time in the gradient does not help the sampler
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_comes_with_the_first_change_that_does():
     """Peaks by formula, so that nothing need be compiled: half of what is left, with each doubling of accumulation."""
     config = config_of(
@@ -259,6 +261,7 @@ def test_what_does_not_fit_comes_with_the_first_change_that_does():
     ]
 
 
+@pytest.mark.slow
 def test_what_the_compiler_refuses_does_not_fit():
     refused = dataclasses.replace(planned(), programs=(Program("prefill", 1, refused="used 20.5G of 15.75G"),))
     assert not refused.fits and not refused.is_whole
