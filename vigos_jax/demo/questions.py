@@ -96,8 +96,8 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Sum:
-    """The total number of things of two kinds; the mistaken answer is the larger count plus one."""
+class _TwoCounts:
+    """What is asked follows from how many there are of two kinds."""
 
     first: str
     second: str
@@ -108,6 +108,17 @@ class Sum:
         return ((self.first, "count"), (self.second, "count"))
 
     @property
+    def prior_text(self) -> str:
+        """`Usually the bananas are two and the whales are one.`."""
+        counts = [f"the {kind} are {PRIORS[kind].count}" for kind in (self.first, self.second)]
+        return f"Usually {' and '.join(counts)}."
+
+
+@dataclass(frozen=True)
+class Sum(_TwoCounts):
+    """The total number of things of two kinds; the mistaken answer is the larger count plus one."""
+
+    @property
     def choices(self) -> tuple[str, ...]:
         """See `Question`."""
         return NUMBERS[1:6]
@@ -116,11 +127,6 @@ class Sum:
     def text(self) -> str:
         """`How many bananas and whales are there together?`."""
         return f"How many {self.first} and {self.second} are there together?"
-
-    @property
-    def prior_text(self) -> str:
-        """`Usually the bananas are two and the whales are one.`."""
-        return _expected_counts(self.first, self.second)
 
     def answer(self, things: Things) -> str:
         """See `Question`."""
@@ -136,16 +142,8 @@ class Sum:
 
 
 @dataclass(frozen=True)
-class More:
+class More(_TwoCounts):
     """Which of two kinds there are more of; the mistaken answer treats counts that differ by one as equal."""
-
-    first: str
-    second: str
-
-    @property
-    def asked(self) -> tuple[tuple[str, str], ...]:
-        """See `Question`."""
-        return ((self.first, "count"), (self.second, "count"))
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -156,11 +154,6 @@ class More:
     def text(self) -> str:
         """`Are there more bananas or more whales?`."""
         return f"Are there more {self.first} or more {self.second}?"
-
-    @property
-    def prior_text(self) -> str:
-        """`Usually the bananas are two and the whales are one.`."""
-        return _expected_counts(self.first, self.second)
 
     def answer(self, things: Things) -> str:
         """See `Question`."""
@@ -268,7 +261,3 @@ def _number(thing: Thing) -> int:
 
 def _counted(things: Things, kind: str) -> str:
     return f"{things[kind].count} {kind}"
-
-
-def _expected_counts(first: str, second: str) -> str:
-    return f"Usually the {first} are {PRIORS[first].count} and the {second} are {PRIORS[second].count}."
