@@ -6,6 +6,7 @@ import pathlib
 import shutil
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -33,6 +34,34 @@ SMALL_SIZE = ModelConfig(
 )  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How large the work is.
+
+    Attributes:
+      sizes: of a sample; only the grid and what `exact_buckets` takes.
+      phrases: how often a question repeats its phrase.
+      dtype: of the base and the products; float32 keeps what is needed for the backward pass, bfloat16 recomputes it.
+    """
+
+    config: ModelConfig
+    sizes: models.Sizes
+    phrases: int
+    dtype: Any = jnp.float32
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether both sides must choose the same tokens."""
+        return self.dtype == jnp.float32
+
+
+SCALES = {
+    "small": Scale(SMALL_SIZE, dataclasses.replace(models.THIRD, grid=(8, 10)), phrases=3),
+    "100M": Scale(models.MID_SIZE, models.THIRD, phrases=9),
+    "3B": Scale(models.QWEN_3B, models.TYPICAL, phrases=27, dtype=jnp.bfloat16),
+}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
     """The same work for both sides.
@@ -40,7 +69,7 @@ class Task:
     Attributes:
       config, processor: of the folder.
       settings: transformers' config of the same model.
-      variables: float32 `params` and `lora`; the adapters are not zero.
+      variables: `params` in the scale's dtype, float32 `lora`; the adapters are not zero.
       images, questions: one a row; no question occurs twice.
       answers: shown to two of our three teachers.
       completion: tokens of every completion.
@@ -54,27 +83,28 @@ class Task:
     questions: tuple[str, ...]
     answers: tuple[str, ...]
     completion: int
+    scale: Scale
 
 
-def make_task(folder: pathlib.Path, *, small: bool, rows: int, completion: int) -> Task:
+def make_task(folder: pathlib.Path, *, scale: Scale, rows: int, completion: int) -> Task:
     """Writes the model folder and draws the rest; see `Task`."""
-    size = SMALL_SIZE if small else models.MID_SIZE
-    h, w = (8, 10) if small else models.THIRD.grid
+    size, (h, w) = scale.config, scale.sizes.grid
     settings = torch_step.transformers_config(size, CONTROL)
     _write_folder(folder, settings, pixels=h * w * size.vision.patch_size**2)
     config = ModelConfig.load(folder)
     rng = np.random.default_rng(0)
     shape = (h * size.vision.patch_size, w * size.vision.patch_size, 3)
-    words = 3 if small else 9
+    drawn = models.weights if scale.is_exact else models.weights_on_device
     return Task(
         config=config,
         processor=Processor.load(folder),
         settings=settings,
-        variables=_never_control(models.weights(config)),
+        variables=_never_control(drawn(config)),
         images=tuple(Image.fromarray(rng.integers(0, 256, shape, np.uint8)) for _ in range(rows)),
-        questions=tuple(f"Question {i}: " + "what is left of the red square? " * words for i in range(rows)),
+        questions=tuple(f"Question {i}: " + "what is left of the red square? " * scale.phrases for i in range(rows)),
         answers=tuple(f"The answer is {i}, a blue circle." for i in range(rows)),
         completion=completion,
+        scale=scale,
     )
 
 

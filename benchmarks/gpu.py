@@ -1,17 +1,20 @@
-"""One accelerator, random weights of 3B shapes: how far each part of a step is from what the card can do.
+"""One accelerator, random weights of 3B shapes in bfloat16: each part of a step against what the device can do.
 
-    python -m benchmarks.gpu [--small] [--json FILE]
+    python -m benchmarks.gpu [--only PART ...] [--small] [--json FILE]
 
-`--small` takes the 100 M-parameter model and short sequences, to try the script anywhere.
+Before attention is timed, what the device computes is compared with float32. `--small` takes the 100 M-parameter model
+and short sequences, to try the script anywhere. Exits 1 where attention is wrong.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,16 +23,68 @@ import numpy as np
 import optax
 
 from benchmarks import models
+from benchmarks.harness import Result, race
 from vigos_jax.method.batch import SupervisedStates, TeacherStates
 from vigos_jax.method.losses import ObjectiveConfig, weighted_loss
 from vigos_jax.method.packing import length_groups, pack_prompts, pack_scores
+from vigos_jax.models.attention import attention
+from vigos_jax.models.attention_masks import Branches, Causal, Described, Images, Windows
+from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.variables import student_variables
-from vigos_jax.models.vlm import VisionLanguageModel, abstract_variables
 from vigos_jax.rollouts.sampler import Sampler, row_keys
 from vigos_jax.rollouts.sampling import Sampling
 from vigos_jax.training.step import TrainState, make_train_step
 
 ROUNDS = 5
+SAMPLED = {"top_k": 20, "top_p": 0.95}
+# Relative to the length of the float32 gradient or output; other masks are wrong by far more.
+TOLERANCE = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is measured, and the rates of the device.
+
+    Attributes:
+      batch, micro_batches: rows of a step, and in how many pieces they are scored.
+      decode_batches: batches that are decoded.
+      product, copy: FLOP/s of a plain bfloat16 product, bytes/s of a copy, read and written.
+    """
+
+    config: ModelConfig
+    sizes: models.Sizes
+    batch: int
+    micro_batches: int
+    decode_batches: tuple[int, ...]
+    product: float
+    copy: float
+
+    @functools.cached_property
+    def model(self):
+        return models.model(self.config, remat="full", dtype=jnp.bfloat16)
+
+    @functools.cached_property
+    def weights(self) -> tuple[Any, Any]:
+        """(base, trained)."""
+        variables = models.weights_on_device(self.config)
+        return variables["params"], {"lora": variables["lora"]}
+
+    @functools.cached_property
+    def samples(self):
+        """(rows, rollouts); of eight rollouts one is invalid."""
+        return models.samples(self.config, self.sizes, rows=self.batch, invalid=self.batch // 8)
+
+    @property
+    def buckets(self):
+        return models.exact_buckets(self.sizes, self.config)
+
+
+def make_job(*, small: bool) -> Job:
+    """Measures the device."""
+    product, copy = rates(512 if small else 8192)
+    if small:
+        return Job(models.MID_SIZE, models.THIRD, 2, 2, (1, 2), product, copy)
+    return Job(models.QWEN_3B, models.TYPICAL, 32, 8, (2, 8, 32, 64), product, copy)
 
 
 def seconds(function: Callable[[], Any], *, rounds: int = ROUNDS) -> float:
@@ -37,88 +92,144 @@ def seconds(function: Callable[[], Any], *, rounds: int = ROUNDS) -> float:
     jax.block_until_ready(function())
     times = []
     for _ in range(rounds):
-        start = time.perf_counter()
+        begin = time.perf_counter()
         jax.block_until_ready(function())
-        times.append(time.perf_counter() - start)
+        times.append(time.perf_counter() - begin)
     return statistics.median(times)
 
 
-def calibrate(size: int) -> tuple[float, float]:
-    """(FLOP/s of a bfloat16 product, bytes/s of a copy, read and written) of this device."""
-    x = jnp.ones((size, size), jnp.bfloat16)
-    product = jax.jit(lambda x: x @ x)
-    copy = jax.jit(lambda x: x + 1)
-    big = jnp.ones((size * size * 4,), jnp.bfloat16)
-    return 2 * size**3 / seconds(lambda: product(x)), 2 * big.nbytes / seconds(lambda: copy(big))
+def rates(size: int) -> tuple[float, float]:
+    """(FLOP/s of a bfloat16 product, bytes/s of a copy, read and written) of this device.
 
-
-def random_weights(model: VisionLanguageModel) -> tuple[Any, Any]:
-    """(bfloat16 base, float32 adapters), made on the device."""
-    shapes = abstract_variables(model)
-
-    def make(path, leaf, dtype):
-        key = jax.random.fold_in(jax.random.key(0), hash(jax.tree_util.keystr(path)) % 2**31)
-        scale = 0.02 if leaf.ndim > 1 else 1.0
-        return (scale * jax.random.normal(key, leaf.shape, jnp.float32)).astype(dtype)
-
-    base = jax.tree_util.tree_map_with_path(lambda p, x: make(p, x, jnp.bfloat16), shapes["params"])
-    lora = jax.tree_util.tree_map_with_path(lambda p, x: make(p, x, jnp.float32), shapes["lora"])
-    return base, {"lora": lora}
+    Many in one program: the time of a launch is not the device's.
+    """
+    times = 20
+    x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)  # zeros and ones multiply faster
+    big = jnp.zeros((size * size * 4,), jnp.bfloat16)
+    product = jax.jit(lambda x, y: jax.lax.fori_loop(0, times, lambda _, y: (x @ y) * size**-0.5, y))
+    copy = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda i, x: x + i.astype(x.dtype), x))
+    spent = seconds(lambda: product(x, x)), seconds(lambda: copy(big))
+    return times * 2 * size**3 / spent[0], times * 2 * big.nbytes / spent[1]
 
 
 def parameters(tree: Any) -> int:
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
 
 
-def decode(model, base, trained, rows, buckets, *, batch: int, tokens: int, bandwidth: float) -> dict[str, float]:
-    """Seconds a token step takes, and what share of it reading weights and cache alone would take."""
-    prompts = pack_prompts((rows * batch)[:batch], config=model.config, buckets=buckets)
-    prompts = jax.tree.map(jnp.asarray, prompts)
-    sampler = Sampler(model, Sampling(max_tokens=tokens, top_k=20, top_p=0.95), eos_ids=(-1,))
-    variables = student_variables(base, trained)
-    keys = row_keys(0, 0, batch)
-    prefill = seconds(lambda: sampler.start(variables, prompts, keys), rounds=3)
+# Attention.
+
+
+def masks(job: Job) -> dict[str, tuple[Described, Described, np.ndarray, tuple[int, int, int]]]:
+    """name -> (mask, another mask, used slots [B, T], (query heads, key/value heads, head width)).
+
+    The last row of each is half as long.
+    """
+    c, v, sizes, rows = job.config, job.config.vision, job.sizes, job.micro_batches
+    h, w = sizes.grid
+    patches = -(-h * w // v.window_patches) * v.window_patches
+    prefix, branches = h * w // v.merge_unit, (sizes.privileged + sizes.description, sizes.privileged + sizes.reasoning)
+    student, teacher = prefix + sizes.prompt + sizes.completion, prefix + sum(branches)
+    full = np.full(rows, 1)
+    lengths = lambda n: np.where(np.arange(rows) == rows - 1, n // 2, n * full).astype(np.int32)  # noqa: E731
+    used = lambda n, slots: np.arange(slots) < lengths(n)[:, None]  # noqa: E731
+    segments = np.concatenate([np.full(n, i + 1) for i, n in enumerate((prefix, *branches))])
+    segments = np.where(used(teacher, teacher), segments, 0).astype(np.int32)
+    two = np.where(np.arange(patches) < h * w // 3, 1, 2) * used(h * w, patches)  # two images in a row
+    two = two.astype(np.int32)
+    decoder, tower = (c.num_heads, c.num_kv_heads, c.head_dim), (v.num_heads, v.num_heads, v.hidden_size // v.num_heads)
+    return {
+        "causal": (Causal(lengths(student)), Causal(lengths(student) // 2), used(student, student), decoder),
+        "branches": (
+            Branches(segments, most=2, has_gaps=False),
+            Branches(np.minimum(segments, 2), most=2, has_gaps=False),
+            segments > 0,
+            decoder,
+        ),
+        "images": (Images(two, most=2), Images(np.minimum(two, 1), most=2), two > 0, tower),
+        "windows": (
+            Windows(two, most=2, window=v.window_patches),
+            Windows(two, most=2, window=v.window_patches // 2),
+            two > 0,
+            tower,
+        ),
+    }
+
+
+def attention_of(job: Job, name: str) -> Result:
+    """The device's fused kernel against XLA's attention, forward and backward; both are compared with float32."""
+    mask, other, used, (n, k, h) = masks(job)[name]
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(*used.shape, heads, h) for heads in (n, k, k, n)]
+    *qkv, d_out = (jax.random.normal(key, x, jnp.bfloat16) for key, x in zip(keys, shapes, strict=True))
+    d_out = d_out * jnp.asarray(used)[:, :, None, None]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both_passes(kernel, qkv, mask):
+        out, pull = jax.vjp(lambda *x: attention(*x, mask, implementation=kernel), *qkv)
+        return out * jnp.asarray(used)[:, :, None, None], *pull(d_out.astype(out.dtype))
+
+    with jax.default_matmul_precision("highest"):
+        wanted = both_passes("xla", [x.astype(jnp.float32) for x in qkv], mask)
+
+    def error(got) -> float:
+        """The largest of output and three gradients."""
+        norm = lambda x: float(jnp.linalg.norm(x.astype(jnp.float32)))  # noqa: E731
+        return max(norm(a - b) / norm(b) for a, b in zip(got, wanted, strict=True))
+
+    ours = job.model.attention
+    fused, plain, wrong = (
+        error(both_passes(kernel, qkv, m)) for kernel, m in ((ours, mask), ("xla", mask), (ours, other))
+    )
+    holds = fused < TOLERANCE < wrong  # NaN never holds
+    r = race(lambda: both_passes("xla", qkv, mask), lambda: both_passes(ours, qkv, mask), rounds=20, warm_up=3)
+    detail = (
+        ("XLA", f"{1e3 * r.baseline:.2f} ms, error {plain:.1e}"),
+        (ours, f"{1e3 * r.ours:.2f} ms, error {fused:.1e} against float32; with another mask {wrong:.2f}"),
+        ("sizes", f"{used.shape[0]} rows of {used.shape[1]}, {n} heads of {h}, {k} for keys"),
+    )
+    what = f"attention, {name}, forward and backward"
+    # The gate is the error's: without it the ratio would count for nothing.
+    return Result(f"attention_{name}", what, r.ratio if holds else 0.0, 1e-9, r.spread, detail)
+
+
+# The other parts.
+
+
+def decode(job: Job, batch: int) -> Result:
+    """A decoded token's time, against that of reading weights and cache once."""
+    tokens, (base, trained), config = 64, job.weights, job.config
+    prompts = jax.tree.map(
+        jnp.asarray, pack_prompts((job.samples[0] * batch)[:batch], config=config, buckets=job.buckets)
+    )
+    sampler = Sampler(job.model, Sampling(max_tokens=tokens, **SAMPLED), eos_ids=(-1,))
+    variables, keys = student_variables(base, trained), row_keys(0, 0, batch)
+    images = sampler.encode(variables, prompts)
+    encode = seconds(lambda: sampler.encode(variables, prompts), rounds=3)
+    prefill = seconds(lambda: sampler.start(variables, prompts, keys, images), rounds=3)
     weights = sampler.weights(variables)
-    whole = seconds(lambda: sampler.advance(weights, sampler.start(variables, prompts, keys), tokens), rounds=3)
-    c, per_token = model.config, (whole - prefill) / tokens
-    read = sum(x.nbytes for x in jax.tree.leaves((base["layers"], base["embedding"], trained)))
-    read += 2 * c.num_layers * batch * (prompts.text.ids.shape[1] + tokens) * c.num_kv_heads * c.head_dim * 2
-    return {"prefill_s": prefill, "per_token_s": per_token, "share_of_byte_floor": read / bandwidth / per_token}
+    whole = seconds(lambda: sampler.advance(weights, sampler.start(variables, prompts, keys, images), tokens), rounds=3)
+    each = (whole - prefill) / tokens
+    slots = prompts.text.ids.shape[1] + tokens
+    read = sum(x.nbytes for x in jax.tree.leaves((base["layers"], base["embedding"])))
+    read += 2 * parameters(trained)  # read in the dtype of the products
+    read += 2 * config.num_layers * batch * slots * config.num_kv_heads * config.head_dim * 2
+    floor = read / job.copy
+    detail = (
+        ("a token", f"{1e3 * each:.2f} ms, {batch / each:,.0f} tokens a second"),
+        ("floor", f"{1e3 * floor:.2f} ms: {read / 1e9:.1f} GB at the rate of a copy"),
+        ("before the first", f"images {encode:.3f} s, prompts of {prompts.text.ids.shape[1]} slots {prefill:.3f} s"),
+    )
+    what = f"a decoded token, floor / time, B = {batch}"
+    return Result(f"decode_{batch}", what, floor / each, None, None, detail)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--json", type=pathlib.Path)
-    args = parser.parse_args()
-    config, sizes = (models.MID_SIZE, models.THIRD) if args.small else (models.QWEN_3B, models.TYPICAL)
-    batch, micro, batches = (2, 1, (1, 2)) if args.small else (32, 4, (2, 8, 32, 64))
-    model = models.model(config, remat="full", dtype=jnp.bfloat16)
-    device = jax.devices()[0]
-    out: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__}
-
-    def report(name: str, value: Any) -> None:
-        out[name] = value
-        print(f"{name:28} {value}", flush=True)
-        if args.json:
-            args.json.write_text(json.dumps(out, indent=2) + "\n")
-
-    peak, bandwidth = calibrate(512 if args.small else 8192)
-    report("matmul_tflops", round(peak / 1e12, 2))
-    report("copy_gb_per_s", round(bandwidth / 1e9, 1))
-    base, trained = random_weights(model)
-    report("parameters", parameters(base))
-    buckets = models.exact_buckets(sizes, config)
-    rows, rollouts = models.samples(config, sizes, rows=batch, invalid=batch // 8)
-
-    for b in batches:
-        measured = decode(model, base, trained, rows, buckets, batch=b, tokens=16, bandwidth=bandwidth)
-        report(f"decode_B{b}", {k: round(v, 5) for k, v in measured.items()})
-
-    # The fused divergence over one chunk after another.
-    packed = pack_scores(rows, rollouts, roles=models.ROLES, config=config, buckets=buckets)
+def divergence(job: Job) -> Result:
+    """Head and divergence, forward and backward, against the three products that they cannot do without."""
+    rows, rollouts = job.samples
+    packed = pack_scores(rows, rollouts, roles=models.ROLES, config=job.config, buckets=job.buckets)
     supervised = jax.tree.map(jnp.asarray, packed.supervised)
-    states = jnp.ones((*supervised.role.shape, config.hidden_size), jnp.bfloat16)
+    width, (base, _) = job.config.hidden_size, job.weights
+    states = jax.random.normal(jax.random.key(0), (*supervised.role.shape, width), jnp.bfloat16)
     weights = jnp.full(supervised.role.shape, 1e-3)
     objective = ObjectiveConfig(models.ROLES, chunk=32)
 
@@ -129,25 +240,37 @@ def main() -> int:
         return weighted_loss(states, supervised, weights, objective, trains_head=False)[0]
 
     spent = seconds(lambda: fused(states, base["embedding"]))
-    work = 3 * 2 * supervised.role.size * config.hidden_size * config.vocab_size
-    report("fused_kl_tflops", round(work / spent / 1e12, 2))
+    rate = 3 * 2 * supervised.role.size * width * job.config.vocab_size / spent
+    detail = (
+        ("fused", f"{1e3 * spent:.1f} ms, {rate / 1e12:.0f} TFLOP/s"),
+        ("entries", f"{supervised.role.size} of width {width}, V = {job.config.vocab_size:,}, bfloat16 logits"),
+    )
+    return Result(
+        "divergence", "head and divergence, FLOP/s / those of a product", rate / job.product, None, None, detail
+    )
 
-    # A whole step: rollout, packing, update.
+
+def step(job: Job) -> Result:
+    """A whole step by phase: rollout, packing, update."""
+    (base, trained), (rows, rollouts) = job.weights, job.samples
+    trained = jax.tree.map(jnp.copy, trained)  # a step donates them
+    config, buckets, micro = job.config, job.buckets, job.batch // job.micro_batches
     tx = optax.adamw(5e-6)
-    step = make_train_step(model, tx, objective, use_dropout=False)
+    update = make_train_step(job.model, tx, ObjectiveConfig(models.ROLES, chunk=32), use_dropout=False)
     state = TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained), {})
-    sampling = Sampling(max_tokens=sizes.completion, top_k=20, top_p=0.95)
-    sampler = Sampler(model, sampling, eos_ids=(-1,), cache_sizes=(128, 256))
+    sampling = Sampling(max_tokens=job.sizes.completion, **SAMPLED)
+    sampler = Sampler(job.model, sampling, eos_ids=(-1,), cache_sizes=(128,))
     phases: dict[str, list[float]] = {"rollout": [], "pack": [], "update": []}
+    micro_batches: list[Any] = []
     for i in range(1 + ROUNDS):
         times = [time.perf_counter()]
         prompts = jax.tree.map(jnp.asarray, pack_prompts(rows, config=config, buckets=buckets))
         variables = student_variables(base, state.trained)
         images = sampler.encode(variables, prompts)
-        jax.block_until_ready(sampler(variables, prompts, row_keys(0, i, batch), images).ids)
+        sampler(variables, prompts, row_keys(0, i, job.batch), images)
         times.append(time.perf_counter())
-        micro_batches = []
-        for group in length_groups(rows, rollouts, batch // micro):
+        micro_batches.clear()
+        for group in length_groups(rows, rollouts, job.batch // micro):
             part = pack_scores(
                 [rows[j] for j in group], [rollouts[j] for j in group],
                 roles=models.ROLES, config=config, buckets=buckets, with_images=False,
@@ -155,21 +278,66 @@ def main() -> int:
             part = jax.tree.map(jnp.asarray, part)
             micro_batches.append(part.replace(image_embeds=images[np.array(group)]))
         times.append(time.perf_counter())
-        state, metrics = step(state, base, micro_batches, jax.random.key(i))
+        state, metrics = update(state, base, micro_batches, jax.random.key(i))
         jax.block_until_ready(metrics["loss"])
         times.append(time.perf_counter())
         for name, a, b in zip(phases, times[:-1], times[1:], strict=True):
             phases[name].append(b - a)
-    medians = {name: statistics.median(x[1:]) for name, x in phases.items()}
-    report("step_s", {k: round(v, 3) for k, v in (medians | {"all": sum(medians.values())}).items()})
-    decoder = parameters(base["layers"])
-    student = sum(int(np.sum(m.student.segment_ids > 0)) for m in micro_batches)
-    teacher = sum(int(np.sum(m.teacher.segment_ids > 0)) for m in micro_batches)
-    useful = 2 * decoder * (2 * student + teacher)  # forward and the pass to the states; adapters are small beside it
-    report("update_mfu", round(useful / medians["update"] / peak, 3))
-    memory = device.memory_stats() or {}
-    report("peak_gib", round(memory.get("peak_bytes_in_use", 0) / 2**30, 2))
-    return 0
+        if i == 0:
+            print(f"first step, with compilation: {times[-1] - times[0]:.0f} s", flush=True)
+    median = {name: statistics.median(x[1:]) for name, x in phases.items()}
+    student, teacher = (
+        sum(int(np.sum(x.segment_ids > 0)) for m in micro_batches for x in [getattr(m, side)])
+        for side in ("student", "teacher")
+    )
+    # Forward passes and the pass back to the states; neither the adapters' nor what is recomputed.
+    useful = 2 * parameters(base["layers"]) * (2 * student + teacher)
+    memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    whole = sum(median.values())
+    detail = (
+        *((name, f"{x:.3f} s") for name, x in median.items()),
+        ("a step", f"{whole:.2f} s, {job.batch / whole:.1f} rows a second"),
+        (
+            "rows",
+            f"{job.batch}, {job.sizes.completion} sampled each; {student} tokens of the student, {teacher} of teachers",
+        ),
+        ("peak memory", f"{memory / 1e9:.1f} GB"),
+    )
+    what = "a whole step; of its update, FLOP/s of the decoder's products / those of a product"
+    return Result("step", what, useful / median["update"] / job.product, None, None, detail)
+
+
+def parts(job: Job) -> dict[str, list[Callable[[], Result]]]:
+    """name -> what it measures. The step comes first: the peak of memory is then its own."""
+    return {
+        "step": [lambda: step(job)],
+        "attention": [functools.partial(attention_of, job, name) for name in masks(job)],
+        "decode": [functools.partial(decode, job, batch) for batch in job.decode_batches],
+        "divergence": [lambda: divergence(job)],
+    }
+
+
+NAMES = ("step", "attention", "decode", "divergence")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="PART", help=", ".join(NAMES))
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--json", type=pathlib.Path, help="file for the results, a list")
+    args = parser.parse_args(argv)
+    job = make_job(small=args.small)
+    device = jax.devices()[0]
+    detail = (("product", f"{job.product / 1e12:.0f} TFLOP/s"), ("copy", f"{job.copy / 1e9:,.0f} GB/s"))
+    results = [Result("device", f"{device.device_kind}, jax {jax.__version__}", None, None, None, detail)]
+    print(results[0].line(), flush=True)
+    for name in args.only:
+        for measure in parts(job)[name]:
+            results.append(measure())
+            print(results[-1].line(), flush=True)
+            if args.json:
+                args.json.write_text(json.dumps([r.json() for r in results], indent=2) + "\n")
+    return 0 if all(r.holds for r in results) else 1
 
 
 if __name__ == "__main__":

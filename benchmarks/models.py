@@ -84,15 +84,38 @@ def weights(config: ModelConfig) -> dict:
     """Random `params` and `lora` of `model(config)`, float32; B is not zero."""
 
     def draw(path, leaf):
-        name = jax.tree_util.keystr(path)
-        x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(leaf.shape, np.float32)
-        if "scale" in name:
-            return jnp.asarray(1 + 0.1 * x)
-        if "bias" in name:
-            return jnp.asarray(0.1 * x)
-        return jnp.asarray(x * (0.5 if "embedding" in name else leaf.shape[-2] ** -0.5))
+        rng = np.random.default_rng(_seed(path))
+        return jnp.asarray(_scaled(path, leaf, rng.standard_normal(leaf.shape, np.float32)))
 
     return jax.tree_util.tree_map_with_path(draw, abstract_variables(model(config)))
+
+
+def weights_on_device(config: ModelConfig) -> dict:
+    """As `weights`, drawn where they are used: bfloat16 `params`, float32 `lora`; other numbers on another device."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def draw(path, key):
+        leaf = leaves[path]
+        dtype = jnp.bfloat16 if "params" in jax.tree_util.keystr(path[:1]) else jnp.float32
+        return _scaled(path, leaf, jax.random.normal(key, leaf.shape, jnp.float32)).astype(dtype)
+
+    flat, tree = jax.tree_util.tree_flatten_with_path(abstract_variables(model(config)))
+    leaves = dict(flat)
+    return jax.tree.unflatten(tree, [draw(path, jax.random.key(_seed(path))) for path, _ in flat])
+
+
+def _seed(path: tuple) -> int:
+    return zlib.crc32(jax.tree_util.keystr(path).encode())
+
+
+def _scaled(path: tuple, leaf: Any, x: Any) -> Any:
+    """Standard normal numbers as weights: norms near 1, products that keep the size of their input."""
+    name = jax.tree_util.keystr(path)
+    if "scale" in name:
+        return 1 + 0.1 * x
+    if "bias" in name:
+        return 0.1 * x
+    return x * (0.5 if "embedding" in name else leaf.shape[-2] ** -0.5)
 
 
 def samples(config: ModelConfig, sizes: Sizes, *, rows: int, invalid: int = 0) -> tuple[list[Row], list[Rollout]]:

@@ -40,8 +40,10 @@ class OurStep:
 
     def __init__(self, task: Task):
         self.task = task
-        self.buckets = models.exact_buckets(models.THIRD, task.config)
-        self._model, self._base = models.model(task.config), task.variables["params"]
+        scale = task.scale
+        self.buckets = models.exact_buckets(scale.sizes, task.config)
+        remat = "none" if scale.is_exact else "full"
+        self._model, self._base = models.model(task.config, remat=remat, dtype=scale.dtype), task.variables["params"]
         eos_ids = task.processor.eos_ids
         self._sampler = Sampler(self._model, Sampling(max_tokens=task.completion, temperature=0.0), eos_ids=eos_ids)
         clip, adamw = optax.clip_by_global_norm(MAX_GRAD_NORM), optax.adamw(LEARNING_RATE, weight_decay=0.0)

@@ -22,6 +22,8 @@ START = start("benchmarks")
 
 
 def machine() -> str:
+    if jax.default_backend() != "cpu":
+        return f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
     model = platform.processor() or platform.machine()
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     if cpuinfo.exists():

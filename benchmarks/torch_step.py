@@ -55,18 +55,31 @@ def transformers_config(config, control):
     )  # fmt: skip
 
 
-def torch_base(config, variables, settings):
-    """transformers' model with these settings, holding our base weights."""
+def torch_base(config, variables, settings, *, dtype=np.float32, device="cpu"):
+    """transformers' model with these settings, holding our base weights.
+
+    Args:
+      dtype: numpy's, of the weights: float32 or bfloat16.
+    """
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    model = Qwen2_5_VLForConditionalGeneration(settings).requires_grad_(False)
-    ours = dict(writing.file_tensors(variables["params"], tensor_table(config), config, dtype=np.float32))
+    with torch.device(device):
+        model = Qwen2_5_VLForConditionalGeneration._from_config(settings, dtype=getattr(torch, np.dtype(dtype).name))
+    model.requires_grad_(False)
     published = lambda k: k.replace("model.language_model.", "model.").replace("model.visual.", "visual.")  # noqa: E731
-    own = {published(k): k for k in model.state_dict()}
-    state = {own[name]: torch.tensor(x) for name, x in ours.items()}
-    state["lm_head.weight"] = state[own["model.embed_tokens.weight"]]
-    model.load_state_dict(state)
+    own = {published(k): x for k, x in model.state_dict().items()}
+    with torch.no_grad():
+        for name, x in writing.file_tensors(variables["params"], tensor_table(config), config, dtype=dtype):
+            x = np.array(x)  # torch's own bfloat16 is not numpy's
+            x = (
+                torch.from_numpy(x)
+                if x.dtype == np.float32
+                else torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+            )
+            own.pop(name).copy_(x)
+    assert set(own) <= {"lm_head.weight"}, sorted(own)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     return model
 
 

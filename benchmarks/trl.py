@@ -1,13 +1,15 @@
 """Whole optimizer steps against TRL's own DistillationTrainer, in turn, in one process; see benchmarks/README.md.
 
-    python -m benchmarks.trl [--rows N] [--tokens N] [--rounds N] [--small] [--json FILE] [--readme FILE]
+    python -m benchmarks.trl [--rows N] [--tokens N] [--rounds N] [--scale SCALE] [--json FILE] [--readme FILE]
 
+`--scale 100M`, in float32, is what a CPU does in minutes; 3B, in bfloat16, is for a GPU with 80 GB.
 Needs `pip install -e '.[test,bench]'`. Exits 1 when a gate fails, 2 without TRL.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import statistics
 import sys
@@ -16,13 +18,14 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import models, our_step, step_flops
-from benchmarks.distillation_task import Task, make_task
+from benchmarks.distillation_task import SCALES, Task, make_task
 from benchmarks.harness import Race, Result, race_of
 from benchmarks.report import start, write_readme
 from vigos_jax.method.packing import pack_scores
@@ -50,14 +53,14 @@ class Measured:
     """Seconds of each round, (TRL's, ours), and what was compared before the first.
 
     Attributes:
-      equal_rows: share of rows whose greedy tokens are all equal.
+      equal: share of the greedy tokens in front of a row's first difference.
       losses: of the same completions, TRL's and ours by its definition.
       product_rate: FLOP/s of a plain product, the median of one a round.
     """
 
     rollout: list[tuple[float, float]]
     update: list[tuple[float, float]]
-    equal_rows: float
+    equal: float
     losses: tuple[float, float]
     product_rate: float
 
@@ -79,7 +82,7 @@ def measure(task: Task, *, rounds: int) -> Measured:
         end = time.perf_counter()
         rollout.append((trainer.rollout_seconds, middle - begin))
         update.append((seconds - trainer.rollout_seconds, end - middle))
-        rates.append(product_rate())
+        rates.append(product_rate(task.scale.dtype))
 
     with tempfile.TemporaryDirectory() as folder:
         make_trainer(task, folder, steps=1 + rounds, after_step=our_turn).train()
@@ -93,7 +96,7 @@ def compare(ours: our_step.OurStep, theirs: dict, loss: float) -> tuple[float, t
       theirs: prompt -> completion of TRL's first step; loss: its loss.
 
     Returns:
-      `Measured.equal_rows` and `Measured.losses`.
+      `Measured.equal` and `Measured.losses`.
     """
     rows, rollouts, _ = ours.rollout()
     prompts = [row.prompt.ids for row in rows]
@@ -101,12 +104,13 @@ def compare(ours: our_step.OurStep, theirs: dict, loss: float) -> tuple[float, t
     completions = [theirs[prompt] for prompt in prompts]
     lengths = {len(c) for c in (*completions, *(r.ids for r in rollouts))}
     assert lengths == {ours.task.completion}, f"completions have {lengths} tokens"
-    # Sums in other orders: a near-tie may fall the other way in a row.
-    equal = float(np.mean([c == r.ids for c, r in zip(completions, rollouts, strict=True)]))
-    assert equal >= 0.75, f"greedy tokens are equal in {equal:.0%} of the rows"
+    same = [np.cumprod(np.equal(c, r.ids)).mean() for c, r in zip(completions, rollouts, strict=True)]
+    # Sums in other orders: a near-tie may fall the other way, in 16 bits every few tokens.
+    least, tolerance = (0.75, 1e-4) if ours.task.scale.is_exact else (0.0, 0.03)
+    assert np.mean(same) >= least, f"greedy tokens are equal in {np.mean(same):.0%}"
     mine = ours.loss_of_one_teacher(completions)
-    assert abs(mine - loss) < 1e-4 * max(1.0, abs(loss)), f"losses of the same completions: {loss} and {mine}"
-    return equal, (loss, mine)
+    assert abs(mine - loss) < tolerance * max(1.0, abs(loss)), f"losses of the same completions: {loss} and {mine}"
+    return float(np.mean(same)), (loss, mine)
 
 
 def results(task: Task, measured: Measured) -> list[Result]:
@@ -119,12 +123,12 @@ def results(task: Task, measured: Measured) -> list[Result]:
         """Seconds and FLOP/s of both, and the ratio if ours were nothing but plain products."""
         a, b = (len(task.images) * sum(c[phase] for phase in phases) for c in counted)
         return (
-            ("TRL", f"{race.baseline:.2f} s, {a / race.baseline / 1e9:.0f} GFLOP/s"),
-            ("ours", f"{race.ours:.2f} s, {b / race.ours / 1e9:.0f} GFLOP/s"),
+            ("TRL", f"{race.baseline:.2f} s, {_rate(a / race.baseline)}"),
+            ("ours", f"{race.ours:.2f} s, {_rate(b / race.ours)}"),
             (
                 "at most",
                 f"{race.baseline * measured.product_rate / b:.2f}, if ours ran at the "
-                f"{measured.product_rate / 1e9:.0f} GFLOP/s of a plain product",
+                f"{_rate(measured.product_rate)} of a plain product",
             ),
         )
 
@@ -138,7 +142,8 @@ def results(task: Task, measured: Measured) -> list[Result]:
         ("FLOPs of ours", step_flops.shares(counted[1])),
         (
             "compared",
-            f"prompts, greedy tokens ({measured.equal_rows:.0%} of the rows), loss {loss:.6f} and {ours:.6f}",
+            f"prompts, greedy tokens ({measured.equal:.0%} of them before the first difference of a row), "
+            f"loss {loss:.6f} and {ours:.6f}",
         ),
         ("versions", versions),
     )
@@ -157,9 +162,14 @@ def results(task: Task, measured: Measured) -> list[Result]:
     return [*out, Result("trl_step", what, r.ratio, GATES["trl_step"], r.spread, detail)]
 
 
-def product_rate(size: int = 2048) -> float:
-    """FLOP/s of a plain product of two float32 matrices, now, on this machine."""
-    x = jnp.ones((size, size))
+def _rate(flops: float) -> str:
+    return f"{flops / 1e12:.1f} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.0f} GFLOP/s"
+
+
+def product_rate(dtype: Any = jnp.float32) -> float:
+    """FLOP/s of a plain product of two matrices, now, on this device."""
+    size = 2048 if dtype == jnp.float32 else 8192
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
     jax.block_until_ready(_product(x, x))
     begin = time.perf_counter()
     jax.block_until_ready(_product(x, x))
@@ -194,15 +204,17 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("rows", 8), ("tokens", 64), ("rounds", 6)):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N")
-    parser.add_argument("--small", action="store_true", help="a tiny model, to try the script; its ratios say nothing")
+    parser.add_argument(
+        "--scale", choices=SCALES, default="100M", help=f"{', '.join(SCALES)}; small is to try the script"
+    )
     parser.add_argument("--json", type=pathlib.Path, help="file for the results, a list")
     parser.add_argument("--readme", type=pathlib.Path, help="file whose table is made anew")
     args = parser.parse_args(argv)
     for name, least in (("rows", 1), ("tokens", 8), ("rounds", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name} {getattr(args, name)} must be at least {least}")
-    if args.small and args.readme:
-        parser.error("--readme is for the full size; leave out --small")
+    if args.scale != "100M" and args.readme:
+        parser.error(f"--readme makes the table of --scale 100M; leave out --scale {args.scale}")
     return args
 
 
@@ -211,10 +223,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if line := missing():
         print(line, file=sys.stderr)
         return 2
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is PyTorch's, too
     with tempfile.TemporaryDirectory() as folder:
-        task = make_task(pathlib.Path(folder), small=args.small, rows=args.rows, completion=args.tokens)
+        task = make_task(pathlib.Path(folder), scale=SCALES[args.scale], rows=args.rows, completion=args.tokens)
         out = results(task, measure(task, rounds=args.rounds))
-    if args.small:  # at this size a step is mostly calls
+    if args.scale == "small":  # at this size a step is mostly calls
         out = [dataclasses.replace(r, gate=None) for r in out]
     for r in out:
         print(r.line(), flush=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from transformers import PrinterCallback, ProcessorMixin, Qwen2_5_VLProcessor, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
@@ -39,6 +40,7 @@ class TimedTrainer(DistillationTrainer):
     def _prepare_inputs(self, generation_batch):
         start = time.perf_counter()
         inputs = super()._prepare_inputs(generation_batch)
+        _wait()
         self.rollout_seconds = time.perf_counter() - start
         return inputs
 
@@ -55,6 +57,11 @@ class TimedTrainer(DistillationTrainer):
         inputs, _ = self._last
         ids = (_unpadded(inputs[f"{part}_ids"], inputs[f"{part}_mask"]) for part in ("prompt", "completion"))
         return dict(zip(*ids, strict=True))
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _unpadded(ids: torch.Tensor, mask: torch.Tensor) -> list[tuple[int, ...]]:
@@ -75,6 +82,7 @@ class Turns(TrainerCallback):
         self._start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
+        _wait()
         self.after_step(time.perf_counter() - self._start)
 
 
@@ -107,17 +115,20 @@ def make_trainer(
 
 
 def _base(task: Task):
-    return torch_step.torch_base(task.config, task.variables, task.settings)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch_step.torch_base(
+        task.config, task.variables, task.settings, dtype=np.dtype(task.scale.dtype), device=device
+    )
 
 
 def _arguments(task: Task, folder: str, steps: int) -> DistillationConfig:
-    """Float32, nothing computed twice, no dropout, greedy tokens: as our side has it."""
+    """No dropout, greedy tokens, the scale's dtype and recomputation: as our side has it."""
     return DistillationConfig(
         output_dir=folder,
         max_steps=steps,
         per_device_train_batch_size=len(task.images),
         gradient_accumulation_steps=1,
-        gradient_checkpointing=False,
+        gradient_checkpointing=not task.scale.is_exact,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         weight_decay=0.0,
@@ -125,8 +136,8 @@ def _arguments(task: Task, folder: str, steps: int) -> DistillationConfig:
         max_completion_length=task.completion,
         generation_kwargs={"do_sample": False},
         beta=1.0,  # reverse KL
-        bf16=False,
-        use_cpu=True,
+        bf16=not task.scale.is_exact,
+        use_cpu=not torch.cuda.is_available(),
         pad_to_multiple_of=None,
         shuffle_dataset=False,
         logging_strategy="no",

@@ -4,8 +4,8 @@
 
 Batch 32, AdamW 5e-6 without warm-up and linearly down to 0, LoRA of rank 64, 47,628 rows in 1,488 steps. The paper
 reports, base to ViGOS: mean Avg@5 over eight benchmarks 27.91 to 41.35 (Pass@5 60.86 to 71.97), ViLP-F Score 59.50 to
-70.17, and PALR of reasoning and answer 6.33 % where OPSD has 17.26 %. This repository has not run it: no accelerator
-was at hand. `--mode plan` says what it takes.
+70.17, and PALR of reasoning and answer 6.33 % where OPSD has 17.26 %. This repository has not run it.
+`--mode plan` says what it takes.
 """
 
 from ml_collections import ConfigDict

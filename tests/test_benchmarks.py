@@ -1,5 +1,6 @@
 """The gates that need no clock: what the compiler says of the packed design, and how much padding is left."""
 
+import dataclasses
 import functools
 import json
 import subprocess
@@ -7,10 +8,12 @@ import sys
 
 import compiled
 import jax
+import jax.numpy as jnp
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import delta_rule, engines, heads, padding, teachers
+from benchmarks import delta_rule, engines, gpu, heads, models, padding, teachers
+from benchmarks.distillation_task import SMALL_SIZE
 from benchmarks.harness import Result, race
 
 LONG = pytest.param(teachers.step, marks=pytest.mark.slow)
@@ -73,3 +76,35 @@ def test_without_vllm_one_line_says_what_to_install(monkeypatch, tmp_path):
 def test_names_are_listed():
     done = subprocess.run([sys.executable, "-m", "benchmarks", "--only", "nothing"], capture_output=True, text=True)
     assert done.returncode == 2 and "torch" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def job():
+    sizes = models.Sizes(grid=(8, 10), prompt=20, privileged=24, description=6, reasoning=10)
+    config = dataclasses.replace(SMALL_SIZE, image_token_id=models.IMAGE, video_token_id=3)
+    return gpu.Job(config, sizes, 8, 2, (1, 4), product=1e11, copy=1e10)
+
+
+@pytest.mark.parametrize("name", ["causal", "branches", "images", "windows"])
+def test_attention_that_ignores_its_mask_is_not_timed_as_right(job, name, monkeypatch):
+    assert gpu.attention_of(job, name).holds
+    right, other = gpu.attention, gpu.masks(job)[name][1]
+
+    def wrong(*qkv_and_mask, implementation):  # in 16 bits only, as a device's kernel
+        *qkv, given = qkv_and_mask
+        is_exact = qkv[0].dtype == jnp.float32
+        return right(*qkv, given if is_exact else other, implementation=implementation)
+
+    monkeypatch.setattr(gpu, "attention", wrong)
+    result = gpu.attention_of(job, name)
+    assert not result.holds and result.ratio == 0
+
+
+@pytest.mark.slow
+def test_every_part_of_a_device_is_measured(job, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu, "make_job", lambda small: job)
+    assert gpu.main(["--json", str(tmp_path / "out.json")]) == 0
+    names = [row["name"] for row in json.loads((tmp_path / "out.json").read_text())]
+    attention = [f"attention_{kind}" for kind in gpu.masks(job)]
+    assert names == ["device", "step", *attention, "decode_1", "decode_4", "divergence"]
+    assert "first step, with compilation" in capsys.readouterr().out

@@ -3,20 +3,22 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
 from benchmarks import __main__ as command
 from benchmarks import our_step, step_flops, torch_step, trl
-from benchmarks.distillation_task import CONTROL, make_task
+from benchmarks.distillation_task import CONTROL, SCALES, make_task
 
 ROWS, TOKENS = 4, 8
+BFLOAT16 = dataclasses.replace(SCALES["small"], dtype=jnp.bfloat16)
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    return make_task(tmp_path_factory.mktemp("model"), small=True, rows=ROWS, completion=TOKENS)
+    return make_task(tmp_path_factory.mktemp("model"), scale=SCALES["small"], rows=ROWS, completion=TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def plain_loss(task, rows, rollouts):
             with model.disable_adapter():
                 teacher = model(**inputs).logits[0, at].log_softmax(-1)
         total += float((student.exp() * (student - teacher)).sum())
-    return total / (ROWS * TOKENS)
+    return total / sum(len(r.ids) for r in rollouts)
 
 
 @pytest.mark.slow
@@ -141,7 +143,8 @@ def test_flops_are_those_of_a_loop_over_tokens(task):
         (["--rows", "0"], "--rows 0 must be at least 1"),
         (["--tokens", "7"], "--tokens 7 must be at least 8"),
         (["--rounds", "x"], "invalid int value: 'x'"),
-        (["--small", "--readme", "README.md"], "leave out --small"),
+        (["--scale", "small", "--readme", "README.md"], "leave out --scale small"),
+        (["--scale", "7B"], "invalid choice: '7B'"),
     ],
 )
 def test_bad_arguments(argv, said, capsys):
@@ -161,9 +164,28 @@ def test_without_trl_one_line_says_what_to_install(monkeypatch, capsys):
     assert command.main() == 0 and capsys.readouterr().out.splitlines() == said
 
 
+@pytest.mark.slow
+def test_in_16_bits_the_losses_are_near(tmp_path):
+    """As on a GPU: the base is drawn in bfloat16 and recomputed, and only the adapters are float32."""
+    rough = make_task(tmp_path, scale=BFLOAT16, rows=2, completion=TOKENS)
+    assert {x.dtype.name for x in jax.tree.leaves(rough.variables["params"])} == {"bfloat16"}
+    side = our_step.OurStep(rough)
+    rows, rollouts, _ = side.rollout()
+    base = torch_step.torch_base(rough.config, rough.variables, rough.settings, dtype=np.dtype(jnp.bfloat16))
+    assert {x.dtype for x in base.parameters()} == {torch.bfloat16}
+    exact = dataclasses.replace(rough, variables=jax.tree.map(lambda x: x.astype(jnp.float32), rough.variables))
+    plain = plain_loss(exact, rows, rollouts)
+    completions = {row.prompt.ids: r.ids for row, r in zip(rows, rollouts, strict=True)}
+    assert trl.compare(side, completions, plain)[1][0] == plain
+    with pytest.raises(AssertionError, match="losses"):
+        trl.compare(side, completions, 1.1 * plain)
+
+
 @pytest.mark.skipif(trl.missing() is not None, reason=str(trl.missing()))
-def test_trl_does_the_same_work(task):
-    one = dataclasses.replace(task, images=task.images[:2], questions=task.questions[:2], answers=task.answers[:2])
-    measured = trl.measure(one, rounds=1)  # which compares prompts, tokens and losses
-    assert measured.equal_rows == 1.0 and len(measured.rollout) == len(measured.update) == 1
+@pytest.mark.parametrize("scale", [SCALES["small"], BFLOAT16], ids=["float32", "bfloat16"])
+def test_trl_does_the_same_work(scale, tmp_path):
+    task = make_task(tmp_path, scale=scale, rows=2, completion=TOKENS)
+    measured = trl.measure(task, rounds=1)  # which compares prompts, tokens and losses
+    assert measured.equal == 1.0 or not scale.is_exact
+    assert len(measured.rollout) == len(measured.update) == 1
     assert min(*measured.rollout[0], *measured.update[0], measured.product_rate) > 0

@@ -147,6 +147,7 @@ def test_literals_say_what_lists_do(texts):
         "(A) (B) " * 10_000,
         "a" + " " * 90_000 + "A. x",
         "[" + "'a' " * 20_000 + "]",
+        "[" + "'a' " * 4_900 + "]",  # just short enough to be read
     ],
 )
 def test_hostile_options_are_cheap(text):

@@ -1,6 +1,7 @@
 """Groups of rows: which rows are in one, that they come back to their places, and that rollouts do not change."""
 
 import dataclasses
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -104,3 +105,24 @@ def test_a_device_without_much_memory_takes_fewer_rows():
     assert Sampler(MODEL, SAMPLING, eos_ids=NEVER).micro_groups(prompts()) == 1
     large = dataclasses.replace(SAMPLING, micro_batch=4)
     assert Sampler(MODEL, large, eos_ids=NEVER, memory=1e4).micro_groups(prompts()) == 2
+
+
+def test_prompts_do_not_run_beside_the_copied_layers(monkeypatch):
+    """On an H200 both at once were the peak of a 3B step, 4.5 GB above what a plan, which has them apart, said."""
+    sampler = Sampler(MODEL, dataclasses.replace(SAMPLING, max_tokens=2, decode_batch=4), eos_ids=NEVER)
+    copies, alive_at_start = [], []
+    start, weights = sampler.start, sampler.weights
+
+    def copied(*args):
+        out = weights(*args)
+        copies.extend(weakref.ref(x) for x in jax.tree.leaves(out.layers))
+        return out
+
+    def started(*args):
+        alive_at_start.append(sum(copy() is not None for copy in copies))
+        return start(*args)
+
+    monkeypatch.setattr(sampler, "weights", copied)
+    monkeypatch.setattr(sampler, "start", started)
+    sampler(student(), prompts(), row_keys(0, 0, len(ROWS)))
+    assert alive_at_start == [0, 0] and copies

@@ -86,11 +86,13 @@ def test_json_is_whole_or_not_there(tmp_path):
 
 
 def test_progress_says_how_much_time_is_left(capsys, monkeypatch):
-    now = iter((100.0, 700.0))  # 3 of 12 steps, one done before, in ten minutes
+    now = iter((40.0, 100.0, 700.0))  # one of 12 steps was done before; the next one compiles
     monkeypatch.setattr(run_log.time, "monotonic", lambda: next(now))
-    progress = Progress(total=12, start=1, title="train", every=1)
-    progress.update(3, {})
-    assert capsys.readouterr().err.endswith("300.00 s/step, 45:00 left\n")
+    progress = Progress(total=12, start=1, title="train", every=4)
+    progress.update(2, {})
+    assert capsys.readouterr().err == "train 2/12    60.0 s for the first\n"
+    progress.update(4, {})
+    assert capsys.readouterr().err.endswith("300.00 s/step, 40:00 left\n")
 
 
 def test_progress_without_a_terminal_is_a_few_plain_lines(capsys):
@@ -100,7 +102,8 @@ def test_progress_without_a_terminal_is_a_few_plain_lines(capsys):
         progress.update(step, {"loss": 1 / step, "valid": 0.25})
     progress.close()
     lines = capsys.readouterr().err.splitlines()
-    assert [re.sub(r" [\d.]+ s/step, 00:00 left", "", line) for line in lines] == [
+    assert [re.sub(r" [\d.]+ s(/step, 00:00 left| for the first)", "", line) for line in lines] == [
+        "train 1/5  loss 1 valid 0.25 ",  # the first one always: until then nobody knows whether anything happens
         "train 2/5  loss 0.5 valid 0.25 ",
         "train 4/5  loss 0.25 valid 0.25 ",
         "train 5/5  loss 0.2 valid 0.25 ",  # the last one always

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_MAX_CHARS = 100_000  # of a literal; options are short
+_MAX_CHARS = 20_000  # of a literal: options are short, and Python 3.12 reads long lines in quadratic time
 _MARK = re.compile(
     r"(?:\*\*)?(?:(?:option|choice) )?"
     r"(?:[(（\[]?(?P<a>[A-Z])[)）\]][.:]?|(?P<b>[A-Z])(?:[.:、．：](?!\w\.)|(?=\*\*)| [-–—](?= [^\W\d_]{2})))"

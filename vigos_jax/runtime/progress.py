@@ -17,12 +17,15 @@ def say(text: str) -> None:
 
 
 class Progress:
-    """A progress bar on a terminal, else a plain line every `every` steps; the first process's alone."""
+    """A progress bar on a terminal, else a plain line for the first step and every `every`; the first process's alone.
+
+    The rate leaves out the first step, which may have compiled programs for minutes.
+    """
 
     def __init__(self, *, total: int, start: int, title: str, every: int):
         self._bar = tqdm(total=total, initial=start, desc=title, disable=_is_silent(), dynamic_ncols=True)
         self._title, self._total, self._every = title, total, every
-        self._started, self._first = time.monotonic(), start
+        self._since, self._first = time.monotonic(), start + 1
 
     def note(self, text: str) -> None:
         """What is going on right now, on the bar only."""
@@ -33,11 +36,16 @@ class Progress:
         text = " ".join(f"{name} {value:.3g}" for name, value in values.items())
         self._bar.update()
         self._bar.set_postfix_str(text)
-        if self._bar.disable and is_first() and (step % self._every == 0 or step == self._total):
-            rate = (time.monotonic() - self._started) / max(1, step - self._first)
+        if not self._bar.disable or not is_first():
+            return
+        now, words = time.monotonic(), f"{self._title} {step}/{self._total}  {text}  "
+        if step == self._first:
+            print(f"{words}{now - self._since:.1f} s for the first", file=sys.stderr, flush=True)
+            self._since = now
+        elif step % self._every == 0 or step == self._total:
+            rate = (now - self._since) / (step - self._first)
             left = tqdm.format_interval(rate * (self._total - step))
-            words = f"{self._title} {step}/{self._total}  {text}  {rate:.2f} s/step, {left} left"
-            print(words, file=sys.stderr, flush=True)
+            print(f"{words}{rate:.2f} s/step, {left} left", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Removes the bar."""
