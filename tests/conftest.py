@@ -43,6 +43,9 @@ FOLDER = pathlib.Path(__file__).resolve().parent
 # The files that take longest, longest first. Several processes share the tests file by file: a long file that starts
 # last keeps one busy while the others have nothing left. A file that is not named here takes below half a minute.
 LONGEST = (
+    # In `make test-slow`; of `make test` they are a small part.
+    *("training/test_first_light.py", "test_notebooks.py", "runtime/test_multihost.py"),
+    *("training/test_served_hosts.py", "test_benchmarks.py", "weights/test_large_checkpoint.py"),
     *("training/test_loop.py", "training/test_served_run.py", "method/test_properties.py"),
     *("weights/test_output_head.py", "data/test_bad_rows.py", "plan/test_planner.py"),
     *("training/test_step.py", "method/test_scoring.py", "runtime/test_sharding.py"),
