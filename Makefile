@@ -33,7 +33,7 @@ COMPILED := tests/plan/test_gpu.py tests/models/test_attention_compiled.py
 .PHONY: demo test test-fast test-slow test-stress test-compilers vllm test-vllm test-matrix lint clean
 
 demo: $(VENV)/installed
-	$(PYTHON) -m vigos_jax.main --config configs/base.py
+	$(PYTHON) -m vigos_jax.main --config configs/demo_reasoning.py
 
 test: lint $(VENV)/installed-test
 	$(PYTEST) -m 'not slow and not stress' $(PYTEST_ARGS)

@@ -16,7 +16,7 @@ ROWS, LONGEST, TOKENS = 16, 4096, 32  # the longest is the paper's; most rollout
 def decode() -> Result:
     config = models.MID_SIZE
     rows, _ = models.samples(config, models.THIRD, rows=ROWS)
-    prompts = pack_prompts(rows, config=config, buckets=models.exact_buckets(models.THIRD, config))
+    prompts = pack_prompts(rows, config=config, buckets=models.exact_buckets(config))
     prompts = jax.tree.map(jnp.asarray, prompts)
     variables = models.weights(config)
     model, sampling = models.model(config), Sampling(max_tokens=LONGEST, temperature=1.1, top_k=20, top_p=0.95)

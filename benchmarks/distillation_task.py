@@ -39,7 +39,7 @@ class Scale:
     """How large the work is.
 
     Attributes:
-      sizes: of a sample; only the grid and what `exact_buckets` takes.
+      sizes: of a sample; only its grid is used.
       phrases: how often a question repeats its phrase.
       dtype: of the base and the products; float32 keeps what is needed for the backward pass, bfloat16 recomputes it.
     """

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.distillation_task import Task, make_task
+from benchmarks.distillation_task import SCALES, Task, make_task
 from benchmarks.harness import Result, race_of
 from configs import base
 from tests.vllm_server import server as vllm
@@ -32,7 +32,7 @@ def engines() -> Result:
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = pathlib.Path(name)
         (folder / "model").mkdir()
-        task = make_task(folder / "model", small=True, rows=ROWS, completion=LONGEST)
+        task = make_task(folder / "model", scale=SCALES["small"], rows=ROWS, completion=LONGEST)
         params = task.variables["params"] | {"embedding": HEAD * task.variables["params"]["embedding"]}
         tensors = writing.file_tensors(params, tensor_table(task.config), task.config, dtype=np.float32)
         task.settings.architectures = ["Qwen2_5_VLForConditionalGeneration"]  # or vLLM takes it for an encoder

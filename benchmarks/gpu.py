@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 from benchmarks import models
-from benchmarks.harness import Result, race
+from benchmarks.harness import Result, copy_rate, product_rate, race
 from vigos_jax.method.batch import SupervisedStates, TeacherStates
 from vigos_jax.method.losses import ObjectiveConfig, weighted_loss
 from vigos_jax.method.packing import length_groups, pack_prompts, pack_scores
@@ -76,12 +76,13 @@ class Job:
 
     @property
     def buckets(self):
-        return models.exact_buckets(self.sizes, self.config)
+        return models.exact_buckets(self.config)
 
 
 def make_job(*, small: bool) -> Job:
-    """Measures the device."""
-    product, copy = rates(512 if small else 8192)
+    """The work, and the rates of this device, which it measures."""
+    size = 512 if small else 8192
+    product, copy = product_rate(size, jnp.bfloat16), copy_rate(8 * size**2)
     if small:
         return Job(models.MID_SIZE, models.THIRD, 2, 2, (1, 2), product, copy)
     return Job(models.QWEN_3B, models.TYPICAL, 32, 8, (2, 8, 32, 64), product, copy)
@@ -98,20 +99,6 @@ def seconds(function: Callable[[], Any], *, rounds: int = ROUNDS) -> float:
     return statistics.median(times)
 
 
-def rates(size: int) -> tuple[float, float]:
-    """(FLOP/s of a bfloat16 product, bytes/s of a copy, read and written) of this device.
-
-    Many in one program: the time of a launch is not the device's.
-    """
-    times = 20
-    x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)  # zeros and ones multiply faster
-    big = jnp.zeros((size * size * 4,), jnp.bfloat16)
-    product = jax.jit(lambda x, y: jax.lax.fori_loop(0, times, lambda _, y: (x @ y) * size**-0.5, y))
-    copy = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda i, x: x + i.astype(x.dtype), x))
-    spent = seconds(lambda: product(x, x)), seconds(lambda: copy(big))
-    return times * 2 * size**3 / spent[0], times * 2 * big.nbytes / spent[1]
-
-
 def parameters(tree: Any) -> int:
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
 
@@ -124,13 +111,14 @@ def masks(job: Job) -> dict[str, tuple[Described, Described, np.ndarray, tuple[i
 
     The last row of each is half as long.
     """
-    c, v, sizes, rows = job.config, job.config.vision, job.sizes, job.micro_batches
+    c, v, sizes, rows = job.config, job.config.vision, job.sizes, job.batch // job.micro_batches
     h, w = sizes.grid
     patches = -(-h * w // v.window_patches) * v.window_patches
-    prefix, branches = h * w // v.merge_unit, (sizes.privileged + sizes.description, sizes.privileged + sizes.reasoning)
+    # As `models.samples` has them: a header of six; perception's turn of ten; a branch does not run its last token.
+    prefix = h * w // v.merge_unit + 6
+    branches = (10 + sizes.description - 1, sizes.privileged + sizes.completion - 1)
     student, teacher = prefix + sizes.prompt + sizes.completion, prefix + sum(branches)
-    full = np.full(rows, 1)
-    lengths = lambda n: np.where(np.arange(rows) == rows - 1, n // 2, n * full).astype(np.int32)  # noqa: E731
+    lengths = lambda n: np.where(np.arange(rows) == rows - 1, n // 2, n).astype(np.int32)  # noqa: E731
     used = lambda n, slots: np.arange(slots) < lengths(n)[:, None]  # noqa: E731
     segments = np.concatenate([np.full(n, i + 1) for i, n in enumerate((prefix, *branches))])
     segments = np.where(used(teacher, teacher), segments, 0).astype(np.int32)
@@ -157,19 +145,20 @@ def masks(job: Job) -> dict[str, tuple[Described, Described, np.ndarray, tuple[i
 
 def attention_of(job: Job, name: str) -> Result:
     """The device's fused kernel against XLA's attention, forward and backward; both are compared with float32."""
-    mask, other, used, (n, k, h) = masks(job)[name]
+    *arrays, (n, k, h) = masks(job)[name]
+    mask, other, used = jax.device_put(tuple(arrays))
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = [(*used.shape, heads, h) for heads in (n, k, k, n)]
     *qkv, d_out = (jax.random.normal(key, x, jnp.bfloat16) for key, x in zip(keys, shapes, strict=True))
-    d_out = d_out * jnp.asarray(used)[:, :, None, None]
+    d_out = d_out * used[:, :, None, None]
 
     @functools.partial(jax.jit, static_argnums=0)
-    def both_passes(kernel, qkv, mask):
+    def both_passes(kernel, mask, qkv, d_out):
         out, pull = jax.vjp(lambda *x: attention(*x, mask, implementation=kernel), *qkv)
-        return out * jnp.asarray(used)[:, :, None, None], *pull(d_out.astype(out.dtype))
+        return out * used[:, :, None, None], *pull(d_out.astype(out.dtype))
 
     with jax.default_matmul_precision("highest"):
-        wanted = both_passes("xla", [x.astype(jnp.float32) for x in qkv], mask)
+        wanted = both_passes("xla", mask, [x.astype(jnp.float32) for x in qkv], d_out)
 
     def error(got) -> float:
         """The largest of output and three gradients."""
@@ -178,17 +167,18 @@ def attention_of(job: Job, name: str) -> Result:
 
     ours = job.model.attention
     fused, plain, wrong = (
-        error(both_passes(kernel, qkv, m)) for kernel, m in ((ours, mask), ("xla", mask), (ours, other))
+        error(both_passes(kernel, m, qkv, d_out)) for kernel, m in ((ours, mask), ("xla", mask), (ours, other))
     )
     holds = fused < TOLERANCE < wrong  # NaN never holds
-    r = race(lambda: both_passes("xla", qkv, mask), lambda: both_passes(ours, qkv, mask), rounds=20, warm_up=3)
+    runs = (functools.partial(both_passes, kernel, mask, qkv, d_out) for kernel in ("xla", ours))
+    r = race(*runs, rounds=20, warm_up=3)
     detail = (
         ("XLA", f"{1e3 * r.baseline:.2f} ms, error {plain:.1e}"),
         (ours, f"{1e3 * r.ours:.2f} ms, error {fused:.1e} against float32; with another mask {wrong:.2f}"),
         ("sizes", f"{used.shape[0]} rows of {used.shape[1]}, {n} heads of {h}, {k} for keys"),
     )
     what = f"attention, {name}, forward and backward"
-    # The gate is the error's: without it the ratio would count for nothing.
+    # Any gate above 0 does: a wrong result has the ratio 0.
     return Result(f"attention_{name}", what, r.ratio if holds else 0.0, 1e-9, r.spread, detail)
 
 
@@ -243,7 +233,10 @@ def divergence(job: Job) -> Result:
     rate = 3 * 2 * supervised.role.size * width * job.config.vocab_size / spent
     detail = (
         ("fused", f"{1e3 * spent:.1f} ms, {rate / 1e12:.0f} TFLOP/s"),
-        ("entries", f"{supervised.role.size} of width {width}, V = {job.config.vocab_size:,}, bfloat16 logits"),
+        (
+            "entries",
+            f"{supervised.role.size} of width {width}, V = {job.config.vocab_size:,}, float32 logits",
+        ),
     )
     return Result(
         "divergence", "head and divergence, FLOP/s / those of a product", rate / job.product, None, None, detail
@@ -254,7 +247,7 @@ def step(job: Job) -> Result:
     """A whole step by phase: rollout, packing, update."""
     (base, trained), (rows, rollouts) = job.weights, job.samples
     trained = jax.tree.map(jnp.copy, trained)  # a step donates them
-    config, buckets, micro = job.config, job.buckets, job.batch // job.micro_batches
+    config, buckets = job.config, job.buckets
     tx = optax.adamw(5e-6)
     update = make_train_step(job.model, tx, ObjectiveConfig(models.ROLES, chunk=32), use_dropout=False)
     state = TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained), {})
@@ -270,7 +263,7 @@ def step(job: Job) -> Result:
         sampler(variables, prompts, row_keys(0, i, job.batch), images)
         times.append(time.perf_counter())
         micro_batches.clear()
-        for group in length_groups(rows, rollouts, job.batch // micro):
+        for group in length_groups(rows, rollouts, job.micro_batches):
             part = pack_scores(
                 [rows[j] for j in group], [rollouts[j] for j in group],
                 roles=models.ROLES, config=config, buckets=buckets, with_images=False,
@@ -308,7 +301,7 @@ def step(job: Job) -> Result:
 
 
 def parts(job: Job) -> dict[str, list[Callable[[], Result]]]:
-    """name -> what it measures. The step comes first: the peak of memory is then its own."""
+    """name -> what it measures, in the order of `NAMES`: with the step first, the peak of memory is its own."""
     return {
         "step": [lambda: step(job)],
         "attention": [functools.partial(attention_of, job, name) for name in masks(job)],
@@ -331,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     detail = (("product", f"{job.product / 1e12:.0f} TFLOP/s"), ("copy", f"{job.copy / 1e9:,.0f} GB/s"))
     results = [Result("device", f"{device.device_kind}, jax {jax.__version__}", None, None, None, detail)]
     print(results[0].line(), flush=True)
-    for name in args.only:
+    for name in (name for name in NAMES if name in args.only):
         for measure in parts(job)[name]:
             results.append(measure())
             print(results[-1].line(), flush=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,30 @@ def race_of(times: Sequence[tuple[float, float]]) -> Race:
     a, b = (statistics.median(column) for column in zip(*times, strict=True))
     ratios = [x / y for x, y in times]
     return Race(a, b, a / b, (min(ratios), max(ratios)))
+
+
+def product_rate(size: int, dtype: Any) -> float:
+    """FLOP/s of a plain product of two matrices, now, on this device."""
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype)  # zeros and ones multiply faster
+    return 2 * size**3 * _per_second(lambda x, y: (x @ y) * size**-0.5, x, x)
+
+
+def copy_rate(bytes_copied: int) -> float:
+    """Bytes/s of a plain copy, read and written, now, on this device."""
+    x = jnp.zeros((bytes_copied // 2,), jnp.bfloat16)
+    return 2 * x.nbytes * _per_second(lambda one, x: x + one, jnp.bfloat16(1), x)
+
+
+def _per_second(function: Callable[[Any, Any], Any], x: Any, y: Any, *, times: int = 20, rounds: int = 3) -> float:
+    """How often y becomes function(x, y) in a second. Many in one program: a launch's time is not the device's."""
+    program = jax.jit(lambda x, y: jax.lax.fori_loop(0, times, lambda _, y: function(x, y), y))
+    jax.block_until_ready(program(x, y))
+    spent = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        jax.block_until_ready(program(x, y))
+        spent.append(time.perf_counter() - start)
+    return times / statistics.median(spent)
 
 
 def compiled(function: Callable, *args: Any, static: Sequence[int] = ()) -> Any:

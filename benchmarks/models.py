@@ -1,4 +1,4 @@
-"""The models and samples that are measured: published 3B shapes (never allocated), and 100 M random parameters."""
+"""The models and samples that are measured: 3B shapes, allocated only on accelerators, and 100 M random parameters."""
 
 import dataclasses
 import functools
@@ -138,7 +138,7 @@ def samples(config: ModelConfig, sizes: Sizes, *, rows: int, invalid: int = 0) -
     return out_rows, rollouts
 
 
-def exact_buckets(sizes: Sizes, config: ModelConfig) -> Buckets:
+def exact_buckets(config: ModelConfig) -> Buckets:
     """Sizes that leave little padding: what is compared is the design, not the buckets."""
     steps = tuple(range(16, 16384, 16))
     unit = config.vision.window_patches

@@ -41,7 +41,7 @@ class OurStep:
     def __init__(self, task: Task):
         self.task = task
         scale = task.scale
-        self.buckets = models.exact_buckets(scale.sizes, task.config)
+        self.buckets = models.exact_buckets(task.config)
         remat = "none" if scale.is_exact else "full"
         self._model, self._base = models.model(task.config, remat=remat, dtype=scale.dtype), task.variables["params"]
         eos_ids = task.processor.eos_ids

@@ -35,7 +35,7 @@ def make_batches(
     config: ModelConfig, sizes: models.Sizes, *, rows: int, invalid: int = 0, roles=models.ROLES
 ) -> Batches:
     data, rollouts = models.samples(config, sizes, rows=rows, invalid=invalid)
-    options = {"config": config, "buckets": models.exact_buckets(sizes, config)}
+    options = {"config": config, "buckets": models.exact_buckets(config)}
     packed = pack_scores(data, rollouts, roles=roles, **options)
     turns = [[row.student, *row.teachers] for row in data]
     masks = np.zeros((len(roles), rows, sizes.completion), bool)

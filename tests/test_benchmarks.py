@@ -15,7 +15,7 @@ from cases import others_slow
 from benchmarks import __main__ as command
 from benchmarks import delta_rule, engines, gpu, heads, models, padding, teachers
 from benchmarks.distillation_task import SMALL_SIZE
-from benchmarks.harness import Result, race
+from benchmarks.harness import Result, copy_rate, product_rate, race
 
 LONG = pytest.param(teachers.step, marks=pytest.mark.slow)
 
@@ -48,6 +48,12 @@ def test_a_gate_can_fail(monkeypatch, tmp_path, capsys):
         assert [row["name"] for row in rows] == names
         assert all({"name", "ratio", "gate", "holds", "spread"} <= row.keys() for row in rows)
     assert "FAILS bad" in capsys.readouterr().out
+
+
+def test_rates_of_a_device_are_per_second():
+    """Twice the size of a product takes eight times the operations: rates stay in one order of magnitude."""
+    small, large = product_rate(256, jnp.float32), product_rate(512, jnp.float32)
+    assert 0.1 < large / small < 20 and 1e8 < copy_rate(2**20) < 1e13
 
 
 def test_a_race_takes_turns():

@@ -176,7 +176,7 @@ def test_in_16_bits_the_losses_are_near(tmp_path):
     exact = dataclasses.replace(rough, variables=jax.tree.map(lambda x: x.astype(jnp.float32), rough.variables))
     plain = plain_loss(exact, rows, rollouts)
     completions = {row.prompt.ids: r.ids for row, r in zip(rows, rollouts, strict=True)}
-    assert trl.compare(side, completions, plain)[1][0] == plain
+    assert plain > 1 and trl.compare(side, completions, plain)[1][1] == pytest.approx(plain, rel=0.03)
     with pytest.raises(AssertionError, match="losses"):
         trl.compare(side, completions, 1.1 * plain)
 

@@ -138,6 +138,12 @@ def test_literals_say_what_lists_do(texts):
     assert parse_options(json.dumps(texts)) == parse_options(repr(texts)) == parse_options(texts)
 
 
+def test_long_options_are_read_as_json_alone():
+    texts = ["a" * 25_000, "b" * 25_000]
+    assert parse_options(json.dumps(texts)) == tuple(texts)
+    assert parse_options(repr(texts)) is None
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -108,7 +108,7 @@ def test_a_device_without_much_memory_takes_fewer_rows():
 
 
 def test_prompts_do_not_run_beside_the_copied_layers(monkeypatch):
-    """On an H200 both at once were the peak of a 3B step, 4.5 GB above what a plan, which has them apart, said."""
+    """On an H200 both together were the peak of a 3B step, 4.5 GB above the plan, which has one after the other."""
     sampler = Sampler(MODEL, dataclasses.replace(SAMPLING, max_tokens=2, decode_batch=4), eos_ids=NEVER)
     copies, alive_at_start = [], []
     start, weights = sampler.start, sampler.weights

@@ -90,7 +90,7 @@ def test_progress_says_how_much_time_is_left(capsys, monkeypatch):
     monkeypatch.setattr(run_log.time, "monotonic", lambda: next(now))
     progress = Progress(total=12, start=1, title="train", every=4)
     progress.update(2, {})
-    assert capsys.readouterr().err == "train 2/12    60.0 s for the first\n"
+    assert capsys.readouterr().err == "train 2/12  the first took 60.0 s\n"
     progress.update(4, {})
     assert capsys.readouterr().err.endswith("300.00 s/step, 40:00 left\n")
 
@@ -102,7 +102,7 @@ def test_progress_without_a_terminal_is_a_few_plain_lines(capsys):
         progress.update(step, {"loss": 1 / step, "valid": 0.25})
     progress.close()
     lines = capsys.readouterr().err.splitlines()
-    assert [re.sub(r" [\d.]+ s(/step, 00:00 left| for the first)", "", line) for line in lines] == [
+    assert [re.sub(r" ([\d.]+ s/step, 00:00 left|the first took [\d.]+ s)", "", line) for line in lines] == [
         "train 1/5  loss 1 valid 0.25 ",  # the first one always: until then nobody knows whether anything happens
         "train 2/5  loss 0.5 valid 0.25 ",
         "train 4/5  loss 0.25 valid 0.25 ",

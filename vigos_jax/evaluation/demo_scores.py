@@ -33,6 +33,10 @@ COLUMNS = {
     "reasoning": "accuracy given what was asked is described right",
     "boxed_in_invalid": "invalid, yet with a box",
 }
+LEGEND = """\
+base: the model before the run; trained: after it. {questions} questions of each kind, one sample each.
+At temperature 1 nothing is filtered; training samples by config.sampling. Conflict images contradict what one expects,
+the others agree with it. Up is better, for the leak down."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,13 +155,13 @@ def evaluate_demo(
 def table_text(results: dict[str, dict[str, Any]]) -> str:
     """The table base vs trained, a line per rate."""
     base, trained = results["base"], results["trained"]
-    head = f"{'':50}{'T = 1.0, unfiltered':>24}{'training-time sampling':>26}"
+    head = f"{'':50}{'at temperature 1':>24}{'sampled as in training':>26}"
     lines = [head, f"{'':50}{'base':>12}{'trained':>12}{'base':>14}{'trained':>12}"]
     for key, title in COLUMNS.items():
         rates = (base[key], trained[key], base["training_sampling"][key], trained["training_sampling"][key])
         texts = [number_text(rate, digits=3) for rate in rates]
         lines.append(title.ljust(50) + "".join(f"{t:>{w}}" for t, w in zip(texts, (12, 12, 14, 12), strict=True)))
-    lines.append(f"({base['questions']} questions of each kind, one sample each)")
+    lines.append(LEGEND.format(questions=base["questions"]))
     return "\n".join(lines)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_MAX_CHARS = 20_000  # of a literal: options are short, and Python 3.12 reads long lines in quadratic time
+_MAX_CHARS = 100_000  # of a list as text; options are short
+_MAX_LITERAL = 20_000  # as a Python literal: Python 3.12 reads long lines in quadratic time
 _MARK = re.compile(
     r"(?:\*\*)?(?:(?:option|choice) )?"
     r"(?:[(（\[]?(?P<a>[A-Z])[)）\]][.:]?|(?P<b>[A-Z])(?:[.:、．：](?!\w\.)|(?=\*\*)| [-–—](?= [^\W\d_]{2})))"
@@ -68,6 +69,8 @@ def parse_literal(text: str) -> Any:
     if len(text) > _MAX_CHARS:
         return None
     for parse in (json.loads, ast.literal_eval):
+        if parse is ast.literal_eval and len(text) > _MAX_LITERAL:
+            return None
         try:
             value = parse(text.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):

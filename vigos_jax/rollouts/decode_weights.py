@@ -1,6 +1,6 @@
 """The student's weights as the decoding loop reads them: in place, without a copy per token.
 
-On GPUs and CPUs each layer has separate arrays, copied out of the stack once per batch; the compiler then merges
+On GPUs and CPUs each layer has separate arrays, copied out of the stack once a rollout; the compiler then merges
 matrix products that read the same states. On TPUs static slices of the stack are read in place.
 """
 

@@ -17,9 +17,9 @@ def say(text: str) -> None:
 
 
 class Progress:
-    """A progress bar on a terminal, else a plain line for the first step and every `every`; the first process's alone.
+    """A progress bar on a terminal, else plain lines: for the first step since the start, each `every`-th and the last.
 
-    The rate leaves out the first step, which may have compiled programs for minutes.
+    The lines' rate leaves out that first step, which may have compiled for minutes. Shown by the first process alone.
     """
 
     def __init__(self, *, total: int, start: int, title: str, every: int):
@@ -38,9 +38,10 @@ class Progress:
         self._bar.set_postfix_str(text)
         if not self._bar.disable or not is_first():
             return
-        now, words = time.monotonic(), f"{self._title} {step}/{self._total}  {text}  "
+        now = time.monotonic()
+        words = "".join(f"{part}  " for part in (f"{self._title} {step}/{self._total}", text) if part)
         if step == self._first:
-            print(f"{words}{now - self._since:.1f} s for the first", file=sys.stderr, flush=True)
+            print(f"{words}the first took {now - self._since:.1f} s", file=sys.stderr, flush=True)
             self._since = now
         elif step % self._every == 0 or step == self._total:
             rate = (now - self._since) / (step - self._first)
