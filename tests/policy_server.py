@@ -249,6 +249,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             step = server.script.pop(0) if server.script else None
             server.busy += 1
             server.most_busy = max(server.busy, server.most_busy)
+        left: list[None] = []
+
+        def leave() -> None:  # before the reply goes out: the client may ask for more as soon as it has it
+            with server.lock:
+                server.busy -= not left
+                left.append(None)
+
         try:
             encoded = tuple(encode(uri, server.policy.processor) for uri in images)
             expanded = expand(ids, encoded, server.policy.processor)
@@ -260,12 +267,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 reason = "stop" if out[-1] in ends else "length"
                 reply = {"ids": out, "logps": logps, "prompt": list(expanded), "reason": reason}
                 reply |= {"model": name if name in server.adapters else server.options.names[0]}
+                leave()
                 self.send(200, form(reply | changes))
 
             (step or (lambda handler, right: right()))(self, right)
         finally:
-            with server.lock:
-                server.busy -= 1
+            leave()
 
     @staticmethod
     def _as_vllm(a):

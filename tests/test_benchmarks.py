@@ -92,7 +92,7 @@ def job():
     return gpu.Job(config, sizes, 8, 2, (1, 4), product=1e11, copy=1e10)
 
 
-@pytest.mark.parametrize("name", others_slow(["branches", "causal", "images", "windows"]))
+@pytest.mark.parametrize("name", others_slow(["causal", "branches", "images", "windows"]))
 def test_attention_that_ignores_its_mask_is_not_timed_as_right(job, name, monkeypatch):
     assert gpu.attention_of(job, name).holds
     right, other = gpu.attention, gpu.masks(job)[name][1]

@@ -113,6 +113,7 @@ def test_a_server_that_is_restarted_in_the_middle_changes_nothing(world, served,
     assert len(rows) == STEPS and all(map(close, rows, undisturbed))
 
 
+@pytest.mark.slow
 def test_a_stale_adapter_is_caught(world, policy, tmp_path, capsys):
     with serving(policy, is_stale=True) as server:
         assert world.run(f"--workdir={tmp_path / 'run'}", *options(server.url)) == 2

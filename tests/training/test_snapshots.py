@@ -76,6 +76,7 @@ def test_what_is_written(watched):
     assert '"steps": [0, 2, 4]' in page and "image_missing" in page and "Loss by role" in page
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_mode_score(watched, world, tmp_path):
     """The last snapshot's rollouts, scored by --mode score from their tokens, have the same divergences."""
     found, shots = records(watched), []

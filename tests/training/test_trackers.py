@@ -70,6 +70,7 @@ def test_tensorboard_shows_a_step_that_is_done_again_once(tmp_path):
     assert shown_by_tensorboard(tmp_path) == {"loss": [(1, 0.25), (2, 0.5), (3, 7.0), (4, 8.0)]}
 
 
+@pytest.mark.slow
 def test_wandb_gets_every_step_once(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     (tmp_path / "config.json").write_text('{"steps": 4}')

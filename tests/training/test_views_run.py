@@ -58,6 +58,7 @@ def test_two_steps(world, rows, tmp_path, kind):
     assert sum(row["bad_rows"] for row in metrics) == (1 if kind == "crop" else 0)
 
 
+@pytest.mark.slow
 def test_what_a_role_sees_changes_what_it_teaches_and_nothing_else(world, rows, tmp_path):
     texts = ("<description> red </description> <think> so </think> \\boxed{1}", "no format")
     rollouts = [row | {"completion": texts[i % 2]} for i, row in enumerate(runs.read_rows(rows))]
