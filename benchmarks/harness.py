@@ -19,6 +19,7 @@ class Result:
       ratio: baseline / ours; above 1 is better. None where nothing is compared.
       gate: what the ratio must reach, None where it is only reported.
       spread: smallest and largest ratio of a single round, where clocks were used.
+      is_right: false where what was measured is wrong, however fast.
       detail: numbers behind the ratio and the floor they stand against, (name, text) pairs.
     """
 
@@ -28,10 +29,11 @@ class Result:
     gate: float | None
     spread: tuple[float, float] | None = None
     detail: tuple[tuple[str, str], ...] = ()
+    is_right: bool = True
 
     @property
     def holds(self) -> bool:
-        return self.gate is None or (self.ratio is not None and self.ratio >= self.gate)
+        return self.is_right and (self.gate is None or (self.ratio is not None and self.ratio >= self.gate))
 
     def line(self) -> str:
         """For a terminal."""

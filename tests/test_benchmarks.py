@@ -104,7 +104,7 @@ def test_attention_that_ignores_its_mask_is_not_timed_as_right(job, name, monkey
 
     monkeypatch.setattr(gpu, "attention", wrong)
     result = gpu.attention_of(job, name)
-    assert not result.holds and result.ratio == 0
+    assert not result.holds and result.line().startswith("FAILS")
 
 
 @pytest.mark.slow
