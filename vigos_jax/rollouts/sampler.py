@@ -263,21 +263,16 @@ class Sampler:
             part: Any = (prompts, keys, images)
             if groups > 1:
                 part = self.programs.take(part, jnp.int32(group), groups=groups)
-            now = Completions((), ())
-            for now, parts in self._stream_group(variables, part, every=every):
-                yield interleave([*whole, now], groups=groups, parts=parts)
+            # The prompts' temporaries and the layers' own copy are the largest there are: never both at once.
+            state = jax.block_until_ready(self.start(variables, *part))
+            weights, is_over = self.weights(variables), False
+            while not is_over:
+                state = self.advance(weights, state, int(state.step) + every)
+                is_over = int(state.step) >= self.sampling.max_tokens or bool(jnp.all(state.is_done))
+                now = completions(state, self._mesh)
+                yield interleave([*whole, now], groups=groups, parts=len(now.ids) // self._rows_each(state))
             whole.append(now)
-
-    def _stream_group(self, variables: Variables, part: Any, *, every: int) -> Iterator[tuple[Completions, int]]:
-        """(completions, row shards of this process) of rows that are decoded together."""
-        # The prompts' temporaries and the layers' own copy are the largest there are: never both at once.
-        state = jax.block_until_ready(self.start(variables, *part))
-        weights, is_over = self.weights(variables), False
-        while not is_over:
-            state = self.advance(weights, state, int(state.step) + every)
-            is_over = int(state.step) >= self.sampling.max_tokens or bool(jnp.all(state.is_done))
-            now = completions(state, self._mesh)
-            yield now, len(now.ids) // self._rows_each(state)
+            del weights, state  # before the next group's prompts
 
     def _rows_each(self, state: DecodeState) -> int:
         return state.tokens.shape[0] // shards_of(self._mesh)
