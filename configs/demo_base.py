@@ -19,6 +19,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.seed = 0  # of the initial weights and of all training rows
     config.file = "configs/demo_base.py"  # this one, for the base's card
     config.output = "vigos_jax/demo/base"  # folder to write; an existing one is overwritten
+    # The params after the first two stages: read if the file is there, else written; bases that differ in the third
+    # stage alone share it. "" for none.
+    config.captions_file = ""
     config.world = "demo"  # one of vigos_jax.demo.world.WORLDS
     config.leak = 0.7  # how often a privileged row's description follows the reference instead of the image
     config.run = base.get_config()  # the run the base is made for: all its roles' prompts, and how it is evaluated

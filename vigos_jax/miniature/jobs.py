@@ -1,4 +1,7 @@
-"""Long lists of commands, some at a time, each once: what is finished stays, what was stopped is done again."""
+"""Long lists of commands, some at a time, each once: what is finished stays, what was stopped is done again.
+
+A command is begun when those it needs are done; of those that can begin, the first of the list.
+"""
 
 import contextlib
 import dataclasses
@@ -8,8 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from vigos_jax.errors import InputError
 from vigos_jax.runtime.files import read_object, write_json
@@ -25,11 +28,15 @@ class Job:
       name: unique, a file name.
       arguments: after `python -m`.
       done: the file that says it is finished.
+      needs: names of jobs that must be done before, each earlier in the list.
+      may_fail: whether the others go on without it, if its command fails.
     """
 
     name: str
     arguments: tuple[str, ...]
     done: pathlib.Path
+    needs: tuple[str, ...] = ()
+    may_fail: bool = False
 
 
 class Jobs:
@@ -72,25 +79,34 @@ class Jobs:
             raise InputError(f"{job.done.parent} was made with {before}, not {now}; choose another --workdir")
         return True
 
-    def run(self, jobs: Sequence[Job]) -> None:
-        """Runs those that are not done.
+    def run(self, jobs: Sequence[Job], *, on_end: Callable[[Job], None] = lambda _: None) -> None:
+        """Runs those that are not done. `on_end` is called after each, from this thread.
 
         Raises:
           InputError: a command failed or was stopped. No further one starts then, and those that run are asked to end.
         """
         waiting, shares = [job for job in jobs if not self.is_done(job)], _shares(self._workers)
+        ended, total = {job.name for job in jobs} - {job.name for job in waiting}, len(waiting)
         with ThreadPoolExecutor(self._workers, initializer=lambda: _stay_on(shares.pop())) as pool:
-            futures = {pool.submit(self._run, job): job.name for job in waiting}
+            running: dict[Future[str], Job] = {}
             try:
-                for n, future in enumerate(as_completed(futures), 1):
-                    say(f"{n}/{len(waiting)}  {futures[future]}  {future.result():.0f} s")
+                while waiting or running:
+                    ready = [job for job in waiting if ended.issuperset(job.needs)][: self._workers - len(running)]
+                    for job in ready:
+                        waiting.remove(job)
+                        running[pool.submit(self._run, job)] = job
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        job = running.pop(future)
+                        ended.add(job.name)
+                        say(f"{total - len(waiting) - len(running)}/{total}  {job.name}  {future.result()}")
+                        on_end(job)
             except BaseException:
                 self._stop()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _run(self, job: Job) -> float:
-        """Runs one command and returns its seconds."""
+    def _run(self, job: Job) -> str:
+        """Runs one command and returns how that went: its seconds, or why it failed."""
         began, log = time.perf_counter(), self._folder / f"{job.name}.log"
         with log.open("w", encoding="utf-8") as file:
             with self._guard:
@@ -112,10 +128,12 @@ class Jobs:
             self._processes.discard(process)
             self._lock.unshare(process.pid)
         if code or not job.done.exists():
-            self._stop()
             how = f"exit code {code}" if code else "it was stopped"
+            if code > 0 and job.may_fail and not self._is_stopping:  # below 0 a signal has ended it
+                return f"{how}; what it said is in {log}"
+            self._stop()
             raise InputError(f"{job.name}: {how}; what it said is in {log}; the same command resumes")
-        return time.perf_counter() - began
+        return f"{time.perf_counter() - began:.0f} s"
 
     def _stop(self) -> None:
         with self._guard:

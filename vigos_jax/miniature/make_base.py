@@ -6,6 +6,7 @@ Hugging Face checkpoint like any other.
 """
 
 import functools
+import io
 import json
 import pathlib
 from collections.abc import Callable, Iterator
@@ -18,11 +19,13 @@ import ml_collections
 import numpy as np
 import optax
 from absl import app, flags
+from flax import traverse_util as flatten
 from ml_collections import config_flags
 
 from vigos_jax.data.processor import Processor, Turn
 from vigos_jax.demo import scenes
 from vigos_jax.demo.world import Item, make_item
+from vigos_jax.errors import InputError
 from vigos_jax.method import prompts
 from vigos_jax.method.sequences import host
 from vigos_jax.miniature import assets, card, responses
@@ -31,7 +34,9 @@ from vigos_jax.models.config import ModelConfig
 from vigos_jax.models.families import tensor_table
 from vigos_jax.models.inputs import TextInputs, VisionInputs
 from vigos_jax.models.vlm import VisionLanguageModel, init_variables
+from vigos_jax.runtime.files import write_whole
 from vigos_jax.runtime.progress import Progress
+from vigos_jax.session import use_compilation_cache
 from vigos_jax.weights import writing
 
 Array = jax.Array
@@ -252,7 +257,6 @@ def fit(params: Any, loss: Callable, batches: Iterator[tuple], *, steps: int, lr
 
 def train(config: ml_collections.ConfigDict, processor: Processor, model: VisionLanguageModel) -> Any:
     """The three stages; returns float32 params."""
-    params = initial_params(model, config.seed)
 
     def maker(stage: int) -> RowMaker:
         return RowMaker(processor, config, [config.seed, stage])
@@ -281,22 +285,46 @@ def train(config: ml_collections.ConfigDict, processor: Processor, model: Vision
             long += [rows.free_form() for _ in range(free_form)]
             yield ((rows.stack(short, length=config.tokens.caption), rows.stack(long, length=config.tokens.response)),)
 
-    width = 1 + len(scenes.KINDS) + len(scenes.ATTRIBUTES["color"]) + len(scenes.ATTRIBUTES["size"])
-    head = np.random.default_rng(config.seed).normal(0, 0.1, (model.config.hidden_size, width)).astype(np.float32)
-    trained = fit(
-        {"params": params, "head": jnp.asarray(head), "bias": jnp.zeros(width)},
-        functools.partial(vision_loss, model=model), vision_batches(np.random.default_rng([config.seed, 1])),
-        steps=config.vision.steps, lr=config.vision.lr, warmup=config.warmup, name="1/3 vision",
-    )  # fmt: skip
-    params, loss = trained["params"], functools.partial(text_loss, model=model)
-    params = fit(
-        params, loss, caption_batches(maker(2)),
-        steps=config.captions.steps, lr=config.captions.lr, warmup=config.warmup, name="2/3 captions",
-    )  # fmt: skip
+    def first_stages() -> Any:
+        width = 1 + len(scenes.KINDS) + len(scenes.ATTRIBUTES["color"]) + len(scenes.ATTRIBUTES["size"])
+        head = np.random.default_rng(config.seed).normal(0, 0.1, (model.config.hidden_size, width)).astype(np.float32)
+        params = initial_params(model, config.seed)
+        trained = fit(
+            {"params": params, "head": jnp.asarray(head), "bias": jnp.zeros(width)},
+            functools.partial(vision_loss, model=model), vision_batches(np.random.default_rng([config.seed, 1])),
+            steps=config.vision.steps, lr=config.vision.lr, warmup=config.warmup, name="1/3 vision",
+        )  # fmt: skip
+        return fit(
+            trained["params"], loss, caption_batches(maker(2)),
+            steps=config.captions.steps, lr=config.captions.lr, warmup=config.warmup, name="2/3 captions",
+        )  # fmt: skip
+
+    loss = functools.partial(text_loss, model=model)
     return fit(
-        params, loss, response_batches(maker(3)),
+        _kept(first_stages, config), loss, response_batches(maker(3)),
         steps=config.responses.steps, lr=config.responses.lr, warmup=config.warmup, name="3/3 responses",
     )  # fmt: skip
+
+
+def _kept(make_params: Callable[[], Any], config: ml_collections.ConfigDict) -> Any:
+    """The params after two stages: those in `config.captions_file` if that is there; else made, and kept in it."""
+    if not config.captions_file:
+        return make_params()
+    path = pathlib.Path(config.captions_file)
+    later = ("leak", "responses", "output", "file", "captions_file", "card_items", "card_seed", "run")
+    settings = json.loads(config.to_json_best_effort())
+    made_by = json.dumps({k: v for k, v in settings.items() if k not in later}, sort_keys=True)
+    if path.exists():
+        with np.load(path) as stored:
+            arrays = dict(stored)
+        if (others := str(arrays.pop("made_by"))) != made_by:
+            raise InputError(f"{path} was made with {others}, not {made_by}; give another config.captions_file")
+        return jax.tree.map(jnp.asarray, flatten.unflatten_dict(arrays, sep="/"))
+    params = make_params()
+    content = io.BytesIO()
+    np.savez(content, made_by=made_by, **flatten.flatten_dict(jax.device_get(params), sep="/"))
+    write_whole(path, content.getvalue())
+    return params
 
 
 # The whole of it ----------------------------------------------------------------------------------
@@ -304,6 +332,7 @@ def train(config: ml_collections.ConfigDict, processor: Processor, model: Vision
 
 def make(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Trains, writes `config.output` and returns what its card states."""
+    use_compilation_cache(config.run.compilation_cache)
     folder = pathlib.Path(config.output)
     prompt_texts = [text for p in config.prompts.values() for text in (p.user, p.assistant_prefill)]
     assets.write_assets(folder, world=config.world, templates=prompt_texts)

@@ -2,21 +2,25 @@
 
     python -m vigos_jax.miniature.study --config configs/miniature/study.py --workdir runs/miniature
 
-Every job is a command line that a person could type: bases first, then training, then PALR. What is finished is not
-done again. At the end stand results.json, report.md and three figures.
+Every job is a command line that a person could type: a base, then training and PALR on it, then the next base. What is
+finished is not done again. results.json, report.md and the figures are written anew whenever a base is done with.
 """
 
+import dataclasses
 import json
 import pathlib
 import signal
+import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from vigos_jax.demo.world import WORLDS
 from vigos_jax.errors import InputError
 from vigos_jax.main import find_config
 from vigos_jax.miniature import plots, tables
@@ -29,94 +33,170 @@ USAGE = """\
 usage: python -m vigos_jax.miniature.study [--config configs/miniature/study.py] [--workdir DIR]
            [--config.FIELD=VALUE ...]
 
-Makes the bases, trains and measures whatever is not finished in --workdir (default runs/miniature), then writes
-results.json, report.md, methods.svg, palr.svg and leak.svg there. Exit codes: 0 done, 2 a job failed or bad input,
+Makes the bases, trains and measures whatever is not finished in --workdir (default runs/miniature), and writes
+results.json, report.md and figures there whenever a base is done with. Exit codes: 0 done, 2 a job failed or bad input,
 130 stopped; the same command resumes. What is finished is known by its command line: after a change of a config file or
 of the code, take another --workdir.
 """
+Record = dict[str, Any]
 
 
-def phases(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[list[Job], list[Job], list[Job]]:
-    """(bases, runs, PALR): the jobs of each may run together, and need those before."""
-    bases, runs, palr = [], [], []
-    for leak, seed, method in cells(config):
-        if method is None:
-            folder = base_folder(workdir, leak, seed)
-            options = (f"--config.seed={seed}", f"--config.leak={leak}", f"--config.output={folder}")
-            command = ("vigos_jax.miniature.make_base", "--config", str(find_config(config.base)), *options)
-            bases.append(Job(folder.name, command, folder / "README.md"))
-            continue
-        folder = run_folder(workdir, leak, seed, method)
-        command = (
-            *("vigos_jax.main", "--config", config.methods[method], "--workdir", str(folder)),
-            *(f"--config.model.path={base_folder(workdir, leak, seed)}", f"--config.seed={seed}"),
-            *(f"--config.demo_eval.seed={seed}", f"--config.demo_eval.questions={config.questions}"),
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """A base and the methods that are run on it."""
+
+    world: str
+    leak: float
+    seed: int
+    methods: tuple[str, ...]
+
+    @property
+    def key(self) -> Record:
+        """What its records have in common."""
+        return {"world": self.world, "leak_strength": self.leak, "seed": self.seed}
+
+    def folder(self, workdir: pathlib.Path, method: str = "base") -> pathlib.Path:
+        """Where its base or a run lies."""
+        return workdir / f"{method}-{self.world}-{self.leak}-{self.seed}"
+
+    def captions_file(self, workdir: pathlib.Path) -> pathlib.Path:
+        """What its base shares with those of other leak strengths: its params before the responses are trained."""
+        return workdir / f"captions-{self.world}-{self.seed}.npz"
+
+
+def units(config: ml_collections.ConfigDict) -> list[Unit]:
+    """The whole study, in the order in which it is done: the strongest leak first."""
+    groups = sorted(config.groups.values(), key=lambda group: -group.leak)
+    return [Unit(w, g.leak, seed, tuple(g.methods)) for g in groups for seed in g.seeds for w in config.worlds]
+
+
+def jobs_of(unit: Unit, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[Job]:
+    """Its base, then each method's training and, where there are descriptions, PALR."""
+    base = unit.folder(workdir)
+    seed, captions = f"--config.seed={unit.seed}", unit.captions_file(workdir)
+    options = (seed, f"--config.leak={unit.leak}", f"--config.output={base}", f"--config.captions_file={captions}")
+    command = ("vigos_jax.miniature.make_base", "--config", str(find_config(config.worlds[unit.world])), *options)
+    jobs = [Job(base.name, command, base / "README.md")]
+    for method in unit.methods:
+        folder = unit.folder(workdir, method)
+        common = (
+            *("vigos_jax.main", *config.methods[method], f"--config.data.source={unit.world}"),
+            *("--workdir", str(folder), f"--config.model.path={base}", seed),
+        )
+        training = (
+            *(f"--config.demo_eval.seed={unit.seed}", f"--config.demo_eval.questions={config.questions}"),
             *("--config.report.rows=0", "--config.export.after_training=False"),
         )
-        runs.append(Job(folder.name, command, folder / "results.json"))
+        jobs.append(Job(folder.name, (*common, *training), folder / "results.json", needs=(base.name,)))
         if method not in config.free_form:
-            options = (f"--config.diagnose.rows={config.palr_rows}", f"--config.diagnose.seed={seed}")
-            command = (*command[:5], "--mode", "diagnose", *options)
-            palr.append(Job(f"{folder.name}-palr", command, folder / "diagnose" / "summary.json"))
-    return bases, runs, palr
+            palr = (f"--config.diagnose.rows={config.palr_rows}", f"--config.diagnose.seed={unit.seed}")
+            done = folder / "diagnose" / "summary.json"
+            # It has nothing to measure where a method has lost the format altogether.
+            options = {"needs": (folder.name,), "may_fail": True}
+            jobs.append(Job(f"{folder.name}-palr", (*common, "--mode", "diagnose", *palr), done, **options))
+    return jobs
 
 
-def cells(config: ml_collections.ConfigDict) -> list[tuple[float, int, str | None]]:
-    """(leak, seed, method) of everything in the study; method None is the base."""
-    groups = config.groups.values()
-    return [(g.leak, seed, method) for g in groups for seed in g.seeds for method in (None, *g.methods)]
+def all_jobs(work: Sequence[Unit], config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[Job]:
+    """The jobs of `work`. Bases that share two stages wait for the first of them."""
+    out: list[Job] = []
+    first: dict[pathlib.Path, str] = {}
+    for unit in work:
+        base, *others = jobs_of(unit, config, workdir)
+        if (shared := unit.captions_file(workdir)) in first:
+            base = dataclasses.replace(base, needs=(first[shared],))
+        first.setdefault(shared, base.name)
+        out += [base, *others]
+    return out
 
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises InputError for a config that is not a study's, or has something twice or a method that is not there."""
-    wanted = {"base", "methods", "free_form", "groups", "questions", "palr_rows", "workers"}
+    wanted = {"worlds", "methods", "free_form", "groups", "questions", "palr_rows", "workers", "known"}
     if missing := sorted(wanted - set(config)):
         raise InputError(f"this config is not a study: it lacks {', '.join(missing)}; see configs/miniature/study.py")
     for field, least in (("questions", 1), ("palr_rows", 2), ("workers", 1)):
         if type(config[field]) is not int or config[field] < least:
             raise InputError(f"config.{field}={config[field]!r}: must be a whole number of at least {least}")
-    if unknown := set(config.free_form) - set(config.methods):
-        raise InputError(f"config.free_form: {sorted(unknown)[0]!r} is unknown; choices: {', '.join(config.methods)}")
-    for name, group in config.groups.items():
-        if unknown := set(group.methods) - set(config.methods):
-            raise InputError(
-                f"config.groups.{name}.methods: {sorted(unknown)[0]!r} is unknown; choices: {', '.join(config.methods)}"
-            )
-    for cell, times in Counter(cells(config)).items():
+    methods = {"free_form": config.free_form} | {f"groups.{n}.methods": g.methods for n, g in config.groups.items()}
+    asked = [("worlds", tuple(config.worlds), tuple(WORLDS))]
+    asked += [(field, names, tuple(config.methods)) for field, names in methods.items()]
+    for field, names, choices in asked:
+        if unknown := sorted(set(names) - set(choices)):
+            raise InputError(f"config.{field}: {unknown[0]!r} is unknown; choices: {', '.join(choices)}")
+    cells = Counter((*u.key.values(), method) for u in units(config) for method in ("its base", *u.methods))
+    for (world, leak, seed, method), times in cells.items():
         if times > 1:
-            raise InputError(
-                f"leak {cell[0]}, seed {cell[1]}, {cell[2] or 'its base'} is there {times} times; it must be there once"
-            )
+            raise InputError(f"{world}, leak {leak}, seed {seed}, {method} is there {times} times; it must be once")
 
 
-def base_folder(workdir: pathlib.Path, leak: float, seed: int) -> pathlib.Path:
-    """Where the base of a leak strength and seed lies."""
-    return workdir / f"base-{leak}-{seed}"
+def read_known(config: ml_collections.ConfigDict) -> list[Record]:
+    """The records of `config.known`; none without one.
 
-
-def run_folder(workdir: pathlib.Path, leak: float, seed: int, method: str) -> pathlib.Path:
-    """The workdir of one training run."""
-    return workdir / f"{method}-{leak}-{seed}"
-
-
-def collect(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """What was measured, a record per base or run: leak, seed, method, rates in 0..1; None where there is no such rate.
-
-    The base is there as `base`, with ViGOS's prompt, and as `base_free_form` with that of the methods in free form.
+    Raises:
+      InputError: they were measured with other settings.
     """
-    out: list[dict[str, Any]] = []
-    for leak, seed, method in cells(config):
-        if method is None:
-            continue
-        folder, free_form = run_folder(workdir, leak, seed, method), method in config.free_form
+    if not config.known:
+        return []
+    stored = read_object(pathlib.Path(config.known).expanduser(), owner="config.known")
+    before, now = (_comparable(s) for s in (stored.get("settings", {}), settings(config)))
+    if before != now:
+        differ = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+        raise InputError(
+            f"config.known={config.known} was measured with other {', '.join(differ)}; it must be the same study"
+        )
+    return stored["records"]
+
+
+def settings(config: ml_collections.ConfigDict) -> Record:
+    """The config as results.json has it."""
+    return json.loads(config.to_json_best_effort())
+
+
+def _comparable(stored: Record) -> Record:
+    return {k: v for k, v in stored.items() if k not in ("groups", "workers", "known")}
+
+
+def collect(unit: Unit, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[Record]:
+    """What was measured of a unit that is done, a record per base or run: its key, method, revision and rates in 0..1.
+
+    A rate is None where there is no such. The base is there as `base`, with ViGOS's prompt, and as `base_free_form`
+    with that of the methods in free form.
+    """
+    key = {**unit.key, "revision": _revision()}
+    learned = read_object(unit.folder(workdir) / "measured.json", owner="the study")["teachers_given_a_wrong_reference"]
+    out: list[Record] = []
+    for method in unit.methods:
+        folder, free_form = unit.folder(workdir, method), method in config.free_form
         measured = read_object(folder / "results.json", owner="the study")
-        key = {"leak_strength": leak, "seed": seed}
-        base = key | {"method": "base_free_form" if free_form else "base"}
+        base = {**key, "method": "base_free_form" if free_form else "base"}
         if not any(base.items() <= r.items() for r in out):  # every run has measured it, on the same questions
-            out.append(base | tables.rates(measured["base"], None, free_form=free_form))
-        palr = None if free_form else read_object(folder / "diagnose" / "summary.json", owner="the study")
-        out.append(key | {"method": method} | tables.rates(measured["trained"], palr, free_form=free_form))
+            rates = tables.rates(measured["base"], None, free_form=free_form)
+            out.append({**base, **rates, "follows_reference": learned["reference"]["description_follows_reference"]})
+        palr, summary = None, folder / "diagnose" / "summary.json"
+        if summary.exists():
+            palr = read_object(summary, owner="the study")
+        out.append({**key, "method": method, **tables.rates(measured["trained"], palr, free_form=free_form)})
     return out
+
+
+def _revision() -> str:
+    """The commit of this package's code; "" where it lies in no repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+def write(records: Sequence[Record], config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
+    """Writes results.json, report.md and the figures; returns the report."""
+    write_json(workdir / "results.json", {"settings": settings(config), "records": list(records)})
+    text = tables.report(records)
+    (workdir / "report.md").write_text(text + "\n", encoding="utf-8")
+    plots.draw(records, workdir)
+    return text
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
@@ -127,20 +207,30 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
     """
     check(config)
     plots.check()
+    records = read_known(config)
+    there = {(r["world"], r["leak_strength"], r["seed"], r["method"]) for r in records}
+    work = [u for u in units(config) if not {(*u.key.values(), m) for m in u.methods} <= there]
+    records = [r for r in records if not any(u.key.items() <= r.items() for u in work)]  # measured anew as a whole
     with Jobs(workdir / "jobs", workers=config.workers) as jobs:
-        all_phases = phases(config, workdir)
-        for phase in all_phases:
-            for job in phase:
-                jobs.is_done(job)  # fails now, not in hours, where another study's results lie
-        for title, phase in zip(("bases", "runs", "PALR"), all_phases, strict=True):
-            say(f"{title}: {len(phase)}")
-            jobs.run(phase)
-    records = collect(config, workdir)
-    write_json(workdir / "results.json", {"settings": json.loads(config.to_json_best_effort()), "records": records})
-    text = tables.report(records)
-    (workdir / "report.md").write_text(text + "\n", encoding="utf-8")
-    plots.draw(records, workdir)
-    return text
+        todo = all_jobs(work, config, workdir)
+        for job in todo:
+            jobs.is_done(job)  # fails now, not in hours, where another study's results lie
+        of_unit = {unit: {job.name for job in jobs_of(unit, config, workdir)} for unit in work}
+        ended = {job.name for job in todo if jobs.is_done(job)}
+
+        def take_stock(job: Job | None = None) -> None:
+            if job:
+                ended.add(job.name)
+            complete = [unit for unit, names in of_unit.items() if names <= ended]
+            if job is None or any(job.name in of_unit[unit] for unit in complete):
+                found = [r for unit in complete for r in collect(unit, config, workdir)]
+                if records or found:
+                    write([*records, *found], config, workdir)
+
+        say(f"{len(todo)} jobs for {len(work)} bases")
+        take_stock()
+        jobs.run(todo, on_end=take_stock)
+    return write([*records, *(r for unit in work for r in collect(unit, config, workdir))], config, workdir)
 
 
 def main(argv: list[str]) -> int:
