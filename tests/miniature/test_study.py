@@ -49,8 +49,9 @@ def test_of_equal_numbers_the_interval_is_a_point():
     assert tables.estimate([0.25, 0.25, 0.25]).p == 0 and tables.estimate([0.0, 0.0, 0.0]).p == 1
 
 
-def record(method: str, seed: int, *, strength: float = 0.7, **rates) -> dict:
-    return {"leak_strength": strength, "seed": seed, "method": method, **dict.fromkeys(tables.METRICS), **rates}
+def record(method: str, seed: int, *, world: str = "demo", strength: float = 0.7, **rates) -> dict:
+    key = {"world": world, "leak_strength": strength, "seed": seed}
+    return {**key, "method": method, **dict.fromkeys(tables.METRICS), **rates}
 
 
 def made_up(rng, **shifts: float) -> list[dict]:
@@ -84,6 +85,15 @@ def test_only_seeds_that_both_have_count():
 
 def verdict(records: list[dict], text: str) -> str:
     return next(c.verdict for c in tables.claims(records) if text in c.text)
+
+
+def test_of_few_seeds_or_none_there_is_no_verdict():
+    two = [r for r in made_up(np.random.default_rng(2), vigos=0.1, base=0.0) if r["seed"] < 2]
+    assert verdict(two, "raises its base's Score") == "too few seeds"
+    assert verdict(two, "higher Score than free-form OPSD") == "not measured"
+    table = tables.claims_table(tables.claims(two))
+    assert "| paper | **too few seeds** | Score: ViGOS − base | +0.1" in table and "(> 0) | 2 |" in table
+    assert "| **not measured** | Score: ViGOS − OPSD, free form | – (> 0) | 0 |" in table
 
 
 @pytest.mark.parametrize("shift, expected", [(0.1, "shown"), (0.001, "undecided"), (-0.1, "contradicted")])
@@ -121,14 +131,18 @@ def test_verdict_on_the_gap(faithful_gap, spread, closed, shrinks):
     assert verdict(records, "lead over OPSD is smaller") == shrinks
 
 
-def test_every_claim_shows_in_a_world_as_the_paper_has_it_and_in_its_mirror_none():
+def test_every_claim_shows_in_a_world_as_expected_and_in_its_mirror_none():
     """Levels of each method, in every rate at once; leak and PALR are better if lower."""
     better = {"base": 0, "vigos": 4, "opsd": -1, "base_free_form": -2, "opsd_same_prompt": 1}
-    better |= {"no_perception": 2, "no_reasoning": 2, "no_reference": 2, "reference_forward_kl": 3}
+    better |= dict.fromkeys(("no_perception", "no_reasoning", "no_reference"), 2)
+    better |= {"reference_forward_kl": 3, "clipped": 3, "paper_rate": 1, "paper_rate_clipped": 1}
+    better |= {"shuffled_perception": 2, "shuffled_reasoning": 2, "image_dependence": 5}
+    assert set(better) == set(tables.METHODS)
     for mirror in (1, -1):
+        levels = better if mirror > 0 else better | {"paper_rate_clipped": 3, "paper_rate": 1}
         records = []
         for seed in range(5):
-            for method, level in better.items():
+            for method, level in levels.items():
                 sign = {m: -1 if m == "leak" or m.startswith("palr") else 1 for m in tables.METRICS}
                 rates = {m: 0.5 + mirror * s * 0.1 * level + 0.001 * seed for m, s in sign.items()}
                 records.append(record(method, seed, **rates))
@@ -136,7 +150,38 @@ def test_every_claim_shows_in_a_world_as_the_paper_has_it_and_in_its_mirror_none
                 gap = 0.4 if method == "vigos" and mirror < 0 else 0.0  # it must close, and opens
                 records.append(record(method, seed, strength=0.0, score=0.5 + gap + 0.001 * seed))
         found = {c.text: c.verdict for c in tables.claims(records)}
-        assert len(found) == 17 and set(found.values()) == {"shown" if mirror > 0 else "contradicted"}, found
+        assert len(found) == 26 and set(found.values()) == {"shown" if mirror > 0 else "contradicted"}, found
+
+
+def test_the_claim_about_both_worlds():
+    records = []
+    for seed in range(4):
+        for world, with_role in (("demo", 0.5), ("demo_reasoning", 0.8 + 0.01 * seed)):
+            scores = {"vigos": with_role, "no_reasoning": 0.5}
+            records += [record(m, seed, world=world, score=score) for m, score in scores.items()]
+    assert [c.verdict for c in tables.claims_across(records)] == ["shown"]
+    mirrored = [r | {"world": {"demo": "demo_reasoning"}.get(r["world"], "demo")} for r in records]
+    assert [c.verdict for c in tables.claims_across(mirrored)] == ["contradicted"]
+    assert [c.verdict for c in tables.claims_across([r for r in records if r["world"] == "demo"])] == ["not measured"]
+
+
+def test_a_report_keeps_worlds_apart():
+    records = [record("vigos", s, score=0.5) for s in range(3)]
+    records += [record("vigos", s, world="mine", score=0.9) for s in range(3)]
+    first, second = tables.report(records).split("## mine: methods")
+    assert "| **ViGOS** | 0.500 ± 0.000" in first and "| **ViGOS** | 0.900 ± 0.000" not in first
+    assert "| **ViGOS** | 0.900 ± 0.000" in second
+
+
+def test_what_bases_learned_of_the_leak():
+    records = [
+        record("base", s, strength=leak, leak=leak / 2) | {"follows_reference": leak / 4}
+        for leak in (0.0, 0.7)
+        for s in range(3)
+    ]
+    rows = tables.learned_table(records).splitlines()[2:]
+    zero, leaky = "| 0 | 3 | 0.000 ± 0.000 | 0.000 ± 0.000 |", "| 0.7 | 3 | 0.175 ± 0.000 | 0.350 ± 0.000 |"
+    assert rows == [zero, leaky]
 
 
 def test_tables_hold_every_method_once_and_leave_gaps():
@@ -152,30 +197,62 @@ def test_tables_hold_every_method_once_and_leave_gaps():
 
 
 def test_every_run_is_a_valid_command_line(tmp_path):
-    bases, runs, palr = study.phases(shipped.get_config(), tmp_path)
-    assert (len(bases), len(runs), len(palr)) == (10, 5 * 7 + 5 * 2, 5 * 6 + 5 * 2)
-    assert len({job.name for job in (*bases, *runs, *palr)}) == len(bases) + len(runs) + len(palr)
-    of_base = {str(job.done.parent) for job in bases}
-    for job in (*runs, *palr):
+    config = shipped.get_config()
+    jobs = study.all_jobs(study.units(config), config, tmp_path)
+    assert len({job.name for job in jobs}) == len(jobs) == 2 * (11 + 5 * 13 + 5 * 12 + 12 + 12)
+    bases = {str(job.done.parent) for job in jobs if job.arguments[0].endswith("make_base")}
+    for job in jobs:
+        if str(job.done.parent) in bases:
+            continue
         config, mode, workdir = command_line._parse(list(job.arguments))
         validate(config)
-        assert workdir in (job.done.parent, job.done.parent.parent) and (mode == "diagnose") == (job in palr)
+        assert workdir in (job.done.parent, job.done.parent.parent) and (mode == "diagnose") == job.may_fail
+        assert config.model.path in bases and config.model.path.endswith(f"-{config.seed}")
+        assert f"base-{config.data.source}-" in config.model.path
         if mode == "train":
-            assert config.model.path in of_base and config.model.path.endswith(f"-{config.seed}")
             assert config.demo_eval.seed == config.seed and config.demo_eval.questions == 500
 
 
+def test_methods_are_what_their_names_say():
+    def of(method: str):
+        return command_line._parse(["vigos_jax.main", *shipped.METHODS[method], "--workdir=x"])[0]
+
+    assert of("clipped").roles.reasoning.clip == of("paper_rate_clipped").roles.reference.clip == 0.05
+    assert of("paper_rate").roles.perception.clip == 0
+    assert of("paper_rate").optimizer.learning_rate == of("paper_rate_clipped").optimizer.learning_rate == 9.3e-5
+    assert (
+        of("shuffled_perception").roles.perception.image == of("shuffled_reasoning").roles.reasoning.image == "shuffled"
+    )
+    assert of("shuffled_reasoning").roles.perception.image == "original"
+    assert of("image_dependence").roles.perception.token_weights == "image_dependence"
+    assert set(shipped.METHODS) | {"base", "base_free_form"} == set(tables.METHODS)
+
+
+def test_jobs_need_what_stands_before_them(tmp_path):
+    config = shipped.get_config()
+    jobs, before = study.all_jobs(study.units(config), config, tmp_path), set()
+    for job in jobs:
+        assert before.issuperset(job.needs)
+        before.add(job.name)
+    needs = {job.name: job.needs for job in jobs}
+    assert needs["base-demo-0.0-302"] == needs["base-demo-0.35-302"] == ("base-demo-0.7-302",)  # share two stages
+    assert needs["vigos-demo-0.0-302"] == ("base-demo-0.0-302",)
+    assert needs["vigos-demo-0.0-302-palr"] == ("vigos-demo-0.0-302",)
+
+
 def test_nothing_was_developed_on_these_seeds():
-    seeds = {seed for _, seed, _ in study.cells(shipped.get_config())}
-    assert not seeds & {0, 1, 2, 7, 42}  # of the shipped base, its card, first light and evaluations
+    seeds = {unit.seed for unit in study.units(shipped.get_config())}
+    seen = {*range(101, 106), 201}  # of earlier studies
+    assert not seeds & {0, 1, 2, 7, 42, *seen}  # of the shipped bases, their cards, first light and evaluations
 
 
 @pytest.mark.parametrize(
     "change, said",
     [
-        (lambda c: c.groups.half.update({"leak": 0.0}), "leak 0.0, seed 101, its base is there 2 times"),
+        (lambda c: c.groups.half.update({"leak": 0.0}), "demo, leak 0.0, seed 301, its base is there 2 times"),
         (lambda c: c.groups.leaky.update({"seeds": (7, 7)}), "seed 7, its base is there 2 times"),
-        (lambda c: c.groups.leaky.update({"methods": ("vigo",)}), "'vigo' is unknown; choices: "),
+        (lambda c: c.groups.leaky.update({"methods": ("vigo",)}), "groups.leaky.methods: 'vigo' is unknown; choices: "),
+        (lambda c: c.worlds.update({"mine": "x.py"}), "config.worlds: 'mine' is unknown; choices: demo, "),
         (lambda c: c.update({"workers": 0}), "config.workers=0"),
         (lambda c: c.update({"palr_rows": 1}), "config.palr_rows=1: must be a whole number of at least 2"),
         (lambda c: c.update({"free_form": ("opds",)}), "config.free_form: 'opds' is unknown"),
@@ -191,7 +268,7 @@ def test_a_config_that_asks_for_the_impossible(change, said):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--config=configs/base.py"], "this config is not a study: it lacks base"),
+        (["--config=configs/base.py"], "this config is not a study: it lacks free_form"),
         (["--config=configs/nothing.py"], "nothing.py"),
         (["--config.question=3"], "Did you mean"),
         (["more"], "unexpected argument 'more'"),
@@ -223,9 +300,29 @@ def wait_for(path: pathlib.Path) -> None:
         time.sleep(0.05)
 
 
-def run_jobs(jobs: list[Job], folder: pathlib.Path, *, workers: int = 2) -> None:
+def run_jobs(jobs: list[Job], folder: pathlib.Path, *, workers: int = 2, **options) -> None:
     with Jobs(folder / "jobs", workers=workers) as runner:
-        runner.run(jobs)
+        runner.run(jobs, **options)
+
+
+def test_a_job_waits_for_those_it_needs(tmp_path):
+    """The second worker has nothing to do but what stands last, while the first packs what the others unpack."""
+    first = zip_job(tmp_path)
+    listed = tmp_path / "unpacked" / "text"
+    unpack = Job("b", ("zipfile", "-e", str(first.done), str(listed.parent)), listed, needs=("a",))
+    ended = []
+    run_jobs([first, unpack, zip_job(tmp_path, name="c")], tmp_path, on_end=lambda job: ended.append(job.name))
+    assert sorted(ended) == ["a", "b", "c"] and ended.index("a") < ended.index("b")
+    listed.unlink()
+    run_jobs([first, unpack], tmp_path)  # what it needs was done before
+    assert listed.exists()
+
+
+def test_a_job_that_may_fail_ends_nothing(tmp_path, capsys):
+    failing = Job("b", ("zipfile", "-e", str(tmp_path / "none.zip"), str(tmp_path)), tmp_path / "b.zip", may_fail=True)
+    run_jobs([failing, zip_job(tmp_path)], tmp_path, workers=1)
+    assert (tmp_path / "a.zip").exists()
+    assert "b  exit code 1; what it said is in " in capsys.readouterr().err
 
 
 def test_what_is_finished_is_not_done_again(tmp_path):
@@ -323,26 +420,83 @@ def summary(palr: float, tokens: int) -> dict:
     return {group: {"palr": palr, "tokens": tokens} for group in ("T_d", "T_ra", "T_y")}
 
 
-def test_results_are_collected_from_the_runs(tmp_path):
-    config = shipped.get_config()
-    config.groups = {"few": shipped.group(0.7, seeds=(5,), methods=("opsd", "opsd_same_prompt", "vigos"))}
-    for i, method in enumerate(config.groups.few.methods):
-        folder = study.run_folder(tmp_path, 0.7, 5, method)
+def finish(unit: study.Unit, workdir: pathlib.Path) -> None:
+    """Writes what the jobs of a unit would."""
+    base = unit.folder(workdir)
+    base.mkdir(parents=True)
+    learned = {"reference": {"description_follows_reference": 0.4}}
+    (base / "measured.json").write_text(json.dumps({"teachers_given_a_wrong_reference": learned}))
+    (base / "README.md").write_text("")
+    for i, method in enumerate(unit.methods):
+        folder = unit.folder(workdir, method)
         (folder / "diagnose").mkdir(parents=True)
-        rates = {"score": 0.1 * i, "prior": 0.5, "valid": 0.9, "leak": 0.3}
+        rates = {
+            "score": 0.1 * i,
+            "prior": 0.5,
+            "valid": 0.9,
+            "leak": 0.3,
+            "description_accuracy": 0.7,
+            "reasoning": 0.8,
+        }
         results = {"base": rates, "trained": rates | {"prior": 0.6}}
         (folder / "results.json").write_text(json.dumps(results))
         (folder / "diagnose" / "summary.json").write_text(json.dumps(summary(0.25, 10)))
-    found = {r["method"]: r for r in study.collect(config, tmp_path)}
+
+
+def test_results_are_collected_from_the_runs(tmp_path):
+    unit = study.Unit("demo", 0.7, 5, ("opsd", "opsd_same_prompt", "vigos"))
+    finish(unit, tmp_path)
+    found = {r["method"]: r for r in study.collect(unit, shipped.get_config(), tmp_path)}
     assert list(found) == ["base_free_form", "opsd", "base", "opsd_same_prompt", "vigos"]
     assert found["base"]["score"] == 0.1 and found["base"]["palr_ra"] is None and found["base"]["prior"] == 0.5
-    assert found["opsd"] == record("opsd", 5, score=0.0, prior=0.6)
-    wanted = {"score": 0.2, "prior": 0.6, "valid": 0.9, "leak": 0.3, "palr_d": 0.25, "palr_ra": 0.25, "palr_y": 0.25}
-    assert found["vigos"] == record("vigos", 5, **wanted)
+    assert found["base"]["follows_reference"] == 0.4
+    revision = {"revision": found["base"]["revision"]}
+    assert len(revision["revision"].removesuffix("-dirty")) == 12 or not (ROOT / ".git").exists()
+    assert found["opsd"] == record("opsd", 5, score=0.0, prior=0.6) | revision
+    wanted = {"score": 0.2, "prior": 0.6, "valid": 0.9, "described": 0.7, "leak": 0.3, "reasoned": 0.8}
+    wanted |= {"palr_d": 0.25, "palr_ra": 0.25, "palr_y": 0.25}
+    assert found["vigos"] == record("vigos", 5, **wanted) | revision
+
+
+def test_a_study_goes_on_from_known_results(tmp_path, monkeypatch):
+    """Seed 5 is known, seed 6 is there but for its last job: only that is run, and both stand in the tables."""
+    config = shipped.get_config()
+    config.worlds = {"demo": "configs/miniature/base.py"}
+    config.groups = {"few": shipped.group(0.7, seeds=(5,), methods=("opsd_same_prompt", "vigos"))}
+    (first,) = study.units(config)
+    finish(first, tmp_path / "one")
+    study.write(study.collect(first, config, tmp_path / "one"), config, tmp_path / "one")
+    config.groups.few.seeds, config.known = (5, 6), str(tmp_path / "one" / "results.json")
+    second, workdir = study.units(config)[1], tmp_path / "two"
+    finish(second, workdir)
+    (workdir / "jobs").mkdir()
+    *done, last = study.all_jobs([second], config, workdir)
+    for job in done:
+        (workdir / "jobs" / f"{job.name}.json").write_text(json.dumps({"arguments": job.arguments}))
+    ran = []
+
+    def run(self, job: Job) -> str:
+        ran.append(job.name)
+        stored = json.loads((workdir / "results.json").read_text())["records"]
+        assert {r["seed"] for r in stored} == {5}  # what was known is there from the start
+        return "1 s"
+
+    monkeypatch.setattr(Jobs, "_run", run)
+    study.run(config, workdir)
+    assert ran == [last.name]
+    stored = json.loads((workdir / "results.json").read_text())
+    assert [(r["seed"], r["method"]) for r in stored["records"]] == [
+        (seed, method) for seed in (5, 6) for method in ("base", "opsd_same_prompt", "vigos")
+    ]
+    config.questions = 9
+    with pytest.raises(
+        InputError, match="config.known=.* was measured with other questions; it must be the same study"
+    ):
+        study.run(config, workdir)
 
 
 def test_what_was_not_measured_is_no_zero():
-    measured = {"score": 0.5, "prior": 0.5, "valid": 0.0, "leak": 0.0}
+    measured = {"score": 0.5, "prior": 0.5, "valid": 0.0, "leak": None, "description_accuracy": None, "reasoning": None}
     got = tables.rates(measured, summary(0.0, 0), free_form=False)
     assert got["valid"] == 0 and got["leak"] is None and got["palr_ra"] is None
 
@@ -381,10 +535,10 @@ def test_figures_are_the_same_bytes_for_the_same_numbers(tmp_path):
         (tmp_path / name).mkdir()
         plots.draw(records, tmp_path / name)
     files = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert files == ["leak.svg", "methods.svg", "palr.svg"]
+    assert files == ["demo_leak.svg", "demo_methods.svg", "demo_palr.svg"]
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    assert (tmp_path / "a" / "methods.svg").read_text().count("OPSD, same prompt") == 3
+    assert (tmp_path / "a" / "demo_methods.svg").read_text().count("OPSD, same prompt") == 4
 
 
 # The whole of it ----------------------------------------------------------------------------------
@@ -404,9 +558,9 @@ from configs.miniature import study
 
 def get_config():
     config = study.get_config()
-    config.base = "{folder}/tiny_base.py"
-    config.methods.quick = "{folder}/quick.py"
-    config.methods.quick_opsd = "{folder}/quick_opsd.py"
+    config.worlds = {{"demo": "{folder}/tiny_base.py"}}
+    config.methods.quick = ("--config={folder}/quick.py",)
+    config.methods.quick_opsd = ("--config={folder}/quick_opsd.py",)
     config.free_form = ("quick", "quick_opsd")  # three steps of training make no valid rollout
     for name in ("half", "faithful"):
         del config.groups[name]

@@ -1,10 +1,10 @@
-"""The study's three figures, as SVG: rates by method, PALR by group of tokens, and ViGOS's lead against the leak."""
+"""A world's three figures, as SVG: rates by method, PALR by group of tokens, and ViGOS's lead against the leak."""
 
 import pathlib
 from typing import Any
 
 from vigos_jax.errors import InputError
-from vigos_jax.miniature.tables import LEAKY, Records, by_seed, difference, estimate, titles
+from vigos_jax.miniature.tables import LEAKY, Records, by_seed, difference, estimate, titles, worlds
 
 COLORS = {"base": "#8a8f98", "opsd_same_prompt": "#c8553d", "opsd": "#e09f5a", "vigos": "#2a6fbb"}
 OTHER = "#7c9cc2"  # ablations
@@ -19,17 +19,17 @@ def check() -> None:
 
 
 def draw(records: Records, folder: pathlib.Path) -> None:
-    """Writes methods.svg, palr.svg and leak.svg."""
-    _save(_methods(records), folder / "methods.svg")
-    _save(_palr(records), folder / "palr.svg")
-    _save(_leak(records), folder / "leak.svg")
+    """Writes WORLD_methods.svg, WORLD_palr.svg and WORLD_leak.svg for each world."""
+    for world, found in worlds(records).items():
+        for name, figure in (("methods", _methods), ("palr", _palr), ("leak", _leak)):
+            _save(figure(found), folder / f"{world}_{name}.svg")
 
 
-def _figure(width: float, height: float, columns: int) -> tuple[Any, Any]:
+def _figure(width: float, height: float, *, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure((width, height), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#e4e7eb", linewidth=0.8)
@@ -46,13 +46,14 @@ def _save(figure: Any, path: pathlib.Path) -> None:
 
 
 def _methods(records: Records) -> Any:
-    """Every method's Score, Prior and leak, a point per seed; the line is the mean."""
-    figure, axes = _figure(11, 4.2, 3)
+    """Every method's rates, a point per seed; the line is the mean."""
+    figure, axes = _figure(12, 8.4, rows=2, columns=2)
     names = {m: title.strip("*") for m, title in titles(records).items()}
     panels = {
         "score": "Score: right although it contradicts the prior",
         "prior": "Prior: right, and as expected",
         "leak": "leak: descriptions that state the prior",
+        "reasoned": "reasoned: right, where what was asked is described right",
     }
     for axis, (metric, title) in zip(axes, panels.items(), strict=True):
         found = [(m, by_seed(records, LEAKY, m, metric)) for m in names]
@@ -70,7 +71,7 @@ def _methods(records: Records) -> Any:
 
 def _palr(records: Records) -> Any:
     """PALR of OPSD and ViGOS by group of tokens: bars are means, points are seeds."""
-    figure, (axis,) = _figure(6, 3.4, 1)
+    figure, (axis,) = _figure(6, 3.4)
     groups = {"palr_d": "description", "palr_ra": "reasoning and answer", "palr_y": "all tokens"}
     for i, method in enumerate(("opsd_same_prompt", "vigos")):
         for x, metric in enumerate(groups):
@@ -91,7 +92,7 @@ def _palr(records: Records) -> Any:
 
 def _leak(records: Records) -> Any:
     """Score of ViGOS minus that of OPSD, against the leak that was planted in the base."""
-    figure, (axis,) = _figure(6, 3.4, 1)
+    figure, (axis,) = _figure(6, 3.4)
     strengths = sorted({r["leak_strength"] for r in records})
     means = []
     for leak in strengths:

@@ -174,7 +174,7 @@ def collect(unit: Unit, config: ml_collections.ConfigDict, workdir: pathlib.Path
             rates = tables.rates(measured["base"], None, free_form=free_form)
             out.append({**base, **rates, "follows_reference": learned["reference"]["description_follows_reference"]})
         palr, summary = None, folder / "diagnose" / "summary.json"
-        if summary.exists():
+        if summary.exists() and not free_form:
             palr = read_object(summary, owner="the study")
         out.append({**key, "method": method, **tables.rates(measured["trained"], palr, free_form=free_form)})
     return out

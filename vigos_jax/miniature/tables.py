@@ -1,8 +1,8 @@
 """The study's statistics and tables: means over seeds, differences within seeds, and which claims they bear out.
 
-A record is a dict of `leak_strength`, `seed`, `method` and the rates of METRICS, None where a method has none. An
-interval is Student's, 95 %, over seeds; a difference is taken within each seed first; p is of the paired two-sided
-t-test, not corrected for how many there are.
+A record is a dict of `world`, `leak_strength`, `seed`, `method` and the rates of METRICS, None where a method has none.
+All but `report` and `claims_across` take the records of one world. An interval is Student's, 95 %, over seeds; a
+difference is taken within each seed first; p is of the paired two-sided t-test, not corrected for how many there are.
 """
 
 import dataclasses
@@ -17,11 +17,14 @@ METRICS = {
     "score": "Score",
     "prior": "Prior",
     "valid": "valid",
+    "described": "described",
     "leak": "leak",
+    "reasoned": "reasoned",
     "palr_d": "PALR T_d",
     "palr_ra": "PALR T_ra",
     "palr_y": "PALR T_y",
 }
+WORLDS = {"demo": "What is shown", "demo_reasoning": "What follows from what is shown"}
 METHODS = {
     "base_free_form": "base, free form",
     "opsd": "OPSD, free form",
@@ -32,6 +35,12 @@ METHODS = {
     "no_reasoning": "no reasoning role",
     "no_reference": "no reference role",
     "reference_forward_kl": "reference role, forward KL",
+    "clipped": "clip",
+    "paper_rate": "low rate",
+    "paper_rate_clipped": "low rate, clip",
+    "shuffled_perception": "perception sees another image",
+    "shuffled_reasoning": "reasoning sees another image",
+    "image_dependence": "tokens by image dependence",
 }
 MIN_SEEDS = 3  # of fewer there is no interval: with two, Student's is 13 standard errors wide
 LEAKY, FAITHFUL = 0.7, 0.0  # the leak strengths that claims are made of
@@ -41,10 +50,15 @@ GAP_MARGIN = 0.05  # of Score, below which a gap counts as closed
 NOTE = (
     "± is half of Student's 95 % interval over seeds (none for fewer than three). Differences are taken within a seed; "
     "p is of the paired two-sided t-test that there is none, not corrected for the number of tests. Score is accuracy "
-    "on conflict images, Prior on prior images, leak the share of valid conflict descriptions with the prior. "
-    "Leak strength is what was planted in the base: how often a description of a turn that shows a reference follows "
-    "it. A claim is shown if its interval lies where it must, contradicted if it lies outside, else undecided."
+    "on conflict images, Prior on prior images, valid the share of well-formed responses. Of valid responses to "
+    "conflict images: described is the share of descriptions without any error, leak that of descriptions with the "
+    "prior, reasoned that of right answers where the description has right what was asked. Leak strength is what was "
+    "planted in the base: how often a description of a turn that shows a reference follows it. Clip is the paper's "
+    "0.05, low rate its learning rate scaled to 80 steps. A claim is shown if its interval lies where it must, "
+    "contradicted if it lies outside, else undecided."
 )
+
+LEAK_METRICS = ("score", "prior", "leak", "palr_ra")  # that are shown by leak strength
 
 Records = Sequence[dict[str, Any]]
 
@@ -78,19 +92,32 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """Something that the paper would have here, with the number that decides it.
+    """Something that should come out here, with the number that decides it.
 
     Attributes:
+      source: who says so: paper | project.
       measure: what `evidence` is of; within seeds.
-      verdict: shown | undecided | contradicted.
+      evidence: None where nothing was measured.
       bounds: the claim is that the measure lies between them.
     """
 
     text: str
+    source: str
     measure: str
-    verdict: str
-    evidence: Estimate
+    evidence: Estimate | None
     bounds: tuple[float, float]
+
+    @property
+    def verdict(self) -> str:
+        """shown | undecided | contradicted | too few seeds | not measured."""
+        e, (low, high) = self.evidence, self.bounds
+        if e is None:
+            return "not measured"
+        if e.n < MIN_SEEDS:
+            return "too few seeds"
+        if low < e.low and e.high < high:
+            return "shown"
+        return "contradicted" if e.high < low or e.low > high else "undecided"
 
 
 def rates(measured: dict[str, Any], palr: dict[str, Any] | None, *, free_form: bool) -> dict[str, float | None]:
@@ -98,13 +125,16 @@ def rates(measured: dict[str, Any], palr: dict[str, Any] | None, *, free_form: b
 
     None where nothing was measured: no rollout is valid, or a role table scores no token of a group.
     """
+    has_descriptions = not free_form and measured["valid"]
     groups = {"palr_d": "T_d", "palr_ra": "T_ra", "palr_y": "T_y"}
     ratios = {k: palr[group]["palr"] if palr and palr[group]["tokens"] else None for k, group in groups.items()}
     return {
         "score": measured["score"],
         "prior": measured["prior"],
         "valid": None if free_form else measured["valid"],
-        "leak": None if free_form or not measured["valid"] else measured["leak"],
+        "described": measured["description_accuracy"] if has_descriptions else None,
+        "leak": measured["leak"] if has_descriptions else None,
+        "reasoned": measured["reasoning"] if has_descriptions else None,
         **ratios,
     }
 
@@ -120,10 +150,17 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, float(stats.t.ppf(0.975, n - 1)) * error, p, n, above)
 
 
+def worlds(records: Records) -> dict[str, list[dict[str, Any]]]:
+    """{world: its records}; worlds of one's own stand last."""
+    there = {r["world"] for r in records}
+    names = [w for w in WORLDS if w in there] + sorted(there - set(WORLDS))
+    return {world: [r for r in records if r["world"] == world] for world in names}
+
+
 def by_seed(records: Records, leak: float, method: str, metric: str) -> dict[int, float]:
     """{seed: rate}, of the seeds where there is one."""
     chosen = [r for r in records if r["leak_strength"] == leak and r["method"] == method]
-    return {r["seed"]: r[metric] for r in chosen if r[metric] is not None}
+    return {r["seed"]: r[metric] for r in chosen if r.get(metric) is not None}
 
 
 def within(records: Records, leak: float, metric: str, terms: dict[str, int]) -> dict[int, float]:
@@ -140,46 +177,67 @@ def difference(records: Records, leak: float, first: str, second: str, metric: s
 
 
 def claims(records: Records) -> list[Claim]:
-    """What the paper says of its methods, asked of this world. Those without a number are left out."""
+    """What the paper says of its methods and what this project expects of the rest, asked of one world."""
     out = []
 
     def claim(text: str, measure: str, values: dict[int, float], *, low: float = 0.0, high: float = math.inf) -> None:
-        if not values:
-            return
-        e = estimate(list(values.values()))
-        is_shown, is_not = low < e.low and e.high < high, e.high < low or e.low > high
-        out.append(
-            Claim(text, measure, "shown" if is_shown else "contradicted" if is_not else "undecided", e, (low, high))
-        )
+        out.append(Claim(text, source, measure, estimate(list(values.values())) if values else None, (low, high)))
 
     def more(text: str, metric: str, first: str, second: str, **bounds: float) -> None:
         measure = f"{METRICS[metric]}: {_plain(first)} − {_plain(second)}"
         claim(text, measure, within(records, LEAKY, metric, {first: 1, second: -1}), **bounds)
 
     same, free = "opsd_same_prompt", {"vigos": 1, "base": -1, "opsd": -1, "base_free_form": 1}
-    lead = {leak: within(records, leak, "score", {"vigos": 1, same: -1}) for leak in (LEAKY, FAITHFUL)}
-    fall = {s: lead[LEAKY][s] - lead[FAITHFUL][s] for s in lead[LEAKY].keys() & lead[FAITHFUL].keys()}
+    source = "paper"
     more("ViGOS raises its base's Score", "score", "vigos", "base")
     more(f"ViGOS loses less than {PRIOR_MARGIN} of its base's Prior", "prior", "vigos", "base", low=-PRIOR_MARGIN)
-    more("ViGOS lowers its base's leak", "leak", "base", "vigos")
-    more("ViGOS raises the share of valid rollouts", "valid", "vigos", "base")
     more("ViGOS has a higher Score than OPSD with the same prompt", "score", "vigos", same)
     more("ViGOS has a higher Score than free-form OPSD", "score", "vigos", "opsd")
-    claim("ViGOS gains more over its base than free-form OPSD over its own", "Score: ViGOS − base − (OPSD − base)",
-          within(records, LEAKY, "score", free))  # fmt: skip
-    more("ViGOS leaks less than OPSD with the same prompt", "leak", same, "vigos")
     more("PALR of reasoning and answer is lower under ViGOS", "palr_ra", same, "vigos")
     more("PALR of all tokens is lower under ViGOS", "palr_y", same, "vigos")
     more("without the perception role Score is lower", "score", "vigos", "no_perception")
     more("without the reasoning role Score is lower", "score", "vigos", "no_reasoning")
     more("without the reference role Score is lower", "score", "vigos", "no_reference")
-    more("without the reference role fewer rollouts are valid", "valid", "vigos", "no_reference")
     more("with forward KL in the reference role Score is lower", "score", "vigos", "reference_forward_kl")
+    more("with the paper's clip, at its learning rate scaled, ViGOS raises its base's Score", "score",
+         "paper_rate_clipped", "base")  # fmt: skip
+
+    source = "project"
+    more("ViGOS lowers its base's leak", "leak", "base", "vigos")
+    more("ViGOS leaks less than OPSD with the same prompt", "leak", same, "vigos")
+    more("ViGOS raises the share of valid rollouts", "valid", "vigos", "base")
+    more("without the reference role fewer rollouts are valid", "valid", "vigos", "no_reference")
+    claim("ViGOS gains more over its base than free-form OPSD over its own", "Score: ViGOS − base − (OPSD − base)",
+          within(records, LEAKY, "score", free))  # fmt: skip
+    lead = {leak: within(records, leak, "score", {"vigos": 1, same: -1}) for leak in (LEAKY, FAITHFUL)}
+    fall = {s: lead[LEAKY][s] - lead[FAITHFUL][s] for s in lead[LEAKY].keys() & lead[FAITHFUL].keys()}
     claim("ViGOS's lead over OPSD is smaller where no leak was planted",
           f"its Score − OPSD's, at {LEAKY:g} − at {FAITHFUL:g}", fall)  # fmt: skip
     claim(f"where no leak was planted, that lead is within {GAP_MARGIN} of nothing",
           f"its Score − OPSD's, at {FAITHFUL:g}", lead[FAITHFUL], low=-GAP_MARGIN, high=GAP_MARGIN)  # fmt: skip
+    more("the reasoning role teaches reasoning", "reasoned", "vigos", "no_reasoning")
+    more("the perception role teaches looking", "described", "vigos", "no_perception")
+    more("the clip costs Score at the demo's learning rate", "score", "vigos", "clipped")
+    more(f"at the paper's, scaled, it costs less than {GAP_MARGIN}", "score", "paper_rate_clipped", "paper_rate",
+         low=-GAP_MARGIN)  # fmt: skip
+    more("a perception teacher that sees another image leaves Score lower", "score", "vigos", "shuffled_perception")
+    more("and fewer descriptions right", "described", "vigos", "shuffled_perception")
+    more("a reasoning teacher that sees another image leaves Score lower", "score", "vigos", "shuffled_reasoning")
+    more("weights by image dependence raise Score", "score", "image_dependence", "vigos")
     return out
+
+
+def claims_across(records: Records) -> list[Claim]:
+    """Claims about two worlds. Their bases have nothing in common: pairs of equal seeds are as good as any."""
+    role = {"vigos": 1, "no_reasoning": -1}
+    looking, reasoning = (
+        within(found, LEAKY, "score", role)
+        for found in (worlds(records).get(w, []) for w in ("demo", "demo_reasoning"))
+    )
+    more = [reasoning[s] - looking[s] for s in reasoning.keys() & looking.keys()]
+    measure = "Score: ViGOS − no reasoning role, second world − first"
+    text = "the reasoning role matters more where answers must be reasoned"
+    return [Claim(text, "project", measure, estimate(more) if more else None, (0.0, math.inf))]
 
 
 def _plain(method: str) -> str:
@@ -223,13 +281,13 @@ def methods_table(records: Records) -> str:
     for method, title in titles(records).items():
         values = [by_seed(records, LEAKY, method, metric) for metric in METRICS]
         if any(values):
-            rows.append([title, *(with_interval(estimate(list(v.values())) if v else None) for v in values)])
+            rows.append([title, *map(_mean, values)])
     return table(["", *METRICS.values()], rows)
 
 
 def differences_table(records: Records) -> str:
     """ViGOS minus every other method, within seeds, on the leaky bases."""
-    metrics = ("score", "prior", "valid", "leak", "palr_ra")
+    metrics = ("score", "prior", "leak", "reasoned", "palr_ra")
     rows = []
     for method, title in titles(records).items():
         found = [difference(records, LEAKY, "vigos", method, metric) for metric in metrics]
@@ -238,41 +296,49 @@ def differences_table(records: Records) -> str:
     return table(["ViGOS minus", *(METRICS[m] for m in metrics)], rows)
 
 
-def leak_table(records: Records) -> str:
-    """Score by leak strength: base, OPSD, ViGOS, and what lies between the last two."""
+def learned_table(records: Records) -> str:
+    """What was planted in the bases and what they made of it."""
     rows = []
     for leak in sorted({r["leak_strength"] for r in records}):
-        values = [by_seed(records, leak, method, "score") for method in ("base", "opsd_same_prompt", "vigos")]
-        means = [with_interval(estimate(list(v.values())) if v else None) for v in values]
-        gap = difference(records, leak, "vigos", "opsd_same_prompt", "score")
-        rows.append([f"{leak:g}", f"{gap.n if gap else 0}", *means, with_test(gap)])
-    return table(["leak strength", "bases", "base", "OPSD, same prompt", "ViGOS", "ViGOS minus OPSD"], rows)
+        learned = by_seed(records, leak, "base", "follows_reference")
+        leaks = by_seed(records, leak, "base", "leak")
+        rows.append([f"{leak:g}", f"{len(learned)}", *(_mean(v) for v in (learned, leaks))])
+    return table(["leak strength", "bases", "descriptions that follow a wrong reference", "the student's leak"], rows)
 
 
-def claims_table(records: Records) -> str:
+def leak_table(records: Records, metric: str) -> str:
+    """A rate by leak strength: base, OPSD, ViGOS, and what lies between the last two."""
+    rows = []
+    for leak in sorted({r["leak_strength"] for r in records}):
+        values = [by_seed(records, leak, method, metric) for method in ("base", "opsd_same_prompt", "vigos")]
+        gap = difference(records, leak, "vigos", "opsd_same_prompt", metric)
+        rows.append([f"{leak:g}", f"{gap.n if gap else 0}", *map(_mean, values), with_test(gap)])
+    head = ["base", "OPSD, same prompt", "ViGOS", "ViGOS minus OPSD"]
+    return table([f"{METRICS[metric]} at leak strength", "bases", *head], rows)
+
+
+def claims_table(found: Sequence[Claim]) -> str:
     """The claims with their verdicts."""
     rows = []
-    for c in claims(records):
+    for c in found:
         low, high = c.bounds
         needed = f"> {low:g}" if high == math.inf else f"{low:g} to {high:g}"
-        found = f"{with_interval(c.evidence, sign=True)} ({needed})"
-        rows.append([c.text, f"**{c.verdict}**", c.measure, found])
-    return table(["claim", "", "measure", "mean ± half of the interval (needed)"], rows)
+        evidence = f"{with_interval(c.evidence, sign=True)} ({needed})"
+        rows.append([c.text, c.source, f"**{c.verdict}**", c.measure, evidence, f"{c.evidence.n if c.evidence else 0}"])
+    return table(["claim", "of", "", "measure", "mean ± half of the interval (needed)", "seeds"], rows)
 
 
 def report(records: Records) -> str:
     """All tables, with titles."""
-    return "\n\n".join(
-        [
-            "# The paper in miniature",
-            NOTE,
-            f"## Methods, leak strength {LEAKY:g}",
-            methods_table(records),
-            "## Within seeds",
-            differences_table(records),
-            "## With and without the leak: Score",
-            leak_table(records),
-            "## Claims",
-            claims_table(records),
-        ]
-    )
+    out = ["# The paper in miniature", NOTE]
+    for world, found in worlds(records).items():
+        out += [f"## {WORLDS.get(world, world)}: methods, leak strength {LEAKY:g}", methods_table(found)]
+        out += ["### Within seeds", differences_table(found)]
+        out += ["### With and without the leak", learned_table(found)]
+        out += [leak_table(found, metric) for metric in LEAK_METRICS]
+        out += ["### Claims", claims_table(claims(found))]
+    return "\n\n".join([*out, "## Claims about both worlds", claims_table(claims_across(records))])
+
+
+def _mean(values: dict[int, float]) -> str:
+    return with_interval(estimate(list(values.values())) if values else None)
