@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from scipy import stats
@@ -22,6 +23,8 @@ from vigos_jax.errors import InputError
 from vigos_jax.miniature import make_base, plots, study, tables
 from vigos_jax.miniature.assets import write_assets
 from vigos_jax.miniature.jobs import Job, Jobs
+from vigos_jax.models.config import ModelConfig
+from vigos_jax.models.vlm import VisionLanguageModel
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "docs" / "miniature"
@@ -522,6 +525,35 @@ def test_free_form_rows_have_both_prompts_and_no_description(tmp_path):
     assert prompts == {True, False} and 60 < sure < 190
 
 
+def few_steps(tmp_path: pathlib.Path) -> tuple:
+    """(config of a base trained for two steps a stage, its processor, its model)."""
+    config = miniature_base.get_config()
+    for stage in (config.vision, config.captions, config.responses):
+        stage.steps, stage.batch_size = 2, 4
+    config.responses.batch_size, config.warmup = 16, 1
+    texts = [text for p in config.prompts.values() for text in (p.user, p.assistant_prefill)]
+    write_assets(tmp_path, world=config.world, templates=texts)
+    model = VisionLanguageModel(ModelConfig.load(tmp_path))
+    return config, Processor.load(tmp_path), model
+
+
+@pytest.mark.slow
+def test_bases_that_differ_in_the_leak_share_what_comes_before(tmp_path, capsys):
+    config, processor, model = few_steps(tmp_path / "base")
+    config.captions_file = str(tmp_path / "captions.npz")
+    made = make_base.train(config, processor, model)
+    assert "2/3 captions" in capsys.readouterr().err
+    shared = make_base.train(config, processor, model)
+    assert "captions" not in capsys.readouterr().err
+    jax.tree.map(np.testing.assert_array_equal, shared, made)
+    config.leak = 0.0
+    kept = make_base._kept(lambda: pytest.fail("they were there"), config)
+    assert jax.tree.structure(kept) == jax.tree.structure(made)
+    config.seed, config.captions.steps = 9, 3
+    with pytest.raises(InputError, match=r"captions.npz was made with other captions, seed; give another"):
+        make_base._kept(lambda: None, config)
+
+
 def test_the_shipped_base_has_no_free_form_rows():
     from configs import demo_base
 
@@ -606,31 +638,35 @@ def committed() -> list[dict]:
 
 def test_the_committed_results_are_those_of_the_shipped_study():
     stored = json.loads((COMMITTED / "results.json").read_text(encoding="utf-8"))
-    assert stored["settings"] == json.loads(shipped.get_config().to_json_best_effort())
-    cells = {(leak, seed, method) for leak, seed, method in study.cells(shipped.get_config()) if method}
-    assert cells <= {(r["leak_strength"], r["seed"], r["method"]) for r in stored["records"]}
+    shipped_settings = study.settings(shipped.get_config())
+    assert study._comparable(stored["settings"]) == study._comparable(shipped_settings)
+    found = {(r["world"], r["leak_strength"], r["seed"], r["method"]) for r in stored["records"]}
+    units = study.units(shipped.get_config())
+    assert {(*u.key.values(), method) for u in units for method in u.methods} <= found
+    assert all(r["revision"] and not r["revision"].endswith("-dirty") for r in stored["records"])
 
 
 def test_the_page_and_the_readme_show_the_committed_tables():
     page = (ROOT / "docs" / "miniature.md").read_text(encoding="utf-8")
-    for table in (
-        tables.methods_table(committed()),
-        tables.differences_table(committed()),
-        tables.leak_table(committed()),
-        tables.claims_table(committed()),
-    ):
-        assert table in page
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    scores = {}
-    for line in tables.methods_table(committed()).splitlines()[2:]:
-        name, score, *_ = (cell.strip() for cell in line.strip("|").split("|"))
-        scores[name] = score
-    names = ("base", "OPSD, same prompt", "**ViGOS**")
-    head, numbers = ("| " + " | ".join(row) + " |" for row in (names, (*(scores[n] for n in names[:2]), "**{}**")))
-    assert f"{head}\n|---|---|---|\n{numbers.format(scores[names[2]])}\n" in readme
+    readme = ["| | base | OPSD, same prompt | **ViGOS** |", "|---|---|---|---|"]
+    at = 0
+    for world, found in tables.worlds(committed()).items():
+        for table in (
+            tables.methods_table(found),
+            tables.differences_table(found),
+            tables.learned_table(found),
+            *(tables.leak_table(found, metric) for metric in tables.LEAK_METRICS),
+            tables.claims_table(tables.claims(found)),
+        ):
+            assert (at := page.find(f"\n{table}\n", at)) > 0, f"{world}: {table[:60]}"
+        scores = [tables.by_seed(found, tables.LEAKY, m, "score") for m in ("base", "opsd_same_prompt", "vigos")]
+        base, opsd, vigos = (tables.with_interval(tables.estimate(list(s.values()))) for s in scores)
+        readme.append(f"| {tables.WORLDS[world].lower()} | {base} | {opsd} | **{vigos}** |")
+    assert f"\n{tables.claims_table(tables.claims_across(committed()))}\n" in page[at:]
+    assert "\n".join(readme) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_committed_figures_are_drawn_from_the_committed_results(tmp_path):
     plots.draw(committed(), tmp_path)
-    for drawn in sorted(tmp_path.iterdir()):
-        assert drawn.read_bytes() == (COMMITTED / drawn.name).read_bytes(), drawn.name
+    drawn = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert drawn == {path.name: path.read_bytes() for path in COMMITTED.glob("*.svg")}

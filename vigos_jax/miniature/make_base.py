@@ -312,17 +312,19 @@ def _kept(make_params: Callable[[], Any], config: ml_collections.ConfigDict) -> 
         return make_params()
     path = pathlib.Path(config.captions_file)
     later = ("leak", "responses", "output", "file", "captions_file", "card_items", "card_seed", "run")
-    settings = json.loads(config.to_json_best_effort())
-    made_by = json.dumps({k: v for k, v in settings.items() if k not in later}, sort_keys=True)
+    settings = {k: v for k, v in json.loads(config.to_json_best_effort()).items() if k not in later}
     if path.exists():
         with np.load(path) as stored:
             arrays = dict(stored)
-        if (others := str(arrays.pop("made_by"))) != made_by:
-            raise InputError(f"{path} was made with {others}, not {made_by}; give another config.captions_file")
+        made_by = json.loads(str(arrays.pop("made_by")))
+        if differ := ", ".join(
+            sorted(k for k in settings.keys() | made_by.keys() if settings.get(k) != made_by.get(k))
+        ):
+            raise InputError(f"{path} was made with other {differ}; give another config.captions_file")
         return jax.tree.map(jnp.asarray, flatten.unflatten_dict(arrays, sep="/"))
     params = make_params()
     content = io.BytesIO()
-    np.savez(content, made_by=made_by, **flatten.flatten_dict(jax.device_get(params), sep="/"))
+    np.savez(content, made_by=json.dumps(settings), **flatten.flatten_dict(jax.device_get(params), sep="/"))
     write_whole(path, content.getvalue())
     return params
 
