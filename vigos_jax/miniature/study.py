@@ -190,10 +190,20 @@ def _revision() -> str:
     return done.stdout.strip()
 
 
+def not_measured(records: Sequence[Record], config: ml_collections.ConfigDict) -> str:
+    """A sentence that names the bases of the study which `records` lack; "" where there are none."""
+    lacking: dict[str, list[str]] = {}
+    for unit in units(config):
+        if not any(unit.key.items() <= r.items() for r in records):
+            lacking.setdefault(f"{unit.world} at leak strength {unit.leak:g}", []).append(str(unit.seed))
+    named = "; ".join(f"{group}: {', '.join(seeds)}" for group, seeds in lacking.items())
+    return f"Not measured yet, by seed: {named}." if named else ""
+
+
 def write(records: Sequence[Record], config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
     """Writes results.json, report.md and the figures; returns the report."""
     write_json(workdir / "results.json", {"settings": settings(config), "records": list(records)})
-    text = tables.report(records)
+    text = "\n\n".join(filter(None, (tables.report(records), not_measured(records, config))))
     (workdir / "report.md").write_text(text + "\n", encoding="utf-8")
     plots.draw(records, workdir)
     return text
@@ -207,30 +217,28 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
     """
     check(config)
     plots.check()
-    records = read_known(config)
-    there = {(r["world"], r["leak_strength"], r["seed"], r["method"]) for r in records}
+    known = read_known(config)
+    there = {(r["world"], r["leak_strength"], r["seed"], r["method"]) for r in known}
     work = [u for u in units(config) if not {(*u.key.values(), m) for m in u.methods} <= there]
-    records = [r for r in records if not any(u.key.items() <= r.items() for u in work)]  # measured anew as a whole
+    known = [r for r in known if not any(u.key.items() <= r.items() for u in work)]  # such a base is done as a whole
     with Jobs(workdir / "jobs", workers=config.workers) as jobs:
-        todo = all_jobs(work, config, workdir)
-        for job in todo:
-            jobs.is_done(job)  # fails now, not in hours, where another study's results lie
-        of_unit = {unit: {job.name for job in jobs_of(unit, config, workdir)} for unit in work}
-        ended = {job.name for job in todo if jobs.is_done(job)}
+        # Fails now, not in hours, where another study's results lie.
+        left = {u: {job.name for job in jobs_of(u, config, workdir) if not jobs.is_done(job)} for u in work}
 
-        def take_stock(job: Job | None = None) -> None:
-            if job:
-                ended.add(job.name)
-            complete = [unit for unit, names in of_unit.items() if names <= ended]
-            if job is None or any(job.name in of_unit[unit] for unit in complete):
-                found = [r for unit in complete for r in collect(unit, config, workdir)]
-                if records or found:
-                    write([*records, *found], config, workdir)
+        def write_what_is_complete() -> str:
+            found = [r for u in work if not left[u] for r in collect(u, config, workdir)]
+            return write([*known, *found], config, workdir)
 
-        say(f"{len(todo)} jobs for {len(work)} bases")
-        take_stock()
-        jobs.run(todo, on_end=take_stock)
-    return write([*records, *(r for unit in work for r in collect(unit, config, workdir))], config, workdir)
+        def take_off(job: Job) -> None:
+            for names in left.values():
+                if job.name in names:
+                    names.remove(job.name)
+                    if not names:
+                        write_what_is_complete()
+
+        say(f"{sum(map(len, left.values()))} jobs for {len(work)} bases")
+        jobs.run(all_jobs(work, config, workdir), on_end=take_off)
+        return write_what_is_complete()
 
 
 def main(argv: list[str]) -> int:
