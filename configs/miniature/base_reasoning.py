@@ -3,7 +3,7 @@ r"""A base of the miniature's second world, whose questions take a step or two a
     python -m vigos_jax.miniature.make_base --config configs/miniature/base_reasoning.py --config.seed=301 \
         --config.leak=0.7 --config.output=runs/miniature/base-demo_reasoning-0.7-301
 
-It too has learned to answer in free form, as those of configs/miniature/base.py.
+Like the bases of configs/miniature/base.py, it also learns to answer in free form.
 """
 
 import ml_collections

@@ -3,10 +3,10 @@
     pip install -e '.[study]'
     python -m vigos_jax.miniature.study --config configs/miniature/study.py --workdir runs/miniature
 
-Makes the bases, trains, measures PALR, and writes tables and figures into the workdir after every base that is done
-with; some hours on two cores. It can be stopped at any time: the same command resumes. To measure further seeds without
-repeating those that docs/miniature.md shows, name them in a copy of this file, with `config.known` set to
-docs/miniature/results.json.
+Makes the bases, trains, measures PALR, and writes tables and figures into the workdir, anew after each base's last
+job; seven hours or so on two cores. It can be stopped at any time: the same command resumes. To measure further seeds
+or methods of your own without repeating what docs/miniature.md shows, name them in a copy of this file, with
+`config.known` set to docs/miniature/results.json.
 
 Nothing was chosen on these seeds. The runs are those of the named configs, whose settings were fixed on the shipped
 bases (seed 0), on runs of seeds 0 to 2 and on the evaluation's questions of seed 42. Here a seed has its own base, made
@@ -39,18 +39,16 @@ METHODS = {
     "shuffled_reasoning": ("--config=configs/base.py", SEES("reasoning", "shuffled")),
     # tokens that the image decides count more, as in configs/va_opd.py
     "image_dependence": (
-        *("--config=configs/base.py", WEIGHS("perception", "image_dependence")),
-        WEIGHS("reasoning", "image_dependence"),
+        "--config=configs/base.py",
+        *(WEIGHS(r, "image_dependence") for r in ("perception", "reasoning")),
     ),
 }
 
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.worlds = (
-        ConfigDict()
-    )  # name in vigos_jax.demo.world.WORLDS -> how a base is made; its seed and leak are given
-    config.worlds.demo = "configs/miniature/base.py"
+    # Each world of the demo, and how its bases are made; seed and leak are given.
+    config.worlds = ConfigDict({"demo": "configs/miniature/base.py"})
     config.worlds.demo_reasoning = "configs/miniature/base_reasoning.py"
     config.methods = ConfigDict(METHODS)
     config.free_form = ("opsd",)  # methods without a description: no valid rollouts, no PALR

@@ -1,9 +1,11 @@
 """The paper in miniature: its statistics against scipy's, its commands, going on, and what is said of its results."""
 
+import dataclasses
 import json
 import math
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from scipy import stats
 
 from configs.miniature import base as miniature_base
@@ -20,7 +23,7 @@ from vigos_jax import main as command_line
 from vigos_jax.config import validate
 from vigos_jax.data.processor import Processor
 from vigos_jax.errors import InputError
-from vigos_jax.miniature import make_base, plots, study, tables
+from vigos_jax.miniature import make_base, plots, study, tables, units
 from vigos_jax.miniature.assets import write_assets
 from vigos_jax.miniature.jobs import Job, Jobs
 from vigos_jax.models.config import ModelConfig
@@ -130,8 +133,64 @@ def test_verdict_on_the_gap(faithful_gap, spread, closed, shrinks):
             score = 0.5 + gap + spread * noise
             records += [record("vigos", seed, strength=leak, score=score)]
             records += [record("opsd_same_prompt", seed, strength=leak, score=0.5 + (leak > 0) * spread * noise / 2)]
-    assert verdict(records, "within 0.05 of nothing") == closed
+    assert verdict(records, "are within 0.05 of Score") == closed
     assert verdict(records, "lead over OPSD is smaller") == shrinks
+
+
+CLAIMED = {  # of each claim what it compares, and its bounds where they are not 0 and infinity
+    "ViGOS raises its base's Score": "Score: ViGOS − base",
+    "ViGOS loses less than 0.02 of its base's Prior": "Prior: ViGOS − base",
+    "ViGOS has a higher Score than OPSD with the same prompt": "Score: ViGOS − OPSD, same prompt",
+    "ViGOS has a higher Score than free-form OPSD": "Score: ViGOS − OPSD, free form",
+    "PALR of reasoning and answer is lower under ViGOS": "PALR T_ra: OPSD, same prompt − ViGOS",
+    "PALR of all tokens is lower under ViGOS": "PALR T_y: OPSD, same prompt − ViGOS",
+    "without the perception role Score is lower": "Score: ViGOS − no perception role",
+    "without the reasoning role Score is lower": "Score: ViGOS − no reasoning role",
+    "without the reference role Score is lower": "Score: ViGOS − no reference role",
+    "with forward KL in the reference role Score is lower": "Score: ViGOS − reference role, forward KL",
+    "ViGOS lowers its base's leak": "leak: base − ViGOS",
+    "ViGOS leaks less than OPSD with the same prompt": "leak: OPSD, same prompt − ViGOS",
+    "ViGOS raises the share of valid rollouts": "valid: ViGOS − base",
+    "without the reference role fewer rollouts are valid": "valid: ViGOS − no reference role",
+    "ViGOS gains more over its base than free-form OPSD over its own": "Score: ViGOS − base − (OPSD − base)",
+    "ViGOS's lead over OPSD is smaller where no leak was planted": "its Score − OPSD's, at 0.7 − at 0",
+    "where no leak was planted, ViGOS and OPSD are within 0.05 of Score": "its Score − OPSD's, at 0",
+    "the reasoning role teaches reasoning": "reasoned: ViGOS − no reasoning role",
+    "the perception role teaches looking": "described: ViGOS − no perception role",
+    "the clip costs Score at the demo's learning rate": "Score: ViGOS − clip",
+    "the clip costs less than 0.05 of Score at the low rate": "Score: low rate, clip − low rate",
+    "with clip and low rate ViGOS raises its base's Score": "Score: low rate, clip − base",
+    "a perception teacher that sees another image leaves Score lower": "Score: ViGOS − perception sees another image",
+    "a perception teacher that sees another image leaves fewer descriptions right": (
+        "described: ViGOS − perception sees another image"
+    ),
+    "a reasoning teacher that sees another image leaves Score lower": "Score: ViGOS − reasoning sees another image",
+    "weights by image dependence raise Score": "Score: tokens by image dependence − ViGOS",
+}
+BOUNDS = {"Prior: ViGOS − base": (-0.02, math.inf), "its Score − OPSD's, at 0": (-0.05, 0.05)}
+BOUNDS |= {"Score: low rate, clip − low rate": (-0.05, math.inf)}
+
+
+def test_claims_compare_what_they_say():
+    """Each method has a level of its own in each metric, so that no other comparison gives the same number."""
+    rng = np.random.default_rng(6)
+    levels = {(m, metric): rng.uniform(0, 1) for m in tables.METHODS for metric in tables.METRICS}
+    records = []
+    for seed in range(5):
+        for method in tables.METHODS:
+            records.append(record(method, seed, **{metric: levels[method, metric] for metric in tables.METRICS}))
+        records += [record(m, seed, strength=0.0, score=levels[m, "prior"]) for m in ("vigos", "opsd_same_prompt")]
+    found = tables.claims(records)
+    assert {c.text: c.measure for c in found} == CLAIMED
+    methods = {title.strip("*"): m for m, title in tables.METHODS.items()}
+    metrics = {title: m for m, title in tables.METRICS.items()}
+    for c in found:
+        assert c.bounds == BOUNDS.get(c.measure, (0.0, math.inf))
+        metric, _, terms = c.measure.partition(": ")
+        first, _, second = terms.partition(" − ")
+        if second in methods:
+            expected = levels[methods[first], metrics[metric]] - levels[methods[second], metrics[metric]]
+            assert c.evidence.mean == pytest.approx(expected, abs=1e-12), c.text
 
 
 def test_every_claim_shows_in_a_world_as_expected_and_in_its_mirror_none():
@@ -170,8 +229,8 @@ def test_the_claim_about_both_worlds():
 
 def test_a_report_keeps_worlds_apart():
     records = [record("vigos", s, score=0.5) for s in range(3)]
-    records += [record("vigos", s, world="mine", score=0.9) for s in range(3)]
-    first, second = tables.report(records).split("## mine: methods")
+    records += [record("vigos", s, world="demo_reasoning", score=0.9) for s in range(3)]
+    first, second = tables.report(records).split("## Second world: reasoning: methods")
     assert "| **ViGOS** | 0.500 ± 0.000" in first and "| **ViGOS** | 0.900 ± 0.000" not in first
     assert "| **ViGOS** | 0.900 ± 0.000" in second
 
@@ -201,7 +260,7 @@ def test_tables_hold_every_method_once_and_leave_gaps():
 
 def test_every_run_is_a_valid_command_line(tmp_path):
     config = shipped.get_config()
-    jobs = study.all_jobs(study.units(config), config, tmp_path)
+    jobs = study.all_jobs(units.units(config), config, tmp_path)
     assert len({job.name for job in jobs}) == len(jobs) == 2 * (11 + 5 * 13 + 5 * 12 + 12 + 12)
     bases = {str(job.done.parent) for job in jobs if job.arguments[0].endswith("make_base")}
     for job in jobs:
@@ -233,7 +292,7 @@ def test_methods_are_what_their_names_say():
 
 def test_jobs_need_what_stands_before_them(tmp_path):
     config = shipped.get_config()
-    jobs, before = study.all_jobs(study.units(config), config, tmp_path), set()
+    jobs, before = study.all_jobs(units.units(config), config, tmp_path), set()
     for job in jobs:
         assert before.issuperset(job.needs)
         before.add(job.name)
@@ -244,9 +303,15 @@ def test_jobs_need_what_stands_before_them(tmp_path):
 
 
 def test_nothing_was_developed_on_these_seeds():
-    seeds = {unit.seed for unit in study.units(shipped.get_config())}
+    seeds = {unit.seed for unit in units.units(shipped.get_config())}
     seen = {*range(101, 106), 201}  # of earlier studies
     assert not seeds & {0, 1, 2, 7, 42, *seen}  # of the shipped bases, their cards, first light and evaluations
+
+
+def regroup(config, **fields) -> None:
+    group = ConfigDict({**config.groups.half, **fields})
+    del config.groups.half
+    config.groups.half = group
 
 
 @pytest.mark.parametrize(
@@ -254,6 +319,22 @@ def test_nothing_was_developed_on_these_seeds():
     [
         (lambda c: c.groups.half.update({"leak": 0.0}), "demo, leak 0.0, seed 301, its base is there 2 times"),
         (lambda c: c.groups.leaky.update({"seeds": (7, 7)}), "seed 7, its base is there 2 times"),
+        (lambda c: regroup(c, seeds=7), "config.groups.half.seeds=7: must be a tuple"),
+        (lambda c: c.groups.leaky.update({"seeds": ("7",)}), r"leaky.seeds=\('7',\): must be a tuple of whole"),
+        (lambda c: c.groups.half.update({"seeds": (-1,)}), r"half.seeds=\(-1,\): must be a tuple of whole numbers"),
+        (lambda c: regroup(c, leak=7), "config.groups.half.leak=7: must be a number from 0 to 1"),
+        (lambda c: regroup(c, leak="0.3"), "config.groups.half.leak='0.3': must be a number"),
+        (lambda c: c.groups.leaky.update({"leak": 0.8}), "config.groups: one must have leak=0.7"),
+        (lambda c: c.groups.half.__delitem__("methods"), "config.groups.half lacks methods; see"),
+        (
+            lambda c: regroup(c, methods="vigos"),
+            "half.methods='vigos': must be a tuple of names; choices",
+        ),
+        (
+            lambda c: c.methods.update({"mine": "configs/x.py"}),
+            "config.methods.mine='configs/x.py': must be a tuple of",
+        ),
+        (lambda c: c.methods.update({"base": ("--config=x",)}), "config.methods.base: the name is taken; choose"),
         (lambda c: c.groups.leaky.update({"methods": ("vigo",)}), "groups.leaky.methods: 'vigo' is unknown; choices: "),
         (lambda c: c.worlds.update({"mine": "x.py"}), "config.worlds: 'mine' is unknown; choices: demo, "),
         (lambda c: c.update({"workers": 0}), "config.workers=0"),
@@ -265,13 +346,13 @@ def test_a_config_that_asks_for_the_impossible(change, said):
     config = shipped.get_config()
     change(config)
     with pytest.raises(InputError, match=said):
-        study.check(config)
+        units.check(config)
 
 
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--config=configs/base.py"], "this config is not a study: it lacks free_form"),
+        (["--config=configs/base.py"], "this config is not a study: it lacks free_form, groups"),
         (["--config=configs/nothing.py"], "nothing.py"),
         (["--config.question=3"], "Did you mean"),
         (["more"], "unexpected argument 'more'"),
@@ -322,10 +403,23 @@ def test_a_job_waits_for_those_it_needs(tmp_path):
 
 
 def test_a_job_that_may_fail_ends_nothing(tmp_path, capsys):
-    failing = Job("b", ("zipfile", "-e", str(tmp_path / "none.zip"), str(tmp_path)), tmp_path / "b.zip", may_fail=True)
+    failing = Job("b", ("zipfile", "--no-such"), tmp_path / "b.zip", may_fail=True)  # exits with 2
     run_jobs([failing, zip_job(tmp_path)], tmp_path, workers=1)
     assert (tmp_path / "a.zip").exists()
-    assert "b  exit code 1; what it said is in " in capsys.readouterr().err
+    assert "b  exit code 2; what it said is in " in capsys.readouterr().err
+
+
+def test_it_may_be_refused_not_killed(tmp_path):
+    """143 is how a command of this package ends that was asked to; 1 is a bug."""
+    for code in (143, 1):
+        job = Job("b", ("timeit", "-n1", "-r1", f"import os; os._exit({code})"), tmp_path / "b.zip", may_fail=True)
+        with pytest.raises(InputError, match=f"b: exit code {code}"):
+            run_jobs([job], tmp_path)
+
+
+def test_a_job_that_needs_what_is_not_there_does_not_wait_for_ever(tmp_path):
+    with pytest.raises(ValueError, match="a needs .*nothing.*: not all are in the list"):
+        run_jobs([dataclasses.replace(zip_job(tmp_path), needs=("nothing",))], tmp_path)
 
 
 def test_what_is_finished_is_not_done_again(tmp_path):
@@ -423,12 +517,13 @@ def summary(palr: float, tokens: int) -> dict:
     return {group: {"palr": palr, "tokens": tokens} for group in ("T_d", "T_ra", "T_y")}
 
 
-def finish(unit: study.Unit, workdir: pathlib.Path) -> None:
+def finish(unit: units.Unit, workdir: pathlib.Path) -> None:
     """Writes what the jobs of a unit would."""
     base = unit.folder(workdir)
     base.mkdir(parents=True)
     learned = {"reference": {"description_follows_reference": 0.4}}
-    (base / "measured.json").write_text(json.dumps({"teachers_given_a_wrong_reference": learned}))
+    card = {"world": unit.world, "teachers_given_a_wrong_reference": learned}
+    (base / "measured.json").write_text(json.dumps(card))
     (base / "README.md").write_text("")
     for i, method in enumerate(unit.methods):
         folder = unit.folder(workdir, method)
@@ -444,62 +539,115 @@ def finish(unit: study.Unit, workdir: pathlib.Path) -> None:
         results = {"base": rates, "trained": rates | {"prior": 0.6}}
         (folder / "results.json").write_text(json.dumps(results))
         (folder / "diagnose" / "summary.json").write_text(json.dumps(summary(0.25, 10)))
+    (workdir / "jobs").mkdir()
+    for job in study.all_jobs([unit], shipped.get_config(), workdir):
+        made = {"arguments": job.arguments, "revision": f"of {job.name}"}
+        (workdir / "jobs" / f"{job.name}.json").write_text(json.dumps(made))
 
 
 def test_results_are_collected_from_the_runs(tmp_path):
-    unit = study.Unit("demo", 0.7, 5, ("opsd", "opsd_same_prompt", "vigos"))
+    unit = units.Unit("demo", 0.7, 5, ("opsd", "opsd_same_prompt", "vigos"))
     finish(unit, tmp_path)
     found = {r["method"]: r for r in study.collect(unit, shipped.get_config(), tmp_path)}
     assert list(found) == ["base_free_form", "opsd", "base", "opsd_same_prompt", "vigos"]
     assert found["base"]["score"] == 0.1 and found["base"]["palr_ra"] is None and found["base"]["prior"] == 0.5
     assert found["base"]["follows_reference"] == 0.4
-    revision = {"revision": found["base"]["revision"]}
-    assert len(revision["revision"].removesuffix("-dirty")) == 12 or not (ROOT / ".git").exists()
-    assert found["opsd"] == record("opsd", 5, score=0.0, prior=0.6) | revision
+    assert found["base"]["revision"] == "of base-demo-0.7-5" == found["base_free_form"]["revision"]
+    assert "follows_reference" not in found["base_free_form"]  # measured with the other prompt
+    assert found["opsd"] == record("opsd", 5, score=0.0, prior=0.6) | {"revision": "of opsd-demo-0.7-5"}
     wanted = {"score": 0.2, "prior": 0.6, "valid": 0.9, "described": 0.7, "leak": 0.3, "reasoned": 0.8}
     wanted |= {"palr_d": 0.25, "palr_ra": 0.25, "palr_y": 0.25}
-    assert found["vigos"] == record("vigos", 5, **wanted) | revision
+    assert found["vigos"] == record("vigos", 5, **wanted) | {"revision": "of vigos-demo-0.7-5"}
+    (unit.folder(tmp_path, "vigos") / "diagnose" / "summary.json").unlink()  # PALR was refused
+    found = study.collect(unit, shipped.get_config(), tmp_path)
+    assert found[-1]["method"] == "vigos" and found[-1]["palr_y"] is None
+    said = study.not_measured(found, shipped.get_config())
+    assert said.endswith(" PALR could not be measured of vigos on demo at leak strength 0.7 with seed 5.")
+
+
+def test_a_base_of_another_world_is_refused(tmp_path):
+    unit = units.Unit("demo", 0.7, 5, ("vigos",))
+    finish(unit, tmp_path)
+    card = unit.folder(tmp_path) / "measured.json"
+    card.write_text(card.read_text().replace('"demo"', '"demo_reasoning"'))
+    with pytest.raises(InputError, match="config.worlds.demo=.*base.py makes bases of demo_reasoning; choose another"):
+        study.collect(unit, shipped.get_config(), tmp_path)
 
 
 def test_a_study_goes_on_from_known_results(tmp_path, monkeypatch):
-    """Seed 5 is known, seed 6 is there but for its last job: only that is run, and both stand in the tables."""
+    """Seed 5 is known, 6 is there but for its last job, of 7 all is to be done: they stand in the tables in turn."""
     config = shipped.get_config()
     config.worlds = {"demo": "configs/miniature/base.py"}
     config.groups = {"few": shipped.group(0.7, seeds=(5,), methods=("opsd_same_prompt", "vigos"))}
-    (first,) = study.units(config)
+    (first,) = units.units(config)
     finish(first, tmp_path / "one")
     study.write(study.collect(first, config, tmp_path / "one"), config, tmp_path / "one")
-    config.groups.few.seeds, config.known = (5, 6), str(tmp_path / "one" / "results.json")
-    second, workdir = study.units(config)[1], tmp_path / "two"
+    config.groups.few.seeds, config.known = (5, 6, 7), str(tmp_path / "one" / "results.json")
+    _, second, third = units.units(config)
+    workdir = tmp_path / "two"
     finish(second, workdir)
-    (workdir / "jobs").mkdir()
-    *done, last = study.all_jobs([second], config, workdir)
-    for job in done:
-        (workdir / "jobs" / f"{job.name}.json").write_text(json.dumps({"arguments": job.arguments}))
+    last = study.all_jobs([second], config, workdir)[-1]
+    last.done.unlink()
     ran = []
-    monkeypatch.setattr(Jobs, "_run", lambda self, job: ran.append(job.name) or "1 s")
+
+    def run(self, job: Job) -> str:
+        if job.name.startswith("base"):
+            assert [r["seed"] for r in json.loads((workdir / "results.json").read_text())["records"]] == [5] * 3 + [
+                6
+            ] * 3
+            finish(third, tmp_path / "three")
+            for folder in (tmp_path / "three").iterdir():
+                shutil.copytree(folder, workdir / folder.name, dirs_exist_ok=True)
+        ran.append(job.name)
+        return "1 s"
+
+    monkeypatch.setattr(Jobs, "_run", run)
+    config.workers = 1
     study.run(config, workdir)
-    assert ran == [last.name]
+    assert ran == [last.name, *(job.name for job in study.all_jobs([third], config, workdir))]
     stored = json.loads((workdir / "results.json").read_text())
     assert [(r["seed"], r["method"]) for r in stored["records"]] == [
-        (seed, method) for seed in (5, 6) for method in ("base", "opsd_same_prompt", "vigos")
+        (seed, method) for seed in (5, 6, 7) for method in ("base", "opsd_same_prompt", "vigos")
     ]
-    config.questions = 9
-    with pytest.raises(
-        InputError, match="config.known=.* was measured with other questions; it must be the same study"
-    ):
-        study.run(config, workdir)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (
+            lambda stored: stored["settings"].update(questions=9),
+            "measured with config.questions=9, not 500; choose",
+        ),
+        (
+            lambda stored: stored["settings"]["methods"].update(vigos=["--x"]),
+            r"config.methods.vigos=\['--x'\], not",
+        ),
+        (lambda stored: stored["settings"]["worlds"].update(demo="x.py"), "has config.worlds.demo=x.py, not configs/"),
+        (lambda stored: stored.pop("records"), "must be the results.json of a study, with settings and records"),
+        (lambda stored: stored["records"][0].pop("seed"), "must be the results.json of a study"),
+    ],
+)
+def test_known_results_of_another_study_are_refused(change, said, tmp_path):
+    config = shipped.get_config()
+    stored = {"settings": study.settings(config), "records": [record("vigos", 301)]}
+    config.methods.mine, config.known = ("--config=mine.py",), str(tmp_path / "known.json")
+    pathlib.Path(config.known).write_text(json.dumps(stored))
+    assert study.read_known(config) == stored["records"]  # a method more does no harm
+    change(stored)
+    pathlib.Path(config.known).write_text(json.dumps(stored))
+    with pytest.raises(InputError, match=said):
+        study.read_known(config)
 
 
 def test_a_report_says_which_bases_are_missing():
     config = shipped.get_config()
     key = {"world": "demo", "leak_strength": 0.35}
-    some = [{**key, "seed": seed, "method": "vigos"} for seed in (301, 303)]
+    some = [{**key, "seed": seed, "method": "base"} for seed in (301, 303)]
     said = study.not_measured(some, config)
     assert "; demo at leak strength 0.35: 302; " in said
     assert "; demo_reasoning at leak strength 0.35: 301, 302, 303; " in said
     assert said.endswith(" demo_reasoning at leak strength 0: 301, 302, 303.")
-    every = [u.key for u in study.units(config)]
+    every = [u.key | {"method": "base"} for u in units.units(config)]
     assert study.not_measured(every, config) == ""
 
 
@@ -643,9 +791,8 @@ def committed() -> list[dict]:
 
 def test_the_committed_results_are_those_of_the_shipped_study():
     stored = json.loads((COMMITTED / "results.json").read_text(encoding="utf-8"))
-    shipped_settings = study.settings(shipped.get_config())
-    assert study._comparable(stored["settings"]) == study._comparable(shipped_settings)
-    for unit in study.units(shipped.get_config()):
+    assert stored["records"] and stored["settings"] == study.settings(shipped.get_config())
+    for unit in units.units(shipped.get_config()):
         methods = {r["method"] for r in stored["records"] if unit.key.items() <= r.items()}
         assert not methods or methods - {"base", "base_free_form"} == set(unit.methods)  # a base is done as a whole
     assert all(r["revision"] and not r["revision"].endswith("-dirty") for r in stored["records"])
@@ -653,7 +800,8 @@ def test_the_committed_results_are_those_of_the_shipped_study():
 
 def test_the_page_and_the_readme_show_the_committed_tables():
     page = (ROOT / "docs" / "miniature.md").read_text(encoding="utf-8")
-    assert study.not_measured(committed(), shipped.get_config()) in page
+    missing = study.not_measured(committed(), shipped.get_config())
+    assert missing in page if missing else "Not measured yet" not in page
     readme = ["| | base | OPSD, same prompt | **ViGOS** |", "|---|---|---|---|"]
     at = 0
     for world, found in tables.worlds(committed()).items():
@@ -667,7 +815,7 @@ def test_the_page_and_the_readme_show_the_committed_tables():
             assert (at := page.find(f"\n{table}\n", at)) > 0, f"{world}: {table[:60]}"
         scores = [tables.by_seed(found, tables.LEAKY, m, "score") for m in ("base", "opsd_same_prompt", "vigos")]
         base, opsd, vigos = (tables.with_interval(tables.estimate(list(s.values()))) for s in scores)
-        readme.append(f"| {tables.WORLDS[world].lower()} | {base} | {opsd} | **{vigos}** |")
+        readme.append(f"| {tables.WORLD_TITLES[world].lower()} | {base} | {opsd} | **{vigos}** |")
     assert f"\n{tables.claims_table(tables.claims_across(committed()))}\n" in page[at:]
     assert "\n".join(readme) in (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -19,6 +19,8 @@ from vigos_jax.runtime.files import read_object, write_json
 from vigos_jax.runtime.lock import alone
 from vigos_jax.runtime.progress import say
 
+BAD_INPUT = 2  # exit code of a command that refuses what it was given
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -29,7 +31,7 @@ class Job:
       arguments: after `python -m`.
       done: the file that says it is finished.
       needs: names of jobs that must be done before, each earlier in the list.
-      may_fail: whether the others go on without it, if its command fails.
+      may_fail: whether the others go on without it if its command refuses its input (exit code 2).
     """
 
     name: str
@@ -46,13 +48,14 @@ class Jobs:
 
     Args:
       workers: jobs at a time, each on its share of the cores.
+      revision: of the code, for the records.
 
     Raises:
       InputError: others are at work in the folder.
     """
 
-    def __init__(self, folder: pathlib.Path, *, workers: int):
-        self._folder, self._workers = folder, workers
+    def __init__(self, folder: pathlib.Path, *, workers: int, revision: str = ""):
+        self._folder, self._workers, self._revision = folder, workers, revision
         self._closes = contextlib.ExitStack()
         self._lock = self._closes.enter_context(alone(folder))
         self._processes: set[subprocess.Popen] = set()
@@ -95,6 +98,8 @@ class Jobs:
                     for job in ready:
                         waiting.remove(job)
                         running[pool.submit(self._run, job)] = job
+                    if not running:
+                        raise ValueError(f"{waiting[0].name} needs {waiting[0].needs}: not all are in the list")
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         job = running.pop(future)
                         ended.add(job.name)
@@ -114,7 +119,7 @@ class Jobs:
                     raise InputError(f"{job.name} was not begun")
                 # Gone before the record is there: whatever lies there from before is not taken for this one's.
                 job.done.unlink(missing_ok=True)
-                write_json(self._folder / f"{job.name}.json", {"arguments": list(job.arguments)})
+                write_json(self._folder / f"{job.name}.json", {"arguments": job.arguments, "revision": self._revision})
                 process = subprocess.Popen(
                     [sys.executable, "-m", *job.arguments],
                     stdout=file,
@@ -129,7 +134,7 @@ class Jobs:
             self._lock.unshare(process.pid)
         if code or not job.done.exists():
             how = f"exit code {code}" if code else "it was stopped"
-            if code > 0 and job.may_fail and not self._is_stopping:  # below 0 a signal has ended it
+            if code == BAD_INPUT and job.may_fail and not self._is_stopping:
                 return f"{how}; what it said is in {log}"
             self._stop()
             raise InputError(f"{job.name}: {how}; what it said is in {log}; the same command resumes")

@@ -9,6 +9,8 @@ import functools
 import io
 import json
 import pathlib
+import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -310,21 +312,27 @@ def _kept(make_params: Callable[[], Any], config: ml_collections.ConfigDict) -> 
     """The params after two stages: those in `config.captions_file` if that is there; else made, and kept in it."""
     if not config.captions_file:
         return make_params()
-    path = pathlib.Path(config.captions_file)
+    path = pathlib.Path(config.captions_file).expanduser()
     later = ("leak", "responses", "output", "file", "captions_file", "card_items", "card_seed", "run")
     settings = {k: v for k, v in json.loads(config.to_json_best_effort()).items() if k not in later}
     if path.exists():
-        with np.load(path) as stored:
-            arrays = dict(stored)
-        made_by = json.loads(str(arrays.pop("made_by")))
+        try:
+            with np.load(path) as stored:
+                arrays = dict(stored)
+            made_by = json.loads(str(arrays.pop("made_by")))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
+            raise InputError(f"config.captions_file={path} must be a file that this program wrote: {e!r}") from e
         if differ := ", ".join(
             sorted(k for k in settings.keys() | made_by.keys() if settings.get(k) != made_by.get(k))
         ):
             raise InputError(f"{path} was made with other {differ}; give another config.captions_file")
         return jax.tree.map(jnp.asarray, flatten.unflatten_dict(arrays, sep="/"))
+    if not path.parent.is_dir():
+        raise InputError(f"config.captions_file={path}: {path.parent} must be a folder")
     params = make_params()
     content = io.BytesIO()
-    np.savez(content, made_by=json.dumps(settings), **flatten.flatten_dict(jax.device_get(params), sep="/"))
+    arrays: dict[str, Any] = flatten.flatten_dict(jax.device_get(params), sep="/")
+    np.savez(content, made_by=json.dumps(settings), **arrays)
     write_whole(path, content.getvalue())
     return params
 
@@ -349,11 +357,16 @@ def make(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return measured
 
 
-def main(argv: list[str]) -> None:
-    """Makes the base by `--config` and prints what was measured."""
+def main(argv: list[str]) -> int:
+    """Makes the base by `--config` and prints what was measured; returns the exit code."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    print(json.dumps(make(_CONFIG.value), indent=2))
+    try:
+        print(json.dumps(make(_CONFIG.value), indent=2))
+    except InputError as e:
+        print(f"vigos_jax: {e}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

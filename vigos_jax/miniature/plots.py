@@ -4,7 +4,7 @@ import pathlib
 from typing import Any
 
 from vigos_jax.errors import InputError
-from vigos_jax.miniature.tables import LEAKY, Records, by_seed, difference, estimate, titles, worlds
+from vigos_jax.miniature.tables import LEAKY, Records, by_seed, difference, estimate, titles, within, worlds
 
 COLORS = {"base": "#8a8f98", "opsd_same_prompt": "#c8553d", "opsd": "#e09f5a", "vigos": "#2a6fbb"}
 OTHER = "#7c9cc2"  # ablations
@@ -96,8 +96,7 @@ def _leak(records: Records) -> Any:
     strengths = sorted({r["leak_strength"] for r in records})
     means = []
     for leak in strengths:
-        a, b = (by_seed(records, leak, method, "score") for method in ("vigos", "opsd_same_prompt"))
-        gaps = [a[s] - b[s] for s in sorted(a.keys() & b.keys())]
+        gaps = list(within(records, leak, "score", {"vigos": 1, "opsd_same_prompt": -1}).values())
         axis.plot([leak] * len(gaps), gaps, "o", color=COLORS["vigos"], alpha=0.45, markersize=5)
         gap = difference(records, leak, "vigos", "opsd_same_prompt", "score")
         means.append(gap.mean if gap else float("nan"))

@@ -3,7 +3,7 @@
     python -m vigos_jax.miniature.study --config configs/miniature/study.py --workdir runs/miniature
 
 Every job is a command line that a person could type: a base, then training and PALR on it, then the next base. What is
-finished is not done again. results.json, report.md and the figures are written anew whenever a base is done with.
+finished is not done again. results.json, report.md and the figures are written after each base's last job.
 """
 
 import dataclasses
@@ -12,7 +12,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,11 +19,11 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from vigos_jax.demo.world import WORLDS
 from vigos_jax.errors import InputError
 from vigos_jax.main import find_config
 from vigos_jax.miniature import plots, tables
 from vigos_jax.miniature.jobs import Job, Jobs
+from vigos_jax.miniature.units import BASES, Unit, check, is_list_of, units
 from vigos_jax.runtime import shell
 from vigos_jax.runtime.files import read_object, write_json
 from vigos_jax.runtime.progress import say
@@ -34,40 +33,11 @@ usage: python -m vigos_jax.miniature.study [--config configs/miniature/study.py]
            [--config.FIELD=VALUE ...]
 
 Makes the bases, trains and measures whatever is not finished in --workdir (default runs/miniature), and writes
-results.json, report.md and figures there whenever a base is done with. Exit codes: 0 done, 2 a job failed or bad input,
+results.json, report.md and figures there after each base's last job. Exit codes: 0 done, 2 a job failed or bad input,
 130 stopped; the same command resumes. What is finished is known by its command line: after a change of a config file or
 of the code, take another --workdir.
 """
 Record = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Unit:
-    """A base and the methods that are run on it."""
-
-    world: str
-    leak: float
-    seed: int
-    methods: tuple[str, ...]
-
-    @property
-    def key(self) -> Record:
-        """What its records have in common."""
-        return {"world": self.world, "leak_strength": self.leak, "seed": self.seed}
-
-    def folder(self, workdir: pathlib.Path, method: str = "base") -> pathlib.Path:
-        """Where its base or a run lies."""
-        return workdir / f"{method}-{self.world}-{self.leak}-{self.seed}"
-
-    def captions_file(self, workdir: pathlib.Path) -> pathlib.Path:
-        """What its base shares with those of other leak strengths: its params before the responses are trained."""
-        return workdir / f"captions-{self.world}-{self.seed}.npz"
-
-
-def units(config: ml_collections.ConfigDict) -> list[Unit]:
-    """The whole study, in the order in which it is done: the strongest leak first."""
-    groups = sorted(config.groups.values(), key=lambda group: -group.leak)
-    return [Unit(w, g.leak, seed, tuple(g.methods)) for g in groups for seed in g.seeds for w in config.worlds]
 
 
 def jobs_of(unit: Unit, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[Job]:
@@ -91,9 +61,9 @@ def jobs_of(unit: Unit, config: ml_collections.ConfigDict, workdir: pathlib.Path
         if method not in config.free_form:
             palr = (f"--config.diagnose.rows={config.palr_rows}", f"--config.diagnose.seed={unit.seed}")
             done = folder / "diagnose" / "summary.json"
+            command = (*common, "--mode", "diagnose", *palr)
             # It has nothing to measure where a method has lost the format altogether.
-            options = {"needs": (folder.name,), "may_fail": True}
-            jobs.append(Job(f"{folder.name}-palr", (*common, "--mode", "diagnose", *palr), done, **options))
+            jobs.append(Job(f"{folder.name}-palr", command, done, needs=(folder.name,), may_fail=True))
     return jobs
 
 
@@ -110,42 +80,34 @@ def all_jobs(work: Sequence[Unit], config: ml_collections.ConfigDict, workdir: p
     return out
 
 
-def check(config: ml_collections.ConfigDict) -> None:
-    """Raises InputError for a config that is not a study's, or has something twice or a method that is not there."""
-    wanted = {"worlds", "methods", "free_form", "groups", "questions", "palr_rows", "workers", "known"}
-    if missing := sorted(wanted - set(config)):
-        raise InputError(f"this config is not a study: it lacks {', '.join(missing)}; see configs/miniature/study.py")
-    for field, least in (("questions", 1), ("palr_rows", 2), ("workers", 1)):
-        if type(config[field]) is not int or config[field] < least:
-            raise InputError(f"config.{field}={config[field]!r}: must be a whole number of at least {least}")
-    methods = {"free_form": config.free_form} | {f"groups.{n}.methods": g.methods for n, g in config.groups.items()}
-    asked = [("worlds", tuple(config.worlds), tuple(WORLDS))]
-    asked += [(field, names, tuple(config.methods)) for field, names in methods.items()]
-    for field, names, choices in asked:
-        if unknown := sorted(set(names) - set(choices)):
-            raise InputError(f"config.{field}: {unknown[0]!r} is unknown; choices: {', '.join(choices)}")
-    cells = Counter((*u.key.values(), method) for u in units(config) for method in ("its base", *u.methods))
-    for (world, leak, seed, method), times in cells.items():
-        if times > 1:
-            raise InputError(f"{world}, leak {leak}, seed {seed}, {method} is there {times} times; it must be once")
-
-
 def read_known(config: ml_collections.ConfigDict) -> list[Record]:
     """The records of `config.known`; none without one.
 
     Raises:
-      InputError: they were measured with other settings.
+      InputError: it is not a study's, or what both have was measured with other settings.
     """
     if not config.known:
         return []
     stored = read_object(pathlib.Path(config.known).expanduser(), owner="config.known")
-    before, now = (_comparable(s) for s in (stored.get("settings", {}), settings(config)))
-    if before != now:
-        differ = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-        raise InputError(
-            f"config.known={config.known} was measured with other {', '.join(differ)}; it must be the same study"
-        )
-    return stored["records"]
+    before, records, now = stored.get("settings"), stored.get("records") or [], settings(config)
+    key = {"world", "leak_strength", "seed", "method"}
+    if not (isinstance(before, dict) and records and is_list_of(records, dict) and all(key <= set(r) for r in records)):
+        raise InputError(f"config.known={config.known}: must be the results.json of a study, with settings and records")
+    for field in ("questions", "palr_rows"):
+        if before.get(field) != now[field]:
+            raise InputError(
+                f"config.known={config.known} was measured with config.{field}={before.get(field)}, not {now[field]}; "
+                "choose the same"
+            )
+    for field in ("worlds", "methods"):
+        others = before.get(field) or {}
+        for name in others.keys() & now[field].keys():
+            if others[name] != now[field][name]:
+                raise InputError(
+                    f"config.known={config.known} has config.{field}.{name}={others[name]}, not {now[field][name]}; "
+                    "choose the same, or another name"
+                )
+    return records
 
 
 def settings(config: ml_collections.ConfigDict) -> Record:
@@ -153,30 +115,42 @@ def settings(config: ml_collections.ConfigDict) -> Record:
     return json.loads(config.to_json_best_effort())
 
 
-def _comparable(stored: Record) -> Record:
-    return {k: v for k, v in stored.items() if k not in ("groups", "workers", "known")}
-
-
 def collect(unit: Unit, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[Record]:
     """What was measured of a unit that is done, a record per base or run: its key, method, revision and rates in 0..1.
 
-    A rate is None where there is no such. The base is there as `base`, with ViGOS's prompt, and as `base_free_form`
-    with that of the methods in free form.
+    A rate is None where it was not measured. The base is there as `base`, with ViGOS's prompt, and as
+    `base_free_form` with that of the methods in free form.
+
+    Raises:
+      InputError: the base is not of the unit's world.
     """
-    key = {**unit.key, "revision": _revision()}
-    learned = read_object(unit.folder(workdir) / "measured.json", owner="the study")["teachers_given_a_wrong_reference"]
+
+    def read(path: pathlib.Path) -> Record:
+        return read_object(path, owner="the study")
+
+    def revision(method: str) -> Record:
+        return {"revision": read(workdir / "jobs" / f"{unit.folder(workdir, method).name}.json").get("revision", "")}
+
+    card = read(unit.folder(workdir) / "measured.json")
+    if card["world"] != unit.world:
+        config_file = config.worlds[unit.world]
+        raise InputError(
+            f"config.worlds.{unit.world}={config_file} makes bases of {card['world']}; choose another file"
+        )
+    follows = card["teachers_given_a_wrong_reference"]["reference"]["description_follows_reference"]
     out: list[Record] = []
     for method in unit.methods:
         folder, free_form = unit.folder(workdir, method), method in config.free_form
-        measured = read_object(folder / "results.json", owner="the study")
-        base = {**key, "method": "base_free_form" if free_form else "base"}
-        if not any(base.items() <= r.items() for r in out):  # every run has measured it, on the same questions
+        measured = read(folder / "results.json")
+        base = BASES[free_form]
+        if not any(r["method"] == base for r in out):  # every run has measured it, on the same questions
             rates = tables.rates(measured["base"], None, free_form=free_form)
-            out.append({**base, **rates, "follows_reference": learned["reference"]["description_follows_reference"]})
-        palr, summary = None, folder / "diagnose" / "summary.json"
-        if summary.exists() and not free_form:
-            palr = read_object(summary, owner="the study")
-        out.append({**key, "method": method, **tables.rates(measured["trained"], palr, free_form=free_form)})
+            learned = {} if free_form else {"follows_reference": follows}
+            out.append({**unit.key, "method": base, **revision("base"), **rates, **learned})
+        summary = folder / "diagnose" / "summary.json"
+        palr = read(summary) if summary.exists() and not free_form else None
+        rates = tables.rates(measured["trained"], palr, free_form=free_form)
+        out.append({**unit.key, "method": method, **revision(method), **rates})
     return out
 
 
@@ -191,13 +165,22 @@ def _revision() -> str:
 
 
 def not_measured(records: Sequence[Record], config: ml_collections.ConfigDict) -> str:
-    """A sentence that names the bases of the study which `records` lack; "" where there are none."""
+    """Names the bases of the study that `records` lack, and the runs without PALR; "" where there are none."""
     lacking: dict[str, list[str]] = {}
     for unit in units(config):
         if not any(unit.key.items() <= r.items() for r in records):
             lacking.setdefault(f"{unit.world} at leak strength {unit.leak:g}", []).append(str(unit.seed))
-    named = "; ".join(f"{group}: {', '.join(seeds)}" for group, seeds in lacking.items())
-    return f"Not measured yet, by seed: {named}." if named else ""
+    out = []
+    if named := "; ".join(f"{group}: {', '.join(seeds)}" for group, seeds in lacking.items()):
+        out.append(f"Not measured yet, by seed: {named}.")
+    no_palr = [
+        f"{r['method']} on {r['world']} at leak strength {r['leak_strength']:g} with seed {r['seed']}"
+        for r in records
+        if r["method"] not in (*BASES, *config.free_form) and r["palr_y"] is None
+    ]
+    if no_palr:
+        out.append(f"PALR could not be measured of {', '.join(no_palr)}.")
+    return " ".join(out)
 
 
 def write(records: Sequence[Record], config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
@@ -221,7 +204,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
     there = {(r["world"], r["leak_strength"], r["seed"], r["method"]) for r in known}
     work = [u for u in units(config) if not {(*u.key.values(), m) for m in u.methods} <= there]
     known = [r for r in known if not any(u.key.items() <= r.items() for u in work)]  # such a base is done as a whole
-    with Jobs(workdir / "jobs", workers=config.workers) as jobs:
+    with Jobs(workdir / "jobs", workers=config.workers, revision=_revision()) as jobs:
         # Fails now, not in hours, where another study's results lie.
         left = {u: {job.name for job in jobs_of(u, config, workdir) if not jobs.is_done(job)} for u in work}
 

@@ -24,7 +24,7 @@ METRICS = {
     "palr_ra": "PALR T_ra",
     "palr_y": "PALR T_y",
 }
-WORLDS = {"demo": "What is shown", "demo_reasoning": "What follows from what is shown"}
+WORLD_TITLES = {"demo": "First world: looking", "demo_reasoning": "Second world: reasoning"}
 METHODS = {
     "base_free_form": "base, free form",
     "opsd": "OPSD, free form",
@@ -52,10 +52,10 @@ NOTE = (
     "p is of the paired two-sided t-test that there is none, not corrected for the number of tests. Score is accuracy "
     "on conflict images, Prior on prior images, valid the share of well-formed responses. Of valid responses to "
     "conflict images: described is the share of descriptions without any error, leak that of descriptions with the "
-    "prior, reasoned that of right answers where the description has right what was asked. Leak strength is what was "
-    "planted in the base: how often a description of a turn that shows a reference follows it. Clip is the paper's "
-    "0.05, low rate its learning rate scaled to 80 steps. A claim is shown if its interval lies where it must, "
-    "contradicted if it lies outside, else undecided."
+    "prior; reasoned is accuracy where the description has right what was asked. Leak strength is what was planted in "
+    "the base: how often a description of a turn that shows a reference follows it. Clip is the paper's 0.05, low rate "
+    "its learning rate scaled to 80 steps. A claim is shown if its interval lies within its bounds, contradicted if it "
+    "lies outside, else undecided."
 )
 
 LEAK_METRICS = ("score", "prior", "leak", "palr_ra")  # that are shown by leak strength
@@ -151,10 +151,9 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def worlds(records: Records) -> dict[str, list[dict[str, Any]]]:
-    """{world: its records}; worlds of one's own stand last."""
-    there = {r["world"] for r in records}
-    names = [w for w in WORLDS if w in there] + sorted(there - set(WORLDS))
-    return {world: [r for r in records if r["world"] == world] for world in names}
+    """{world: its records}, of those that have any."""
+    found = {world: [r for r in records if r["world"] == world] for world in WORLD_TITLES}
+    return {world: its for world, its in found.items() if its}
 
 
 def by_seed(records: Records, leak: float, method: str, metric: str) -> dict[int, float]:
@@ -180,60 +179,62 @@ def claims(records: Records) -> list[Claim]:
     """What the paper says of its methods and what this project expects of the rest, asked of one world."""
     out = []
 
-    def claim(text: str, measure: str, values: dict[int, float], *, low: float = 0.0, high: float = math.inf) -> None:
+    def claim(
+        source: str, text: str, measure: str, values: dict[int, float], *, low: float = 0.0, high: float = math.inf
+    ) -> None:
         out.append(Claim(text, source, measure, estimate(list(values.values())) if values else None, (low, high)))
 
-    def more(text: str, metric: str, first: str, second: str, **bounds: float) -> None:
+    def more(source: str, text: str, metric: str, first: str, second: str, **bounds: float) -> None:
         measure = f"{METRICS[metric]}: {_plain(first)} − {_plain(second)}"
-        claim(text, measure, within(records, LEAKY, metric, {first: 1, second: -1}), **bounds)
+        claim(source, text, measure, within(records, LEAKY, metric, {first: 1, second: -1}), **bounds)
 
-    same, free = "opsd_same_prompt", {"vigos": 1, "base": -1, "opsd": -1, "base_free_form": 1}
-    source = "paper"
-    more("ViGOS raises its base's Score", "score", "vigos", "base")
-    more(f"ViGOS loses less than {PRIOR_MARGIN} of its base's Prior", "prior", "vigos", "base", low=-PRIOR_MARGIN)
-    more("ViGOS has a higher Score than OPSD with the same prompt", "score", "vigos", same)
-    more("ViGOS has a higher Score than free-form OPSD", "score", "vigos", "opsd")
-    more("PALR of reasoning and answer is lower under ViGOS", "palr_ra", same, "vigos")
-    more("PALR of all tokens is lower under ViGOS", "palr_y", same, "vigos")
-    more("without the perception role Score is lower", "score", "vigos", "no_perception")
-    more("without the reasoning role Score is lower", "score", "vigos", "no_reasoning")
-    more("without the reference role Score is lower", "score", "vigos", "no_reference")
-    more("with forward KL in the reference role Score is lower", "score", "vigos", "reference_forward_kl")
-    more("with the paper's clip, at its learning rate scaled, ViGOS raises its base's Score", "score",
-         "paper_rate_clipped", "base")  # fmt: skip
+    paper, ours, same = "paper", "project", "opsd_same_prompt"
+    more(paper, "ViGOS raises its base's Score", "score", "vigos", "base")
+    more(
+        paper, f"ViGOS loses less than {PRIOR_MARGIN} of its base's Prior", "prior", "vigos", "base", low=-PRIOR_MARGIN
+    )
+    more(paper, "ViGOS has a higher Score than OPSD with the same prompt", "score", "vigos", same)
+    more(paper, "ViGOS has a higher Score than free-form OPSD", "score", "vigos", "opsd")
+    more(paper, "PALR of reasoning and answer is lower under ViGOS", "palr_ra", same, "vigos")
+    more(paper, "PALR of all tokens is lower under ViGOS", "palr_y", same, "vigos")
+    more(paper, "without the perception role Score is lower", "score", "vigos", "no_perception")
+    more(paper, "without the reasoning role Score is lower", "score", "vigos", "no_reasoning")
+    more(paper, "without the reference role Score is lower", "score", "vigos", "no_reference")
+    more(paper, "with forward KL in the reference role Score is lower", "score", "vigos", "reference_forward_kl")
 
-    source = "project"
-    more("ViGOS lowers its base's leak", "leak", "base", "vigos")
-    more("ViGOS leaks less than OPSD with the same prompt", "leak", same, "vigos")
-    more("ViGOS raises the share of valid rollouts", "valid", "vigos", "base")
-    more("without the reference role fewer rollouts are valid", "valid", "vigos", "no_reference")
-    claim("ViGOS gains more over its base than free-form OPSD over its own", "Score: ViGOS − base − (OPSD − base)",
-          within(records, LEAKY, "score", free))  # fmt: skip
+    more(ours, "ViGOS lowers its base's leak", "leak", "base", "vigos")
+    more(ours, "ViGOS leaks less than OPSD with the same prompt", "leak", same, "vigos")
+    more(ours, "ViGOS raises the share of valid rollouts", "valid", "vigos", "base")
+    more(ours, "without the reference role fewer rollouts are valid", "valid", "vigos", "no_reference")
+    free = {"vigos": 1, "base": -1, "opsd": -1, "base_free_form": 1}
+    claim(ours, "ViGOS gains more over its base than free-form OPSD over its own",
+          "Score: ViGOS − base − (OPSD − base)", within(records, LEAKY, "score", free))  # fmt: skip
     lead = {leak: within(records, leak, "score", {"vigos": 1, same: -1}) for leak in (LEAKY, FAITHFUL)}
     fall = {s: lead[LEAKY][s] - lead[FAITHFUL][s] for s in lead[LEAKY].keys() & lead[FAITHFUL].keys()}
-    claim("ViGOS's lead over OPSD is smaller where no leak was planted",
+    claim(ours, "ViGOS's lead over OPSD is smaller where no leak was planted",
           f"its Score − OPSD's, at {LEAKY:g} − at {FAITHFUL:g}", fall)  # fmt: skip
-    claim(f"where no leak was planted, that lead is within {GAP_MARGIN} of nothing",
+    claim(ours, f"where no leak was planted, ViGOS and OPSD are within {GAP_MARGIN} of Score",
           f"its Score − OPSD's, at {FAITHFUL:g}", lead[FAITHFUL], low=-GAP_MARGIN, high=GAP_MARGIN)  # fmt: skip
-    more("the reasoning role teaches reasoning", "reasoned", "vigos", "no_reasoning")
-    more("the perception role teaches looking", "described", "vigos", "no_perception")
-    more("the clip costs Score at the demo's learning rate", "score", "vigos", "clipped")
-    more(f"at the paper's, scaled, it costs less than {GAP_MARGIN}", "score", "paper_rate_clipped", "paper_rate",
-         low=-GAP_MARGIN)  # fmt: skip
-    more("a perception teacher that sees another image leaves Score lower", "score", "vigos", "shuffled_perception")
-    more("and fewer descriptions right", "described", "vigos", "shuffled_perception")
-    more("a reasoning teacher that sees another image leaves Score lower", "score", "vigos", "shuffled_reasoning")
-    more("weights by image dependence raise Score", "score", "image_dependence", "vigos")
+    more(ours, "the reasoning role teaches reasoning", "reasoned", "vigos", "no_reasoning")
+    more(ours, "the perception role teaches looking", "described", "vigos", "no_perception")
+    more(ours, "the clip costs Score at the demo's learning rate", "score", "vigos", "clipped")
+    more(ours, f"the clip costs less than {GAP_MARGIN} of Score at the low rate", "score", "paper_rate_clipped",
+         "paper_rate", low=-GAP_MARGIN)  # fmt: skip
+    more(ours, "with clip and low rate ViGOS raises its base's Score", "score", "paper_rate_clipped", "base")
+    more(ours, "a perception teacher that sees another image leaves Score lower", "score", "vigos",
+         "shuffled_perception")  # fmt: skip
+    more(ours, "a perception teacher that sees another image leaves fewer descriptions right", "described", "vigos",
+         "shuffled_perception")  # fmt: skip
+    more(ours, "a reasoning teacher that sees another image leaves Score lower", "score", "vigos", "shuffled_reasoning")
+    more(ours, "weights by image dependence raise Score", "score", "image_dependence", "vigos")
     return out
 
 
 def claims_across(records: Records) -> list[Claim]:
-    """Claims about two worlds. Their bases have nothing in common: pairs of equal seeds are as good as any."""
+    """Claims about two worlds. Paired by seed, though equal seeds have little more in common than initial weights."""
     role = {"vigos": 1, "no_reasoning": -1}
-    looking, reasoning = (
-        within(found, LEAKY, "score", role)
-        for found in (worlds(records).get(w, []) for w in ("demo", "demo_reasoning"))
-    )
+    of = worlds(records)
+    looking, reasoning = (within(of.get(w, []), LEAKY, "score", role) for w in ("demo", "demo_reasoning"))
     more = [reasoning[s] - looking[s] for s in reasoning.keys() & looking.keys()]
     measure = "Score: ViGOS − no reasoning role, second world − first"
     text = "the reasoning role matters more where answers must be reasoned"
@@ -303,7 +304,9 @@ def learned_table(records: Records) -> str:
         learned = by_seed(records, leak, "base", "follows_reference")
         leaks = by_seed(records, leak, "base", "leak")
         rows.append([f"{leak:g}", f"{len(learned)}", *(_mean(v) for v in (learned, leaks))])
-    return table(["leak strength", "bases", "descriptions that follow a wrong reference", "the student's leak"], rows)
+    return table(
+        ["leak strength", "bases", "privileged descriptions that follow a wrong reference", "the student's leak"], rows
+    )
 
 
 def leak_table(records: Records, metric: str) -> str:
@@ -325,14 +328,14 @@ def claims_table(found: Sequence[Claim]) -> str:
         needed = f"> {low:g}" if high == math.inf else f"{low:g} to {high:g}"
         evidence = f"{with_interval(c.evidence, sign=True)} ({needed})"
         rows.append([c.text, c.source, f"**{c.verdict}**", c.measure, evidence, f"{c.evidence.n if c.evidence else 0}"])
-    return table(["claim", "of", "", "measure", "mean ± half of the interval (needed)", "seeds"], rows)
+    return table(["claim", "source", "", "measure", "mean ± half of the interval (needed)", "seeds"], rows)
 
 
 def report(records: Records) -> str:
     """All tables, with titles."""
     out = ["# The paper in miniature", NOTE]
     for world, found in worlds(records).items():
-        out += [f"## {WORLDS.get(world, world)}: methods, leak strength {LEAKY:g}", methods_table(found)]
+        out += [f"## {WORLD_TITLES[world]}: methods, leak strength {LEAKY:g}", methods_table(found)]
         out += ["### Within seeds", differences_table(found)]
         out += ["### With and without the leak", learned_table(found)]
         out += [leak_table(found, metric) for metric in LEAK_METRICS]
