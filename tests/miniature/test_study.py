@@ -789,6 +789,10 @@ def committed() -> list[dict]:
     return json.loads((COMMITTED / "results.json").read_text(encoding="utf-8"))["records"]
 
 
+def lacking() -> str:
+    return study.not_measured(committed(), shipped.get_config())
+
+
 def test_the_committed_results_are_those_of_the_shipped_study():
     stored = json.loads((COMMITTED / "results.json").read_text(encoding="utf-8"))
     assert stored["records"] and stored["settings"] == study.settings(shipped.get_config())
@@ -800,8 +804,7 @@ def test_the_committed_results_are_those_of_the_shipped_study():
 
 def test_the_page_and_the_readme_show_the_committed_tables():
     page = (ROOT / "docs" / "miniature.md").read_text(encoding="utf-8")
-    missing = study.not_measured(committed(), shipped.get_config())
-    assert missing in page if missing else "Not measured yet" not in page
+    assert lacking() in page
     readme = ["| | base | OPSD, same prompt | **ViGOS** |", "|---|---|---|---|"]
     at = 0
     for world, found in tables.worlds(committed()).items():
@@ -817,10 +820,13 @@ def test_the_page_and_the_readme_show_the_committed_tables():
         base, opsd, vigos = (tables.with_interval(tables.estimate(list(s.values()))) for s in scores)
         readme.append(f"| {tables.WORLD_TITLES[world].lower()} | {base} | {opsd} | **{vigos}** |")
     assert f"\n{tables.claims_table(tables.claims_across(committed()))}\n" in page[at:]
-    assert "\n".join(readme) in (ROOT / "README.md").read_text(encoding="utf-8")
+    if not lacking():
+        assert "Not measured yet" not in page and "earlier.json" not in page
+        assert "\n".join(readme) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_committed_figures_are_drawn_from_the_committed_results(tmp_path):
     plots.draw(committed(), tmp_path)
     drawn = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert drawn == {path.name: path.read_bytes() for path in COMMITTED.glob("*.svg")}
+    earlier = {"methods.svg", "palr.svg", "leak.svg"} if lacking() else set()  # on the page until all bases are there
+    assert drawn == {p.name: p.read_bytes() for p in COMMITTED.glob("*.svg") if p.name not in earlier}

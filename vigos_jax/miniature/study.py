@@ -111,8 +111,8 @@ def read_known(config: ml_collections.ConfigDict) -> list[Record]:
 
 
 def settings(config: ml_collections.ConfigDict) -> Record:
-    """The config as results.json has it."""
-    return json.loads(config.to_json_best_effort())
+    """What of the config decides the results."""
+    return {k: v for k, v in json.loads(config.to_json_best_effort()).items() if k not in ("known", "workers")}
 
 
 def collect(unit: Unit, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[Record]:
