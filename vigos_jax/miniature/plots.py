@@ -25,11 +25,11 @@ def draw(records: Records, folder: pathlib.Path) -> None:
             _save(figure(found), folder / f"{world}_{name}.svg")
 
 
-def _figure(width: float, height: float, *, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+def _figure(width: float, height: float, *, columns: int = 1) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure((width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#e4e7eb", linewidth=0.8)
@@ -46,26 +46,29 @@ def _save(figure: Any, path: pathlib.Path) -> None:
 
 
 def _methods(records: Records) -> Any:
-    """Every method's rates, a point per seed; the line is the mean."""
-    figure, axes = _figure(12, 8.4, rows=2, columns=2)
-    names = {m: title.strip("*") for m, title in titles(records).items()}
+    """Every method's rates, a point per seed; the bar is the mean, the line its interval."""
+    figure, axes = _figure(13, 5.2, columns=4)
     panels = {
-        "score": "Score: right although it contradicts the prior",
-        "prior": "Prior: right, and as expected",
-        "leak": "leak: descriptions that state the prior",
-        "reasoned": "reasoned: right, where what was asked is described right",
+        "score": "Score: right although\nit contradicts the prior",
+        "prior": "Prior: right, and\nas expected",
+        "leak": "leak: descriptions that\nstate the prior",
+        "reasoned": "reasoned: right, where what\nwas asked is described right",
     }
+    there = {r["method"] for r in records if r["leak_strength"] == LEAKY}
+    names = {m: title.strip("*") for m, title in titles(records).items() if m in there}
     for axis, (metric, title) in zip(axes, panels.items(), strict=True):
-        found = [(m, by_seed(records, LEAKY, m, metric)) for m in names]
-        found = [(m, values) for m, values in found if values]
-        for x, (method, values) in enumerate(found):
-            color = COLORS.get(method.removesuffix("_free_form"), OTHER)
-            e = estimate(list(values.values()))
-            axis.errorbar(x, e.mean, yerr=e.half, color=color, marker="_", markersize=16, capsize=4)
-            axis.plot([x] * len(values), list(values.values()), "o", color=color, alpha=0.45, markersize=4)
-        axis.set_xticks(range(len(found)), [names[m] for m, _ in found], rotation=40, ha="right")
+        for y, method in enumerate(names):
+            values = list(by_seed(records, LEAKY, method, metric).values())
+            if not values:
+                continue
+            color, e = COLORS.get(method.removesuffix("_free_form"), OTHER), estimate(values)
+            axis.errorbar(e.mean, y, xerr=e.half, color=color, marker="|", markersize=14, capsize=3)
+            axis.plot(values, [y] * len(values), "o", color=color, alpha=0.45, markersize=4)
+        axis.set_yticks(range(len(names)), names.values() if axis is axes[0] else [""] * len(names))
+        axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set_title(title, fontsize=10)
-        axis.set_ylim(0, 1)
+        axis.set_xlim(0, 1)
+        axis.grid(axis="x", color="#e4e7eb", linewidth=0.8)
     return figure
 
 
