@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import jax
 import numpy as np
@@ -390,16 +391,20 @@ def run_jobs(jobs: list[Job], folder: pathlib.Path, *, workers: int = 2, **optio
 
 
 def test_a_job_waits_for_those_it_needs(tmp_path):
-    """The second worker has nothing to do but what stands last, while the first packs what the others unpack."""
-    first = zip_job(tmp_path)
-    listed = tmp_path / "unpacked" / "text"
-    unpack = Job("b", ("zipfile", "-e", str(first.done), str(listed.parent)), listed, needs=("a",))
+    """The second worker has nothing to do but what stands last, while the first takes its time over a file."""
+    made, packed = tmp_path / "made", tmp_path / "b.zip"
+    code = f"import pathlib, time; time.sleep(2); pathlib.Path({str(made)!r}).touch()"
+    first = Job("a", ("timeit", "-n1", "-r1", code), made)
+    pack = Job(
+        "b", ("zipfile", "-c", str(packed), str(made)), packed, needs=("a",)
+    )  # packs nothing where there is none
     ended = []
-    run_jobs([first, unpack, zip_job(tmp_path, name="c")], tmp_path, on_end=lambda job: ended.append(job.name))
+    run_jobs([first, pack, zip_job(tmp_path, name="c")], tmp_path, on_end=lambda job: ended.append(job.name))
     assert sorted(ended) == ["a", "b", "c"] and ended.index("a") < ended.index("b")
-    listed.unlink()
-    run_jobs([first, unpack], tmp_path)  # what it needs was done before
-    assert listed.exists()
+    assert zipfile.ZipFile(packed).namelist() == ["made"]
+    packed.unlink()
+    run_jobs([first, pack], tmp_path)  # what it needs was done before
+    assert packed.exists()
 
 
 def test_a_job_that_may_fail_ends_nothing(tmp_path, capsys):
